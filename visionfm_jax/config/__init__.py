@@ -1,0 +1,34 @@
+"""The configuration of a run: `schema` says what there is, `load` brings it in from a file and flags.
+
+Config files import from here and from nowhere else, so they load wherever Python does.
+"""
+
+from visionfm_jax.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    ClassificationConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    ParallelConfig,
+    SourceConfig,
+    TelemetryConfig,
+    TrainConfig,
+    ViTConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "ClassificationConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "SourceConfig",
+    "TelemetryConfig",
+    "TrainConfig",
+    "ViTConfig",
+]

@@ -1,0 +1,35 @@
+"""Errors that a person can act on, and the exit codes that schedulers understand.
+
+Every error of this module is one line for the user: what is wrong, with which value, and what to do.
+The doors (`main`, `bench`, …) print that line and exit with the class's code; anything else is a bug
+and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a value, a path, a file. Exit code 2: do not requeue."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that breaks a rule; raised before any work starts."""
+
+
+class DataError(UserError):
+    """A dataset that cannot be read, or holds other things than the configuration says."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read, or does not belong to this model."""
+
+    exit_code = 74  # EX_IOERR
+
+
+class TrainingError(UserError):
+    """Training itself went wrong (a non-finite loss, a stuck process). Exit code 4: look before requeueing."""
+
+    exit_code = 4
+
+
+PREEMPTED = 75  # EX_TEMPFAIL: the state is saved; a scheduler should start the same command again.
