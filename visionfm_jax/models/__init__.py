@@ -1,0 +1,1 @@
+"""Networks: mathematics alone, with no word of meshes, losses or foreign names."""

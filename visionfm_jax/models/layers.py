@@ -1,0 +1,123 @@
+"""Layers shared by every network, and the scanned stack of equal blocks.
+
+Shapes: B batch, T tokens, D width, N heads, K head dim, L layers, M width of the MLP.
+
+Parameters may arrive *unprepared*: under ZeRO-3 a block gets shards and makes them whole just before it uses
+them. Networks do not know how; they are given a `Prepare` function and call it on each block's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from visionfm_jax.models.attention import attention
+
+Params = Any  # a pytree of arrays
+Prepare = Callable[[Params], Params]
+
+LAYER_NORM_EPS = 1e-6
+
+# Values a block names for rematerialisation; all are outputs of matrix products.
+SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
+
+
+def as_is(params: Params) -> Params:
+    """The `Prepare` of parameters that are whole already."""
+    return params
+
+
+def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm whose statistics are fp32 and two-pass; input (…, D), output (…, D) in `dtype`."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D)."""
+
+    heads: int
+    dtype: jnp.dtype
+    implementation: str
+    recompute: bool  # in the backward pass, from q, k and v
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, T, D = x.shape
+        qkv = checkpoint_name(nn.Dense(3 * D, dtype=self.dtype, name="qkv")(x), "qkv")
+        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.heads, D // self.heads), 2, 0)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, k, v, self.implementation)
+
+        if self.recompute:
+            attend = jax.checkpoint(attend, prevent_cse=False)
+        y = checkpoint_name(attend(q, k, v).reshape(B, T, D), "attention")
+        return checkpoint_name(nn.Dense(D, dtype=self.dtype, name="out")(y), "projection")
+
+
+class Mlp(nn.Module):
+    """Two layers with exact GELU between; (…, D) to (…, D) through (…, M)."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = checkpoint_name(nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x), "mlp_hidden")
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(nn.gelu(h, approximate=False))
+
+
+def _save_all(prim, *_, **__) -> bool:
+    # Gathered weights are the one thing never worth keeping: under ZeRO-3 that would undo the sharding.
+    return prim.name != "all_gather"
+
+
+def _save_named(prim, *args, **params) -> bool:
+    # The attention primitive (cuDNN) is saved by its kind: its softmax statistics carry no name, and without
+    # them the backward pass would run the forward kernel again.
+    named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+    return "dot_product_attention" in prim.name or named(prim, *args, **params)
+
+
+POLICIES = {
+    "none": _save_all,
+    "attention": _save_all,  # with `Attention.recompute`
+    "dots": _save_named,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def scan_blocks(
+    module: nn.Module, block: nn.Module, depth: int, x: jax.Array, *, prepare: Prepare, remat: str
+) -> jax.Array:
+    """Apply `depth` copies of `block` in turn, as one loop, with parameters stacked under "blocks".
+
+    The loop is compiled once whatever the depth, and its body is what the backward pass recomputes.
+
+    Args:
+      module: the network that owns the parameters, inside its compact method.
+      block: an unbound block (`parent=None`) that maps x to the same shape and dtype.
+      depth: L.
+      x: (B, T, D).
+      prepare: applied to one block's parameters inside the loop, so that a weight is whole for one layer only.
+      remat: a key of `POLICIES`.
+    """
+    if module.is_initializing():
+
+        def init_one(key: jax.Array) -> Params:
+            return block.init(key, x[:1])["params"]
+
+        params = module.param("blocks", lambda key: jax.vmap(init_one)(jax.random.split(key, depth)))
+    else:  # not `module.param`: that would compare the shapes of shards with those of whole weights
+        params = module.get_variable("params", "blocks")
+
+    def body(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
+        return block.apply({"params": prepare(p)}, x), None
+
+    # prevent_cse is for code outside loops; a scan's body is its own computation already.
+    return jax.lax.scan(jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False), x, params)[0]

@@ -1,0 +1,1 @@
+"""The optimiser: schedule and AdamW chain."""

@@ -1,0 +1,1 @@
+"""Placement: meshes, ZeRO, process start, accelerator data sheets."""

@@ -1,0 +1,1 @@
+"""Objectives joined to networks: what one training step computes."""
