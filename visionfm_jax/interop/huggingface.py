@@ -60,7 +60,5 @@ def vit_to_huggingface(params: Params) -> dict[str, np.ndarray]:
       UserError: `params` is not a ViT tree, or pools by the mean, which Hugging Face's ViT cannot.
     """
     if "cls_token" not in params:
-        raise UserError(
-            'a Hugging Face ViT has no mean pooling: train with config.model.pool="cls", or export to timm'
-        )
+        raise UserError('a Hugging Face ViT has no mean pooling: train with config.model.pool="cls", or export to timm')
     return export_tree(params, _vit_leaves("head" in params), "ViT")

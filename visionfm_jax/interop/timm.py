@@ -200,7 +200,7 @@ def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -
                     letters.setdefault(size, n)
         expected = tuple(_number(size, letters) for size in leaf.shape)
         if shape != expected:
-            wrong.append(f"{name} {shape} instead of ({', '.join(map(str, expected))})")
+            wrong.append(f"{name} {shape} instead of {expected}".replace("'", ""))
     return [f"wrong shapes {_some(wrong)}"] if wrong else []
 
 
