@@ -1,0 +1,28 @@
+"""The one mesh of a run, and arrays laid out on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+REPLICA, FSDP = "replica", "fsdp"
+BATCH = PartitionSpec((REPLICA, FSDP))  # the first dim of every batch, over all devices
+WHOLE = PartitionSpec()
+
+
+def make_mesh(replicas: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh (replica, fsdp): `replicas` groups of neighbouring devices, parameters sharded within each.
+
+    Neighbours come first, so that with as many replicas as hosts each weight is gathered inside a host.
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices).reshape(replicas, -1), (REPLICA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The host's rows of a batch, as arrays over all hosts' devices; returns before the copy has ended."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,253 @@
+"""ZeRO (Rajbhandari et al. 2020) for any model: one table, and the collectives that follow from it.
+
+The forward and backward pass run per device (`jax.shard_map`), so every collective of a step is one that stands
+here, the same on every backend:
+
+  stage   stored weights, moments   16-bit weights in use            gradients of matrices
+  0       whole                     own copy                         summed whole, once a step
+  1       sharded                   gathered once a step             summed into shards, once a step
+  2       sharded                   gathered once a step             summed into shards, layer by layer
+  3       sharded                   gathered per layer, at each use  summed into shards, layer by layer
+
+Weights are cast to the compute dtype before they are gathered, and gradients of matrices are reduced in it:
+half the bytes of fp32, as DeepSpeed does; they are accumulated over micro-batches in fp32. Vectors (norms, biases)
+are 0.1 % of a model: always whole, reduced once a step, in fp32. Sharding is over the mesh axis `fsdp`; the
+axis `replica` (hybrid sharding) adds one sum of the shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from visionfm_jax.parallel.mesh import BATCH, FSDP, REPLICA, WHOLE
+
+Tree = Any
+SCANNED = "blocks"  # below this key, dim 0 of every parameter counts layers
+
+
+class Stage(NamedTuple):
+    """Where things live: True for sharded over `fsdp`."""
+
+    state: bool  # stored weights and optimiser state
+    gradients: bool  # and their accumulator
+    in_use: bool  # weights during the forward and backward pass: sharded until a layer needs them
+
+
+STAGES = {
+    0: Stage(state=False, gradients=False, in_use=False),
+    1: Stage(state=True, gradients=False, in_use=False),
+    2: Stage(state=True, gradients=True, in_use=False),
+    3: Stage(state=True, gradients=True, in_use=True),
+}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("shard", "whole"), meta_fields=("dim",))
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A weight whose gradient lives in a shard; `whole` is set where it has been gathered already."""
+
+    shard: jax.Array
+    whole: jax.Array | None
+    dim: int  # the sharded dim, counted from the end: slicing a layer off leaves it valid
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gathered(shard: jax.Array, whole: jax.Array, dim: int) -> jax.Array:
+    """`whole`, whose gradient goes, summed over devices, to `shard`."""
+    return whole
+
+
+def _gathered_fwd(shard: jax.Array, whole: jax.Array, dim: int) -> tuple[jax.Array, None]:
+    return whole, None
+
+
+def _gathered_bwd(dim: int, _: None, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    return jax.lax.psum_scatter(cotangent, FSDP, scatter_dimension=cotangent.ndim + dim, tiled=True), None
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def _gather(shard: jax.Array, dim: int) -> jax.Array:
+    return jax.lax.all_gather(shard, FSDP, axis=shard.ndim + dim, tiled=True)
+
+
+def prepare(params: Tree) -> Tree:
+    """Make parameters whole: what a network calls on one block's parameters (`models.layers.Prepare`)."""
+
+    def one(p: jax.Array | Lazy) -> jax.Array:
+        if not isinstance(p, Lazy):
+            return p
+        return _gather(p.shard, p.dim) if p.whole is None else _gathered(p.shard, p.whole, p.dim)
+
+    return jax.tree.map(one, params, is_leaf=lambda p: isinstance(p, Lazy))
+
+
+def is_scanned(path: tuple) -> bool:
+    """Whether dim 0 of the parameter at this `jax.tree_util` path counts layers."""
+    return any(getattr(k, "key", None) == SCANNED for k in path)
+
+
+def matrix_rank(path: tuple, leaf: Any) -> int:
+    """Dims of a parameter within one layer: 2 or more for matrices, 1 for vectors."""
+    return leaf.ndim - is_scanned(path)
+
+
+def shard_dim(path: tuple, leaf: Any, shards: int) -> int | None:
+    """The dim to shard, counted from the end: the largest that divides; None: whole.
+
+    Vectors stay whole, and so does a matrix none of whose dims divides.
+    """
+    if shards == 1 or matrix_rank(path, leaf) < 2:
+        return None
+    fits = [d for d in range(-matrix_rank(path, leaf), 0) if leaf.shape[d] % shards == 0]
+    return max(fits, key=lambda d: leaf.shape[d]) if fits else None
+
+
+def _spec(ndim: int, dim: int | None) -> PartitionSpec:
+    return WHOLE if dim is None else PartitionSpec(*(FSDP if d == ndim + dim else None for d in range(ndim)))
+
+
+LossFn = Callable[[Tree, dict], tuple[jax.Array, dict]]  # (params, local batch) -> mean loss, per-sample arrays
+
+
+class Zero:
+    """One stage on one mesh, for the parameters of one model.
+
+    Args:
+      mesh: (replica, fsdp).
+      stage: a key of `STAGES`.
+      params: the whole parameters, or their shapes.
+      dtype: compute dtype, to which matrices are cast before they travel.
+    """
+
+    def __init__(self, mesh: Mesh, stage: int, params: Tree, dtype: jnp.dtype):
+        self.mesh, self.stage, self.dtype = mesh, STAGES[stage], dtype
+        shards = mesh.shape[FSDP]
+        self._dims = jax.tree_util.tree_map_with_path(  # a list: None would vanish from a tree
+            lambda path, p: [shard_dim(path, p, shards)], params
+        )
+        self._is_matrix = jax.tree_util.tree_map_with_path(lambda path, p: matrix_rank(path, p) >= 2, params)
+        self._specs = self._map(lambda p, dim: _spec(p.ndim, dim), params)
+
+    def _map(self, f: Callable, tree: Tree, *rest: Tree) -> Tree:
+        """f(leaf, sharded dim or None, …) over parameters."""
+        return jax.tree.map(lambda p, dim, *r: f(p, dim[0], *r), tree, self._dims, *rest)
+
+    @property
+    def state_specs(self) -> Tree:
+        """PartitionSpecs of the stored parameters, and of anything shaped like them in the optimiser."""
+        return self._specs if self.stage.state else jax.tree.map(lambda _: WHOLE, self._specs)
+
+    def shardings(self, specs: Tree) -> Tree:
+        """NamedShardings on this mesh."""
+        return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs)
+
+    def _cast(self, params: Tree) -> Tree:
+        return jax.tree.map(lambda p, matrix: p.astype(self.dtype) if matrix else p, params, self._is_matrix)
+
+    def _whole(self, shards: Tree) -> Tree | None:
+        """What is gathered once a step: everything in stages 1 and 2."""
+        if not self.stage.state:
+            return shards
+        return None if self.stage.in_use else self._map(lambda p, d: p if d is None else _gather(p, d), shards)
+
+    def _usable(self, shards: Tree, whole: Tree | None) -> Tree:
+        """Parameters as networks take them: whole at the top, `Lazy` below scanned blocks."""
+        if not self.stage.gradients:
+            return whole
+        if whole is None:
+            lazy = self._map(lambda p, dim: p if dim is None else Lazy(p, None, dim), shards)
+        else:
+            lazy = self._map(lambda p, dim, w: p if dim is None else Lazy(p, w, dim), shards, whole)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: p if is_scanned(path) else prepare(p), lazy, is_leaf=lambda p: isinstance(p, Lazy)
+        )
+
+    def apply(self, f: Callable[[Tree, dict], Tree], params: Tree, batch: dict) -> Tree:
+        """f(usable parameters, local rows of the batch) on each device; outputs are arrays over rows (B, …)."""
+
+        def local(params: Tree, batch: dict) -> Tree:
+            shards = self._cast(params)
+            return f(self._usable(shards, self._whole(shards)), batch)
+
+        return self._shard_map(local, (self.state_specs, BATCH), BATCH)(params, batch)
+
+    def loss_and_grads(self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int) -> tuple[dict, Tree]:
+        """The gradient of the mean loss over the global batch, in `accumulate` micro-batches.
+
+        Args:
+          loss_fn: from usable parameters and local rows to their mean loss and a dict of per-sample arrays (B, …).
+          params: stored parameters, sharded by `state_specs`.
+          batch: rows over all devices. Each device splits its own rows, in order: nothing travels.
+          accumulate: micro-batches.
+
+        Returns:
+          The per-sample arrays over the global batch in its order, and the gradients, fp32, sharded like the
+          stored parameters.
+        """
+        devices = self.mesh.size
+
+        def local(params: Tree, batch: dict) -> tuple[dict, Tree]:
+            shards = self._cast(params)
+            whole = self._whole(shards)
+
+            def micro(rows: dict) -> tuple[dict, Tree]:
+                if self.stage.gradients:
+                    grad = jax.grad(lambda s: loss_fn(self._usable(s, whole), rows), has_aux=True)
+                    grads, per_sample = grad(shards)
+                else:
+                    grads, per_sample = jax.grad(loss_fn, has_aux=True)(whole, rows)
+                return per_sample, grads
+
+            per_sample, grads = accumulate_gradients(micro, batch, accumulate)
+            grads = self._map(self._reduce, grads, self._is_matrix)
+            return per_sample, jax.tree.map(lambda g: g / (devices * accumulate), grads)
+
+        return self._shard_map(local, (self.state_specs, BATCH), (BATCH, self.state_specs))(params, batch)
+
+    def _reduce(self, g: jax.Array, dim: int | None, matrix: bool) -> jax.Array:
+        """One device's gradient (sum over its micro-batches) to the sum over devices, stored form, fp32."""
+        g = g.astype(self.dtype if matrix else jnp.float32)
+        if dim is None or not self.stage.state:
+            g = jax.lax.psum(g, (REPLICA, FSDP))
+        else:
+            if not self.stage.gradients:
+                g = jax.lax.psum_scatter(g, FSDP, scatter_dimension=g.ndim + dim, tiled=True)
+            g = jax.lax.psum(g, REPLICA)
+        return g.astype(jnp.float32)
+
+    def _shard_map(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        # check_vma off: gradients are taken per device on purpose, and summed above where the table says.
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def accumulate_gradients(
+    micro: Callable[[dict], tuple[dict, Tree]], batch: dict, accumulate: int
+) -> tuple[dict, Tree]:
+    """Per-sample outputs in batch order and the fp32 sum of gradients over `accumulate` micro-batches.
+
+    Args:
+      micro: from rows (B / accumulate, …) to per-sample outputs and gradients.
+      batch: rows (B, …).
+      accumulate: divides B.
+    """
+    if accumulate == 1:
+        return micro(batch)
+    batches = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+    shapes = jax.eval_shape(lambda b: micro(jax.tree.map(lambda a: a[0], b))[1], batches)
+
+    def body(total: Tree, rows: dict) -> tuple[Tree, dict]:
+        per_sample, grads = micro(rows)
+        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), per_sample
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    total, per_sample = jax.lax.scan(body, zeros, batches)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), per_sample), total

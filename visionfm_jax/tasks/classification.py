@@ -1,0 +1,69 @@
+"""One label per image: a ViT under softmax or sigmoid cross-entropy.
+
+Shapes: B batch, H W image, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from visionfm_jax.config import Config
+from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
+from visionfm_jax.models.layers import Prepare
+from visionfm_jax.models.vit import ViT, forward_flops
+
+LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
+
+
+class Classification:
+    """The `tasks.registry.Task` of image classification."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+        self.config = config
+        self.model = ViT(config.model, config.task.num_classes, dtype, prepare)
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters, fp32."""
+        size = self.config.model.image_size
+        return self.model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the loader gives: uint8 images (B, H, W, 3) and int32 labels (B,)."""
+        size = self.config.model.image_size
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        }
+
+    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean loss and, per sample (B,), `loss` and `logit_max`, the largest absolute logit.
+
+        Args:
+          params: usable parameters (`parallel.zero`).
+          batch: as `batch_spec`.
+          keys: (B,), one for each sample.
+        """
+        logits = self._logits(params, augment(batch["image"], keys, self.config.data.augment))
+        task = self.config.task
+        loss = LOSSES[task.loss](logits, batch["label"], task.label_smoothing)
+        return loss.mean(), {"loss": loss, "logit_max": jnp.abs(logits).max(-1)}
+
+    def predict(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """Per sample: `loss` without smoothing (B,), `probability` (B, k) and `top` (B, k), the k <= 5 best ids."""
+        logits = self._logits(params, normalize(batch["image"], self.config.data.augment))
+        probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+        loss = LOSSES[self.config.task.loss](logits, batch["label"])
+        return {"loss": loss, "probability": probability, "top": top}
+
+    def _logits(self, params: Any, images: jax.Array) -> jax.Array:
+        return self.model.apply({"params": params}, images)
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of one optimiser step on the global batch: 3 x forward, nothing recomputed counted."""
+        forward = forward_flops(self.config.model, self.config.task.num_classes)
+        return 3 * forward * self.config.train.batch_size

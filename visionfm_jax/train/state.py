@@ -1,0 +1,45 @@
+"""Everything a run must remember: the contents of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from visionfm_jax.config import Config
+from visionfm_jax.parallel.mesh import WHOLE
+from visionfm_jax.parallel.zero import Zero
+from visionfm_jax.tasks.registry import Task
+
+
+@struct.dataclass
+class TrainState:
+    """A run between two steps.
+
+    `step` is also the position in the data: step s consumes samples [s * batch_size, (s + 1) * batch_size).
+    """
+
+    step: jax.Array  # int32
+    params: Any  # fp32
+    opt_state: Any  # fp32
+    ema: Any  # fp32 averaged weights, or None
+
+
+def init_state(task: Task, tx: optax.GradientTransformation, config: Config) -> TrainState:
+    """The state of step 0; under `jax.eval_shape` it costs nothing at any size."""
+    params = task.init(jax.random.key(config.seed))
+    ema = params if config.optim.ema else None
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=ema)
+
+
+def state_shardings(state: TrainState, tx: optax.GradientTransformation, zero: Zero) -> TrainState:
+    """Where each part of a state (or its shapes) is stored: anything shaped like the parameters, as they are."""
+    specs = zero.state_specs
+    opt_specs = optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, state.opt_state, specs, transform_non_params=lambda _: WHOLE
+    )
+    ema = None if state.ema is None else specs
+    return zero.shardings(TrainState(step=WHOLE, params=specs, opt_state=opt_specs, ema=ema))

@@ -1,0 +1,93 @@
+"""One training step: a pure function of the state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from visionfm_jax.config import Config
+from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
+from visionfm_jax.parallel.mesh import BATCH, WHOLE
+from visionfm_jax.parallel.zero import Zero, prepare
+from visionfm_jax.tasks.registry import DTYPES, Task, make_task
+from visionfm_jax.train.state import TrainState, init_state, state_shardings
+
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """A configuration made into compiled-on-first-use functions on a mesh; what `main` and `bench` run.
+
+    Attributes:
+      task, tx, zero: objective, optimiser, placement.
+      shapes: the state's `jax.ShapeDtypeStruct`s.
+      shardings: where each part of the state is stored.
+      init: () -> state, laid out.
+      step: (state, batch) -> (state, metrics); consumes the state it is given.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.task = make_task(config, prepare)
+        self.tx = make_optimizer(config.optim, config.total_steps)
+        self.shapes = jax.eval_shape(lambda: init_state(self.task, self.tx, config))
+        self.zero = Zero(mesh, config.parallel.stage, self.shapes.params, DTYPES[config.train.precision])
+        self.shardings = state_shardings(self.shapes, self.tx, self.zero)
+        self.init = jax.jit(lambda: init_state(self.task, self.tx, config), out_shardings=self.shardings)
+        rows = NamedSharding(mesh, BATCH)
+        self.step = jax.jit(
+            make_step(config, self.task, self.tx, self.zero),
+            in_shardings=(self.shardings, rows),
+            out_shardings=(self.shardings, NamedSharding(mesh, WHOLE)),
+            donate_argnums=0,
+        )
+        self.predict = jax.jit(
+            lambda params, batch: self.zero.apply(self.task.predict, params, batch),
+            in_shardings=(self.shardings.params, rows),
+            out_shardings=NamedSharding(mesh, WHOLE),
+        )
+
+
+def make_step(
+    config: Config, task: Task, tx: optax.GradientTransformation, zero: Zero
+) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+    """(state, batch) -> (state, metrics), to be jitted.
+
+    A step whose loss or gradient is not finite changes nothing but the step number, so that no state is ever
+    spoiled; whether the run goes on is the loop's decision. Metrics are scalars, except `gradient_norms`, one per
+    parameter tensor in tree order, and `losses` (B,): they name the culprits when something is not finite.
+    """
+    lr = schedule(config.optim, config.total_steps)
+    seed = jax.random.key(config.seed)
+
+    def loss_fn(params: Any, rows: dict) -> tuple[jax.Array, dict]:
+        return task.loss(params, {k: v for k, v in rows.items() if k != "key"}, rows["key"])
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(seed, state.step), jnp.arange(rows))
+        batch = {**batch, "key": jax.lax.with_sharding_constraint(keys, NamedSharding(zero.mesh, BATCH))}
+        per_sample, grads = zero.loss_and_grads(loss_fn, state.params, batch, config.train.accumulate)
+
+        metrics = {k: v.max() if k.endswith("_max") else v.mean() for k, v in per_sample.items()}
+        norms = jnp.stack([jnp.sqrt(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
+        metrics |= {"grad_norm": jnp.linalg.norm(norms), "lr": lr(update_count(state.opt_state))}
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
+        for group, update in updates.items():
+            ratio = optax.global_norm(update) / (optax.global_norm(state.params[group]) + 1e-12)
+            metrics[f"update_ratio/{group}"] = ratio
+
+        new = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)
+        return new, {**metrics, "finite": finite, "gradient_norms": norms, "losses": per_sample["loss"]}
+
+    return step
