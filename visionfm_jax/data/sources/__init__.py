@@ -1,0 +1,61 @@
+"""Datasets with random access: one module per kind, one line each in `SOURCES`.
+
+A kind's module is imported when a source of that kind is opened, so that nobody pays for the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.errors import DataError
+
+
+class Source(Protocol):
+    """A dataset that gives record i on demand, to any thread, and can be pickled for worker processes."""
+
+    name: str  # for logs and errors: kind, path and split
+    num_classes: int
+    class_names: tuple[str, ...] | None  # None: the dataset does not say
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Record `index` in [0, len): "image", encoded bytes or uint8 (H, W, C), and "label", int.
+
+        Raises:
+          IndexError: no such record.
+          OSError: the record cannot be read.
+        """
+        ...
+
+    def key(self, index: int) -> str:
+        """Name by which a person finds record `index` again: a file, or the record's id."""
+        ...
+
+
+SOURCES: dict[str, str] = {  # kind -> "module:class" below this package; the class is built from a SourceConfig
+    "tfds": "tfds:TfdsSource",
+    "folder": "folder:FolderSource",
+    "numpy": "archive:ArchiveSource",
+    "bundled": "bundled:BundledSource",
+}
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Open a dataset and check that it is what `config` says.
+
+    Raises:
+      DataError: one line: the path is missing, empty or holds another format; no such kind or split; a missing key.
+    """
+    if config.kind not in SOURCES:
+        raise DataError(f"source kind {config.kind!r} does not exist; the kinds are {', '.join(SOURCES)}")
+    module, _, name = SOURCES[config.kind].partition(":")
+    source: Source = getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
+    if not len(source):
+        raise DataError(f"{source.name}: holds no record; set another split or path")
+    return source
