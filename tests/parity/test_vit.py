@@ -1,6 +1,6 @@
 """Our ViT against timm's and Hugging Face's on the same random weights (frozen by `make_vit.py`), and the names.
 
-The gates are ten times our error here (README.md) and under the smallest real mistake, which `test_gate_catches` proves.
+The gates are ten times our error here (README.md) and under the smallest real mistake: see `test_gate_catches`.
 """
 
 from __future__ import annotations
