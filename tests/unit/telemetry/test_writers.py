@@ -1,0 +1,119 @@
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from visionfm_jax.errors import UserError
+from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
+
+
+def lines(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_step_comes_first_and_numbers_stay_numbers(tmp_path):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(np.int64(3), {"loss": np.float32(0.5), "images": 7})
+        assert lines(tmp_path) == ['{"step": 3, "loss": 0.5, "images": 7}']  # flushed before close
+
+
+def test_nonfinite_values_keep_the_file_strict_json(tmp_path):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    assert json.loads(lines(tmp_path)[0], parse_constant=refuse) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
+    row = read_metrics(tmp_path)[0]
+    assert math.isnan(row["a"])
+    assert (row["b"], row["c"]) == (math.inf, -math.inf)
+
+
+def test_resuming_drops_the_lost_part_and_a_torn_line(tmp_path):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"loss": 1.0 / step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    with MetricWriter(tmp_path, start_step=3, tensorboard=False) as writer:
+        writer.write(4, {"loss": 9.0})
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0)]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_torn_line_that_parses_is_not_glued_to_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}')
+    with MetricWriter(tmp_path, start_step=2, tensorboard=False) as writer:
+        writer.write(3, {"loss": 3.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+
+
+def test_a_crash_while_trimming_leaves_the_old_file(tmp_path, monkeypatch):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.write(2, {"loss": 2.0})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device; free space") as caught:
+        MetricWriter(tmp_path, start_step=1, tensorboard=False)
+    assert "\n" not in str(caught.value)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_sigkill_loses_at_most_the_line_being_written(tmp_path):
+    script = (
+        "from visionfm_jax.telemetry.writers import MetricWriter\n"
+        f"w = MetricWriter({str(tmp_path)!r}, tensorboard=False)\n"
+        "for i in range(1, 10**9): w.write(i, {'loss': i / 2})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        deadline = time.monotonic() + 20
+        while len(read_metrics(tmp_path)) < 50 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+    steps = [row["step"] for row in read_metrics(tmp_path)]
+    assert len(steps) >= 50
+    assert steps == list(range(1, len(steps) + 1))
+    with MetricWriter(tmp_path, start_step=20, tensorboard=False):
+        pass
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 21))
+
+
+def test_no_file_reads_as_nothing(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run"):
+        MetricWriter(tmp_path / "file" / "run")
+
+
+def test_tensorboard_gets_scalars_and_a_purge_after_resume(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.25})
+    with MetricWriter(tmp_path, start_step=1) as writer:
+        writer.write(2, {"loss": math.nan})
+    events = []
+    for file in sorted((tmp_path / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # length (8 bytes), its checksum (4), the event, its checksum (4)
+            size = int.from_bytes(data[at : at + 8], "little")
+            events.append(Event.FromString(data[at + 12 : at + 12 + size]))
+            at += 16 + size
+    scalars = {e.step: e.summary.value[0].simple_value for e in events if e.HasField("summary")}
+    assert scalars[1] == 0.25
+    assert math.isnan(scalars[2])
+    assert [e.step for e in events if e.HasField("session_log")] == [2]
