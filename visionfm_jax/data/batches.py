@@ -1,0 +1,274 @@
+"""Filling host batches, and holding them ready: threads, worker processes, and how all of them end.
+
+Grain's element is a whole host batch, filled by threads of our own: less is held in memory than with a batch per
+thread, the first batch comes sooner, and Grain's cost per element is paid once per batch.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from visionfm_jax.errors import DataError
+
+Batch = dict[str, np.ndarray]
+Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row: key -> shape, dtype
+
+CLOSE_SECONDS = 10.0  # for worker processes to end by themselves
+
+
+class HostBatches(grain.MapDataset):
+    """Element i: the rows of one host in the global batch `start + i`; zeros where the rows have ended."""
+
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        spec: Spec,
+        *,
+        batch_size: int,
+        host: int,
+        hosts: int,
+        start: int,
+        threads: int,
+    ):
+        super().__init__(rows)
+        self._spec = dict(spec)
+        self._global, self._local = batch_size, batch_size // hosts
+        self._first = start * batch_size + host * self._local
+        self._length = -(-len(rows) // batch_size) - start
+        self._threads = threads
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None, "_lock": None}  # threads do not travel to worker processes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        try:
+            return self._fill(self._first + index * self._global)
+        except Exception as error:
+            if (portable := _portable(error)) is error:
+                raise
+            raise portable from None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one batch."""
+        return sum(self._local * int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self._spec.values())
+
+    def close(self) -> None:
+        """End the threads; rows not yet started are dropped."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fill(self, first: int) -> Batch:
+        rows = self._parent
+        batch = {k: np.zeros((self._local, *shape), dtype) for k, (shape, dtype) in self._spec.items()}
+        todo = iter(range(max(0, min(self._local, len(rows) - first))))
+
+        def work() -> None:
+            for r in todo:  # shared: whoever is free takes the next row
+                for key, value in rows[first + r].items():
+                    batch[key][r] = value
+
+        if self._threads == 1:
+            work()
+            return batch
+        jobs = [self._threads_pool().submit(work) for _ in range(min(self._threads, self._local))]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            for _ in todo:  # one failed: the others have nothing left to do
+                pass
+        return batch
+
+    def _threads_pool(self) -> concurrent.futures.ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, thread_name_prefix="rows")
+            return self._pool
+
+
+class Loader(Iterator[Batch]):
+    """Runs `batches` ahead in threads or worker processes; an error or `close` ends all of them.
+
+    Args:
+      batches: of this host.
+      workers: processes; 0: threads of this one.
+      prefetch: batches held ready, per worker.
+    """
+
+    def __init__(self, batches: HostBatches, *, workers: int, prefetch: int):
+        self._batches = batches
+        self._closed = False
+        self._turn = 0
+        self._processes: list[Any] = []
+        self._first: list[concurrent.futures.Future] = []  # of each worker, while it starts
+        if workers:
+            _check_shared_memory(batches.nbytes, workers, prefetch)
+            self._iters = [_worker_iterator(batches, i, workers, prefetch) for i in range(workers)]
+            self._start()
+        else:
+            ahead = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+            self._iters = [iter(batches.to_iter_dataset(ahead))]
+            self._iters[0].start_prefetch()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        turn, self._turn = self._turn, self._turn + 1
+        try:
+            if turn < len(self._first):
+                return self._first[turn].result()
+            return next(self._iters[turn % len(self._iters)])
+        except BaseException as error:
+            died = [p.exitcode for p in self._processes if p.exitcode]
+            self.close()
+            if died and isinstance(error, RuntimeError):  # Grain's way to say it
+                raise DataError(
+                    f"a worker process of the input pipeline died with exit code {died[0]}, most often for lack of "
+                    "memory; lower data.workers or data.prefetch, or set data.workers to 0"
+                ) from error
+            raise
+
+    def close(self) -> None:
+        """End threads and worker processes; harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self._batches.close()
+        if not self._processes:
+            self._iters[0].close()
+            return
+        # Grain waits, without limit, for the batch that a worker is at: ask all at once, and kill who does not come.
+        closing = [threading.Thread(target=it.close, name="close-loader", daemon=True) for it in self._iters]
+        for thread in closing:
+            thread.start()
+        end = time.monotonic() + CLOSE_SECONDS
+        for thread in closing:
+            thread.join(max(0.0, end - time.monotonic()))
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def _start(self) -> None:
+        """Start the worker processes now, and their first batches in the background.
+
+        SIGINT and SIGTERM are blocked while they start: the children inherit that, and so are ended by this process
+        alone, in its own time (a scheduler or a terminal signals the whole group, and the training still has to
+        save). Spawned processes import the main module again, that is the whole trainer; an empty one is put in its
+        place meanwhile.
+        """
+        before = set(multiprocessing.active_children())
+        main = sys.modules["__main__"]
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            for it in self._iters:
+                self._first.append(concurrent.futures.Future())
+                args = (self._first[-1], it)
+                threading.Thread(target=_resolve, args=args, name="first-batch", daemon=True).start()
+            while len(self._processes) < len(self._iters) and not any(f.done() for f in self._first):
+                time.sleep(0.005)
+                self._processes = [p for p in multiprocessing.active_children() if p not in before]
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+
+
+def _check_shared_memory(batch_bytes: int, workers: int, prefetch: int) -> None:
+    """Worker processes hand their batches over in /dev/shm; one that is too small kills them without a word."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    stat = os.statvfs("/dev/shm")
+    free, need = stat.f_bavail * stat.f_frsize, batch_bytes * workers * (2 * prefetch + 2)
+    if free < need:
+        raise DataError(
+            f"/dev/shm has {free / 1e6:.0f} MB free, but data.workers = {workers} processes with data.prefetch = "
+            f"{prefetch} need up to {need / 1e6:.0f} MB there; enlarge it (docker --shm-size, an emptyDir of medium "
+            "Memory in Kubernetes), lower them, or set data.workers to 0"
+        )
+
+
+def _worker_iterator(batches: HostBatches, worker: int, workers: int, prefetch: int) -> Iterator[Batch]:
+    """Every `workers`-th batch, from `worker` on, made in a process of its own that is not yet started.
+
+    One `mp_prefetch` each, in place of one with many processes: that one loses track of those it has not read from
+    when it is closed early.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and dies where no program has parsed them
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=prefetch)
+    return iter(batches[worker::workers].to_iter_dataset(ahead).mp_prefetch(process, worker_init_fn=_init_worker))
+
+
+def _resolve(future: concurrent.futures.Future, batches: Iterator[Batch]) -> None:
+    try:
+        future.set_result(next(batches))
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _init_worker(index: int, count: int) -> None:
+    """In a worker process: keep off accelerators, and do not outlive the parent."""
+    del index, count
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if jax := sys.modules.get("jax"):  # Grain imports it where it is installed; nothing here uses it
+        jax.config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it does not pickle: Grain loses such a one in a worker, and waits for ever."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:
+        logging.debug("%s does not pickle", type(error))
+    return RuntimeError("".join(traceback.format_exception(error)))

@@ -1,0 +1,273 @@
+"""Host batches whose every pixel depends on (seed, sample index) only: not on hosts, workers, threads or restarts.
+
+    record ids of each source -> shuffled by (seed, source, epoch) -> mixed by weight         sample i of the run
+    -> read, decoded and cropped with the random numbers of (seed, i) -> rows of this host    batch of step s
+
+Grain does the order, the mixture and the random numbers by index arithmetic; nothing is materialised, and the
+position in the data is the step, nothing else. `data.batches` fills the batches and holds them ready.
+
+Shapes: B rows of this host in a batch; S side of an image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from visionfm_jax.config.schema import DataConfig
+from visionfm_jax.data import transforms
+from visionfm_jax.data.batches import Batch, HostBatches, Loader, Spec
+from visionfm_jax.data.sources import Source
+from visionfm_jax.errors import DataError
+
+Row = Mapping[str, Any]
+
+STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
+JUDGE_AFTER = 1000  # samples seen before the share of damaged ones can stop a run
+
+
+def train_loader(
+    data: DataConfig,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    host: int,
+    hosts: int,
+    sources: Sequence[Source],
+) -> Loader:
+    """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
+
+    Args:
+      data: mixture, augmentation, threads or processes; `data.train[i]` describes `sources[i]`.
+      image_size: S, pixels.
+      batch_size: rows over all hosts; row r of step s is sample s * batch_size + r.
+      seed: of order and crops.
+      start_step: the first batch is that of this step.
+      host, hosts: this process and their number; host p gets rows [p B, (p + 1) B) with B = batch_size / hosts.
+      sources: opened datasets.
+
+    Returns:
+      An iterator of {"image": uint8 (B, S, S, 3), "label": int32 (B,), "source": int32 (B,), "record": int64 (B,),
+      "damaged": int32 (B,)}: `record` of `source` is what the row asked for, `damaged` how many unreadable records
+      had to be stepped over (the next ones of the same source) until one could be read.
+
+    Raises:
+      DataError: the sources do not fit the configuration; while iterating: a dataset that cannot be read.
+    """
+    _check(data, batch_size, hosts, sources)
+    if not data.shuffle and host == 0:
+        logging.warning(
+            "data.shuffle is False: the records come in the order of the files, which is often sorted by class; "
+            "set data.shuffle to True to train"
+        )
+    order = sample_order([len(s) for s in sources], [s.weight for s in data.train], seed, data.shuffle)
+    rows = order.random_map(
+        _TrainRow(tuple(sources), image_size, tuple(data.augment.crop_scale)), seed=_derive(seed, "crop")
+    )
+    spec = {**_image_spec(image_size), "source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
+    batches = HostBatches(
+        rows, spec, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
+    )
+    return Loader(batches, workers=data.workers, prefetch=data.prefetch)
+
+
+def eval_loader(
+    source: Source, *, image_size: int, batch_size: int, host: int, hosts: int, threads: int
+) -> Iterator[Batch]:
+    """Every record once, in order, in equally many batches on every host.
+
+    Args:
+      source: the dataset.
+      image_size: S, pixels.
+      batch_size: rows over all hosts; host p gets rows [p B, (p + 1) B) of each batch, B = batch_size / hosts.
+      host, hosts: this process and their number.
+      threads: that read and decode.
+
+    Yields:
+      {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": float32 (B,)}; mask is 0 on the padding of the last
+      batch and on unreadable records, which are logged.
+
+    Raises:
+      DataError: not one record could be read.
+    """
+    rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, image_size))
+    spec = {**_image_spec(image_size), "mask": ((), np.float32)}
+    batches = HostBatches(rows, spec, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
+    asked = read = 0
+    with Loader(batches, workers=0, prefetch=2) as loader:
+        for step, batch in enumerate(loader):
+            first = step * batch_size + host * (batch_size // hosts)
+            asked += min(max(len(source) - first, 0), batch_size // hosts)
+            read += int(batch["mask"].sum())
+            yield batch
+    if asked and not read:
+        raise DataError(f"{source.name}: none of its {asked} records could be read; see the log for the reasons")
+
+
+def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> grain.MapDataset:
+    """The endless sequence of (source, record): every source reshuffled each epoch, mixed by weight.
+
+    Grain rounds the weights to integers: shares are right to 1 % of themselves.
+    """
+    parts, shares = [], []
+    for i, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        if weight > 0:
+            part = grain.MapDataset.range(length)
+            part = part.shuffle(seed=_derive(seed, f"order {i}")) if shuffle else part
+            parts.append(part.repeat().map(functools.partial(_pair, i)))
+            shares.append(weight)
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=shares)
+
+
+class DamageLog:
+    """Counts the damaged records that the training loop meets, and stops the run when they are too many.
+
+    Args:
+      sources: as given to `train_loader`.
+      max_damaged: share of damaged among the samples seen past which the run stops; judged after 1,000 samples.
+      batch_size, start_step, host, hosts: as given to `train_loader`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        max_damaged: float,
+        *,
+        batch_size: int,
+        start_step: int = 0,
+        host: int = 0,
+        hosts: int = 1,
+    ):
+        self._sources, self._max = sources, max_damaged
+        self._global = batch_size
+        self._next = start_step * batch_size + host * (batch_size // hosts)
+        self._known: set[tuple[int, int]] = set()
+        self.seen = 0  # samples
+        self.damaged = 0  # samples whose record was unreadable
+
+    @property
+    def records(self) -> int:
+        """Different damaged records met so far."""
+        return len(self._known)
+
+    def see(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Count the next host batch; to be called on each, in order.
+
+        Raises:
+          DataError: the share of damaged samples exceeds `max_damaged`.
+        """
+        damaged = np.flatnonzero(batch["damaged"])
+        for row in damaged.tolist():
+            self._log(
+                int(batch["source"][row]), int(batch["record"][row]), int(batch["damaged"][row]), self._next + row
+            )
+        self._next += self._global
+        self.seen += len(batch["damaged"])
+        self.damaged += len(damaged)
+        if self.seen >= JUDGE_AFTER:
+            self.finish()
+
+    def finish(self) -> None:
+        """Judge what was seen, however little; to be called at the end.
+
+        Raises:
+          DataError: as `see`.
+        """
+        if self.damaged > self._max * self.seen:
+            raise DataError(
+                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) could not be decoded, more "
+                f"than data.max_damaged = {self._max:g} allows; the log names the records: repair them, or raise the "
+                "limit"
+            )
+
+    def _log(self, source: int, record: int, count: int, sample: int) -> None:
+        dataset = self._sources[source]
+        for step in range(count):
+            damaged = (record + step) % len(dataset)
+            if (source, damaged) not in self._known:
+                self._known.add((source, damaged))
+                logging.warning(
+                    "%s: record %s is damaged (sample %d of the run); the next readable one takes its place",
+                    dataset.name, dataset.key(damaged), sample,
+                )  # fmt: skip
+
+
+class _TrainRow:
+    """(source, record) -> a decoded, randomly cropped row; steps over damaged records."""
+
+    def __init__(self, sources: tuple[Source, ...], size: int, crop_scale: tuple[float, float]):
+        self._sources, self._size, self._scale = sources, size, crop_scale
+
+    def __call__(self, asked: tuple[int, int], rng: np.random.Generator) -> Row:
+        number, record = asked
+        source = self._sources[number]
+        for damaged in range(STEP_OVER + 1):
+            example = _example(source, (record + damaged) % len(source))
+            try:
+                image = transforms.train_image(example["image"], self._size, self._scale, rng)
+            except transforms.DamagedImage as error:
+                reason = error
+                continue
+            label = example["label"]
+            return {"image": image, "label": label, "source": number, "record": record, "damaged": damaged}
+        raise DataError(
+            f"{source.name}: {STEP_OVER + 1} records in a row cannot be decoded, from {source.key(record)} on; "
+            f"the last: {reason}; check that these files are images"
+        )
+
+
+class _EvalRow:
+    """Record -> its row, or an empty one where the image is damaged."""
+
+    def __init__(self, source: Source, size: int):
+        self._source, self._size = source, size
+
+    def __call__(self, record: int) -> Row:
+        example = _example(self._source, record)
+        try:
+            image = transforms.eval_image(example["image"], self._size)
+        except transforms.DamagedImage as error:
+            key = self._source.key(record)
+            logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
+            return {}
+        return {"image": image, "label": example["label"], "mask": 1.0}
+
+
+def _example(source: Source, record: int) -> Mapping[str, Any]:
+    try:
+        return source[record]
+    except OSError as error:
+        raise DataError(
+            f"{source.name}: record {source.key(record)} cannot be read: {error}; check the storage and start again"
+        ) from error
+
+
+def _image_spec(size: int) -> Spec:
+    return {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)}
+
+
+def _pair(source: int, record: int) -> tuple[int, int]:
+    return source, record
+
+
+def _derive(seed: int, use: str) -> int:
+    """A 32-bit seed of its own for every use of the run's seed; Grain adds the epoch to it."""
+    return int(np.random.SeedSequence([seed, *use.encode()]).generate_state(1)[0])
+
+
+def _check(data: DataConfig, batch_size: int, hosts: int, sources: Sequence[Source]) -> None:
+    if len(sources) != len(data.train) or not sources:
+        raise DataError(f"data.train names {len(data.train)} sources, but {len(sources)} were opened; open each once")
+    if batch_size % hosts:
+        near = max(1, round(batch_size / hosts)) * hosts
+        raise DataError(f"train.batch_size = {batch_size} does not divide over {hosts} hosts; the nearest is {near}")
+    for source in sources:
+        if not len(source):
+            raise DataError(f"{source.name}: holds no record; set another path or split")
