@@ -1,0 +1,86 @@
+import matplotlib.colors
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionfm_jax.telemetry import report
+
+
+def pixels_of(path, colour):
+    """How many pixels have exactly this colour."""
+    image = np.asarray(Image.open(path).convert("RGB"), int)
+    wanted = np.round(np.array(matplotlib.colors.to_rgb(colour)) * 255)
+    return int((np.abs(image - wanted).max(-1) <= 1).sum())
+
+
+def lines(steps=200):
+    rng = np.random.default_rng(0)
+    out = [
+        {"step": s, "loss": 2 + 0.1 * rng.normal(), "lr": s * 1e-5, "grad_norm": 1.0, "update_ratio/head": 0.1}
+        for s in range(1, steps + 1)
+    ]
+    return out + [{"step": s, "val/top1": s / 250, "val/loss": 1.5} for s in range(50, steps + 1, 50)]
+
+
+def test_curves_draw_every_panel(tmp_path):
+    report.learning_curves(lines(), tmp_path / "new" / "curves.png", title="run")
+    size = Image.open(tmp_path / "new" / "curves.png").size
+    assert size[0] >= 1000
+    assert pixels_of(tmp_path / "new" / "curves.png", report.BLUE) > 1000
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["curves.png"]  # no temporary file stays
+
+
+def test_evaluations_are_shares_with_the_best_first():
+    rows = [{"step": 1, "val/top1": 0.2, "val/top5": 0.6, "val/loss": 2.0, "update_ratio/head": 0.5, "loss": 0.4}]
+    assert report._shares(rows) == ["val/top5", "val/top1"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 1, "loss": float("nan"), "lr": 0.0}],
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("inf")}, {"step": 3, "loss": 1.0}],
+        [{"step": 5, "val/top1": 0.5}],
+    ],
+)
+def test_odd_runs_still_give_a_picture(tmp_path, rows):
+    report.learning_curves(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_losses_that_are_not_finite_are_marked(tmp_path):
+    rows = [{"step": s, "loss": 2.0 - s / 100} for s in range(100)]
+    report.learning_curves(rows, tmp_path / "a.png", panels={"loss": ["loss"]})
+    rows[50]["loss"] = float("nan")
+    report.learning_curves(rows, tmp_path / "b.png", panels={"loss": ["loss"]})
+    assert pixels_of(tmp_path / "a.png", report.RED) == 0
+    assert pixels_of(tmp_path / "b.png", report.RED) > 10
+
+
+def test_the_running_mean_steps_over_holes():
+    values = np.full(90, 3.0)
+    values[40] = np.nan
+    np.testing.assert_allclose(report._running_mean(values), 3.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_wrong_predictions_are_marked(tmp_path, channels):
+    images = np.full((6, 12, 16, channels), 128, np.uint8)
+    labels = np.array([0, 1, 0, 1, 0, 1], np.int32)
+    report.predictions(images, labels, labels, ["cat", "dog"], tmp_path / "right.png", "test")
+    report.predictions(images, labels, [0, 1, 1, 1, 0, 1], ["cat", "dog"], tmp_path / "wrong.png", "test")
+    assert pixels_of(tmp_path / "right.png", report.RED) == 0
+    assert pixels_of(tmp_path / "right.png", report.GREEN) > 500
+    assert pixels_of(tmp_path / "wrong.png", report.RED) > 500
+
+
+def test_captions_say_what_it_is_and_stay_even():
+    assert report._captions([3, 1], [8, 1], None) == ["✗ 8, is 3", "✓ 1"]
+    names = ["tench", "electric ray with a long name"]
+    assert report._captions([0, 1], [1, 1], names) == ["✗ electric ray wi…\nis tench", "✓ electric ray wi…\n"]
+
+
+def test_unequal_counts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 images, 1 labels"):
+        report.predictions(np.zeros((2, 4, 4, 3), np.uint8), [0], [0, 1], None, tmp_path / "x.png", "")
