@@ -5,6 +5,12 @@ The doors (`main`, `bench`, …) print that line and exit with the class's code;
 and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a value, a path, a file. Exit code 2: do not requeue."""
@@ -33,3 +39,21 @@ class TrainingError(UserError):
 
 
 PREEMPTED = 75  # EX_TEMPFAIL: the state is saved; a scheduler should start the same command again.
+INTERRUPTED = 130  # as shells report Ctrl-C
+
+
+def door(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a program's `main` so that errors for people are one line on stderr and an exit code."""
+
+    @functools.wraps(main)
+    def run(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"visionfm_jax: error: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("visionfm_jax: interrupted", file=sys.stderr, flush=True)
+            return INTERRUPTED
+
+    return run

@@ -1,10 +1,9 @@
 """What a run is made of: nested, typed dataclasses with units, rules and derived quantities.
 
-The classes are not frozen, because flags write into them; `Config.validate` is called once after that,
+The classes are not frozen, because flags write into them, and their annotations are no strings, because flags read
+their types; `Config.validate` is called once after that,
 and nothing changes a configuration afterwards. Derived quantities are properties, never stored.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ class SourceConfig:
     kind: str = "tfds"  # a name in `data.sources.SOURCES`
     path: str = ""  # a directory or file; for `bundled`, the name of the set
     split: str = "train"
-    weight: float = 1.0  # share of this source in a mixture, relative to the others
+    weight: float = 1.0  # share of this source in a mixture, relative to the others'
     image_key: str = "image"
     label_key: str = "label"
 
@@ -288,10 +287,14 @@ def _problems(c: Config) -> list[Problem]:
 def _length_problems(c: Config) -> list[Problem]:
     out: list[Problem] = []
     if bool(c.train.steps) == bool(c.train.epochs):
-        out.append(("train.steps", c.train.steps, "exactly one of train.steps and train.epochs is set", "set the other to 0"))
+        out.append(
+            ("train.steps", c.train.steps, "exactly one of train.steps and train.epochs is set", "set the other to 0")
+        )
     elif c.train.epochs and c.data.num_examples < 1:
         rule = f"is needed by train.epochs = {c.train.epochs:g}"
-        out.append(("data.num_examples", c.data.num_examples, rule, "set the number of training images, or train.steps"))
+        out.append(
+            ("data.num_examples", c.data.num_examples, rule, "set the number of training images, or train.steps")
+        )
     elif c.total_steps < 1:
         out.append(("train.epochs", c.train.epochs, "gives not one step", "raise it, or set train.steps"))
     elif c.optim.warmup_steps >= c.total_steps:
@@ -304,9 +307,9 @@ def _source_problems(c: Config) -> list[Problem]:
     out: list[Problem] = []
     if not c.data.train:
         out.append(("data.train", (), "needs at least one source", "add a SourceConfig"))
-    elif not sum(s.weight for s in c.data.train) > 0 or min(s.weight for s in c.data.train) < 0:
+    elif not min(s.weight for s in c.data.train) > 0:
         weights = tuple(s.weight for s in c.data.train)
-        out.append(("data.train[].weight", weights, "must be >= 0 and sum to more than 0", "set 1.0 each"))
+        out.append(("data.train[].weight", weights, "must each be positive", "set 1.0, or remove the source"))
     named = [(f"data.train[{i}]", s) for i, s in enumerate(c.data.train)]
     named += [(f"evals[{i}].source", e.source) for i, e in enumerate(c.evals)]
     for name, s in named:
@@ -326,15 +329,34 @@ def _device_problems(c: Config, devices: int, hosts: int) -> list[Problem]:
     if devices % c.parallel.replicas:
         fits = [r for r in range(1, devices + 1) if devices % r == 0]
         near = min(fits, key=lambda r: abs(r - c.parallel.replicas))
-        out.append(("parallel.replicas", c.parallel.replicas, f"must divide the {devices} devices", f"the nearest is {near}"))
-    batches = [("train.batch_size", c.train.batch_size, devices * c.train.accumulate, f"{devices} devices x {c.train.accumulate} micro-batches")]
-    batches += [(f"evals[{i}].batch_size", e.batch_size or c.train.batch_size, devices, f"{devices} devices") for i, e in enumerate(c.evals)]
+        out.append(
+            ("parallel.replicas", c.parallel.replicas, f"must divide the {devices} devices", f"the nearest is {near}")
+        )
+    batches = [
+        (
+            "train.batch_size",
+            c.train.batch_size,
+            devices * c.train.accumulate,
+            f"{devices} devices x {c.train.accumulate} micro-batches",
+        )
+    ]
+    batches += [
+        (f"evals[{i}].batch_size", e.batch_size or c.train.batch_size, devices, f"{devices} devices")
+        for i, e in enumerate(c.evals)
+    ]
     for name, size, unit, what in batches:
         if size % unit:
             near = max(1, round(size / unit)) * unit
             out.append((name, size, f"must be a multiple of {unit} ({what})", f"the nearest is {near}"))
     if devices % hosts:
-        out.append(("parallel", c.parallel, f"{devices} devices must spread evenly over {hosts} hosts", "start as many per host"))
+        out.append(
+            (
+                "parallel",
+                c.parallel,
+                f"{devices} devices must spread evenly over {hosts} hosts",
+                "start as many per host",
+            )
+        )
     return out
 
 

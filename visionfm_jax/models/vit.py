@@ -46,7 +46,9 @@ def size_of(config: ViTConfig) -> Size:
       ConfigError: no such size.
     """
     if config.size not in SIZES:
-        raise ConfigError(f"config.model.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them")
+        raise ConfigError(
+            f"config.model.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
+        )
     return SIZES[config.size]
 
 
@@ -83,9 +85,7 @@ class ViT(nn.Module):
         """Images (B, H, W, 3), normalised, to logits (B, C), fp32."""
         config, size = self.config, size_of(self.config)
         x = self.tokens(images)
-        block = Block(
-            size.heads, size.mlp, self.dtype, config.attention, config.remat == "attention", parent=None
-        )
+        block = Block(size.heads, size.mlp, self.dtype, config.attention, config.remat == "attention", parent=None)
         x = scan_blocks(self, block, size.depth, x, prepare=self.prepare, remat=config.remat)
         norm = layer_norm(jnp.float32, "norm")
         x = norm(x[:, 0]) if config.pool == "cls" else norm(x.mean(1, dtype=jnp.float32))

@@ -229,9 +229,7 @@ class Zero:
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def accumulate_gradients(
-    micro: Callable[[dict], tuple[dict, Tree]], batch: dict, accumulate: int
-) -> tuple[dict, Tree]:
+def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict, accumulate: int) -> tuple[dict, Tree]:
     """Per-sample outputs in batch order and the fp32 sum of gradients over `accumulate` micro-batches.
 
     Args:

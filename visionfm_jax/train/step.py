@@ -29,6 +29,7 @@ class Trainer:
       shardings: where each part of the state is stored.
       init: () -> state, laid out.
       step: (state, batch) -> (state, metrics); consumes the state it is given.
+      predict: (params, evaluation batch) -> the task's predictions, `label` and `mask`, for all rows on every host.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -46,8 +47,12 @@ class Trainer:
             out_shardings=(self.shardings, NamedSharding(mesh, WHOLE)),
             donate_argnums=0,
         )
+
+        def predict(params: Any, rows: dict) -> dict:
+            return {**self.task.predict(params, rows), "label": rows["label"], "mask": rows["mask"]}
+
         self.predict = jax.jit(
-            lambda params, batch: self.zero.apply(self.task.predict, params, batch),
+            lambda params, batch: self.zero.apply(predict, params, batch),
             in_shardings=(self.shardings.params, rows),
             out_shardings=NamedSharding(mesh, WHOLE),
         )

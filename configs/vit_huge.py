@@ -1,0 +1,71 @@
+"""ViT-H/14 on ImageNet-21K: 659 M parameters, fully sharded, bf16, global batch 2048, 300 epochs.
+
+    python -m visionfm_jax.main --config=configs/vit_huge.py --config.data.train[0].path=/data/imagenet21k
+    python -m visionfm_jax.main --config=configs/vit_huge.py:tiny
+
+The label space is a field: 21,841 classes (Fall 2011), 19,167 (Winter 2021) or 10,450 (ImageNet-21K-P). The data is
+a TFDS directory in ArrayRecord format; for class folders set config.data.train[0].kind=folder.
+
+`tiny` is the same recipe on the bundled emoji of nine groups, small enough for two CPU cores.
+"""
+
+from visionfm_jax.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    ClassificationConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    ParallelConfig,
+    SourceConfig,
+    TelemetryConfig,
+    TrainConfig,
+    ViTConfig,
+)
+from visionfm_jax.config.load import variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
+
+
+def full() -> Config:
+    return Config(
+        name="vit_huge",
+        model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", attention="cudnn", remat="dots"),
+        task=ClassificationConfig(num_classes=21_841, label_smoothing=0.1),
+        data=DataConfig(
+            train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split="train"),),
+            num_examples=14_197_122,  # ImageNet Fall 2011
+            augment=AugmentConfig(crop_scale=(0.08, 1.0), flip=True, jitter=(0.4, 0.4, 0.4, 0.1)),
+            workers=12,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=10_000, final_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=2048, epochs=300, precision="bf16"),
+        checkpoint=CheckpointConfig(every_steps=5000, every_minutes=60, keep_last=2),
+    )
+
+
+def tiny() -> Config:
+    emoji = SourceConfig(kind="bundled", path="twemoji", split="test")
+    return Config(
+        name="vit_huge_tiny",
+        model=ViTConfig(size="P", patch_size=8, image_size=48, pool="gap", remat="dots"),
+        task=ClassificationConfig(num_classes=9, label_smoothing=0.1),
+        data=DataConfig(
+            train=(
+                SourceConfig(kind="bundled", path="twemoji", split="train", weight=1.0),
+                SourceConfig(kind="bundled", path="noto", split="train", weight=1.0),
+            ),
+            augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=False, jitter=(0.4, 0.4, 0.4, 0.1)),
+            threads=2,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=64, steps=600, precision="bf16"),
+        checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
+        evals=(EvalConfig(name="concepts", source=emoji, every_steps=200),),
+        telemetry=TelemetryConfig(log_every=10),
+    )

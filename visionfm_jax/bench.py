@@ -1,0 +1,109 @@
+"""Time the training step on synthetic data: `python -m visionfm_jax.bench --config=FILE.py[:VARIANT] …`.
+
+Takes the configuration words of `main`, and --steps=N (default 20), --warmup=N (default 3). Prints one JSON line.
+Needs only jax, flax, optax, chex, einops and absl-py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from visionfm_jax.config import Config, load
+from visionfm_jax.errors import UserError, door
+from visionfm_jax.parallel.mesh import BATCH, make_mesh
+from visionfm_jax.parallel.targets import peak_flops
+from visionfm_jax.train.step import Trainer
+
+
+def synthetic_batch(trainer: Trainer) -> dict[str, jax.Array]:
+    """Random rows of the shapes and types that the task's loader gives, laid out on the mesh."""
+    spec = trainer.task.batch_spec(trainer.config.train.batch_size)
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        high = {"image": 256}  # everything else counts from 0: labels, tokens
+        return {k: jax.random.randint(key, s.shape, 0, high.get(k, 2)).astype(s.dtype) for k, s in spec.items()}
+
+    return jax.jit(make, out_shardings=NamedSharding(trainer.mesh, BATCH))(jax.random.key(0))
+
+
+def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
+    """Compile and run the real step; seconds are wall-clock, the device always has a step queued.
+
+    Args:
+      config: as for training; its data is not opened.
+      steps: timed ones.
+      warmup: untimed ones before.
+
+    Returns:
+      The figures of the JSON line, with units in their names.
+    """
+    config.validate_devices(jax.device_count(), jax.process_count())
+    trainer = Trainer(config, make_mesh(config.parallel.replicas))
+    state, batch = trainer.init(), synthetic_batch(trainer)
+    began = time.perf_counter()
+    compiled = trainer.step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+
+    marks, previous = [], None
+    for _ in range(warmup + steps + 1):
+        state, metrics = compiled(state, batch)
+        if previous is not None:
+            jax.block_until_ready(previous)
+        marks.append(time.perf_counter())
+        previous = metrics["loss"]
+    seconds = np.diff(marks[warmup:])
+    if not np.isfinite(float(metrics["grad_norm"])):
+        raise UserError("the step gives a non-finite gradient; a figure for it would mean nothing")
+
+    rate = config.train.batch_size / seconds.mean()
+    tflops = trainer.task.step_flops / seconds.mean() / trainer.mesh.size / 1e12
+    device = jax.devices()[0]
+    peak, stats = peak_flops(device.device_kind), device.memory_stats() or {}
+    return {
+        "config": config.name,
+        "device": device.device_kind,
+        "devices": trainer.mesh.size,
+        "jax": jax.__version__,
+        "batch_size": config.train.batch_size,
+        "accumulate": config.train.accumulate,
+        "precision": config.train.precision,
+        "stage": config.parallel.stage,
+        "attention": config.model.attention,
+        "remat": config.model.remat,
+        "images_per_s": round(rate, 3),
+        "tflops_per_device": round(tflops, 4),
+        "mfu": round(tflops * 1e12 / peak, 4) if peak else None,
+        "step_ms": {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 3) for q in (10, 50, 90, 99)},
+        "compile_s": round(compile_seconds, 2),
+        "peak_gib_measured": round(stats["peak_bytes_in_use"] / 2**30, 3) if "peak_bytes_in_use" in stats else None,
+        "peak_gib_compiled": round(memory.peak_memory_in_bytes / 2**30, 3) if memory else None,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(prog="python -m visionfm_jax.bench", description=__doc__)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before")
+    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="and --config.FIELD=VALUE, as for main")
+    if any(word in ("-h", "--help") for word in argv):
+        parser.parse_args(["--help"])
+    config, rest = load.from_arguments(argv)
+    arguments = parser.parse_args(rest)
+    if arguments.steps < 1 or arguments.warmup < 1:
+        raise UserError("--steps and --warmup must be at least 1")
+    print(json.dumps(measure(config, arguments.steps, arguments.warmup)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(door(main)(sys.argv[1:]))

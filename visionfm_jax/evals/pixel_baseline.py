@@ -1,0 +1,77 @@
+"""Logistic regression on the raw pixels of the same split: what a model must beat to have learned anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.loader import eval_loader
+from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.errors import DataError
+from visionfm_jax.evals.subject import Predict
+
+MAX_PIXELS = 2**31  # training pixels held in memory: a quarter of this host's would be too much for a baseline
+ITERATIONS = 200
+PENALTY = 1.0  # on the squared weights, beside the summed loss: the usual default
+
+
+class PixelBaseline:
+    """The `evals.registry.Eval` that ignores the model: top-1 share of multinomial logistic regression (L-BFGS)."""
+
+    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
+        del host, hosts  # every host computes the same
+        self.config, self.run_config = config, run
+        self.train = [open_source(s) for s in run.data.train]
+        self.test = open_source(config.source)
+        pixels = sum(map(len, self.train)) * run.model.image_size**2 * 3
+        if pixels > MAX_PIXELS:
+            raise DataError(
+                f"evals {config.name!r}: {pixels:,} training pixels are too many for a baseline; remove the eval"
+            )
+
+    def run(self, predict: Predict, folder: Path) -> dict[str, float]:
+        """Fit on the training images without augmentation, score on the held-out ones."""
+        pairs = [self._pixels(s) for s in self.train]
+        x, y = (jnp.concatenate(parts) for parts in zip(*pairs, strict=True))
+        weights = fit(x, y, self.run_config.task.num_classes)
+        test_x, test_y = self._pixels(self.test)
+        return {"top1": float((scores(weights, test_x).argmax(-1) == test_y).mean())}
+
+    def _pixels(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
+        size = self.run_config.model.image_size
+        batches = eval_loader(
+            source, image_size=size, batch_size=256, host=0, hosts=1, threads=self.run_config.data.threads
+        )
+        rows = [(b["image"][b["mask"] > 0], b["label"][b["mask"] > 0]) for b in batches]
+        images, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        return images.reshape(len(images), -1).astype(np.float32) / 255, labels
+
+
+def scores(weights: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+    """Logits (B, C) of pixels (B, D)."""
+    return x @ weights[0] + weights[1]
+
+
+def fit(x: jax.Array, y: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
+    """Weights (D, C) and biases (C,) from pixels (B, D) and labels (B,)."""
+
+    def objective(w: tuple[jax.Array, jax.Array]) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(scores(w, x), y)
+        return (losses.sum() + PENALTY / 2 * (w[0] ** 2).sum()) / len(y)
+
+    solver = optax.lbfgs()
+    start = (jnp.zeros((x.shape[1], classes)), jnp.zeros((classes,)))
+
+    def iterate(carry, _):
+        w, state = carry
+        value, grad = optax.value_and_grad_from_state(objective)(w, state=state)
+        updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=objective)
+        return (optax.apply_updates(w, updates), state), None
+
+    (weights, _), _ = jax.jit(lambda c: jax.lax.scan(iterate, c, length=ITERATIONS))((start, solver.init(start)))
+    return weights

@@ -1,0 +1,42 @@
+"""Which evals a configuration asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.evals.classification import ClassificationEval
+from visionfm_jax.evals.pixel_baseline import PixelBaseline
+from visionfm_jax.evals.subject import Predict
+
+
+class Eval(Protocol):
+    """A measurement; construction opens its data and refuses what cannot work, before training starts."""
+
+    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int): ...
+    def run(self, predict: Predict, folder: Path) -> dict[str, float]: ...
+
+
+EVALS: dict[str, type[Eval]] = {
+    "classification": ClassificationEval,
+    "pixel_baseline": PixelBaseline,
+}
+
+
+def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
+    """The evals of `run.evals` by name.
+
+    Raises:
+      ConfigError: an unknown kind.
+      DataError: a dataset that cannot serve.
+    """
+    out = {}
+    for i, config in enumerate(run.evals):
+        if config.kind not in EVALS:
+            raise ConfigError(
+                f"config.evals[{i}].kind = {config.kind!r}: must be one of {', '.join(EVALS)}; set it to one"
+            )
+        out[config.name] = EVALS[config.kind](config, run, host, hosts)
+    return out

@@ -1,0 +1,224 @@
+"""Train: `python -m visionfm_jax.main --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE …]`.
+
+Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 74 a
+checkpoint cannot be written or read · 75 stopped by SIGTERM with the state saved: start the same command again ·
+130 stopped by Ctrl-C with the state saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from visionfm_jax.config import Config, EvalConfig, load
+from visionfm_jax.data.loader import DamageLog, train_loader
+from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.errors import CheckpointError, DataError, door
+from visionfm_jax.evals.registry import Eval, make_evals
+from visionfm_jax.parallel import cluster
+from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.telemetry.monitor import RunMonitor
+from visionfm_jax.telemetry.report import learning_curves, predictions
+from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.train.checkpoint import Checkpoints, load_weights
+from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.loop import Hooks, train
+from visionfm_jax.train.state import TrainState
+from visionfm_jax.train.step import Trainer
+from visionfm_jax.train.timing import SaveTimer, StopSignal
+
+_CONFIG = load.define_flag()
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where no scheduler tells")
+_PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are, with --coordinator")
+_PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0, with --coordinator")
+
+
+def run(config: Config) -> int:
+    """Train as `config` says, to the end or to a signal; returns the exit code."""
+    host, hosts = jax.process_index(), jax.process_count()
+    config.validate_devices(jax.device_count(), hosts)
+    sources = [open_source(s) for s in config.data.train]
+    check_sources(config, sources)
+    evals = make_evals(config, host, hosts)
+    mesh = make_mesh(config.parallel.replicas)
+    trainer = Trainer(config, mesh)
+
+    with RunFolder(config, owner=host == 0) as folder:
+        checkpoints = Checkpoints(folder.path, config.checkpoint)
+        state, origin = starting_state(trainer, checkpoints)
+        start = int(state.step)
+        say(describe(trainer, origin))
+        damage = DamageLog(
+            sources,
+            config.data.max_damaged,
+            batch_size=config.train.batch_size,
+            start_step=start,
+            host=host,
+            hosts=hosts,
+        )
+        stop = StopSignal()
+        with (
+            RunMonitor(config, folder.path, start) as monitor,
+            train_loader(
+                config.data, image_size=config.model.image_size, batch_size=config.train.batch_size,
+                seed=config.seed, start_step=start, host=host, hosts=hosts, sources=sources,
+            ) as batches,
+        ):  # fmt: skip
+            hooks = Hooks(
+                monitor=monitor,
+                eval_due=lambda step: bool(due_evals(config, step)),
+                evaluate=lambda step, state: evaluate(trainer, evals, step, state, folder.path),
+                stop_requested=stop,
+                save_due=SaveTimer(config),
+                describe=lambda batch, rows: describe_rows(sources, batch, rows),
+                batch_seen=damage.see,
+            )
+            state, finished = train(trainer, state, batches, checkpoints, hooks)
+        checkpoints.close()
+        damage.finish()
+        if host == 0:
+            say(summary(folder.path, config, evals))
+    return 0 if finished else stop.exit_code
+
+
+def check_sources(config: Config, sources: Sequence[Source]) -> None:
+    """Refuse data that does not fit the head, or is not of the size the schedule counts on.
+
+    Raises:
+      DataError: with what to set instead.
+    """
+    for source in sources:
+        if source.num_classes > config.task.num_classes:
+            raise DataError(
+                f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "
+                f"{config.task.num_classes}; set it to {source.num_classes}"
+            )
+    records = sum(map(len, sources))
+    if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
+        raise DataError(f"{sources[0].name} has {records} records; set config.data.num_examples={records}")
+
+
+def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainState, str]:
+    """The first that there is: own run folder, `resume`, `weights`, scratch; and its name for people.
+
+    Raises:
+      CheckpointError: it is named or there, but cannot be used.
+    """
+    config = trainer.config.checkpoint
+    if (step := checkpoints.latest()) is not None:
+        return checkpoints.restore(trainer.shapes, trainer.shardings), f"step {step} of its own folder"
+    if config.resume:
+        other = Checkpoints(config.resume, config, read_only=True)
+        if (step := other.latest()) is None:
+            raise CheckpointError(
+                f"config.checkpoint.resume = {config.resume!r}: holds no checkpoint; name a run folder"
+            )
+        return other.restore(trainer.shapes, trainer.shardings), f"step {step} of {config.resume}"
+    state = trainer.init()
+    if config.weights:
+        params = load_weights(config.weights, trainer.shapes.params, trainer.shardings.params)
+        ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+        return state.replace(params=params, ema=ema), f"the weights of {config.weights}"
+    return state, f"scratch, seed {trainer.config.seed}"
+
+
+def due_evals(config: Config, step: int) -> list[EvalConfig]:
+    """Those to run after `step`: at the last step all."""
+    last = step == config.total_steps
+    return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
+
+
+def evaluate(trainer: Trainer, evals: dict[str, Eval], step: int, state: TrainState, folder: Path) -> dict[str, float]:
+    """The metrics, as NAME/METRIC, of every eval that is due after `step`; with the averaged weights if kept."""
+    weights = state.params if state.ema is None else state.ema
+
+    def predict(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch)))
+
+    scores = {}
+    for config in due_evals(trainer.config, step):
+        measured = evals[config.name].run(predict, folder)
+        scores |= {f"{config.name}/{k}": v for k, v in measured.items()}
+    return scores
+
+
+def describe(trainer: Trainer, origin: str) -> str:
+    """What is about to happen, for people."""
+    config, mesh = trainer.config, trainer.mesh
+    count = sum(p.size for p in jax.tree.leaves(trainer.shapes.params))
+    kind = jax.devices()[0].device_kind
+    return "\n".join(
+        [
+            f"{config.name}: {count:,} parameters on {mesh.size} x {kind}, mesh {dict(mesh.shape)}, "
+            f"ZeRO stage {config.parallel.stage}, {config.train.precision}",
+            load.describe(config),
+            f"  starts from      {origin}",
+            f"  run folder       {config.folder}",
+        ]
+    )
+
+
+def describe_rows(sources: Sequence[Source], batch: dict[str, np.ndarray], rows: np.ndarray) -> str:
+    """Which samples the rows of a global batch are: their index in it and, on their own host, their keys."""
+    local, first = len(batch["record"]), len(batch["record"]) * jax.process_index()
+    names = []
+    for row in rows[:8]:
+        at = int(row) - first
+        source = sources[batch["source"][at]] if 0 <= at < local else None
+        names.append(f"row {row}" + (f" = {source.name} {source.key(int(batch['record'][at]))}" if source else ""))
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return "samples " + ", ".join(names) + more
+
+
+def summary(folder: Path, config: Config, evals: dict[str, Eval]) -> str:
+    """Draw the pictures of a run; the last scores and where everything lies, for people."""
+    metrics = read_metrics(folder)
+    if not metrics:
+        return ""
+    learning_curves(metrics, folder / "learning_curves.png")
+    pictures = [folder / "learning_curves.png"]
+    for name, eval_ in evals.items():
+        if pictured := getattr(eval_, "pictured", None):
+            pictures.append(folder / f"predictions_{name}.png")
+            predictions(
+                pictured["image"], pictured["label"], pictured["guess"], eval_.source.class_names,
+                pictures[-1], f"{config.name}: {name}",
+            )  # fmt: skip
+    last = {k: v for record in metrics for k, v in record.items() if k.partition("/")[0] in evals}
+    scores = [f"  {k:20} {v:.4f}" for k, v in last.items() if k.endswith(("top1", "top5", "loss"))]
+    return "\n".join([*scores, *(f"  picture              {p}" for p in pictures)])
+
+
+def say(text: str) -> None:
+    """Print on the first process."""
+    if jax.process_index() == 0 and text:
+        print(text, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The absl entry: start the cluster, then `run`."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting starts with --")
+    logging.set_verbosity(logging.WARNING)
+    config = load.from_flag(_CONFIG)
+    cluster.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    return run(config)
+
+
+def cli() -> None:
+    """Check the words of the command line in plain language, then hand over to absl."""
+    words = sys.argv[1:]
+    if not any(w.lstrip("-").startswith("help") for w in words):
+        code = door(load.check_arguments)(words)
+        if code:
+            sys.exit(code)
+    app.run(door(main))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,58 @@
+"""Everything that watches a run, as the one object the training loop talks to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import jax
+
+from visionfm_jax.config import Config
+from visionfm_jax.parallel.targets import peak_flops
+from visionfm_jax.telemetry.progress import Progress
+from visionfm_jax.telemetry.watchdog import Watchdog
+from visionfm_jax.telemetry.writers import MetricWriter
+
+
+class RunMonitor:
+    """Files and progress bar on the first process, a watchdog on every one."""
+
+    def __init__(self, config: Config, folder: Path, start: int):
+        first, telemetry = jax.process_index() == 0, config.telemetry
+        self.peak = peak_flops(jax.devices()[0].device_kind)
+        self.writer = MetricWriter(folder, start_step=start, tensorboard=telemetry.tensorboard) if first else None
+        self.progress = Progress(config.total_steps, start, enabled=first and telemetry.progress)
+        self.watchdog = Watchdog(
+            telemetry.stuck_minutes, process=jax.process_index(), processes=jax.process_count(), folder=folder
+        )
+
+    def step_done(self, step: int) -> None:
+        """The device has finished `step`."""
+        self.watchdog.beat(step)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write scalars; those of training steps also move the progress bar."""
+        if "tflops_per_device" in metrics:
+            mfu = metrics["tflops_per_device"] * 1e12 / self.peak if self.peak else None
+            metrics = metrics if mfu is None else {**metrics, "mfu": mfu}
+            shown = {k: metrics[k] for k in ("loss", "images_per_s", "tflops_per_device", "data_wait")}
+            self.progress.update(step, mfu=mfu, **shown)
+        if self.writer:
+            self.writer.write(step, metrics)
+
+    def note(self, text: str) -> None:
+        """A line above the progress bar."""
+        self.progress.note(text)
+
+    def close(self) -> None:
+        """Flush files, free the terminal, end the watch."""
+        self.watchdog.close()
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

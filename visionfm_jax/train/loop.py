@@ -1,0 +1,179 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from visionfm_jax.errors import TrainingError
+from visionfm_jax.parallel.mesh import to_global
+from visionfm_jax.train.checkpoint import Checkpoints
+from visionfm_jax.train.state import TrainState
+from visionfm_jax.train.step import Trainer
+
+# How many steps the host runs ahead of the device: reading a step's outcome then never leaves the device idle.
+LAG = 2
+# Skipped steps in a row after which `on_nonfinite="skip"` gives up: the weights themselves are the cause by then.
+MAX_SKIPPED = 50
+
+
+class Monitor(Protocol):
+    """What a person sees; `telemetry.monitor` has the real one."""
+
+    def step_done(self, step: int) -> None:
+        """The device has finished `step`."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Scalars of `step`, among them loss, images_per_s and data_wait."""
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+
+
+@dataclasses.dataclass
+class Hooks:
+    """What the loop calls and does not know: all of it handed in by the door."""
+
+    monitor: Monitor
+    eval_due: Callable[[int], bool]  # whether any eval is due after this many steps
+    evaluate: Callable[[int, TrainState], dict[str, float]]  # the metrics of those that are
+    stop_requested: Callable[[int], bool]  # asked on every host at every step: a signal has come
+    save_due: Callable[[int], bool]  # by steps or minutes, the same answer on every host
+    describe: Callable[[dict, np.ndarray], str]  # host batch, row numbers -> which samples they are
+    batch_seen: Callable[[dict], None]  # each host batch: counts damaged records
+
+
+@dataclasses.dataclass
+class _Pending:
+    step: int
+    metrics: dict[str, Any]
+    batch: dict[str, np.ndarray]
+
+
+def train(
+    trainer: Trainer, state: TrainState, batches: Iterator[dict], checkpoints: Checkpoints, hooks: Hooks
+) -> tuple[TrainState, bool]:
+    """Train from `state.step` to the end, or until a stop is requested; returns the state and whether it is the end.
+
+    Raises:
+      TrainingError: a non-finite loss or gradient, if the configuration says stop.
+      DataError, CheckpointError: from the loader and the checkpoints.
+    """
+    config, total = trainer.config, trainer.config.total_steps
+    fields = trainer.task.batch_spec(1).keys()
+    start = saved = int(state.step)
+    window = _Window(trainer, hooks)
+
+    for step in range(start, total):
+        with window.waiting_for_data():
+            batch = next(batches)
+        hooks.batch_seen(batch)
+        state, metrics = trainer.step(state, to_global(trainer.mesh, {k: batch[k] for k in fields}))
+        window.add(_Pending(step, metrics, batch))
+
+        done = step + 1
+        scores: dict[str, float] = {}
+        if hooks.eval_due(done):
+            window.settle(0)
+            scores = hooks.evaluate(done, state)
+            hooks.monitor.log(done, scores)
+            window.restart_clock()
+        stop = hooks.stop_requested(done)
+        if stop or done == total or hooks.save_due(done) or config.checkpoint.best_metric in scores:
+            window.settle(0)
+            checkpoints.save(done, state, scores)
+            saved = done
+        if stop:
+            break
+
+    window.settle(0)
+    checkpoints.wait()
+    finished = saved == total
+    if not finished:
+        hooks.monitor.note(f"stopped after step {saved}: the state is saved, the same command continues from there")
+    return state, finished
+
+
+class _Window:
+    """Steps the device may still be busy with, and the averages of the current logging interval."""
+
+    def __init__(self, trainer: Trainer, hooks: Hooks):
+        self.trainer, self.hooks = trainer, hooks
+        self.pending: collections.deque[_Pending] = collections.deque()
+        self.skipped = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.losses: list[float] = []
+        self.began, self.waited = time.monotonic(), 0.0
+
+    def waiting_for_data(self) -> _Waiting:
+        return _Waiting(self)
+
+    def add(self, item: _Pending) -> None:
+        self.pending.append(item)
+        self.settle(LAG)
+
+    def settle(self, lag: int) -> None:
+        """Wait for all but the last `lag` steps, and account for them."""
+        while len(self.pending) > lag:
+            item = self.pending.popleft()
+            loss, finite = jax.device_get((item.metrics["loss"], item.metrics["finite"]))
+            self.hooks.monitor.step_done(item.step + 1)
+            if finite:
+                self.losses.append(float(loss))
+                self.skipped = 0
+            else:
+                self._not_finite(item)
+            if (item.step + 1) % self.trainer.config.telemetry.log_every == 0:
+                self._log(item)
+
+    def _log(self, item: _Pending) -> None:
+        scalars = {k: float(v) for k, v in jax.device_get(item.metrics).items() if np.ndim(v) == 0 and k != "finite"}
+        seconds = time.monotonic() - self.began
+        config = self.trainer.config
+        steps = len(self.losses) or 1
+        scalars |= {
+            "loss": float(np.mean(self.losses)) if self.losses else float("nan"),
+            "images_per_s": steps * config.train.batch_size / seconds,
+            "tflops_per_device": steps * self.trainer.task.step_flops / seconds / self.trainer.mesh.size / 1e12,
+            "data_wait": self.waited / seconds,
+        }
+        self.hooks.monitor.log(item.step + 1, scalars)
+        self.restart_clock()
+
+    def _not_finite(self, item: _Pending) -> None:
+        """Name the step, the first bad tensor and the samples; stop or go on as configured."""
+        metrics = jax.device_get(item.metrics)
+        paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)]
+        bad = [p for p, n in zip(paths, metrics["gradient_norms"], strict=True) if not np.isfinite(n)]
+        rows = np.flatnonzero(~np.isfinite(metrics["losses"]))
+        where = (
+            f"first in the gradient of {bad[0]} ({len(bad)} of {len(paths)} tensors)" if bad else "in the loss alone"
+        )
+        who = self.hooks.describe(item.batch, rows) if len(rows) else "no single sample: every loss is finite"
+        values = f"loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
+        text = f"step {item.step}: {values}: not finite, {where}; {who}"
+        self.skipped += 1
+        if self.trainer.config.train.on_nonfinite == "stop":
+            raise TrainingError(f'{text}; config.train.on_nonfinite="skip" would leave such steps out')
+        if self.skipped > MAX_SKIPPED:
+            raise TrainingError(f"{text}; {self.skipped} steps in a row were skipped: lower config.optim.lr")
+        self.hooks.monitor.note(f"skipped {text}")
+
+
+@dataclasses.dataclass
+class _Waiting:
+    window: _Window
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.window.waited += time.monotonic() - self.began

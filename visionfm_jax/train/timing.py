@@ -1,0 +1,67 @@
+"""When to stop and when to save: decisions that every host must take alike."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from visionfm_jax.config import Config
+from visionfm_jax.errors import INTERRUPTED, PREEMPTED
+
+
+class StopSignal:
+    """SIGTERM (a scheduler's notice) and Ctrl-C ask for a saved state and an end; a second Ctrl-C ends at once.
+
+    With several hosts the notice may reach one of them only: JAX's preemption service then agrees on a step.
+    """
+
+    def __init__(self) -> None:
+        self.several = jax.process_count() > 1
+        self.received: int | None = None
+        if not self.several:  # else the service has its own handler
+            signal.signal(signal.SIGTERM, self._receive)
+            signal.signal(signal.SIGINT, self._receive)
+
+    def _receive(self, number: int, _: object) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop after `step`; asked on every host at every step."""
+        if self.several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that was stopped and saved."""
+        return INTERRUPTED if self.received == signal.SIGINT else PREEMPTED
+
+
+class SaveTimer:
+    """Whether a checkpoint is due, by steps or by minutes."""
+
+    def __init__(self, config: Config):
+        self.every_steps = config.checkpoint.every_steps
+        self.every_seconds = config.checkpoint.every_minutes * 60
+        self.look_every = config.telemetry.log_every  # hosts' clocks differ: asking the first one costs a message
+        self.last = time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Whether to save after `step`; asked on every host at every step, with one answer."""
+        if self.every_steps and step % self.every_steps == 0:
+            self.last = time.monotonic()
+            return True
+        if not self.every_seconds or step % self.look_every:
+            return False
+        due = np.asarray(time.monotonic() - self.last >= self.every_seconds)
+        if jax.process_count() > 1:
+            due = multihost_utils.broadcast_one_to_all(due)
+        if due:
+            self.last = time.monotonic()
+        return bool(due)
