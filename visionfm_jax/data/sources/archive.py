@@ -47,7 +47,7 @@ class ArchiveSource:
         if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
             rule = f"give {shape[0]} integers, one an image"
             raise self._bad(f"{config.label_key!r} is {labels.dtype} {labels.shape}", rule)
-        self._labels = labels.astype(np.int32)
+        self._labels = labels = labels.astype(np.int64)
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(map(str, names))
         highest = int(labels.max(initial=-1))
         self.num_classes = len(self.class_names) if self.class_names else highest + 1

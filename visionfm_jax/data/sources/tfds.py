@@ -31,7 +31,7 @@ class TfdsSource:
             (config.label_key, "label_key", tfds.features.ClassLabel),
         ):
             if key not in features or not isinstance(features[key], kind):
-                fit = [k for k in features if isinstance(features[k], kind)]
+                fit = sorted(k for k in features if isinstance(features[k], kind))
                 rule = f"set {name} to one of {', '.join(fit)}" if fit else "use another dataset"
                 raise DataError(f"{self.name}: no feature {key!r} of type {kind.__name__}; {rule}")
         label = features[config.label_key]

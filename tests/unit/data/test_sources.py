@@ -1,0 +1,367 @@
+"""Datasets of each kind: what records hold, and the one line that bad input gets."""
+
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources import SOURCES, open_source
+from visionfm_jax.errors import DataError
+
+
+def jpeg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """Ten and four JPEG pictures; written without TensorFlow, because they are handed over encoded."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, **kwargs):
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "mask": tfds.features.Image(encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+            "number": np.int64,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(10), "test": self._generate_examples(4)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            files = {"image": io.BytesIO(jpeg(20 * i)), "mask": io.BytesIO(jpeg(0))}
+            yield i, files | {"label": i % 2, "number": i}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tfds")
+    Tiny(data_dir=folder).download_and_prepare()
+    return folder
+
+
+@pytest.fixture
+def tiny(written, tmp_path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "tfds"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """PATH/SPLIT/CLASS/FILE; val lacks a class, and another folder lies beside the splits."""
+    files = {
+        "train/ant/b.JPEG": 1, "train/ant/a.jpg": 2, "train/bee/c.png": 3, "train/cow/d.webp": 4,
+        "val/bee/x.jpg": 5, "val/cow/y.jpg": 6, "notes/drafts/z.jpg": 7,
+    }  # fmt: skip
+    root = tmp_path / "pictures"
+    for name, value in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(value))
+    (root / "train/ant/readme.txt").write_text("no image")
+    (root / "train/ant/._a.jpg").write_text("left by a file manager")
+    (root / "train/.cache").mkdir()
+    return root
+
+
+@pytest.fixture
+def archives(tmp_path) -> Path:
+    root = tmp_path / "arrays"
+    root.mkdir()
+    images = np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3)
+    np.savez(root / "train.npz", image=images, label=np.array([0, 1, 2, 2, 1, 0]), class_names=["x", "y", "z"])
+    np.savez_compressed(root / "test.npz", image=images[:2, ..., 0], label=np.array([1, 0], np.uint8))
+    return root
+
+
+def opened(kind: str, path: Path, split: str = "train", **more):
+    return open_source(SourceConfig(kind=kind, path=str(path), split=split, **more))
+
+
+def error_of(kind: str, path: Path, split: str = "train", **more) -> str:
+    with pytest.raises(DataError) as error:
+        opened(kind, path, split, **more)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- TFDS ---
+
+
+@pytest.mark.parametrize("below", ["", "tiny", "tiny/1.0.0"])
+def test_tfds_path_is_the_version_or_above_it(written, below):
+    source = opened("tfds", written / below)
+    assert len(source) == 10
+    assert source.num_classes == 2
+    assert source.class_names == ("cat", "dog")
+
+
+def test_tfds_gives_the_bytes_that_were_written(written):
+    source = opened("tfds", written)
+    reds = []
+    for i in range(10):
+        record = source[i]
+        reds.append(round(np.asarray(Image.open(io.BytesIO(record["image"])))[..., 0].mean() / 20))
+        assert record["image"] == jpeg(20 * reds[-1])
+        assert record["label"] == reds[-1] % 2
+    assert sorted(reds) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"), [("train[:90%]", 9), ("train[8:]", 2), ("train[20%:]+test", 12), ("test", 4)]
+)
+def test_tfds_slices(written, split, rows):
+    whole, part = opened("tfds", written), opened("tfds", written, split)
+    assert len(part) == rows
+    by_key = {whole.key(i): whole[i] for i in range(10)}
+    for i in range(rows):
+        if "train" in part.key(i):
+            assert part[i] == by_key[part.key(i)]
+    assert len({part.key(i) for i in range(rows)}) == rows
+
+
+def test_tfds_never_imports_tensorflow(written, tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
+    code = (
+        "import sys, pickle; from visionfm_jax.data.sources import open_source\n"
+        "from visionfm_jax.config.schema import SourceConfig\n"
+        f"s = open_source(SourceConfig(kind='tfds', path={str(written)!r}))\n"
+        "print(len(pickle.loads(pickle.dumps(s))[0]['image']) > 0, 'tensorflow' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout.split() == ["True", "False"], run.stderr
+
+
+def test_other_kinds_do_not_import_tfds():
+    code = (
+        "import sys; from visionfm_jax.data.sources import open_source\n"
+        "from visionfm_jax.config.schema import SourceConfig\n"
+        "open_source(SourceConfig(kind='bundled', path='digits')); print('tensorflow_datasets' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_tfds_errors(tiny):
+    version = tiny / "tiny/1.0.0"
+    assert "no split 'val'; the splits are train, test" in error_of("tfds", tiny, "val")
+    assert "the splits are train, test" in error_of("tfds", tiny, "train+dev")
+    assert "cannot parse the split; write TFDS's slices" in error_of("tfds", tiny, "train[:x]")
+    assert "the split holds no record" in error_of("tfds", tiny, "train[:0%]")
+    message = error_of("tfds", tiny, image_key="picture")
+    assert message.endswith("no feature 'picture' of type Image; set image_key to one of image, mask")
+    assert "'number' of type ClassLabel; set label_key to one of label" in error_of("tfds", tiny, label_key="number")
+    shutil.copytree(version, tiny / "tiny/2.0.0")
+    assert "holds 2 datasets; set path to one of" in error_of("tfds", tiny)
+    (record_file,) = version.glob("*train*")
+    record_file.unlink()
+    assert f"{record_file} is missing; copy the whole directory again" in error_of("tfds", version)
+    (version / "features.json").write_text("{")
+    assert "1.0.0 is damaged (" in error_of("tfds", version)
+
+
+def test_tfds_in_tfrecord_format_gets_the_command_that_converts_it(tiny):
+    info = tiny / "tiny/1.0.0/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    message = error_of("tfds", tiny)
+    assert "the files are in tfrecord format, which has no random access" in message
+    assert "tfds convert_format" in message
+    assert "--out_file_format=array_record" in message
+
+
+@pytest.mark.parametrize("size", [0, 0.5])
+def test_tfds_file_cut_short_is_an_os_error_that_names_the_record(tiny, size):
+    (path,) = tiny.glob("tiny/1.0.0/*train*")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * size)])
+    with pytest.raises(OSError, match=r"tiny-train\.array_record-00000-of-00001\[3\]: "):
+        opened("tfds", tiny)[3]
+
+
+# --- class folders ---
+
+
+def test_folder_is_sorted_by_class_and_name(folder):
+    source = opened("folder", folder)
+    keys = [source.key(i) for i in range(len(source))]
+    assert keys == ["ant/a.jpg", "ant/b.JPEG", "bee/c.png", "cow/d.webp"]
+    assert [source[i]["label"] for i in range(4)] == [0, 0, 1, 2]
+    assert source[1]["image"] == jpeg(1)
+    assert source.class_names == ("ant", "bee", "cow")
+
+
+def test_folder_split_that_lacks_a_class_keeps_the_labels(folder):
+    source = opened("folder", folder, "val")
+    assert source.class_names == ("ant", "bee", "cow")
+    assert [source[i]["label"] for i in range(2)] == [1, 2]
+
+
+def test_folder_without_splits(folder):
+    source = opened("folder", folder / "val", "")
+    assert source.class_names == ("bee", "cow")
+    assert source.key(1) == "cow/y.jpg"
+
+
+def test_folder_keeps_names_that_are_no_utf8(folder):
+    name = os.path.join(os.fsencode(folder / "val/cow"), b"\xff.jpg")
+    try:
+        Path(os.fsdecode(name)).write_bytes(jpeg(9))
+    except OSError:  # a file system that only takes UTF-8
+        return
+    assert opened("folder", folder, "val")[2]["image"] == jpeg(9)
+
+
+def test_folder_file_that_vanished_is_an_os_error(folder):
+    source = opened("folder", folder)
+    (folder / "train/ant/a.jpg").unlink()
+    with pytest.raises(OSError, match=r"a\.jpg"):
+        source[0]
+
+
+def test_folder_errors(folder, tmp_path):
+    assert "no split 'dev'; the splits are notes, train, val" in error_of("folder", folder, "dev")
+    assert "found class folders of images; set kind='folder' and split to one of notes, train, val" in error_of(
+        "folder", folder, ""
+    )
+    assert "expected PATH/SPLIT/CLASS/FILE, found class folders of images; set kind='folder' and split=''" in error_of(
+        "folder", folder / "train"
+    )
+    flat = tmp_path / "flat"
+    shutil.copytree(folder / "train/bee", flat)
+    assert "found images without class folders; sort them into PATH/SPLIT/CLASS/" in error_of("folder", flat, "")
+
+
+# --- NumPy archives ---
+
+
+def test_archive_of_colour_and_grey(archives):
+    train, test = opened("numpy", archives), opened("numpy", archives, "test")
+    assert (len(train), train.num_classes, train.class_names) == (6, 3, ("x", "y", "z"))
+    assert (len(test), test.num_classes, test.class_names) == (2, 2, None)
+    assert train[5]["image"].shape == (4, 5, 3)
+    assert (test[1]["image"].shape, test[1]["image"].dtype) == ((4, 5, 1), np.uint8)
+    np.testing.assert_array_equal(test[1]["image"][..., 0], train[1]["image"][..., 0])
+    assert [train[i]["label"] for i in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert train.key(2) == "train.npz[2]"
+
+
+def test_archive_file_is_a_source_without_splits(archives):
+    assert len(opened("numpy", archives / "train.npz", "")) == 6
+    assert "a single .npz file has no splits; set split=''" in error_of("numpy", archives / "train.npz", "train")
+
+
+def test_archive_is_read_by_one_thread_and_not_pickled(archives):
+    source = opened("numpy", archives)
+    with ThreadPoolExecutor(4) as pool:
+        bases = {id(image["image"].base) for image in pool.map(source.__getitem__, [0, 1, 2, 3] * 4)}
+    assert len(bases) == 1
+    assert source._images is not None
+    assert pickle.loads(pickle.dumps(source))._images is None
+
+
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"image": np.zeros((3, 4, 4), np.float32), "label": np.zeros(3, int)}, "'image' is float32 (3, 4, 4); give uint8"),
+    ({"image": np.zeros((3, 3, 4, 5), np.uint8), "label": np.zeros(3, int)}, "'image' is uint8 (3, 3, 4, 5); give"),
+    ({"image": np.zeros((3, 4, 4), np.uint8), "label": np.zeros(2, int)}, "'label' is int64 (2,); give 3 integers"),
+    ({"image": np.zeros((3, 4, 4), np.uint8), "label": np.zeros(3)}, "'label' is float64 (3,); give 3 integers"),
+    ({"image": np.zeros((3, 4, 4), np.uint8)}, "holds no array 'label' but image; set label_key"),
+    ({"x": np.zeros((3, 4, 4), np.uint8), "y": np.zeros(3)}, "holds no array 'image' but x, y; set image_key"),
+    ({"image": np.zeros((2, 4, 4), np.uint8), "label": np.array([0, -1])}, "'label' runs from -1 to 0; give labels"),
+    (
+        {"image": np.zeros((2, 4, 4), np.uint8), "label": np.array([0, 2]), "class_names": ["a", "b"]},
+        "'label' runs from 0 to 2; give labels from 0 to 1",
+    ),
+    ({"image": np.zeros((0, 4, 4), np.uint8), "label": np.zeros(0, int)}, "holds no record"),
+])  # fmt: skip
+def test_archive_errors(tmp_path, arrays, message):
+    np.savez(tmp_path / "train.npz", **arrays)
+    assert message in error_of("numpy", tmp_path)
+
+
+def test_archive_that_is_damaged(tmp_path):
+    path = tmp_path / "train.npz"
+    images = np.random.default_rng(0).integers(0, 256, (100, 64, 64), dtype=np.uint8)
+    np.savez(path, image=images, label=np.zeros(100, int))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(images[90].tobytes(), images[91].tobytes()))
+    source = opened("numpy", path, "")  # which does not read so far
+    with pytest.raises(DataError, match=r"train\.npz is damaged \(Bad CRC-32 .*\); write it again with np\.savez"):
+        source[0]
+    path.write_bytes(content[:1000])
+    assert "train.npz is no readable .npz file" in error_of("numpy", path, "")
+
+
+# --- all kinds ---
+
+
+def test_unknown_kind_lists_the_kinds():
+    assert error_of("webdataset", Path("x")) == (
+        "source kind 'webdataset' does not exist; the kinds are tfds, folder, numpy, bundled"
+    )
+
+
+@pytest.mark.parametrize("kind", ["tfds", "folder", "numpy"])
+def test_path_missing_or_empty(kind, tmp_path):
+    assert f"the path does not exist (but {tmp_path} does)" in error_of(kind, tmp_path / "no/where")
+    assert "the path is empty" in error_of(kind, tmp_path)
+    (tmp_path / "train.npz").touch()
+    assert "the path is empty" in error_of(kind, tmp_path / "train.npz")
+
+
+def test_another_format_is_recognised_and_its_kind_named(written, folder, archives, tmp_path):
+    assert "found a TFDS directory; set kind='tfds'" in error_of("folder", written)
+    assert "found a TFDS directory; set kind='tfds'" in error_of("numpy", written)
+    assert "set kind='folder' and split to one of notes, train, val" in error_of("tfds", folder)
+    assert "set kind='folder' and split to one of notes, train, val" in error_of("numpy", folder)
+    assert "found a folder of .npz files; set kind='numpy'" in error_of("tfds", archives)
+    assert "found an .npz file; set kind='numpy' and split=''" in error_of("folder", archives / "test.npz")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/00000.tar").write_bytes(b"x")
+    assert "found tar files; unpack them" in error_of("folder", tmp_path / "shards")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose/tiny-train.array_record-00000-of-00001").write_bytes(b"x")
+    assert "record files without dataset_info.json; copy the whole" in error_of("tfds", tmp_path / "loose")
+    (tmp_path / "song.mp3").write_bytes(b"x")
+    assert "found a .mp3 file" in error_of("numpy", tmp_path / "song.mp3")
+
+
+def _first(source) -> tuple[int, str, int]:
+    return len(source), source.key(1), source[1]["label"]
+
+
+def test_every_kind_travels_to_worker_processes(written, folder, archives):
+    sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
+    sources.append(open_source(SourceConfig(kind="bundled", path="digits")))
+    assert len(sources) == len(SOURCES)
+    expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(_first, sources) == expected
+
+
+def test_index_outside_is_an_index_error(written, folder, archives):
+    for source in (opened("tfds", written), opened("folder", folder), opened("numpy", archives)):
+        for index in (-1, len(source)):
+            with pytest.raises(IndexError, match=f"record {index} of {len(source)}"):
+                source[index]
+            with pytest.raises(IndexError):
+                list(source)[index + 2 * len(source)]
