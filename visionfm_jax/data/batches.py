@@ -53,6 +53,7 @@ class HostBatches(grain.MapDataset):
         self._threads = threads
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None, "_lock": None}  # threads do not travel to worker processes
@@ -79,7 +80,8 @@ class HostBatches(grain.MapDataset):
         return sum(self._local * int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self._spec.values())
 
     def close(self) -> None:
-        """End the threads; rows not yet started are dropped."""
+        """End the threads after the row that each is at; the batches that they leave unfinished are nobody's."""
+        self._closed = True
         with self._lock:
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
@@ -91,6 +93,8 @@ class HostBatches(grain.MapDataset):
 
         def work() -> None:
             for r in todo:  # shared: whoever is free takes the next row
+                if self._closed:
+                    return
                 for key, value in rows[first + r].items():
                     batch[key][r] = value
 

@@ -1,0 +1,161 @@
+"""Images per second of one core: a Pillow pipeline, our decode functions in a bare loop, and our whole loader.
+
+    python benchmarks/input_pipeline.py            # scikit-learn must be installed: its two photographs are cut up
+
+All three take random resized crops to 224 of the same JPEG files; Pillow and the bare loop read them from memory, the
+loader from disk. The repetitions are interleaved, so that a slow moment of the machine meets all of them; printed are
+medians, the ratios, and one line of JSON. Ratios come twice: of wall time, right on an idle machine, and of the
+process's CPU time, which leaves out what other programs take of the core (and would leave out waiting, too).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+
+import cv2
+import numpy as np
+import simplejpeg
+from absl import app, flags
+from PIL import Image
+
+from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
+from visionfm_jax.data import loader, transforms
+from visionfm_jax.data.sources import open_source
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("sizes", ["500x375", "1024x768"], "Width x height of the JPEG files, pixels.")
+flags.DEFINE_integer("quality", 90, "Of the JPEG files, with 4:2:0 subsampling.", 1, 100)
+flags.DEFINE_integer("files", 64, "Files of each size.", 2)
+flags.DEFINE_integer("batches", 4, "Batches of each repetition.", 1)
+flags.DEFINE_integer("batch_size", 64, "Images of a batch.", 1)
+flags.DEFINE_integer("repeats", 7, "Interleaved repetitions.", 1)
+flags.DEFINE_integer("threads", 2, "Reader threads of the loader.", 1)
+flags.DEFINE_integer("core", -1, "Core to run on; -1: the last of those allowed.")
+
+SIZE = 224
+LINKS = (
+    64  # names of every file: below a few thousand records Grain's index shuffle is slow, and no dataset is so small
+)
+SCALE = (0.08, 1.0)
+
+
+def photographs(width: int, height: int, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Windows (height, width, 3) of two photographs at their full sharpness, mirrored where they are too small."""
+    from sklearn.datasets import load_sample_images
+
+    for i, photo in zip(range(count), load_sample_images().images * count, strict=False):
+        down, across = -(-2 * height // photo.shape[0]), -(-2 * width // photo.shape[1])
+        mosaic = np.pad(photo, ((0, down * photo.shape[0]), (0, across * photo.shape[1]), (0, 0)), "symmetric")
+        top = int(rng.integers(mosaic.shape[0] - height))
+        left = int(rng.integers(mosaic.shape[1] - width))
+        window = mosaic[top : top + height, left : left + width]
+        yield np.ascontiguousarray(window[:, ::-1] if i % 4 > 1 else window)
+
+
+def pillow_loop(files: list[bytes], count: int) -> None:
+    """`count` crops by Pillow, with antialiased bilinear resizing."""
+    for i in range(count):
+        image = Image.open(io.BytesIO(files[i % len(files)])).convert("RGB")
+        draws = np.random.default_rng(i).random((transforms.CROP_TRIES, 4))
+        top, left, h, w = transforms.random_box(draws, image.height, image.width, SCALE)
+        box = (left, top, left + w, top + h)
+        np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
+
+
+def bare_loop(files: list[bytes], count: int) -> None:
+    """`count` crops by our decode functions."""
+    for i in range(count):
+        transforms.train_image(files[i % len(files)], SIZE, SCALE, np.random.default_rng(i))
+
+
+def clocks() -> np.ndarray:
+    """(2,) seconds: wall, CPU of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def timed(run: Callable[[list[bytes], int], None], files: list[bytes], count: int) -> np.ndarray:
+    """(2,) images per second of wall and of CPU time."""
+    start = clocks()
+    run(files, count)
+    return count / (clocks() - start)
+
+
+def timed_loader(folder: pathlib.Path, repeat: int) -> np.ndarray:
+    """As `timed`, of the whole loader once it runs: its consumer never works, so nothing is held ready."""
+    config = SourceConfig(kind="folder", path=str(folder), split="train")
+    data = DataConfig(train=(config,), augment=AugmentConfig(crop_scale=SCALE), threads=FLAGS.threads)
+    others = threading.active_count()
+    arguments = {"image_size": SIZE, "batch_size": FLAGS.batch_size, "seed": repeat, "start_step": 0}
+    with loader.train_loader(data, **arguments, host=0, hosts=1, sources=[open_source(config)]) as batches:
+        for _ in range(2):
+            next(batches)
+        start = clocks()
+        for _ in range(FLAGS.batches):
+            next(batches)
+        seconds = clocks() - start
+    while threading.active_count() > others:  # its threads end after the image they are at
+        time.sleep(0.001)
+    return FLAGS.batches * FLAGS.batch_size / seconds
+
+
+def measure(folder: pathlib.Path, name: str) -> dict[str, float | str]:
+    """Medians for files of one size."""
+    width, height = map(int, name.split("x"))
+    files = []
+    for i, photo in enumerate(photographs(width, height, FLAGS.files, np.random.default_rng(0))):
+        files.append(simplejpeg.encode_jpeg(photo, FLAGS.quality, colorsubsampling="420"))
+        path = folder / name / "train" / f"class{i % 2}" / f"{i:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files[-1])
+        for link in range(1, LINKS):
+            os.link(path, path.with_name(f"{i:04}_{link:02}.jpg"))
+    count = FLAGS.batches * FLAGS.batch_size
+    pillow, bare, whole = [], [], []
+    for repeat in range(FLAGS.repeats):
+        pillow.append(timed(pillow_loop, files, count))
+        bare.append(timed(bare_loop, files, count))
+        whole.append(timed_loader(folder / name, repeat))
+    rates = {"pillow": np.array(pillow), "bare": np.array(bare), "loader": np.array(whole)}  # (repeats, 2)
+    result: dict[str, float | str] = {"jpeg": name, "file_kb": round(statistics.mean(map(len, files)) / 1e3, 1)}
+    result |= {k: round(float(np.median(v[:, 0])), 1) for k, v in rates.items()}
+    for over, under in (("loader", "pillow"), ("bare", "pillow"), ("loader", "bare")):
+        wall, cpu = np.median(rates[over] / rates[under], axis=0)
+        result |= {f"{over}/{under}": round(float(wall), 3), f"{over}/{under} cpu": round(float(cpu), 3)}
+    print("  ".join(f"{k} {v}" for k, v in result.items()), flush=True)
+    return result
+
+
+def main(argv: list[str]) -> None:
+    """Measure every size and print the JSON line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores) if FLAGS.core < 0 else FLAGS.core})
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        results = [measure(pathlib.Path(folder), name) for name in FLAGS.sizes]
+    packages = ("numpy", "grain", "pillow", "simplejpeg", "opencv-python-headless")
+    print(
+        json.dumps({
+            "benchmark": "input_pipeline",
+            "unit": "images/s on one core",
+            "results": results,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            **{p: version(p) for p in packages},
+        })
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    app.run(main)
