@@ -249,10 +249,10 @@ def _problems(c: Config) -> list[Problem]:
             out.append((name, value, f"must be at least {least}", f"set it to {least} or more"))
     for name, value, low, high in (
         ("optim.b1", c.optim.b1, 0, 1), ("optim.b2", c.optim.b2, 0, 1), ("optim.ema", c.optim.ema, 0, 1),
-        ("task.label_smoothing", c.task.label_smoothing, 0, 1), ("data.max_damaged", c.data.max_damaged, 0, 1.0001),
+        ("task.label_smoothing", c.task.label_smoothing, 0, 1), ("data.max_damaged", c.data.max_damaged, 0, 1),
     ):  # fmt: skip
         if not low <= value < high:
-            out.append((name, value, f"must lie in [{low}, {high:g})", "set a value in that range"))
+            out.append((name, value, f"must lie in [{low}, {high})", "set a value in that range"))
     if not 0 < c.optim.layer_decay <= 1:
         out.append(("optim.layer_decay", c.optim.layer_decay, "must lie in (0, 1]", "set 1 for no layer decay"))
     if not c.optim.lr > 0:
@@ -286,6 +286,8 @@ def _problems(c: Config) -> list[Problem]:
 
 def _length_problems(c: Config) -> list[Problem]:
     out: list[Problem] = []
+    if c.train.batch_size < 1:  # told already, and no length follows from it
+        return out
     if bool(c.train.steps) == bool(c.train.epochs):
         out.append(
             ("train.steps", c.train.steps, "exactly one of train.steps and train.epochs is set", "set the other to 0")

@@ -18,7 +18,7 @@ PICTURED = 64
 class ClassificationEval:
     """The `evals.registry.Eval` of labelled images: loss in nats, top1 and top5 as shares.
 
-    After a run, `pictured` holds the first images with label, best guess and its probability.
+    After a run, `pictured` holds the first images with label and best guess.
     """
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
@@ -35,6 +35,7 @@ class ClassificationEval:
         """Scores over the whole source, each record once."""
         totals = dict.fromkeys(("loss", "top1", "top5"), 0.0)
         count = 0.0
+        self.pictured = {}
         for batch in self._batches():
             out = predict(batch)
             hits = out["top"] == out["label"][:, None]
@@ -65,5 +66,4 @@ class ClassificationEval:
             "image": batch["image"][:n],
             "label": out["label"][:n],
             "guess": out["top"][:n, 0],
-            "probability": out["probability"][:n, 0],
         }

@@ -43,7 +43,6 @@ class Attention(nn.Module):
     heads: int
     dtype: jnp.dtype
     implementation: str
-    recompute: bool  # in the backward pass, from q, k and v
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,12 +50,7 @@ class Attention(nn.Module):
         qkv = checkpoint_name(nn.Dense(3 * D, dtype=self.dtype, name="qkv")(x), "qkv")
         q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.heads, D // self.heads), 2, 0)
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, self.implementation)
-
-        if self.recompute:
-            attend = jax.checkpoint(attend, prevent_cse=False)
-        y = checkpoint_name(attend(q, k, v).reshape(B, T, D), "attention")
+        y = checkpoint_name(attention(q, k, v, self.implementation).reshape(B, T, D), "attention")
         return checkpoint_name(nn.Dense(D, dtype=self.dtype, name="out")(y), "projection")
 
 
@@ -77,16 +71,21 @@ def _save_all(prim, *_, **__) -> bool:
     return prim.name != "all_gather"
 
 
-def _save_named(prim, *args, **params) -> bool:
+def _save_all_but_attention(prim, *inputs, **params) -> bool:
+    # Inside a block only attention works on arrays of rank 4: its (B, N, T, T) logits and weights.
+    return _save_all(prim) and all(a.ndim < 4 for a in inputs)
+
+
+def _save_named(prim, *inputs, **params) -> bool:
     # The attention primitive (cuDNN) is saved by its kind: its softmax statistics carry no name, and without
     # them the backward pass would run the forward kernel again.
     named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-    return "dot_product_attention" in prim.name or named(prim, *args, **params)
+    return "dot_product_attention" in prim.name or named(prim, *inputs, **params)
 
 
 POLICIES = {
     "none": _save_all,
-    "attention": _save_all,  # with `Attention.recompute`
+    "attention": _save_all_but_attention,
     "dots": _save_named,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

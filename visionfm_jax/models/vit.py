@@ -59,12 +59,11 @@ class Block(nn.Module):
     mlp: int
     dtype: jnp.dtype
     attention: str
-    recompute_attention: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = layer_norm(self.dtype, "ln1")(x)
-        x = x + Attention(self.heads, self.dtype, self.attention, self.recompute_attention, name="attn")(y)
+        x = x + Attention(self.heads, self.dtype, self.attention, name="attn")(y)
         return x + Mlp(self.mlp, self.dtype, name="mlp")(layer_norm(self.dtype, "ln2")(x))
 
 
@@ -85,7 +84,7 @@ class ViT(nn.Module):
         """Images (B, H, W, 3), normalised, to logits (B, C), fp32."""
         config, size = self.config, size_of(self.config)
         x = self.tokens(images)
-        block = Block(size.heads, size.mlp, self.dtype, config.attention, config.remat == "attention", parent=None)
+        block = Block(size.heads, size.mlp, self.dtype, config.attention, parent=None)
         x = scan_blocks(self, block, size.depth, x, prepare=self.prepare, remat=config.remat)
         norm = layer_norm(jnp.float32, "norm")
         x = norm(x[:, 0]) if config.pool == "cls" else norm(x.mean(1, dtype=jnp.float32))

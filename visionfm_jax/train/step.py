@@ -88,7 +88,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
         for group, update in updates.items():
-            ratio = optax.global_norm(update) / (optax.global_norm(state.params[group]) + 1e-12)
+            ratio = optax.tree.norm(update) / (optax.tree.norm(state.params[group]) + 1e-12)
             metrics[f"update_ratio/{group}"] = ratio
 
         new = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)

@@ -1,0 +1,110 @@
+import dataclasses
+
+import pytest
+
+from visionfm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from visionfm_jax.errors import ConfigError
+
+
+def good() -> Config:
+    return Config(
+        name="t",
+        data=DataConfig(train=(SourceConfig(path="x"),), num_examples=1000),
+        optim=OptimConfig(warmup_steps=2),
+        train=TrainConfig(batch_size=64, accumulate=2, epochs=2),
+        evals=(EvalConfig(name="val", source=SourceConfig(path="y")),),
+    )
+
+
+def test_derived_quantities():
+    config = good()
+    config.validate()
+    assert config.steps_per_epoch == 1000 / 64
+    assert config.total_steps == 31
+    assert config.micro_batch == 32
+    assert config.warmup_share == 2 / 31
+    assert config.folder == "runs/t"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.image_size", 230, ["multiple of model.patch_size = 14", "nearest is 224"]),
+        ("model.pool", "map", ["gap, cls"]),
+        ("model.remat", "some", ["none, attention, dots, full"]),
+        ("parallel.stage", 4, ["3, 2, 1, 0"]),
+        ("train.batch_size", 63, ["multiple of train.accumulate = 2", "nearest is 64"]),
+        ("train.steps", 5, ["exactly one"]),
+        ("train.precision", "fp8", ["bf16, fp32"]),
+        ("optim.lr", 0.0, ["positive"]),
+        ("optim.lr", float("nan"), ["positive"]),
+        ("optim.final_lr", 1.0, ["must not exceed optim.lr"]),
+        ("optim.warmup_steps", 31, ["below the run's 31 steps"]),
+        ("optim.layer_decay", 0.0, ["(0, 1]"]),
+        ("data.num_examples", 0, ["train.epochs = 2"]),
+        ("data.train", (), ["at least one source"]),
+        ("data.max_damaged", -0.1, ["[0, 1)"]),
+        ("checkpoint.keep_best", 1, ["checkpoint.best_metric"]),
+        ("checkpoint.best_metric", "test/top1", ["['val']"]),
+        ("task.label_smoothing", 1.0, ["[0, 1)"]),
+        ("seed", -1, ["at least 0"]),
+    ],
+)
+def test_a_broken_rule_names_field_value_rule_and_remedy(name, value, words):
+    config = good()
+    holder = config
+    *parents, leaf = name.split(".")
+    for part in parents:
+        holder = getattr(holder, part)
+    setattr(holder, leaf, value)
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    text = str(error.value)
+    assert f"config.{parents[0] if parents else leaf}" in text
+    for word in words:
+        assert word in text
+    assert ";" in text  # the remedy
+
+
+def test_all_problems_are_told_at_once():
+    config = good()
+    config.optim.b1, config.model.pool = -1.0, "x"
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_source_without_path_weights_and_twin_evals():
+    config = good()
+    config.data.train = (SourceConfig(path="", weight=0.0),)
+    config.evals = (config.evals[0], dataclasses.replace(config.evals[0]))
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    assert "data.train[0].path" in str(error.value)
+    assert "data.train[].weight" in str(error.value)
+    assert "must be unique" in str(error.value)
+
+
+def test_resume_and_weights_exclude_each_other():
+    config = good()
+    config.checkpoint = CheckpointConfig(resume="a", weights="b")
+    with pytest.raises(ConfigError, match="excludes"):
+        config.validate()
+
+
+def test_devices_name_the_nearest_batch_and_mesh():
+    config = good()
+    config.validate_devices(8)
+    with pytest.raises(ConfigError, match=r"multiple of 6 \(3 devices x 2 micro-batches\); the nearest is 66"):
+        config.validate_devices(3)
+    config.parallel.replicas = 3
+    with pytest.raises(ConfigError, match=r"must divide the 8 devices; the nearest is 2"):
+        config.validate_devices(8)

@@ -1,0 +1,109 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from visionfm_jax.config import ViTConfig
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.models.attention import attention
+from visionfm_jax.models.vit import SIZES, ViT, forward_flops
+
+
+def small(**kwargs) -> ViTConfig:
+    return ViTConfig(size="P", image_size=28, patch_size=14, **kwargs)
+
+
+def init(model: ViT, size: int = 28):
+    return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+def shapes(config: ViTConfig, classes: int):
+    size = config.image_size
+    return jax.eval_shape(lambda: ViT(config, classes).init(jax.random.key(0), jnp.zeros((1, size, size, 3))))
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# Totals of the published models (timm, torchvision), with 1,000 classes and a class token.
+@pytest.mark.parametrize(
+    ("size", "patch", "total"),
+    [
+        ("Ti", 16, 5_717_416),
+        ("S", 16, 22_050_664),
+        ("B", 16, 86_567_656),
+        ("L", 16, 304_326_632),
+        ("H", 14, 632_045_800),
+    ],
+)
+def test_published_parameter_counts(size, patch, total):
+    assert count(shapes(ViTConfig(size=size, patch_size=patch, pool="cls"), 1000)) == total
+
+
+def test_every_size_has_whole_heads():
+    for size in SIZES.values():
+        assert size.width % size.heads == 0
+
+
+def test_unknown_size_lists_the_table():
+    with pytest.raises(ConfigError, match="P, Ti, S, B, L, H, g"):
+        shapes(ViTConfig(size="XXL"), 10)
+
+
+@pytest.mark.parametrize("pool", ["gap", "cls"])
+def test_logits_are_fp32_and_zero_at_initialisation(pool):
+    model = ViT(small(pool=pool), 10, jnp.bfloat16)
+    logits = model.apply(init(model), jax.random.normal(jax.random.key(1), (2, 28, 28, 3)))
+    chex.assert_shape(logits, (2, 10))
+    chex.assert_type(logits, jnp.float32)
+    np.testing.assert_array_equal(logits, 0)
+
+
+def test_rematerialisation_changes_memory_not_gradients():
+    images = jax.random.normal(jax.random.key(1), (4, 28, 28, 3))
+    params = init(ViT(small(), 10))
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    gradients, residuals = {}, {}
+    for remat in ("none", "attention", "dots", "full"):
+        model = ViT(small(remat=remat), 10)
+
+        def loss(params, images, model=model):
+            return jnp.sum(model.apply(params, images) ** 2)
+
+        gradients[remat] = jax.jit(jax.grad(loss))(params, images)
+        saved = jax.eval_shape(lambda p, loss=loss: jax.vjp(lambda q: loss(q, images), p)[1], params)
+        residuals[remat] = sum(np.prod(r.shape) for r in jax.tree.leaves(saved))
+    for other in ("attention", "dots", "full"):
+        chex.assert_trees_all_close(gradients[other], gradients["none"], rtol=2e-5, atol=1e-5)
+    assert residuals["full"] < residuals["dots"] < residuals["attention"] < residuals["none"]
+
+
+def test_attention_is_softmax_of_scaled_products():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 8))
+    logits = np.einsum("btnk,bsnk->bnts", q, k) / np.sqrt(8)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = np.einsum("bnts,bsnk->btnk", weights / weights.sum(-1, keepdims=True), v)
+    chex.assert_trees_all_close(attention(q, k, v, "xla"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_forward_flops_by_hand():
+    # 2 x (patches·588·96 + 6 layers·(T·(4·96² + 2·96·384) + 2·T²·96) + 96·10), T = 4
+    expected = 2 * (4 * 588 * 96 + 6 * (4 * (4 * 96**2 + 2 * 96 * 384) + 2 * 16 * 96) + 96 * 10)
+    assert forward_flops(small(), 10) == expected
+    full = ViTConfig(size="H", patch_size=14, pool="cls")
+    assert 3 * forward_flops(full, 21_841) / 1e12 == pytest.approx(1.004, rel=1e-3)
+
+
+@pytest.mark.full_size
+def test_full_size_counts_and_compile_cost_do_not_grow_with_depth():
+    assert count(shapes(ViTConfig(size="H", pool="cls"), 21_841)) == 658_743_121
+    assert count(shapes(ViTConfig(size="H", pool="gap"), 21_841)) == 658_740_561
+    lines = {}
+    for size in ("S", "L"):  # 12 and 24 layers
+        config = ViTConfig(size=size, remat="dots")
+        images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        grad = jax.jit(jax.grad(lambda p, x, config=config: ViT(config, 10).apply(p, x).sum()))
+        lines[size] = len(grad.lower(shapes(config, 10), images).as_text().splitlines())
+    assert lines["L"] == lines["S"]

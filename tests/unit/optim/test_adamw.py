@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from visionfm_jax.config import OptimConfig
+from visionfm_jax.optim.adamw import decay_mask, layer_scales, make_optimizer, schedule, update_count
+
+PARAMS = {
+    "embed": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+    "pos_embed": jnp.ones((3, 6)),
+    "blocks": {"ln1": {"scale": jnp.ones((2, 6))}, "fc": {"kernel": jnp.ones((2, 6, 5)), "bias": jnp.ones((2, 5))}},
+    "norm": {"scale": jnp.ones(6)},
+    "head": {"kernel": jnp.ones((6, 3)), "bias": jnp.ones(3)},
+}
+
+
+def test_schedule_is_linear_then_cosine_to_the_floor():
+    lr = schedule(OptimConfig(lr=1.0, final_lr=0.1, warmup_steps=10), 110)
+    np.testing.assert_allclose(lr(0), 0.0)
+    np.testing.assert_allclose(lr(5), 0.5)
+    np.testing.assert_allclose(lr(10), 1.0)
+    np.testing.assert_allclose(lr(60), 0.1 + 0.9 / 2, rtol=1e-6)
+    np.testing.assert_allclose(lr(110), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(schedule(OptimConfig(lr=1.0, warmup_steps=0), 10)(0), 1.0)
+
+
+def test_decay_acts_on_matrices_alone():
+    assert decay_mask(PARAMS) == {
+        "embed": {"kernel": True, "bias": False},
+        "pos_embed": False,
+        "blocks": {"ln1": {"scale": False}, "fc": {"kernel": True, "bias": False}},
+        "norm": {"scale": False},
+        "head": {"kernel": True, "bias": False},
+    }
+
+
+def test_layer_scales_fall_towards_the_embedding():
+    scales = layer_scales(PARAMS, 0.5)
+    assert scales["head"]["kernel"] == scales["norm"]["scale"] == 1
+    np.testing.assert_allclose(scales["blocks"]["fc"]["kernel"].ravel(), [0.25, 0.5])
+    assert scales["blocks"]["fc"]["kernel"].shape == (2, 1, 1)
+    assert scales["embed"]["bias"] == scales["pos_embed"] == 0.125
+
+
+def test_first_update_by_hand():
+    config = OptimConfig(lr=0.1, warmup_steps=0, b1=0.9, b2=0.99, eps=0.0, weight_decay=0.5, clip_norm=0.0)
+    tx = make_optimizer(config, 1000)
+    state = tx.init(PARAMS)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), PARAMS)
+    updates, state = tx.update(grads, state, PARAMS)
+    # Adam's first step is the sign of the gradient; decay adds 0.5 x weight on matrices.
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.1 * (1 + 0.5), rtol=1e-5)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.1, rtol=1e-5)
+    assert update_count(state) == 1
+
+
+@pytest.mark.parametrize("norm", [1.0, 1e6])
+def test_clipping_is_by_global_norm(norm):
+    tx = make_optimizer(
+        OptimConfig(lr=1.0, warmup_steps=0, clip_norm=norm, weight_decay=0.0, b1=0.0, b2=0.0, eps=1.0), 10
+    )
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 2.0), PARAMS)
+    scale = min(1.0, norm / float(optax.tree.norm(grads)))
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["norm"]["scale"], -2 * scale / (2 * scale + 1), rtol=1e-5)

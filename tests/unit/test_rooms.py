@@ -1,0 +1,75 @@
+"""The house rules: who may import whom, and what must import on a bare GPU image."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "visionfm_jax"
+ROOMS = [
+    "errors",
+    "config",
+    "models",
+    "losses",
+    "optim",
+    "parallel",
+    "data",
+    "tasks",
+    "train",
+    "evals",
+    "interop",
+    "telemetry",
+]
+DOORS = ["main", "bench"]
+
+# optim reads the one rule for what a matrix is from parallel.zero; telemetry and evals serve the doors.
+EXCEPTIONS = {("optim", "parallel")}
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("visionfm_jax"):
+            parts = node.module.split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("visionfm_jax.")}
+    return names - {"__version__"}
+
+
+def test_every_file_imports_only_from_rooms_before_its_own():
+    files = [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE]
+    assert len(files) > 20
+    for path in files:
+        room = path.relative_to(PACKAGE).parts[0]
+        allowed = set(ROOMS[: ROOMS.index(room) + 1]) | {to for of, to in EXCEPTIONS if of == room}
+        assert imports(path) <= allowed, f"{path}: {imports(path) - allowed}"
+
+
+def test_no_room_imports_a_door():
+    for path in PACKAGE.rglob("*.py"):
+        assert not imports(path) & set(DOORS), path
+
+
+BARE = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"grain", "tensorflow_datasets", "ml_collections", "orbax", "array_record", "cv2",
+                                      "PIL", "simplejpeg", "matplotlib", "tensorboardX", "tqdm", "tensorflow", "torch"}:
+            raise ImportError(name + " is not on a bare GPU image")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_bench_runs_without_loader_and_checkpoint_packages():
+    program = BARE + (
+        "from visionfm_jax import bench\n"
+        "sys.exit(bench.main(['--config=configs/quickstart.py', '--config.train.batch_size=8', '--steps=2',"
+        " '--config.evals[0].batch_size=8', '--config.evals[1].batch_size=8', '--config.data.num_examples=4000']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"images_per_s"' in done.stdout
