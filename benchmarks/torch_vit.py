@@ -154,9 +154,10 @@ def torch_steps(args: argparse.Namespace, batch: int) -> dict[str, Any]:
     last = float(loss)  # waits for the device
     seconds = [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
     return {
-        "batch": batch, "images_per_second": batch / statistics.median(seconds), "step_seconds": sorted(seconds),
-        "first_step_seconds": first[1], "loss": [first[0], last], "parameters": sum(p.numel() for p in parameters),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "batch": batch, "images_per_s": batch / statistics.fmean(seconds),
+        "step_ms": [round(1e3 * s, 3) for s in seconds],
+        "first_step_s": first[1], "loss": [first[0], last], "parameters": sum(p.numel() for p in parameters),
+        "peak_gib_measured": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }  # fmt: skip
 
@@ -190,7 +191,7 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
         "parallel.stage": 0, "parallel.replicas": 1,
     }  # fmt: skip
     if args.peer == "cpu":
-        fields["model.remat"] = "none"
+        fields |= {"model.remat": "none", "model.attention": "xla"}
     flags = [f"--config.{k}={v}" for k, v in fields.items()]
     door = [args.jax_python, "-m", "visionfm_jax.bench", f"--config={args.config}", f"--steps={args.steps}"]
     return [*door, *flags, *args.ours]
@@ -204,19 +205,33 @@ def torch_command(args: argparse.Namespace, batch: int) -> list[str]:
     return [args.torch_python, str(Path(__file__).resolve()), *flags]
 
 
+def busy_seconds() -> tuple[float, float]:
+    """Processor seconds used so far by everybody, where the system tells, and by our halves."""
+    ours = os.times().children_user + os.times().children_system
+    if not Path("/proc/stat").exists():
+        return ours, ours
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), ours
+
+
 def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Run one half on the cores it may use; its last line of output, read as JSON.
+    """Run one half on the cores it may use; its last line of output, read as JSON, and `others_cpu`.
+
+    `others_cpu` is the share of the machine's processors that other programs used meanwhile.
 
     Raises:
       HalfFailed: it exited with an error (out of memory, mostly), took too long, or printed no JSON.
     """
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}  # as much memory as torch may take
+    if args.peer == "cpu":
+        env["JAX_PLATFORMS"] = "cpu"
     prefix = []
     if args.threads and hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))[: args.threads]
         # XLA takes its number of threads from the cores that it may run on.
         code = f"import os,sys; os.sched_setaffinity(0, {cores}); os.execvp(sys.argv[1], sys.argv[1:])"
         prefix = [sys.executable, "-c", code]
+    start, before = time.monotonic(), busy_seconds()
     try:
         done = subprocess.run(
             prefix + command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=args.timeout, check=False
@@ -226,7 +241,10 @@ def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     try:
         if done.returncode == 0:
-            return json.loads(lines[-1])
+            result = json.loads(lines[-1])
+            everybody, ours = (b - a for a, b in zip(before, busy_seconds(), strict=True))
+            seconds = (time.monotonic() - start) * (os.cpu_count() or 1)
+            return {**result, "others_cpu": round(max(0.0, everybody - ours) / seconds, 3)}
     except (IndexError, ValueError):
         pass
     said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-12:]
@@ -244,7 +262,7 @@ def best_batch(half: str, commands: dict[int, list[str]], args: argparse.Namespa
     rates, error = {}, None
     for batch, command in commands.items():
         try:
-            rates[batch] = run(command, args)["images_per_second"]
+            rates[batch] = run(command, args)["images_per_s"]
             say(f"sweep  {half:5s}  batch {batch:4d}  {rates[batch]:9.2f} images/s")
         except HalfFailed as e:
             error = e
@@ -264,7 +282,7 @@ def versions(python: str) -> dict[str, str]:
         "    except m.PackageNotFoundError: pass\n"
         "print(json.dumps(out))"
     )
-    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def machine() -> dict[str, Any]:
@@ -297,10 +315,12 @@ def main(argv: list[str]) -> None:
             except HalfFailed as e:
                 sys.exit(f"{half}, batch {best[half]}: {e}")
             rounds[half].append(result)
-            say(f"round {i + 1}  {half:5s}  batch {best[half]:4d}  {result['images_per_second']:9.2f} images/s")
-    rates = {h: [r["images_per_second"] for r in rounds[h]] for h in halves}
+            busy = f"  other programs used {result['others_cpu']:.0%} of the processors"
+            rate = f"{result['images_per_s']:9.2f} images/s{busy if result['others_cpu'] > 0.04 else ''}"
+            say(f"round {i + 1}  {half:5s}  batch {best[half]:4d}  {rate}")
+    rates = {h: [r["images_per_s"] for r in rounds[h]] for h in halves}
     summary: dict[str, Any] = {"benchmark": "torch_vit", "peer": args.peer, "batch": best}
-    summary["images_per_second"] = {h: statistics.median(rates[h]) for h in halves}
+    summary["images_per_s"] = {h: statistics.median(rates[h]) for h in halves}
     if not args.only:
         ratios = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
         summary |= {"ratio": statistics.median(ratios), "ratios": ratios}
