@@ -6,6 +6,7 @@ thread, the first batch comes sooner, and Grain's cost per element is paid once 
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import time
 import traceback
 import types
 from collections.abc import Iterator, Mapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -130,8 +132,9 @@ class Loader(Iterator[Batch]):
         self._batches = batches
         self._closed = False
         self._turn = 0
+        self._iters: list[Any] = []
         self._processes: list[Any] = []
-        self._first: list[concurrent.futures.Future] = []  # of each worker, while it starts
+        self._first: collections.deque[concurrent.futures.Future] = collections.deque()  # batch of each worker
         if workers:
             _check_shared_memory(batches.nbytes, workers, prefetch)
             self._iters = [_worker_iterator(batches, i, workers, prefetch) for i in range(workers)]
@@ -159,12 +162,13 @@ class Loader(Iterator[Batch]):
             raise StopIteration
         turn, self._turn = self._turn, self._turn + 1
         try:
-            if turn < len(self._first):
-                return self._first[turn].result()
+            if self._first:
+                return self._first.popleft().result()
             return next(self._iters[turn % len(self._iters)])
         except BaseException as error:
             died = [p.exitcode for p in self._processes if p.exitcode]
             self.close()
+            traceback.clear_frames(error.__traceback__)  # Grain's iterators complain when they outlive the modules
             if died and isinstance(error, RuntimeError):  # Grain's way to say it
                 raise DataError(
                     f"a worker process of the input pipeline died with exit code {died[0]}, most often for lack of "
@@ -179,7 +183,9 @@ class Loader(Iterator[Batch]):
         self._closed = True
         self._batches.close()
         if not self._processes:
-            self._iters[0].close()
+            for it in self._iters:
+                it.close()
+            self._iters = []
             return
         # Grain waits, without limit, for the batch that a worker is at: ask all at once, and kill who does not come.
         closing = [threading.Thread(target=it.close, name="close-loader", daemon=True) for it in self._iters]
@@ -192,6 +198,8 @@ class Loader(Iterator[Batch]):
             if process.is_alive():
                 process.kill()
             process.join()
+        self._first.clear()
+        self._iters = []
 
     def _start(self) -> None:
         """Start the worker processes now, and their first batches in the background.
@@ -202,6 +210,7 @@ class Loader(Iterator[Batch]):
         place meanwhile.
         """
         before = set(multiprocessing.active_children())
+        resource_tracker.ensure_running()  # unblocks the two signals where it is started
         main = sys.modules["__main__"]
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -242,7 +251,13 @@ def _worker_iterator(batches: HostBatches, worker: int, workers: int, prefetch: 
         flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and dies where no program has parsed them
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=prefetch)
-    return iter(batches[worker::workers].to_iter_dataset(ahead).mp_prefetch(process, worker_init_fn=_init_worker))
+    dataset = batches[worker::workers].to_iter_dataset(ahead).mp_prefetch(process, worker_init_fn=_init_worker)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(dataset.map(_own), prefetch_buffer_size=1))
+
+
+def _own(batch: Batch) -> Batch:
+    """Out of shared memory, which would live as long as anybody, a device too, holds the array."""
+    return {k: np.array(v, subok=False) for k, v in batch.items()}
 
 
 def _resolve(future: concurrent.futures.Future, batches: Iterator[Batch]) -> None:

@@ -1,0 +1,387 @@
+"""Order, crops and damage depend on (seed, sample index) only; and everything that was started ends."""
+
+import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
+from visionfm_jax.data import batches as batches_module
+from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
+from visionfm_jax.errors import DataError
+
+SIZE = 16
+
+
+class Pictures:
+    """Record i: a noisy picture of its own, as PNG; some are damaged."""
+
+    class_names = None
+
+    def __init__(self, length: int, name: str = "pictures", damaged: tuple[int, ...] = ()):
+        self.length, self.name, self.num_classes, self.damaged = length, name, length, damaged
+
+    def __len__(self) -> int:
+        return self.length
+
+    def key(self, index: int) -> str:
+        return f"{self.name}/{index}.png"
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        if index in self.damaged:
+            return {"image": b"junk", "label": index}
+        file = io.BytesIO()
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+        return {"image": file.getvalue(), "label": index}
+
+
+class Unreadable(Pictures):
+    def __getitem__(self, index: int) -> dict:
+        raise OSError(f"disk failure at {index}")
+
+
+def config(sources: int = 1, **changes) -> DataConfig:
+    return DataConfig(train=(SourceConfig(path="x"),) * sources, **{"threads": 2, **changes})
+
+
+def load(steps: int, sources=None, data=None, *, batch_size=8, seed=0, start_step=0, host=0, hosts=1) -> list[dict]:
+    sources = sources or [Pictures(13)]
+    arguments = {"batch_size": batch_size, "seed": seed, "start_step": start_step, "host": host, "hosts": hosts}
+    data = data or config(len(sources))
+    with train_loader(data, image_size=SIZE, sources=sources, **arguments) as loader:
+        return [{k: np.array(v) for k, v in next(loader).items()} for _ in range(steps)]
+
+
+def same(a: list[dict], b: list[dict]) -> bool:
+    assert len(a) == len(b)
+    return all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x | y)
+
+
+def joined(parts: list[list[dict]]) -> list[dict]:
+    return [{k: np.concatenate([p[k] for p in step]) for k in step[0]} for step in zip(*parts, strict=True)]
+
+
+def test_a_batch_has_the_promised_arrays():
+    (batch,) = load(1)
+    assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
+        "image": ("uint8", (8, SIZE, SIZE, 3)),
+        "label": ("int32", (8,)),
+        "source": ("int32", (8,)),
+        "record": ("int64", (8,)),
+        "damaged": ("int32", (8,)),
+    }
+    assert (batch["label"] == batch["record"]).all()
+    assert batch["image"].std() > 10
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_are_one_host(hosts):
+    sources, data = [Pictures(13), Pictures(7, "more", damaged=(3,))], config(2)
+    whole = load(3, sources, data)
+    assert same(whole, joined([load(3, sources, data, host=h, hosts=hosts) for h in range(hosts)]))
+    assert len(whole[0]["label"]) == 8
+
+
+def test_threads_and_prefetch_change_nothing():
+    assert same(load(3), load(3, data=config(threads=1, prefetch=1)))
+    assert same(load(3), load(3, data=config(threads=5, prefetch=4)))
+
+
+def test_worker_processes_change_nothing():
+    sources = [Pictures(13), Pictures(7, "more", damaged=(3,))]
+    expected = load(5, sources, start_step=2)
+    assert same(expected, load(5, sources, config(2, workers=2), start_step=2))
+
+
+def test_starting_at_a_step_is_skipping_to_it():
+    whole = load(7)
+    for step in (1, 4):
+        assert same(whole[step:], load(7 - step, start_step=step))
+    far = load(1, start_step=10**15)  # index arithmetic alone: nothing is counted up to there
+    assert far[0]["image"].any()
+
+
+def test_the_seed_changes_order_and_crops():
+    a, b = load(3), load(3, seed=1)
+    assert not same(a, b)
+    assert a[0]["record"].tolist() != b[0]["record"].tolist()
+    assert same(a, load(3))
+
+
+def test_every_epoch_has_every_record_once_in_another_order_with_other_crops():
+    steps = load(6, [Pictures(8)])
+    orders = [tuple(s["record"].tolist()) for s in steps]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(orders)) > 4
+    first, second = (s["image"][s["record"].tolist().index(5)] for s in steps[:2])
+    assert (first != second).any()
+
+
+def test_one_source_is_not_ordered_like_another_of_its_length():
+    order = sample_order([50, 50], [1, 1], 0, True)
+    samples = [order[i] for i in range(100)]
+    first, second = ([r for s, r in samples if s == k] for k in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first != [r for s, r in (sample_order([50], [1], 1, True)[i] for i in range(50))]
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.7, 0.3), (0.2, 0.0, 0.5, 0.3), (1e-3, 1.0)])
+def test_mixture_shares(weights):
+    order = sample_order([5000, 2000, 4000, 3000][: len(weights)], weights, 0, True)
+    n = 5000
+    counts = np.bincount([order[i][0] for i in range(n)], minlength=len(weights))
+    shares = np.array(weights) / sum(weights)
+    assert np.abs(counts - n * shares).max() <= 1 + 0.01 * n * shares.min()
+    assert len(order) > 2**60
+
+
+def test_no_shuffling_is_said(caplog):
+    logging.use_python_logging(quiet=True)
+    with caplog.at_level("WARNING"):
+        steps = load(2, data=config(shuffle=False))
+    assert steps[0]["record"].tolist() == list(range(8))
+    assert steps[1]["record"].tolist() == [8, 9, 10, 11, 12, 0, 1, 2]
+    assert [r.message for r in caplog.records if "data.shuffle" in r.message] == [
+        "data.shuffle is False: the records come in the order of the files, which is often sorted by class; "
+        "set data.shuffle to True to train"
+    ]
+    caplog.clear()
+    load(1)
+    assert not caplog.records
+
+
+def test_no_random_crop_passes_pixels_through():
+    class Digits(Pictures):
+        def __getitem__(self, index):
+            return {"image": np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 1), np.uint8), "label": index}
+
+    (batch,) = load(1, [Digits(13)], config(augment=AugmentConfig(crop_scale=(1.0, 1.0))))
+    for record, image in zip(batch["record"], batch["image"], strict=True):
+        assert (image == Digits(13)[int(record)]["image"]).all()
+
+
+def test_a_damaged_record_is_replaced_by_the_next_readable_one_of_its_source():
+    sources = [Pictures(13, damaged=(4, 12, 0)), Pictures(9, "fine")]
+    steps = load(4, sources)
+    expected = {4: (5, 1), 12: (1, 2), 0: (1, 1)}
+    met = set()
+    for batch in steps:
+        for source, record, label, damaged in zip(*(batch[k] for k in ("source", "record", "label", "damaged"))):  # noqa: B905
+            bad = source == 0 and int(record) in expected
+            assert (label, damaged) == (expected[int(record)] if bad else (record, 0))
+            met |= {int(record)} if bad else set()
+    assert met == set(expected)
+
+
+def test_only_damaged_records_stop_the_run_and_name_the_first():
+    with pytest.raises(DataError, match=r"pictures: 17 records in a row cannot be decoded, from pictures/\d+\.png on"):
+        load(1, [Pictures(30, damaged=tuple(range(30)))])
+
+
+def test_storage_that_fails_is_no_damaged_image():
+    with pytest.raises(DataError, match=r"record pictures/\d+\.png cannot be read: disk failure at \d+"):
+        load(1, [Unreadable(13)])
+
+
+def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
+    logging.use_python_logging(quiet=True)
+    sources = [Pictures(13, damaged=(4, 5))]
+    steps = load(26)  # 208 samples: 16 epochs
+    steps = load(26, sources)
+    log = DamageLog(sources, 0.2, batch_size=8)
+    with caplog.at_level("WARNING"):
+        for batch in steps:
+            log.see(batch)
+    first = next(i for i, r in enumerate(np.concatenate([b["record"] for b in steps]).tolist()) if r in (4, 5))
+    lines = [r.message for r in caplog.records]
+    assert len(lines) == 2
+    assert all(line.startswith("pictures: record pictures/") and "is damaged" in line for line in lines)
+    assert f"(sample {first} of the run)" in lines[0]
+    assert (log.seen, log.damaged, log.records) == (208, 32, 2)
+    log.finish()
+    strict = DamageLog(sources, 0.1, batch_size=8)
+    for batch in steps:
+        strict.see(batch)  # too few samples to judge by
+    with pytest.raises(DataError, match=r"32 of 208 samples \(15\.38%\).*data\.max_damaged = 0\.1"):
+        strict.finish()
+    whole = {k: np.concatenate([b[k] for b in steps]) for k in steps[0]}
+    for _ in range(3):
+        strict.see(whole)
+    with pytest.raises(DataError, match=r"of 1040 samples"):
+        strict.see(whole)
+
+
+def test_the_sample_index_in_the_log_is_that_of_the_whole_run(caplog):
+    logging.use_python_logging(quiet=True)
+    batch = {"damaged": np.array([0, 1]), "source": np.array([0, 0]), "record": np.array([1, 2])}
+    log = DamageLog([Pictures(5)], 1.0, batch_size=8, start_step=10, host=3, hosts=4)
+    with caplog.at_level("WARNING"):
+        log.see(batch)
+        log.see(batch | {"record": np.array([1, 3])})
+    assert ["(sample 87 " in caplog.records[0].message, "(sample 95 " in caplog.records[1].message] == [True, True]
+
+
+def test_sources_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="names 1 sources, but 2 were opened"):
+        load(1, [Pictures(3)] * 2, config(1))
+    with pytest.raises(DataError, match="9 does not divide over 2 hosts; the nearest is 8"):
+        load(1, batch_size=9, hosts=2)
+    with pytest.raises(DataError, match="holds no record"):
+        load(1, [Pictures(0)])
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_evaluation_sees_every_record_once_in_order(hosts):
+    sources = Pictures(13, damaged=(6,))
+    arguments = {"image_size": SIZE, "batch_size": 8, "hosts": hosts, "threads": 2}
+    parts = [list(eval_loader(sources, host=h, **arguments)) for h in range(hosts)]
+    steps = joined(parts)
+    assert len(steps) == 2
+    assert {k: v.dtype.name for k, v in steps[0].items()} == {"image": "uint8", "label": "int32", "mask": "float32"}
+    mask = np.concatenate([s["mask"] for s in steps])
+    label = np.concatenate([s["label"] for s in steps])
+    assert label[mask > 0].tolist() == [i for i in range(13) if i != 6]
+    assert mask.tolist() == [1.0] * 6 + [0.0] + [1.0] * 6 + [0.0] * 3
+    assert not steps[1]["image"][5:].any()
+
+
+def test_evaluation_of_nothing_readable_is_an_error():
+    with pytest.raises(DataError, match="none of its 5 records could be read"):
+        list(eval_loader(Pictures(5, damaged=(0, 1, 2, 3, 4)), image_size=8, batch_size=4, host=0, hosts=1, threads=1))
+
+
+def test_small_shared_memory_is_said_before_it_kills_workers(monkeypatch):
+    class Stat:
+        f_bavail, f_frsize = 16, 4096
+
+    monkeypatch.setattr(batches_module.os, "statvfs", lambda _: Stat)
+    with pytest.raises(DataError, match=r"/dev/shm has 0 MB free.*--shm-size.*data\.workers to 0"):
+        load(1, data=config(workers=2), batch_size=64)
+
+
+def test_threads_end_with_the_loader_also_after_an_error():
+    before = set(threading.enumerate())
+    load(2)
+    with pytest.raises(DataError):
+        load(1, [Unreadable(13)])
+    loader = train_loader(
+        config(), image_size=SIZE, batch_size=8, seed=0, start_step=0, host=0, hosts=1, sources=[Pictures(13)]
+    )
+    next(loader)
+    loader.close()
+    loader.close()
+    assert next(loader, None) is None
+    end = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+
+
+PROGRAM = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+open(sys.argv[2], "a").write("imported\\n")  # once: worker processes must not import the program again
+import test_loader
+from visionfm_jax.errors import UserError
+
+MAIN = os.getpid()
+
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(a, b)
+        self.hook = lambda: None  # does not pickle
+
+class Source(test_loader.Pictures):
+    def __getitem__(self, index):
+        assert os.getpid() == MAIN or os.environ["JAX_PLATFORMS"] == "cpu"
+        if sys_argv[3] == "raise" and index == 9:
+            raise Odd("cannot go", "on")
+        if sys_argv[3] == "die" and index == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+sys_argv = sys.argv[:]
+data = test_loader.config(workers=int(sys.argv[4]))
+try:
+    loader = test_loader.train_loader(data, image_size=16, batch_size=8, seed=0, start_step=0, host=0, hosts=1,
+                                      sources=[Source(13)])
+    with loader:
+        for step, batch in enumerate(loader):
+            print("step", step, flush=True)
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+except RuntimeError as error:
+    print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    sys.exit(1)
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+"""
+
+
+def members(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "code", "line"),
+    [
+        ("raise", 1, 1, "error: Odd: ('cannot go', 'on')"),
+        ("die", 1, 2, "error: a worker process of the input pipeline died with exit code -9, most often for"),
+        ("interrupt", 2, 130, "interrupted"),
+        ("interrupt", 0, 130, "interrupted"),
+        ("kill", 1, -9, ""),
+    ],
+)
+def test_a_crash_or_an_interrupt_ends_everything(tmp_path, mode, workers, code, line):
+    script, imports = tmp_path / "program.py", tmp_path / "imports"
+    script.write_text(textwrap.dedent(PROGRAM))
+    command = [sys.executable, str(script), os.path.dirname(__file__), str(imports), mode, str(workers)]
+    root = str(pathlib.Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": root}
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as program:
+        if mode in ("interrupt", "kill"):
+            assert program.stdout is not None
+            for _ in range(4):  # all workers run
+                assert program.stdout.readline().startswith("step")
+            if mode == "interrupt":
+                os.killpg(program.pid, signal.SIGINT)  # as a terminal does: everybody gets it
+            else:
+                program.kill()
+        _, errors = program.communicate(timeout=60)
+    assert program.returncode == code, errors
+    if mode != "kill":
+        assert errors.startswith(line)
+        assert len(errors.splitlines()) == 1, errors
+    assert imports.read_text() == "imported\n"
+    end = time.monotonic() + 10
+    while members(program.pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not members(program.pid)
