@@ -74,9 +74,9 @@ def test_local_lets_the_others_save_after_75():
 def test_local_hands_signals_to_all(number):
     code = (
         "import os, signal, sys, time\n"
-        "def stop(n, _): print('stopped by', n, flush=True); sys.exit(75)\n"
+        "def stop(n, _): os.write(1, b'stopped by %d\\n' % n); sys.exit(75)\n"
         "for n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, stop)\n"
-        "print('ready', flush=True); time.sleep(60)"
+        "os.write(1, b'ready\\n'); time.sleep(60)"  # one write: lines of two processes do not mix
     )
     launcher = subprocess.Popen(
         ["bash", LOCAL, "2", "--", sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment()
@@ -110,7 +110,7 @@ def test_local_wants_a_number(count):
 def test_two_processes_train_together_under_local():
     code = (
         "from visionfm_jax.parallel import cluster; me = cluster.initialize(timeout=60)\n"
-        "import jax; print(me, jax.process_count(), flush=True)"
+        "import jax, os; os.write(1, f'{me} {jax.process_count()}\\n'.encode())"
     )
     result = bash(LOCAL, 2, "--", sys.executable, "-c", code, timeout=60)
     assert result.returncode == 0, result.stderr
