@@ -320,6 +320,8 @@ data = test_loader.config(workers=int(sys.argv[4]))
 try:
     loader = test_loader.train_loader(data, image_size=16, batch_size=8, seed=0, start_step=0, host=0, hosts=1,
                                       sources=[Source(13)])
+    if sys.argv[3] == "interrupt":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # stands for a handler that saves
     with loader:
         for step, batch in enumerate(loader):
             print("step", step, flush=True)
@@ -369,10 +371,13 @@ def test_a_crash_or_an_interrupt_ends_everything(tmp_path, mode, workers, code, 
     ) as program:
         if mode in ("interrupt", "kill"):
             assert program.stdout is not None
-            for _ in range(4):  # all workers run
-                assert program.stdout.readline().startswith("step")
+            for step in range(4):  # all workers run
+                assert program.stdout.readline() == f"step {step}\n"
             if mode == "interrupt":
-                os.killpg(program.pid, signal.SIGINT)  # as a terminal does: everybody gets it
+                os.killpg(program.pid, signal.SIGTERM)  # as a scheduler does: everybody gets it, the main process saves
+                for step in range(4, 20):  # and the workers work on
+                    assert program.stdout.readline() == f"step {step}\n"
+                os.killpg(program.pid, signal.SIGINT)  # as a terminal does
             else:
                 program.kill()
         _, errors = program.communicate(timeout=60)

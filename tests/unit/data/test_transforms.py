@@ -207,6 +207,7 @@ def test_pixel_bound_is_checked_in_the_header():
             transforms.decode(data)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
 def test_cut_off_files_are_damaged(kind):
     data = encoded(rng().integers(0, 256, (60, 80, 3), dtype=np.uint8), kind)
