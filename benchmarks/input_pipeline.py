@@ -118,7 +118,7 @@ def measure(folder: pathlib.Path, name: str) -> dict[str, float | str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[-1])
         for link in range(1, LINKS):
-            os.link(path, path.with_name(f"{i:04}_{link:02}.jpg"))
+            os.link(path, path.with_name(f"{i:04}_{link:03}.jpg"))
     count = FLAGS.batches * FLAGS.batch_size
     pillow, bare, whole = [], [], []
     for repeat in range(FLAGS.repeats):

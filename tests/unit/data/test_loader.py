@@ -1,6 +1,7 @@
 """Order, crops and damage depend on (seed, sample index) only; and everything that was started ends."""
 
 import io
+import json
 import os
 import pathlib
 import signal
@@ -390,3 +391,14 @@ def test_a_crash_or_an_interrupt_ends_everything(tmp_path, mode, workers, code, 
     while members(program.pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert not members(program.pid)
+
+
+def test_the_benchmark_runs():
+    root = pathlib.Path(__file__).parents[3]
+    small = ["--sizes=64x48", "--files=2", "--repeats=1", "--batches=1", "--batch_size=4"]
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "input_pipeline.py"), *small],
+        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert all(result[key] > 0 for key in ("pillow", "bare", "loader", "loader/pillow", "loader/bare"))
