@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> Config:
 def full() -> Config:
     return Config(
         name="vit_huge",
-        model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", attention="cudnn", remat="dots"),
+        model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", attention="xla", remat="dots"),
         task=ClassificationConfig(num_classes=21_841, label_smoothing=0.1),
         data=DataConfig(
             train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split="train"),),

@@ -159,7 +159,9 @@ def _parse(text: str, kind: Any) -> Any:
         return text.lower() == "true"
     if kind in (int, float, str):
         return kind(text)
-    items, kinds = ast.literal_eval(text), typing.get_args(kind)  # a tuple of fixed length
+    items, kinds = ast.literal_eval(text), typing.get_args(kind)
+    if Ellipsis in kinds:  # a list of sources or evals: a flag can empty it, only a file can fill it
+        kinds = ()
     if len(items) != len(kinds):
         raise ValueError(text)
     return tuple(k(v) for k, v in zip(kinds, items, strict=True))

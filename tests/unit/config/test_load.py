@@ -19,6 +19,9 @@ OVERRIDES = [
     "--config.data.augment.crop_scale=(0.3, 0.9)",
     "--config.telemetry.progress=false",
     "--config.workdir=/tmp/a=b",
+    "--config.checkpoint.keep_best=0",
+    "--config.checkpoint.best_metric=",
+    "--config.evals=()",
 ]
 
 
@@ -30,6 +33,7 @@ def test_overrides_are_typed():
     assert config.data.augment.flip is True
     assert config.data.augment.crop_scale == (0.3, 0.9)
     assert config.telemetry.progress is False
+    assert config.evals == ()
     assert config.workdir == "/tmp/a=b"
 
 
