@@ -126,6 +126,7 @@ def _names(value: Any, name: str) -> Iterator[str]:
     if dataclasses.is_dataclass(value):
         yield from fields(value, f"{name}.")
     elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        yield name
         for i, item in enumerate(value):
             yield from fields(item, f"{name}[{i}].")
     else:
