@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from visionfm_jax.config import AugmentConfig
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+_TO_YIQ = np.array([_GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
 def normalize(images: jax.Array, config: AugmentConfig) -> jax.Array:
@@ -62,7 +65,6 @@ def color_jitter(image: jax.Array, key: jax.Array, strength: tuple[float, float,
 
 def _hue_rotation(angle: jax.Array) -> jax.Array:
     """The (3, 3) matrix that turns RGB rows by `angle` about the grey axis, luma unchanged."""
-    to_yiq = jnp.array([_GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
     c, s = jnp.cos(angle), jnp.sin(angle)
     turn = jnp.array([[1.0, 0, 0], [0, c, -s], [0, s, c]])
-    return (jnp.linalg.inv(to_yiq) @ turn @ to_yiq).T
+    return (_FROM_YIQ @ turn @ _TO_YIQ).T
