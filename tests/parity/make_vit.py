@@ -1,4 +1,4 @@
-"""Write the frozen references of `test_vit.py`: small ViTs as timm and Hugging Face transformers compute them.
+"""Write the frozen references of `test_vit_parity.py`: small ViTs as timm and Hugging Face transformers compute them.
 
     python tests/parity/make_vit.py
 
