@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from visionfm_jax.config import Config, load
 from visionfm_jax.errors import UserError, door
+from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import BATCH, make_mesh
 from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.train.step import Trainer
@@ -101,7 +102,10 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(rest)
     if arguments.steps < 1 or arguments.warmup < 1:
         raise UserError("--steps and --warmup must be at least 1")
-    print(json.dumps(measure(config, arguments.steps, arguments.warmup)), flush=True)
+    process, _ = cluster.initialize()
+    figures = measure(config, arguments.steps, arguments.warmup)
+    if process == 0:
+        print(json.dumps(figures), flush=True)
     return 0
 
 
