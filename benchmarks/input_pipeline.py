@@ -2,10 +2,10 @@
 
     python benchmarks/input_pipeline.py            # scikit-learn must be installed: its two photographs are cut up
 
-All three take random resized crops to 224 of the same JPEG files; Pillow and the bare loop read them from memory, the
-loader from disk. The repetitions are interleaved, so that a slow moment of the machine meets all of them; printed are
-medians, the ratios, and one line of JSON. Ratios come twice: of wall time, right on an idle machine, and of the
-process's CPU time, which leaves out what other programs take of the core (and would leave out waiting, too).
+All three take the same random resized crops to 224 of the same JPEG files; Pillow and the bare loop read them from
+memory, the loader from disk. The repetitions are interleaved, so that a slow moment of the machine meets all of them;
+printed are medians, the ratios, and one line of JSON. Ratios come twice: of wall time, right on an idle machine, and of
+the process's CPU time, which leaves out what other programs take of the core (and would leave out waiting, too).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import cv2
+import grain
 import numpy as np
 import simplejpeg
 from absl import app, flags
@@ -30,7 +31,7 @@ from PIL import Image
 
 from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
 from visionfm_jax.data import loader, transforms
-from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources import Source, open_source
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("sizes", ["500x375", "1024x768"], "Width x height of the JPEG files, pixels.")
@@ -47,6 +48,7 @@ LINKS = (
     64  # names of every file: below a few thousand records Grain's index shuffle is slow, and no dataset is so small
 )
 SCALE = (0.08, 1.0)
+WARM_UP = 2  # batches of the loader before the clock runs
 
 
 def photographs(width: int, height: int, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -62,20 +64,36 @@ def photographs(width: int, height: int, count: int, rng: np.random.Generator) -
         yield np.ascontiguousarray(window[:, ::-1] if i % 4 > 1 else window)
 
 
-def pillow_loop(files: list[bytes], count: int) -> None:
-    """`count` crops by Pillow, with antialiased bilinear resizing."""
-    for i in range(count):
-        image = Image.open(io.BytesIO(files[i % len(files)])).convert("RGB")
-        draws = np.random.default_rng(i).random((transforms.CROP_TRIES, 4))
+class Samples:
+    """What the loader will deliver in the timed batches: the same records in memory, the same random numbers."""
+
+    def __init__(self, source: Source, seed: int):
+        self.first = WARM_UP * FLAGS.batch_size
+        self.pool = grain.experimental.RngPool(loader.derive_seed(seed, "crop"))
+        order = loader.sample_order([len(source)], [1.0], seed, shuffle=True)
+        count = FLAGS.batches * FLAGS.batch_size
+        self.images: list[bytes] = [source[order[self.first + i][1]]["image"] for i in range(count)]
+
+    def __iter__(self) -> Iterator[tuple[bytes, np.random.Generator]]:
+        for i, image in enumerate(self.images, self.first):
+            rng = self.pool.acquire_rng(i)
+            yield image, rng
+            self.pool.release_rng(rng)
+
+
+def pillow_loop(samples: Samples) -> None:
+    """Decode and crop by Pillow, with antialiased bilinear resizing."""
+    for data, rng in samples:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        draws = rng.random((transforms.CROP_TRIES, 4))
         top, left, h, w = transforms.random_box(draws, image.height, image.width, SCALE)
-        box = (left, top, left + w, top + h)
-        np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
+        np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
 
 
-def bare_loop(files: list[bytes], count: int) -> None:
-    """`count` crops by our decode functions."""
-    for i in range(count):
-        transforms.train_image(files[i % len(files)], SIZE, SCALE, np.random.default_rng(i))
+def bare_loop(samples: Samples) -> None:
+    """Decode and crop by our functions."""
+    for data, rng in samples:
+        transforms.train_image(data, SIZE, SCALE, rng)
 
 
 def clocks() -> np.ndarray:
@@ -83,21 +101,20 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def timed(run: Callable[[list[bytes], int], None], files: list[bytes], count: int) -> np.ndarray:
+def timed(run: Callable[[Samples], None], samples: Samples) -> np.ndarray:
     """(2,) images per second of wall and of CPU time."""
     start = clocks()
-    run(files, count)
-    return count / (clocks() - start)
+    run(samples)
+    return len(samples.images) / (clocks() - start)
 
 
-def timed_loader(folder: pathlib.Path, repeat: int) -> np.ndarray:
+def timed_loader(config: SourceConfig, source: Source, seed: int) -> np.ndarray:
     """As `timed`, of the whole loader once it runs: its consumer never works, so nothing is held ready."""
-    config = SourceConfig(kind="folder", path=str(folder), split="train")
     data = DataConfig(train=(config,), augment=AugmentConfig(crop_scale=SCALE), threads=FLAGS.threads)
     others = threading.active_count()
-    arguments = {"image_size": SIZE, "batch_size": FLAGS.batch_size, "seed": repeat, "start_step": 0}
-    with loader.train_loader(data, **arguments, host=0, hosts=1, sources=[open_source(config)]) as batches:
-        for _ in range(2):
+    arguments = {"image_size": SIZE, "batch_size": FLAGS.batch_size, "seed": seed, "start_step": 0}
+    with loader.train_loader(data, **arguments, host=0, hosts=1, sources=[source]) as batches:
+        for _ in range(WARM_UP):
             next(batches)
         start = clocks()
         for _ in range(FLAGS.batches):
@@ -119,12 +136,14 @@ def measure(folder: pathlib.Path, name: str) -> dict[str, float | str]:
         path.write_bytes(files[-1])
         for link in range(1, LINKS):
             os.link(path, path.with_name(f"{i:04}_{link:03}.jpg"))
-    count = FLAGS.batches * FLAGS.batch_size
+    config = SourceConfig(kind="folder", path=str(folder / name), split="train")
+    source = open_source(config)
     pillow, bare, whole = [], [], []
-    for repeat in range(FLAGS.repeats):
-        pillow.append(timed(pillow_loop, files, count))
-        bare.append(timed(bare_loop, files, count))
-        whole.append(timed_loader(folder / name, repeat))
+    for seed in range(FLAGS.repeats):
+        samples = Samples(source, seed)
+        pillow.append(timed(pillow_loop, samples))
+        bare.append(timed(bare_loop, samples))
+        whole.append(timed_loader(config, source, seed))
     rates = {"pillow": np.array(pillow), "bare": np.array(bare), "loader": np.array(whole)}  # (repeats, 2)
     result: dict[str, float | str] = {"jpeg": name, "file_kb": round(statistics.mean(map(len, files)) / 1e3, 1)}
     result |= {k: round(float(np.median(v[:, 0])), 1) for k, v in rates.items()}

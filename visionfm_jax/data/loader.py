@@ -69,7 +69,7 @@ def train_loader(
         )
     order = sample_order([len(s) for s in sources], [s.weight for s in data.train], seed, data.shuffle)
     rows = order.random_map(
-        _TrainRow(tuple(sources), image_size, tuple(data.augment.crop_scale)), seed=_derive(seed, "crop")
+        _TrainRow(tuple(sources), image_size, tuple(data.augment.crop_scale)), seed=derive_seed(seed, "crop")
     )
     spec = {**_image_spec(image_size), "source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
     batches = HostBatches(
@@ -120,7 +120,7 @@ def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, sh
     for i, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         if weight > 0:
             part = grain.MapDataset.range(length)
-            part = part.shuffle(seed=_derive(seed, f"order {i}")) if shuffle else part
+            part = part.shuffle(seed=derive_seed(seed, f"order {i}")) if shuffle else part
             parts.append(part.repeat().map(functools.partial(_pair, i)))
             shares.append(weight)
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=shares)
@@ -257,7 +257,7 @@ def _pair(source: int, record: int) -> tuple[int, int]:
     return source, record
 
 
-def _derive(seed: int, use: str) -> int:
+def derive_seed(seed: int, use: str) -> int:
     """A 32-bit seed of its own for every use of the run's seed; Grain adds the epoch to it."""
     return int(np.random.SeedSequence([seed, *use.encode()]).generate_state(1)[0])
 
