@@ -1,0 +1,72 @@
+"""Evals against predictions whose score is known."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from visionfm_jax.config import load
+from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.evals.pixel_baseline import fit, scores
+from visionfm_jax.evals.registry import make_evals
+
+QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.py")
+
+
+def quickstart(*words: str):
+    return load.from_arguments([f"--config={QUICK}", "--config.evals[0].batch_size=192", *words])[0]
+
+
+def knowing(batch, right):
+    """Predictions right for the rows that `right(label)` picks, second best for the others."""
+    label = batch["label"]
+    wrong = (label + 1) % 10
+    first, second = np.where(right(label), label, wrong), np.where(right(label), wrong, label)
+    others = np.stack([(label + k) % 10 for k in (2, 3, 4)], 1)
+    top = np.concatenate([first[:, None], second[:, None], others], 1)
+    return {"top": top, "loss": np.ones(len(label)), "label": label, "mask": batch["mask"]}
+
+
+def test_every_record_counts_once_and_padding_not():
+    evaluation = make_evals(quickstart(), 0, 1)["digits"]
+    seen = []
+
+    def predict(batch):
+        seen.append(batch["mask"].sum())
+        return knowing(batch, lambda label: label < 3)
+
+    got = evaluation.run(predict, Path())
+    assert got == {"loss": 1.0, "top1": pytest.approx(0.3), "top5": 1.0, "images": 1000.0}
+    assert seen == [192, 192, 192, 192, 192, 40]
+    assert evaluation.pictured["image"].shape == (64, 28, 28, 3)
+    assert (evaluation.pictured["guess"] == evaluation.pictured["label"]).mean() == pytest.approx(
+        (evaluation.pictured["label"] < 3).mean()
+    )
+
+
+def test_pictures_are_those_of_the_last_run():
+    evaluation = make_evals(quickstart(), 0, 1)["digits"]
+    evaluation.run(lambda batch: knowing(batch, lambda label: label < 0), Path())
+    evaluation.run(lambda batch: knowing(batch, lambda label: label >= 0), Path())
+    np.testing.assert_array_equal(evaluation.pictured["guess"], evaluation.pictured["label"])
+
+
+def test_more_classes_than_the_head_are_refused():
+    with pytest.raises(DataError, match=r"'digits'.*10 classes.*num_classes = 9; raise it to 10"):
+        make_evals(quickstart("--config.task.num_classes=9"), 0, 1)
+
+
+def test_unknown_kind_lists_the_known():
+    with pytest.raises(ConfigError, match="classification, pixel_baseline"):
+        make_evals(quickstart("--config.evals[0].kind=guess"), 0, 1)
+
+
+def test_logistic_regression_separates_blobs_and_reaches_a_stationary_point():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    x = (np.eye(3)[labels] * 2 + rng.normal(size=(300, 3)) * 0.3).astype(np.float32)
+    weights = fit(x, labels, 3)
+    assert (scores(weights, x).argmax(-1) == labels).mean() > 0.99
+    residual = jax.nn.softmax(scores(weights, x)) - np.eye(3)[labels]
+    np.testing.assert_allclose(residual.sum(0), 0, atol=0.05)  # the gradient of the biases
