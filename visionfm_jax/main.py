@@ -7,7 +7,9 @@ checkpoint cannot be written or read · 75 stopped by SIGTERM with the state sav
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,17 +17,17 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from visionfm_jax.config import Config, EvalConfig, load
+from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.data.loader import DamageLog, train_loader
 from visionfm_jax.data.sources import Source, open_source
-from visionfm_jax.errors import CheckpointError, DataError, door
+from visionfm_jax.errors import INTERRUPTED, CheckpointError, DataError, TrainingError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.report import learning_curves, predictions
 from visionfm_jax.telemetry.writers import read_metrics
-from visionfm_jax.train.checkpoint import Checkpoints, load_weights
+from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints
 from visionfm_jax.train.folder import RunFolder
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.state import TrainState
@@ -41,27 +43,25 @@ _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0,
 def run(config: Config) -> int:
     """Train as `config` says, to the end or to a signal; returns the exit code."""
     host, hosts = jax.process_index(), jax.process_count()
+    stop = StopSignal()
     config.validate_devices(jax.device_count(), hosts)
     sources = [open_source(s) for s in config.data.train]
     check_sources(config, sources)
     evals = make_evals(config, host, hosts)
-    mesh = make_mesh(config.parallel.replicas)
-    trainer = Trainer(config, mesh)
+    trainer = Trainer(config, make_mesh(config.parallel.replicas))
 
-    with RunFolder(config, owner=host == 0) as folder:
-        checkpoints = Checkpoints(folder.path, config.checkpoint)
+    with (
+        RunFolder(config, owner=host == 0) as folder,
+        Checkpoints(folder.path, config.checkpoint) as checkpoints,
+    ):
         state, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
+        folder.record(config)
         say(describe(trainer, origin))
         damage = DamageLog(
-            sources,
-            config.data.max_damaged,
-            batch_size=config.train.batch_size,
-            start_step=start,
-            host=host,
-            hosts=hosts,
-        )
-        stop = StopSignal()
+            sources, config.data.max_damaged,
+            batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
+        )  # fmt: skip
         with (
             RunMonitor(config, folder.path, start) as monitor,
             train_loader(
@@ -79,7 +79,6 @@ def run(config: Config) -> int:
                 batch_seen=damage.see,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks)
-        checkpoints.close()
         damage.finish()
         if host == 0:
             say(summary(folder.path, config, evals))
@@ -113,18 +112,32 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainSta
     if (step := checkpoints.latest()) is not None:
         return checkpoints.restore(trainer.shapes, trainer.shardings), f"step {step} of its own folder"
     if config.resume:
-        other = Checkpoints(config.resume, config, read_only=True)
-        if (step := other.latest()) is None:
-            raise CheckpointError(
-                f"config.checkpoint.resume = {config.resume!r}: holds no checkpoint; name a run folder"
-            )
-        return other.restore(trainer.shapes, trainer.shardings), f"step {step} of {config.resume}"
+        with other_run(config, "resume") as other:
+            state = other.restore(trainer.shapes, trainer.shardings)
+        return state, f"step {int(state.step)} of {config.resume}"
     state = trainer.init()
     if config.weights:
-        params = load_weights(config.weights, trainer.shapes.params, trainer.shardings.params)
+        with other_run(config, "weights") as other:
+            params = other.restore_weights(trainer.shapes.params, trainer.shardings.params)
         ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
         return state.replace(params=params, ema=ema), f"the weights of {config.weights}"
     return state, f"scratch, seed {trainer.config.seed}"
+
+
+def other_run(config: CheckpointConfig, field: str) -> Checkpoints:
+    """The checkpoints of the run that `config.FIELD` names.
+
+    Raises:
+      CheckpointError: there are none.
+    """
+    folder = getattr(config, field)
+    if Path(folder, SUBFOLDER).is_dir():
+        other = Checkpoints(folder, config, read_only=True)
+        if other.latest() is not None:
+            return other
+    raise CheckpointError(
+        f"config.checkpoint.{field} = {folder!r}: holds no complete checkpoint; name the folder of another run"
+    )
 
 
 def due_evals(config: Config, step: int) -> list[EvalConfig]:
@@ -204,10 +217,41 @@ def main(argv: Sequence[str]) -> int:
     """The absl entry: start the cluster, then `run`."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting starts with --")
-    logging.set_verbosity(logging.WARNING)
+    quiet_logs()
     config = load.from_flag(_CONFIG)
-    cluster.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    return run(config)
+    _, processes = cluster.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    return run(config) if processes == 1 else run_among_others(config)
+
+
+def quiet_logs() -> None:
+    """Warnings and worse only, and none of Orbax's: what goes wrong there comes as an error, in our words."""
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+def run_among_others(config: Config) -> int:
+    """`run`, of which a failure ends this process at once.
+
+    An ordinary end would wait minutes for the other processes, which wait in a collective for this one. Gone, it
+    breaks their collectives, and they end the same way.
+    """
+    try:
+        return run(config)
+    except UserError as error:
+        text, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        text, code = "interrupted", INTERRUPTED
+    except jax.errors.JaxRuntimeError as error:
+        text, code = f"stopped, probably as another process has ended: {one_line(error)}", TrainingError.exit_code
+    except Exception:
+        text, code = traceback.format_exc(), 1
+    print(f"visionfm_jax: error: process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of a message that may have hundreds of lines."""
+    return " ".join(str(error).split())[:200]
 
 
 def cli() -> None:

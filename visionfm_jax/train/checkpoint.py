@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import operator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,25 +29,13 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, config: CheckpointConfig, *, read_only: bool = False):
         self.folder = Path(folder).absolute() / SUBFOLDER
-        self.best_metric = config.best_metric
-        keep: list[managers.PreservationPolicy] = [managers.LatestN(config.keep_last)]
-        if config.keep_best:
-            keep.append(
-                managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[config.best_metric],
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True)
-            if read_only
-            else ocp.CheckpointManagerOptions(
-                preservation_policy=managers.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
-            )
-        )
+        self._best_metric = config.best_metric
         with _plain_errors(f"opening {self.folder}"):
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(read_only=True) if read_only else _options(config),
+                item_handlers=ocp.PyTreeCheckpointHandler(),
+            )
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -57,9 +47,9 @@ class Checkpoints:
         Raises:
           CheckpointError: no space, no permission, …
         """
-        best = {self.best_metric: metrics[self.best_metric]} if self.best_metric in metrics else None
+        best = {self._best_metric: metrics[self._best_metric]} if self._best_metric in metrics else None
         with _plain_errors(f"saving step {step} to {self.folder}"):
-            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=best, force=True)
+            self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=best, force=True)
 
     def wait(self) -> None:
         """Until everything is on disk.
@@ -71,9 +61,25 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and free the threads."""
-        self.wait()
-        self._manager.close()
+        """Wait, and free the threads.
+
+        Raises:
+          CheckpointError: as `wait`.
+        """
+        with _plain_errors(f"saving to {self.folder}"):
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, Exception) and jax.process_count() == 1:
+            # What is being written is a good state: let it land. With several processes, the others, whose help
+            # that needs, may be gone; and who presses Ctrl-C twice does not want to wait.
+            with contextlib.suppress(CheckpointError):
+                self.close()
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The newest state, laid out by `shardings` whatever mesh or stage wrote it.
@@ -81,49 +87,61 @@ class Checkpoints:
         Raises:
           CheckpointError: it is damaged, or of another model; with the differences.
         """
+        step, stored = self._newest()
+        _refuse_other_tree(self.folder / str(step), stored, shapes)
+        return self._read(step, _targets(shapes, shardings))
+
+    def restore_weights(self, shapes: Any, shardings: Any) -> Any:
+        """The newest weights alone: the averaged ones where the run kept them.
+
+        Args:
+          shapes, shardings: of the parameters.
+
+        Raises:
+          CheckpointError: as `restore`.
+        """
+        step, stored = self._newest()
+        key = "ema" if jax.tree.leaves(stored.get("ema")) else "params"
+        _refuse_other_tree(self.folder / str(step), {"params": stored.get(key)}, {"params": shapes})
+        return self._read(step, {key: _targets(shapes, shardings)})[key]
+
+    def _newest(self) -> tuple[int, dict[str, Any]]:
+        """Step and stored tree (of objects with a shape) of the newest checkpoint."""
         step = self.latest()
-        where = self.folder / str(step)
-        with _plain_errors(f"reading {where}"):
-            stored = self._manager.item_metadata(step)
-        _refuse_other_tree(where, stored.tree, shapes)
-        target = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
-        older = [s for s in self._manager.all_steps() if s != step]
-        remedy = f"move it away to continue from step {max(older)}" if older else "there is no older one"
-        with _plain_errors(f"reading {where}, which seems damaged ({remedy})"):
-            return self._manager.restore(step, args=ocp.args.StandardRestore(target))
-
-
-def load_weights(folder: str | Path, shapes: Any, shardings: Any) -> Any:
-    """The newest weights of another run's folder: the averaged ones where that run kept them.
-
-    Args:
-      folder: the run's, which holds `checkpoints`.
-      shapes, shardings: of the parameters.
-
-    Raises:
-      CheckpointError: none there, or of another model.
-    """
-    source = Path(folder).absolute() / SUBFOLDER
-    if not source.is_dir():
-        raise CheckpointError(
-            f"config.checkpoint.weights = {str(folder)!r}: has no folder {SUBFOLDER!r}; name a run folder"
-        )
-    with ocp.CheckpointManager(source, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
         if step is None:
-            raise CheckpointError(f"{source} holds no complete checkpoint; name another run folder")
-        where = source / str(step)
-        with _plain_errors(f"reading {where}"):
-            tree = manager.item_metadata(step).tree
-        key = "params" if tree.get("ema") is None else "ema"
-        _refuse_other_tree(where, {"params": tree[key]}, {"params": shapes})
-        target = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
-        item = {key: target}
+            raise CheckpointError(f"{self.folder} holds no complete checkpoint; name the folder of another run")
+        with _plain_errors(self._reading(step)):
+            return step, self._manager.item_metadata(step).tree
+
+    def _read(self, step: int, item: Any) -> Any:
         arguments = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        with _plain_errors(f"reading {where}, which seems damaged"):
-            return manager.restore(step, args=arguments)[key]
+        with _plain_errors(self._reading(step)):
+            return self._manager.restore(step, args=arguments)
+
+    def _reading(self, step: int) -> str:
+        older = [s for s in self._manager.all_steps() if s < step]
+        remedy = f"move it away to continue from step {max(older)}" if older else "there is no older one beside it"
+        return f"{self.folder / str(step)} seems damaged; {remedy}"
+
+
+def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+    """When to delete what; saving is the loop's decision."""
+    keep: list[managers.PreservationPolicy] = [managers.LatestN(config.keep_last)]
+    best_fn = None
+    if config.keep_best:
+        best_fn = operator.itemgetter(config.best_metric)
+        keep.append(managers.BestN(get_metric_fn=best_fn, n=config.keep_best, keep_checkpoints_without_metrics=False))
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=managers.AnyPreservationPolicy(keep),
+        best_fn=best_fn,  # without it Orbax does not store the metrics that the policy reads
+        cleanup_tmp_directories=True,
+    )
+
+
+def _targets(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), shapes, shardings)
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:

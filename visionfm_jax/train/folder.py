@@ -35,8 +35,16 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another run is in {self.path}; wait for it, or set config.workdir") from error
+
+    def record(self, config: Config) -> None:
+        """Keep the exact configuration; called once it is known that it fits what the folder holds."""
+        if self._lock is None:
+            return
         text = json.dumps({"config": to_dict(config), "derived": config.derived()}, indent=2)
-        (self.path / "config.json").write_text(text + "\n")
+        try:
+            (self.path / "config.json").write_text(text + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / 'config.json'}: {error.strerror}; free space there") from error
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -94,7 +94,7 @@ def train(
 
     window.settle(0)
     checkpoints.wait()
-    finished = saved == total
+    finished = saved >= total  # beyond it where a finished run was shortened
     if not finished:
         hooks.monitor.note(f"stopped after step {saved}: the state is saved, the same command continues from there")
     return state, finished
@@ -106,7 +106,7 @@ class _Window:
     def __init__(self, trainer: Trainer, hooks: Hooks):
         self.trainer, self.hooks = trainer, hooks
         self.pending: collections.deque[_Pending] = collections.deque()
-        self.skipped = 0
+        self.skipped = self.skipped_in_a_row = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -128,7 +128,7 @@ class _Window:
             self.hooks.monitor.step_done(item.step + 1)
             if finite:
                 self.losses.append(float(loss))
-                self.skipped = 0
+                self.skipped_in_a_row = 0
             else:
                 self._not_finite(item)
             if (item.step + 1) % self.trainer.config.telemetry.log_every == 0:
@@ -144,6 +144,7 @@ class _Window:
             "images_per_s": steps * config.train.batch_size / seconds,
             "tflops_per_device": steps * self.trainer.task.step_flops / seconds / self.trainer.mesh.size / 1e12,
             "data_wait": self.waited / seconds,
+            "skipped_steps": self.skipped,  # since this start
         }
         self.hooks.monitor.log(item.step + 1, scalars)
         self.restart_clock()
@@ -161,10 +162,11 @@ class _Window:
         values = f"loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
         text = f"step {item.step}: {values}: not finite, {where}; {who}"
         self.skipped += 1
+        self.skipped_in_a_row += 1
         if self.trainer.config.train.on_nonfinite == "stop":
             raise TrainingError(f'{text}; config.train.on_nonfinite="skip" would leave such steps out')
-        if self.skipped > MAX_SKIPPED:
-            raise TrainingError(f"{text}; {self.skipped} steps in a row were skipped: lower config.optim.lr")
+        if self.skipped_in_a_row > MAX_SKIPPED:
+            raise TrainingError(f"{text}; {self.skipped_in_a_row} steps in a row were skipped: lower config.optim.lr")
         self.hooks.monitor.note(f"skipped {text}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 
 import jax
@@ -16,23 +18,31 @@ from visionfm_jax.errors import INTERRUPTED, PREEMPTED
 class StopSignal:
     """SIGTERM (a scheduler's notice) and Ctrl-C ask for a saved state and an end; a second Ctrl-C ends at once.
 
+    Before the first step of this start there is nothing to save: they end the program at once, with the same codes.
     With several hosts the notice may reach one of them only: JAX's preemption service then agrees on a step.
     """
 
     def __init__(self) -> None:
         self.several = jax.process_count() > 1
         self.received: int | None = None
+        self._trained = False
+        signal.signal(signal.SIGINT, self._receive)
         if not self.several:  # else the service has its own handler
             signal.signal(signal.SIGTERM, self._receive)
-            signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, number: int, _: object) -> None:
-        if self.received == signal.SIGINT and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.received == signal.SIGINT or not self._trained):
             raise KeyboardInterrupt
         self.received = number
+        if self.several:
+            os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
+        elif not self._trained:
+            print("visionfm_jax: stopped before the first step", file=sys.stderr, flush=True)
+            sys.exit(PREEMPTED)
 
     def __call__(self, step: int) -> bool:
         """Whether to stop after `step`; asked on every host at every step."""
+        self._trained = True
         if self.several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.received is not None
