@@ -37,9 +37,9 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("sizes", ["500x375", "1024x768"], "Width x height of the JPEG files, pixels.")
 flags.DEFINE_integer("quality", 90, "Of the JPEG files, with 4:2:0 subsampling.", 1, 100)
 flags.DEFINE_integer("files", 64, "Files of each size.", 2)
-flags.DEFINE_integer("batches", 4, "Batches of each repetition.", 1)
+flags.DEFINE_integer("batches", 8, "Batches of each repetition; few make the ratios noisy.", 1)
 flags.DEFINE_integer("batch_size", 64, "Images of a batch.", 1)
-flags.DEFINE_integer("repeats", 7, "Interleaved repetitions.", 1)
+flags.DEFINE_integer("repeats", 9, "Interleaved repetitions.", 1)
 flags.DEFINE_integer("threads", 2, "Reader threads of the loader.", 1)
 flags.DEFINE_integer("core", -1, "Core to run on; -1: the last of those allowed.")
 

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -28,6 +28,8 @@ from absl import flags, logging
 from visionfm_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
+Row = Mapping[str, Any]
+Store = Callable[[Batch, int, Row], None]  # writes a row into its place in a batch
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row: key -> shape, dtype
 
 CLOSE_SECONDS = 10.0  # for worker processes to end by themselves
@@ -40,6 +42,7 @@ class HostBatches(grain.MapDataset):
         self,
         rows: grain.MapDataset,
         spec: Spec,
+        store: Store,
         *,
         batch_size: int,
         host: int,
@@ -48,7 +51,7 @@ class HostBatches(grain.MapDataset):
         threads: int,
     ):
         super().__init__(rows)
-        self._spec = dict(spec)
+        self._spec, self._store = dict(spec), store
         self._global, self._local = batch_size, batch_size // hosts
         self._first = start * batch_size + host * self._local
         self._length = -(-len(rows) // batch_size) - start
@@ -97,8 +100,7 @@ class HostBatches(grain.MapDataset):
             for r in todo:  # shared: whoever is free takes the next row
                 if self._closed:
                     return
-                for key, value in rows[first + r].items():
-                    batch[key][r] = value
+                self._store(batch, r, rows[first + r])
 
         if self._threads == 1:
             work()

@@ -21,11 +21,9 @@ from absl import logging
 
 from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data import transforms
-from visionfm_jax.data.batches import Batch, HostBatches, Loader, Spec
+from visionfm_jax.data.batches import Batch, HostBatches, Loader, Row, Spec
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
-
-Row = Mapping[str, Any]
 
 STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
 JUDGE_AFTER = 1000  # samples seen before the share of damaged ones can stop a run
@@ -73,7 +71,7 @@ def train_loader(
     )
     spec = {**_image_spec(image_size), "source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
     batches = HostBatches(
-        rows, spec, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
+        rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
     )
     return Loader(batches, workers=data.workers, prefetch=data.prefetch)
 
@@ -99,7 +97,7 @@ def eval_loader(
     """
     rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, image_size))
     spec = {**_image_spec(image_size), "mask": ((), np.float32)}
-    batches = HostBatches(rows, spec, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
+    batches = HostBatches(rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
     asked = read = 0
     with Loader(batches, workers=0, prefetch=2) as loader:
         for step, batch in enumerate(loader):
@@ -200,7 +198,7 @@ class DamageLog:
 
 
 class _TrainRow:
-    """(source, record) -> a decoded, randomly cropped row; steps over damaged records."""
+    """(source, record) -> a row with its image cropped, not yet resized; steps over damaged records."""
 
     def __init__(self, sources: tuple[Source, ...], size: int, crop_scale: tuple[float, float]):
         self._sources, self._size, self._scale = sources, size, crop_scale
@@ -211,7 +209,7 @@ class _TrainRow:
         for damaged in range(STEP_OVER + 1):
             example = _example(source, (record + damaged) % len(source))
             try:
-                image = transforms.train_image(example["image"], self._size, self._scale, rng)
+                image = transforms.train_crop(example["image"], self._size, self._scale, rng)
             except transforms.DamagedImage as error:
                 reason = error
                 continue
@@ -232,7 +230,7 @@ class _EvalRow:
     def __call__(self, record: int) -> Row:
         example = _example(self._source, record)
         try:
-            image = transforms.eval_image(example["image"], self._size)
+            image = transforms.eval_crop(example["image"], self._size)
         except transforms.DamagedImage as error:
             key = self._source.key(record)
             logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
@@ -251,6 +249,15 @@ def _example(source: Source, record: int) -> Mapping[str, Any]:
 
 def _image_spec(size: int) -> Spec:
     return {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)}
+
+
+def _store(batch: Batch, index: int, row: Row) -> None:
+    """Resize the image into the batch, with no copy between; a row without an image leaves its zeros."""
+    for key, value in row.items():
+        if key == "image":
+            transforms.resize(value, batch["image"][index])
+        else:
+            batch[key][index] = value
 
 
 def _pair(source: int, record: int) -> tuple[int, int]:

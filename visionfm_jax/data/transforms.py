@@ -40,19 +40,19 @@ class DamagedImage(Exception):
     """An image that cannot be decoded, or is larger than `MAX_PIXELS`."""
 
 
-def train_image(
+def train_crop(
     image: bytes | np.ndarray, size: int, crop_scale: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Random resized crop (Szegedy et al. 2015): area share in `crop_scale`, log-uniform ratio in 3/4 … 4/3.
+    """Random crop (Szegedy et al. 2015) still to be resized: area share in `crop_scale`, log-uniform ratio 3/4 … 4/3.
 
     Args:
       image: encoded bytes, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-      size: side S of the result.
-      crop_scale: area of the crop relative to the image; (1, 1): the whole image, resized without keeping its ratio.
+      size: side S that the crop will be resized to; a JPEG is decoded no larger than that needs.
+      crop_scale: area of the crop relative to the image; (1, 1): the whole image, whatever its ratio.
       rng: always advances by the same amount, whatever the image.
 
     Returns:
-      uint8 (S, S, 3), RGB.
+      uint8 (h, w, 3), RGB.
 
     Raises:
       DamagedImage: the image cannot be decoded.
@@ -63,17 +63,18 @@ def train_image(
     return _read(image, size, lambda height, width: random_box(draws, height, width, crop_scale))
 
 
-def eval_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """The shorter side to S / 0.875, then the centre (S, S); an image that has that size already stays as it is.
+def eval_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """The part of an image that, resized to (S, S), is what resizing its shorter side to S / 0.875 has in the centre.
 
-    Cropping first and resizing once gives the same pixels up to rounding the box, for less work.
+    Cropping first and resizing once gives the same pixels up to rounding the box, for less work. An image of (S, S)
+    is taken whole.
 
     Args:
-      image: as in `train_image`.
-      size: side S of the result.
+      image: as in `train_crop`.
+      size: side S that the crop will be resized to.
 
     Returns:
-      uint8 (S, S, 3), RGB.
+      uint8 (h, w, 3), RGB.
 
     Raises:
       DamagedImage: the image cannot be decoded.
@@ -81,11 +82,42 @@ def eval_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
     return _read(image, size, lambda height, width: centre_box(height, width, size))
 
 
+def resize(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3) into `out`, contiguous uint8 (S, S, 3), which is also returned.
+
+    First the sides that are too long, then those that are too short; nothing changes where both fit.
+    """
+    size = out.shape[0]
+    height, width = pixels.shape[:2]
+    if (height, width) == (size, size):
+        np.copyto(out, pixels)
+        return out
+    if height > size or width > size:
+        how = cv2.INTER_AREA if max(height, width) >= 2 * size else cv2.INTER_LINEAR
+        shape = (min(width, size), min(height, size))
+        pixels = cv2.resize(pixels, shape, dst=out if shape == (size, size) else None, interpolation=how)
+    if height < size or width < size:
+        cv2.resize(pixels, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
+    return out
+
+
+def train_image(
+    image: bytes | np.ndarray, size: int, crop_scale: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """`train_crop`, resized: uint8 (S, S, 3)."""
+    return resize(train_crop(image, size, crop_scale, rng), np.empty((size, size, 3), np.uint8))
+
+
+def eval_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
+    """`eval_crop`, resized: uint8 (S, S, 3)."""
+    return resize(eval_crop(image, size), np.empty((size, size, 3), np.uint8))
+
+
 def decode(image: bytes | np.ndarray) -> np.ndarray:
     """The whole image at its own size.
 
     Args:
-      image: as in `train_image`.
+      image: as in `train_crop`.
 
     Returns:
       uint8 (H, W, 3), RGB.
@@ -126,7 +158,7 @@ def centre_box(height: int, width: int, size: int) -> Box:
 
 
 def _read(image: bytes | np.ndarray, size: int, choose: ChooseBox) -> np.ndarray:
-    """The chosen box of an image, resized to (size, size, 3); size 0: not resized."""
+    """The chosen box of an image, of a JPEG at the scale that `size` needs; size 0: at its own."""
     if isinstance(image, np.ndarray):
         pixels = _three_channels(image)
     elif image[:3] == b"\xff\xd8\xff":
@@ -137,7 +169,7 @@ def _read(image: bytes | np.ndarray, size: int, choose: ChooseBox) -> np.ndarray
     else:
         pixels = _decode_other(image)
     top, left, height, width = choose(*pixels.shape[:2])
-    return _resize(pixels[top : top + height, left : left + width], size)
+    return pixels[top : top + height, left : left + width]
 
 
 def _read_jpeg(data: bytes, size: int, choose: ChooseBox) -> np.ndarray:
@@ -155,7 +187,7 @@ def _read_jpeg(data: bytes, size: int, choose: ChooseBox) -> np.ndarray:
     if pixels.shape[0] != height or pixels.shape[1] != width:
         down, across = pixels.shape[0] / height, pixels.shape[1] / width
         top, left, h, w = round(top * down), round(left * across), round(h * down), round(w * across)
-    return _resize(pixels[top : top + h, left : left + w], size)
+    return pixels[top : top + h, left : left + w]
 
 
 def _decode_other(data: bytes) -> np.ndarray:
@@ -207,14 +239,3 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
 def _check_pixels(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
         raise DamagedImage(f"{width}x{height} = {height * width / 1e6:.0f} megapixels exceed {MAX_PIXELS / 1e6:.0f}")
-
-
-def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (H, W, 3) to (size, size, 3): first the sides that are too long, then those that are too short."""
-    height, width = pixels.shape[:2]
-    if size and (height > size or width > size):
-        how = cv2.INTER_AREA if max(height, width) >= 2 * size else cv2.INTER_LINEAR
-        pixels = cv2.resize(pixels, (min(width, size), min(height, size)), interpolation=how)
-    if size and (height < size or width < size):
-        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_CUBIC)
-    return np.ascontiguousarray(pixels)
