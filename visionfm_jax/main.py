@@ -75,7 +75,7 @@ def run(config: Config) -> int:
                 evaluate=lambda step, state: evaluate(trainer, evals, step, state, folder.path),
                 stop_requested=stop,
                 save_due=SaveTimer(config),
-                describe=lambda batch, rows: describe_rows(sources, batch, rows),
+                describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
                 batch_seen=damage.see,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks)
@@ -176,14 +176,15 @@ def describe(trainer: Trainer, origin: str) -> str:
     )
 
 
-def describe_rows(sources: Sequence[Source], batch: dict[str, np.ndarray], rows: np.ndarray) -> str:
-    """Which samples the rows of a global batch are: their index in it and, on their own host, their keys."""
-    local, first = len(batch["record"]), len(batch["record"]) * jax.process_index()
+def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.ndarray], rows: np.ndarray) -> str:
+    """Which samples the rows of a global batch, whose row 0 is sample `first`, are; with the keys of this host's."""
+    local, offset = len(batch["record"]), len(batch["record"]) * jax.process_index()
     names = []
-    for row in rows[:8]:
-        at = int(row) - first
+    for row in rows[:8].tolist():
+        at = row - offset
         source = sources[batch["source"][at]] if 0 <= at < local else None
-        names.append(f"row {row}" + (f" = {source.name} {source.key(int(batch['record'][at]))}" if source else ""))
+        key = f" = {source.name} {source.key(int(batch['record'][at]))}" if source else ""
+        names.append(f"{first + row}{key}")
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return "samples " + ", ".join(names) + more
 

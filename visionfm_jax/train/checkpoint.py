@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers as managers
 
 from visionfm_jax.config import CheckpointConfig
@@ -110,20 +110,23 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise CheckpointError(f"{self.folder} holds no complete checkpoint; name the folder of another run")
-        with _plain_errors(self._reading(step)):
-            return step, self._manager.item_metadata(step).tree
+        with self._reading(step):
+            metadata = self._manager.item_metadata(step)
+            if metadata is None or not (self.folder / str(step) / "default").is_dir():
+                raise FileNotFoundError("the list of its arrays is missing")
+            return step, metadata.tree
 
     def _read(self, step: int, item: Any) -> Any:
         arguments = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        with _plain_errors(self._reading(step)):
+        with self._reading(step):
             return self._manager.restore(step, args=arguments)
 
-    def _reading(self, step: int) -> str:
+    def _reading(self, step: int) -> contextlib.AbstractContextManager:
         older = [s for s in self._manager.all_steps() if s < step]
         remedy = f"move it away to continue from step {max(older)}" if older else "there is no older one beside it"
-        return f"{self.folder / str(step)} seems damaged; {remedy}"
+        return _plain_errors(f"{self.folder / str(step)} is damaged", remedy)
 
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
@@ -169,20 +172,23 @@ def _refuse_other_tree(where: Path, stored: Any, expected: Any) -> None:
         raise CheckpointError("\n  ".join([head, *itertools.islice(sorted(lines), 12), *more]))
 
 
-class _plain_errors:
-    """Turn what Orbax, TensorStore and the file system raise into one line; the details go to the log."""
+@contextlib.contextmanager
+def _plain_errors(doing: str, remedy: str = "") -> Iterator[None]:
+    """Turn what Orbax, TensorStore and the file system raise into one line: what was done, the cause, the remedy."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        cause = _first_cause(error)
+        if any(sign in cause for sign in ("No space left", "File too large", "RESOURCE_EXHAUSTED", "Disk quota")):
+            cause = "the disk is full"
+            remedy = "free space and start again: the checkpoints before are whole"
+        raise CheckpointError(f"{doing}: {cause[:200]}" + (f"; {remedy}" if remedy else "")) from error
 
-    def __init__(self, doing: str):
-        self.doing = doing
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> bool:
-        if error is None or not isinstance(error, Exception) or isinstance(error, CheckpointError):
-            return False
-        logging.debug("checkpoint error", exc_info=error)
-        text = " ".join(str(error).split())
-        full = any(s in text for s in ("No space left", "File too large", "RESOURCE_EXHAUSTED", "Disk quota"))
-        cause = "the disk is full; free space and start again: the checkpoints before are whole" if full else text[:300]
-        raise CheckpointError(f"{self.doing}: {cause}") from error
+def _first_cause(error: BaseException) -> str:
+    """What set off a chain of errors, in one line; Orbax's own words only repeat where it was."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return " ".join(str(error).split()) or type(error).__name__

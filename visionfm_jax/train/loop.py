@@ -45,7 +45,7 @@ class Hooks:
     evaluate: Callable[[int, TrainState], dict[str, float]]  # the metrics of those that are
     stop_requested: Callable[[int], bool]  # asked on every host at every step: a signal has come
     save_due: Callable[[int], bool]  # by steps or minutes, the same answer on every host
-    describe: Callable[[dict, np.ndarray], str]  # host batch, row numbers -> which samples they are
+    describe: Callable[[int, dict, np.ndarray], str]  # step, host batch, row numbers -> which samples they are
     batch_seen: Callable[[dict], None]  # each host batch: counts damaged records
 
 
@@ -152,13 +152,15 @@ class _Window:
     def _not_finite(self, item: _Pending) -> None:
         """Name the step, the first bad tensor and the samples; stop or go on as configured."""
         metrics = jax.device_get(item.metrics)
-        paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)]
+        leaves = jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)
+        paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         bad = [p for p, n in zip(paths, metrics["gradient_norms"], strict=True) if not np.isfinite(n)]
         rows = np.flatnonzero(~np.isfinite(metrics["losses"]))
         where = (
             f"first in the gradient of {bad[0]} ({len(bad)} of {len(paths)} tensors)" if bad else "in the loss alone"
         )
-        who = self.hooks.describe(item.batch, rows) if len(rows) else "no single sample: every loss is finite"
+        who = self.hooks.describe(item.step, item.batch, rows if len(rows) else np.arange(len(metrics["losses"])))
+        who = who if len(rows) else f"no single one of {who}, as each loss is finite"
         values = f"loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
         text = f"step {item.step}: {values}: not finite, {where}; {who}"
         self.skipped += 1

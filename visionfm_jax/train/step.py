@@ -88,8 +88,9 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
         for group, update in updates.items():
-            ratio = optax.tree.norm(update) / (optax.tree.norm(state.params[group]) + 1e-12)
-            metrics[f"update_ratio/{group}"] = ratio
+            size = optax.tree.norm(state.params[group])
+            ratio = optax.tree.norm(update) / jnp.where(size > 0, size, 1)
+            metrics[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # a head of zeros has no ratio yet
 
         new = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)

@@ -1,0 +1,148 @@
+"""Real runs of the training command, small enough to start in a few seconds."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from visionfm_jax.telemetry.writers import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY, BATCH = 60, 20, 16
+SMALL = [
+    "--config=configs/vit_huge.py:tiny",
+    "--config.model.image_size=16",
+    f"--config.train.batch_size={BATCH}",
+    f"--config.train.steps={STEPS}",
+    "--config.train.precision=fp32",
+    "--config.optim.warmup_steps=4",
+    "--config.optim.ema=0.9",
+    f"--config.checkpoint.every_steps={EVERY}",
+    "--config.checkpoint.keep_last=3",
+    "--config.evals=()",
+    "--config.telemetry.log_every=1",
+    "--config.telemetry.tensorboard=false",
+]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with that many virtual devices."""
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def start(folder: Path, *arguments: str, devices: int = 2, **kwargs) -> subprocess.Popen:
+    """A run in `folder`; its output goes to FOLDER.out and FOLDER.err. Later arguments win."""
+    command = [sys.executable, "-m", "visionfm_jax.main", *SMALL, f"--config.workdir={folder}", *arguments]
+    with open(f"{folder}.out", "w") as out, open(f"{folder}.err", "w") as err:
+        environ = {**environment(devices), **kwargs.pop("env", {})}
+        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=err, **kwargs)
+
+
+def finish(process: subprocess.Popen, folder: Path, code: int = 0, seconds: float = 180) -> tuple[str, str]:
+    """Wait for the exit code `code`; returns stdout and stderr."""
+    try:
+        got = process.wait(seconds)
+    finally:
+        process.kill()
+    out, err = Path(f"{folder}.out").read_text(), Path(f"{folder}.err").read_text()
+    assert got == code, f"exit code {got}, not {code}:\n{out}\n{err}"
+    assert "Traceback" not in err, err
+    assert "WARNING" not in err, err
+    return out, err
+
+
+def run(folder: Path, *arguments: str, code: int = 0, devices: int = 2, **kwargs) -> tuple[str, str]:
+    return finish(start(folder, *arguments, devices=devices, **kwargs), folder, code)
+
+
+def only_error(err: str) -> str:
+    """The one line that stderr has besides the progress lines."""
+    lines = [line for line in err.splitlines() if not line.startswith("step ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("visionfm_jax: error: "), err
+    return lines[0]
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait for it; the process must live."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode} too early"
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.002)
+
+
+def signal_after(process: subprocess.Popen, folder: Path, step: int, number: signal.Signals) -> None:
+    """Send a signal soon after `step` is done."""
+    until(lambda: last_step(folder) >= step, process)
+    process.send_signal(number)
+
+
+def last_step(folder: Path) -> int:
+    rows = read_metrics(folder)
+    return rows[-1]["step"] if rows else 0
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step to loss; each step once."""
+    rows = [row for row in read_metrics(folder) if "loss" in row]
+    out = {row["step"]: row["loss"] for row in rows}
+    assert len(out) == len(rows), "a step was logged twice"
+    return out
+
+
+def steps(folder: Path) -> list[int]:
+    """Of the complete checkpoints."""
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def state(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """A checkpoint (the newest), path to array."""
+    path = folder.absolute() / "checkpoints" / str(step or steps(folder)[-1]) / "default"
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = reader.restore(path, restore_args=arguments)
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_identical(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """To the last bit."""
+    assert a.keys() == b.keys()
+    other = [k for k in a if a[k].tobytes() != b[k].tobytes()]
+    assert not other, f"{len(other)} of {len(a)} arrays differ: {other[:4]}"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, to show that nothing was lost."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def copy(whole: Path, to: Path, *keep: int) -> Path:
+    """A run folder of which only some checkpoints are there; its later metrics remain, as after a crash."""
+    shutil.copytree(whole, to)
+    for step in steps(to):
+        if step not in keep:
+            shutil.rmtree(to / "checkpoints" / str(step))
+    return to
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, made by the first of several test processes to come."""
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(f"{folder}.done").exists():
+            make(folder)
+            Path(f"{folder}.done").touch()
+    return folder
