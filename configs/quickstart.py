@@ -26,20 +26,20 @@ def get_config(variant: str = "") -> Config:
     held_out = SourceConfig(kind="bundled", path="digits", split="test")
     return Config(
         name="quickstart",
-        model=ViTConfig(size="P", patch_size=7, image_size=28, pool="gap"),
+        model=ViTConfig(size="P", patch_size=7, image_size=28, pool="cls", remat="full"),
         task=ClassificationConfig(num_classes=10, label_smoothing=0.1),
         data=DataConfig(
             train=(SourceConfig(kind="bundled", path="digits", split="train"),),
             num_examples=4000,
-            augment=AugmentConfig(crop_scale=(0.6, 1.0), flip=False, mean=(0.13,) * 3, std=(0.31,) * 3),
+            augment=AugmentConfig(crop_scale=(0.7, 1.0), flip=False, mean=(0.13,) * 3, std=(0.31,) * 3),
             threads=2,
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=60, weight_decay=0.05),
-        train=TrainConfig(batch_size=64, epochs=20, precision="fp32"),
-        checkpoint=CheckpointConfig(every_steps=250, keep_last=1, keep_best=1, best_metric="digits/top1"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=60, weight_decay=0.05),
+        train=TrainConfig(batch_size=32, epochs=16, precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=500, keep_last=1, keep_best=1, best_metric="digits/top1"),
         evals=(
-            EvalConfig(name="digits", source=held_out, batch_size=200, every_steps=250),
+            EvalConfig(name="digits", source=held_out, batch_size=200, every_steps=500),
             EvalConfig(name="pixels", kind="pixel_baseline", source=held_out, batch_size=200),
         ),
-        telemetry=TelemetryConfig(log_every=10),
+        telemetry=TelemetryConfig(log_every=20),
     )
