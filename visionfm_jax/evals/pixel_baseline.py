@@ -27,7 +27,7 @@ class PixelBaseline:
         del host, hosts  # every host computes the same
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
-        self.test = open_source(config.source)
+        self.source = open_source(config.source)
         pixels = sum(map(len, self.train)) * run.model.image_size**2 * 3
         if pixels > MAX_PIXELS:
             raise DataError(
@@ -39,7 +39,7 @@ class PixelBaseline:
         pairs = [self._pixels(s) for s in self.train]
         x, y = (jnp.concatenate(parts) for parts in zip(*pairs, strict=True))
         weights = fit(x, y, self.run_config.task.num_classes)
-        test_x, test_y = self._pixels(self.test)
+        test_x, test_y = self._pixels(self.source)
         return {"top1": float((scores(weights, test_x).argmax(-1) == test_y).mean())}
 
     def _pixels(self, source: Source) -> tuple[np.ndarray, np.ndarray]:

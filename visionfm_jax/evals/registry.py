@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.evals.classification import ClassificationEval
 from visionfm_jax.evals.pixel_baseline import PixelBaseline
@@ -14,6 +15,8 @@ from visionfm_jax.evals.subject import Predict
 
 class Eval(Protocol):
     """A measurement; construction opens its data and refuses what cannot work, before training starts."""
+
+    source: Source  # the held-out data
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int): ...
     def run(self, predict: Predict, folder: Path) -> dict[str, float]: ...
