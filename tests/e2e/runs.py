@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -41,12 +41,14 @@ def environment(devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
-def start(folder: Path, *arguments: str, devices: int = 2, **kwargs) -> subprocess.Popen:
-    """A run in `folder`; its output goes to FOLDER.out and FOLDER.err. Later arguments win."""
-    command = [sys.executable, "-m", "visionfm_jax.main", *SMALL, f"--config.workdir={folder}", *arguments]
+def start(
+    folder: Path, *arguments: str, devices: int = 2, prefix: Sequence[str] = (), env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """A run in `folder`, behind the words `prefix`; output to FOLDER.out and FOLDER.err. Later arguments win."""
+    command = [*prefix, sys.executable, "-m", "visionfm_jax.main", *SMALL, f"--config.workdir={folder}", *arguments]
     with open(f"{folder}.out", "w") as out, open(f"{folder}.err", "w") as err:
-        environ = {**environment(devices), **kwargs.pop("env", {})}
-        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=err, **kwargs)
+        environ = {**environment(devices), **(env or {})}
+        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=err)
 
 
 def finish(process: subprocess.Popen, folder: Path, code: int = 0, seconds: float = 180) -> tuple[str, str]:
@@ -62,8 +64,8 @@ def finish(process: subprocess.Popen, folder: Path, code: int = 0, seconds: floa
     return out, err
 
 
-def run(folder: Path, *arguments: str, code: int = 0, devices: int = 2, **kwargs) -> tuple[str, str]:
-    return finish(start(folder, *arguments, devices=devices, **kwargs), folder, code)
+def run(folder: Path, *arguments: str, code: int = 0, devices: int = 2) -> tuple[str, str]:
+    return finish(start(folder, *arguments, devices=devices), folder, code)
 
 
 def only_error(err: str) -> str:

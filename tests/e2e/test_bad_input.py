@@ -1,0 +1,83 @@
+"""What is wrong with a command is said in one line, before anything is compiled, with exit code 2."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from runs import ROOT, SMALL, only_error, run
+
+from visionfm_jax import main
+from visionfm_jax.config import load
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.errors import door
+
+NUMPY = ["--config.data.train[0].kind=numpy", "--config.data.train[1].kind=numpy"]
+
+
+def check(arguments: list[str], devices: int) -> int:
+    """What a start does before it touches a device, in its order."""
+    config, _ = load.from_arguments(arguments)
+    config.validate_devices(devices)
+    main.check_sources(config, [open_source(s) for s in config.data.train])
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["--config.data.train[0].kind=folder", "--config.data.train[0].path=/no/such"],
+            ["/no/such", "does not exist"],
+        ),
+        (["--config.data.train[0].kind=tfds", "--config.data.train[0].path={empty}"], ["{empty}", "empty"]),
+        (["--config.data.train[0].kind=tfds", "--config.data.train[0].path={images}"], ["{images}", "folder"]),
+        (["--config.data.train[0].kind=jpeg"], ["jpeg", "folder"]),
+        (["--config.data.train[0].split=trian"], ["trian", "train"]),
+        (["--config.task.num_classes=5"], ["labels up to 8", "num_classes", "9"]),
+        (["--config.train.batch_size=18"], ["train.batch_size = 18", "multiple of 8", "nearest is 16"]),
+        (["--config.train.batch_size=24", "--config.train.accumulate=2"], ["multiple of 16", "2 micro-batches"]),
+        (["--config.model.image_size=30"], ["model.image_size = 30", "patch_size = 8", "nearest is 32"]),
+        (["--config.parallel.replicas=3"], ["parallel.replicas = 3", "8 devices", "nearest is"]),
+        (["--config.parallel.stage=4"], ["parallel.stage = 4", "3, 2, 1, 0"]),
+        (["--config.optim.learning_rate=1"], ["optim.learning_rate", "no such field", "optim.l"]),
+        (["--config.trian.steps=9"], ["trian.steps", "did you mean train.steps"]),
+        (["--config.train.steps=many"], ["train.steps=many", "int"]),
+        (["--config.optim.warmup_steps=60"], ["optim.warmup_steps = 60", "60 steps"]),
+        (["--config.checkpoint.resume=a", "--config.checkpoint.weights=b"], ["excludes checkpoint.weights"]),
+        (["--config.checkpoint.keep_best=1"], ["checkpoint.best_metric"]),
+    ],
+)
+def test_one_line_names_the_cause_and_the_remedy(tmp_path, monkeypatch, capsys, arguments, parts):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "1.jpg").write_bytes(b"-")
+    names = {"empty": tmp_path / "empty", "images": tmp_path / "images"}
+    monkeypatch.chdir(ROOT)
+    code = door(check)([*SMALL, *(a.format(**names) for a in arguments)], devices=8)
+    line = only_error(capsys.readouterr().err)
+    assert code == 2
+    for part in parts:
+        assert part.format(**names) in line
+
+
+@pytest.mark.parametrize("spec", ["configs/vit_hug.py", "configs/vit_huge.py:small", "{tmp}/broken.py"])
+def test_configuration_files(tmp_path, monkeypatch, capsys, spec):
+    (tmp_path / "broken.py").write_text("def get_config(variant):\n    return 1 / 0\n")
+    monkeypatch.chdir(ROOT)
+    spec = spec.format(tmp=tmp_path)
+    assert door(check)([f"--config={spec}"], devices=8) == 2
+    assert spec.partition(":")[0] in only_error(capsys.readouterr().err)
+
+
+def test_the_command_itself(tmp_path):
+    np.savez(tmp_path / "train.npz", image=np.zeros((32, 16, 16), np.uint8), label=np.full(32, 9))
+    data = [*NUMPY, f"--config.data.train[0].path={tmp_path}", f"--config.data.train[1].path={tmp_path}"]
+    for arguments, part in (
+        (data, "has labels up to 9, but config.task.num_classes = 9; set it to 10"),
+        (["--config.train.batch_size=15"], "2 devices x 1 micro-batches"),
+        (["--config.trian.steps=9"], "did you mean"),
+    ):
+        out, err = run(tmp_path / "run", *arguments, code=2)
+        assert part in only_error(err)
+        assert not out
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,144 @@
+"""Damage, a full disk, a second run, values that are not finite: one clear line each, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import (
+    BATCH,
+    EVERY,
+    STEPS,
+    assert_identical,
+    copy,
+    files,
+    finish,
+    last_step,
+    losses,
+    only_error,
+    run,
+    start,
+    state,
+    steps,
+    until,
+)
+
+from visionfm_jax.telemetry.writers import read_metrics
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, whole):
+    folder = copy(whole, tmp_path / "run", STEPS)
+    before = files(folder)
+    _, err = run(folder, "--config.model.patch_size=4", code=74)
+    head, *lines = err.splitlines()
+    assert head.startswith(f"visionfm_jax: error: {folder}/checkpoints/{STEPS} belongs to another model")
+    assert "config.workdir" in head
+    assert "  other shape:            params.embed.kernel (192, 96) there, (48, 96) here" in lines
+    # As the weights of another run, without averaged ones here, and with a class token more.
+    new = tmp_path / "new"
+    _, err = run(new, f"--config.checkpoint.weights={folder}", "--config.model.pool=cls", code=74)
+    assert "only in this model:     params.cls_token" in err.replace("params.params", "params") or "cls" in err
+    assert files(folder) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
+    folder = copy(whole, tmp_path / "run", EVERY, EVERY * 2)
+    newest = folder / "checkpoints" / str(EVERY * 2)
+    data = largest(newest)
+    intact = data.read_bytes()
+    remedy = f"move it away to continue from step {EVERY}"
+    for damage in (lambda: os.truncate(data, 1000), data.unlink):
+        damage()
+        before = files(folder)
+        line = only_error(run(folder, code=74)[1])
+        assert f"{newest} is damaged: " in line
+        assert line.endswith(remedy)
+        assert len(line) < 500
+        assert files(folder) == before
+    data.write_bytes(intact)
+    (newest / "default" / "_METADATA").unlink()
+    assert remedy in only_error(run(folder, code=74)[1])
+
+    newest.rename(folder / "damaged")  # the remedy
+    (folder / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp").mkdir()  # what a crash leaves of a save
+    out, _ = run(folder)
+    assert f"starts from      step {EVERY} of its own folder" in out
+    assert_identical(state(folder), state(whole))
+    assert steps(folder) == [EVERY, EVERY * 2, STEPS]
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, whole):
+    folder = copy(whole, tmp_path / "run", EVERY)
+    # Files beyond a mebibyte cannot be written; metrics and logs still can.
+    process = start(folder, prefix=["bash", "-c", 'ulimit -f 1024; exec "$@"', "-"])
+    line = only_error(finish(process, folder, code=74)[1])
+    assert "the disk is full; free space and start again: the checkpoints before are whole" in line
+    assert steps(folder) == [EVERY]
+
+    out, _ = run(folder)
+    assert f"starts from      step {EVERY} of its own folder" in out
+    assert_identical(state(folder), state(whole))
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path, whole):
+    folder, second = tmp_path / "run", tmp_path / "second"
+    second.symlink_to(folder)
+    first = start(folder)
+    until(lambda: last_step(folder) >= 1, first)
+    first.send_signal(signal.SIGSTOP)  # so that it is still there when the second comes
+    try:
+        before = files(folder)
+        _, err = run(second, code=2)
+        assert "another run is in" in only_error(err)
+        assert files(folder) == before
+    finally:
+        first.send_signal(signal.SIGCONT)
+    finish(first, folder)
+    assert_identical(state(folder), state(whole))
+
+
+@pytest.fixture
+def overflowing(tmp_path) -> list[str]:
+    """Black images, on which training is fine, and one bright one, which the normalisation lets overflow."""
+    images = np.zeros((BATCH * 4, 16, 16), np.uint8)
+    images[37] = 255
+    # One archive, so that the order is that of a single source; the second of `tiny` gets next to no weight.
+    np.savez(tmp_path / "train.npz", image=images, label=np.arange(len(images)) % 9)
+    source = f"--config.data.train[0].kind=numpy --config.data.train[0].path={tmp_path} --config.data.train[1].kind="
+    source += f"numpy --config.data.train[1].path={tmp_path} --config.data.train[1].weight=1e-6"
+    mean, std = "--config.data.augment.mean=(0.,0.,0.)", "--config.data.augment.std=(1e-38,1e-38,1e-38)"
+    return [*source.split(), mean, std, "--config.data.augment.jitter=(0.,0.,0.,0.)", "--config.optim.warmup_steps=2"]
+
+
+def test_a_value_that_is_not_finite(tmp_path, overflowing):
+    arguments = [*overflowing, "--config.train.steps=12", "--config.checkpoint.every_steps=1"]
+    folder = tmp_path / "stop"
+    line = only_error(run(folder, *arguments, code=4)[1])
+    assert "not finite" in line
+    assert "37" in line
+    assert "first in the gradient of blocks.attn." in line
+    assert 'config.train.on_nonfinite="skip"' in line
+    bad = int(line.partition("error: step ")[2].partition(":")[0])
+    assert steps(folder)[-1] == bad
+    assert all(np.isfinite(v).all() for v in state(folder).values())
+
+    # Continued with the other rule: both bright samples are left out, the rest is trained on.
+    _, err = run(folder, *arguments, "--config.train.on_nonfinite=skip")
+    skipped = [line for line in err.splitlines() if line.startswith("skipped step ")]
+    assert skipped[0].startswith(f"skipped step {bad}: ")
+    assert read_metrics(folder)[-1]["skipped_steps"] == len(skipped) == 3 - (bad >= 8) * 2 - (4 <= bad < 8)
+    assert sorted(losses(folder)) == list(range(1, 13))
+    assert all(np.isfinite(v).all() for v in state(folder).values())
+
+
+def test_weights_that_are_not_finite_end_a_run_that_skips(tmp_path):
+    arguments = ["--config.optim.lr=1e30", "--config.optim.clip_norm=0", "--config.train.on_nonfinite=skip"]
+    line = run(tmp_path / "run", *arguments, code=4)[1].splitlines()[-1]
+    assert "51 steps in a row were skipped: lower config.optim.lr" in line
