@@ -62,10 +62,10 @@ def tiny() -> Config:
             augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=False, jitter=(0.4, 0.4, 0.4, 0.1)),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=30, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=64, steps=600, precision="bf16"),
+        train=TrainConfig(batch_size=64, steps=300, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
-        evals=(EvalConfig(name="concepts", source=emoji, every_steps=200),),
+        evals=(EvalConfig(name="concepts", source=emoji, every_steps=100),),
         telemetry=TelemetryConfig(log_every=10),
     )
