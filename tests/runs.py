@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -9,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from visionfm_jax.telemetry.writers import read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 STEPS, EVERY, BATCH = 60, 20, 16
 SMALL = [
     "--config=configs/vit_huge.py:tiny",
@@ -42,22 +44,30 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def start(
-    folder: Path, *arguments: str, devices: int = 2, prefix: Sequence[str] = (), env: dict[str, str] | None = None
+    folder: Path,
+    *arguments: str,
+    devices: int = 2,
+    prefix: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen:
-    """A run in `folder`, behind the words `prefix`; output to FOLDER.out and FOLDER.err. Later arguments win."""
+    """A run in `folder`, behind the words `prefix`; output to LOG.out and LOG.err, by default beside the folder.
+
+    Later arguments win.
+    """
     command = [*prefix, sys.executable, "-m", "visionfm_jax.main", *SMALL, f"--config.workdir={folder}", *arguments]
-    with open(f"{folder}.out", "w") as out, open(f"{folder}.err", "w") as err:
+    with open(f"{log or folder}.out", "w") as out, open(f"{log or folder}.err", "w") as err:
         environ = {**environment(devices), **(env or {})}
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=err)
 
 
-def finish(process: subprocess.Popen, folder: Path, code: int = 0, seconds: float = 180) -> tuple[str, str]:
+def finish(process: subprocess.Popen, log: Path, code: int = 0, seconds: float = 180) -> tuple[str, str]:
     """Wait for the exit code `code`; returns stdout and stderr."""
     try:
         got = process.wait(seconds)
     finally:
         process.kill()
-    out, err = Path(f"{folder}.out").read_text(), Path(f"{folder}.err").read_text()
+    out, err = Path(f"{log}.out").read_text(), Path(f"{log}.err").read_text()
     assert got == code, f"exit code {got}, not {code}:\n{out}\n{err}"
     assert "Traceback" not in err, err
     assert "WARNING" not in err, err
@@ -138,6 +148,20 @@ def copy(whole: Path, to: Path, *keep: int) -> Path:
         if step not in keep:
             shutil.rmtree(to / "checkpoints" / str(step))
     return to
+
+
+@contextlib.contextmanager
+def compiled_once(factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for all processes of the test session.
+
+    In it, the same program is compiled once for all runs; what it computes stays the same to the last bit.
+    """
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield shared
 
 
 def once(folder: Path, make: Callable[[Path], object]) -> Path:

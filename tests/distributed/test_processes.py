@@ -1,0 +1,114 @@
+"""Two processes with gloo between them train as one does, stop together, and fail together."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import EVERY, STEPS, compiled_once, copy, finish, last_step, losses, once, run, start, steps, until
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Iterator[Path]:
+    """An undisturbed run of one process with two devices."""
+    with compiled_once(tmp_path_factory) as shared:
+        yield once(shared / "whole", run)
+
+
+def start_two(folder: Path, *arguments: str, own: tuple[list[str], list[str]] = ([], [])) -> list[subprocess.Popen]:
+    """Two processes with one device each; `own` are the arguments of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            folder,
+            *arguments,
+            *own[i],
+            devices=1,
+            log=Path(f"{folder}-{i}"),
+            env={"VISIONFM_COORDINATOR": f"127.0.0.1:{port}", "VISIONFM_PROCESSES": "2", "VISIONFM_PROCESS": str(i)},
+        )
+        for i in range(2)
+    ]
+
+
+def finish_two(processes: list[subprocess.Popen], folder: Path, code: int) -> list[tuple[str, str]]:
+    try:
+        return [finish(p, Path(f"{folder}-{i}"), code) for i, p in enumerate(processes)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def assert_same_losses(folder: Path, whole: Path, first: int = 1) -> None:
+    """Of the steps from `first` on, each once; which also says that the data came in the same order."""
+    expected, got = losses(whole), losses(folder)
+    assert list(got) == list(range(1, STEPS + 1))
+    later = range(first, STEPS + 1)
+    np.testing.assert_allclose([got[s] for s in later][:5], [expected[s] for s in later][:5], rtol=1e-5)
+    # Adam amplifies the order of summation with every step; another order of the data would show at once.
+    np.testing.assert_allclose([got[s] for s in later], [expected[s] for s in later], rtol=1e-3)
+
+
+def test_two_train_as_one_and_stop_when_one_is_told(tmp_path, whole):
+    folder = tmp_path / "run"
+    processes = start_two(folder)
+    until(lambda: last_step(folder) >= EVERY + 2, processes[1])
+    processes[1].send_signal(signal.SIGTERM)  # as a scheduler that reclaims one host
+    (out, err), (quiet, _) = finish_two(processes, folder, 75)
+    saved = last_step(folder)
+    assert "on 2 x cpu" in out
+    assert steps(folder)[-1] == saved > EVERY
+    assert f"stopped after step {saved}: the state is saved" in err
+    assert "vit_huge_tiny" not in quiet  # only the first process talks
+
+    out, _ = run(folder)  # one process with two devices continues what two have saved
+    assert f"starts from      step {saved} of its own folder" in out
+    assert_same_losses(folder, whole)
+
+
+def test_two_continue_what_one_has_saved(tmp_path, whole):
+    folder = copy(whole, tmp_path / "run", EVERY * 2)
+    (out, _), _ = finish_two(start_two(folder), folder, 0)
+    assert f"starts from      step {EVERY * 2} of its own folder" in out
+    assert_same_losses(folder, whole, first=EVERY * 2 + 1)
+    assert steps(folder)[-1] == STEPS
+
+
+@pytest.mark.usefixtures("whole")
+def test_the_failure_of_one_ends_the_other(tmp_path):
+    """The disk of one host goes away in the middle of training."""
+    rng = np.random.default_rng(0)
+    for host in ("0", "1"):
+        for label in range(9):
+            (tmp_path / host / str(label)).mkdir(parents=True)
+            for i in range(8):
+                image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+                image.save(tmp_path / host / str(label) / f"{i}.png")
+    data = ["--config.data.train[0].kind=folder", "--config.data.train[1].kind=folder"]
+    data += ["--config.data.train[0].split=", "--config.data.train[1].split="]
+    own = tuple([f"--config.data.train[{i}].path={tmp_path / host}" for i in range(2)] for host in ("0", "1"))
+    folder = tmp_path / "run"
+    processes = start_two(folder, *data, "--config.train.steps=100000", own=own)
+    try:
+        until(lambda: last_step(folder) >= 3, processes[1])
+        shutil.rmtree(tmp_path / "1")
+        _, err = finish(processes[1], Path(f"{folder}-1"), code=2, seconds=60)
+        assert "visionfm_jax: error: process 1: folder" in err
+        assert "cannot be read" in err
+        began = time.monotonic()
+        _, err = finish(processes[0], Path(f"{folder}-0"), code=4, seconds=60)
+        assert time.monotonic() - began < 30
+        assert "visionfm_jax: error: process 0: stopped, probably as another process has ended" in err
+    finally:
+        for process in processes:
+            process.kill()
