@@ -31,6 +31,8 @@ class Checkpoints:
         self.folder = Path(folder).absolute() / SUBFOLDER
         self._best_metric = config.best_metric
         with _plain_errors(f"opening {self.folder}"):
+            if not read_only:
+                self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice only at the first save
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(read_only=True) if read_only else _options(config),

@@ -1,0 +1,108 @@
+"""Which checkpoints stay, in this process and after a restart; what a folder without one gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from visionfm_jax.config import CheckpointConfig
+from visionfm_jax.errors import CheckpointError
+from visionfm_jax.train.checkpoint import Checkpoints
+from visionfm_jax.train.state import TrainState
+
+BEST = {"keep_best": 1, "best_metric": "val/top1"}
+
+
+def state_of(step: int, *, ema: bool = False) -> TrainState:
+    params = {"w": jnp.full((8, 4), step, jnp.float32)}
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params=params,
+        opt_state=({"mu": {"w": -params["w"]}}, ()),
+        ema={"w": params["w"] + 0.5} if ema else None,
+    )
+
+
+def shapes_and_shardings(state: TrainState) -> tuple[TrainState, TrainState]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    return jax.eval_shape(lambda: state), jax.tree.map(lambda _: here, state)
+
+
+def save(folder: Path, config: CheckpointConfig, scores: dict[int, float | None]) -> None:
+    with Checkpoints(folder, config) as checkpoints:
+        for step, score in scores.items():
+            checkpoints.save(step, state_of(step), {} if score is None else {"val/top1": score, "val/loss": 1.0})
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "scores", "expected"),
+    [
+        ({"keep_last": 2}, {1: 0.9, 2: None, 3: 0.1, 4: None}, [3, 4]),
+        ({"keep_last": 1, **BEST}, {1: 0.2, 2: 0.9, 3: None, 4: 0.5, 5: None}, [2, 5]),
+        ({"keep_last": 1, **BEST}, {1: 0.2, 2: 0.3, 3: 0.9}, [3]),
+        ({"keep_last": 1, **BEST, "keep_best": 2}, {1: 0.5, 2: 0.3, 3: 0.9, 4: None}, [1, 3, 4]),
+        ({"keep_last": 1, **BEST}, {1: None, 2: None}, [2]),
+    ],
+)
+def test_the_last_and_the_best_are_kept(tmp_path, config, scores, expected):
+    save(tmp_path, CheckpointConfig(**config), scores)
+    assert kept(tmp_path) == expected
+
+
+def test_the_best_survives_restarts(tmp_path):
+    config = CheckpointConfig(keep_last=1, **BEST)
+    save(tmp_path, config, {1: 0.9, 2: 0.1})
+    save(tmp_path, config, {3: 0.5, 4: None})
+    assert kept(tmp_path) == [1, 4]
+    save(tmp_path, config, {5: 0.95, 6: None})
+    assert kept(tmp_path) == [5, 6]
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_state_comes_back_where_it_is_wanted(tmp_path, ema):
+    state = state_of(7, ema=ema)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(7, state, {})
+    shapes, shardings = shapes_and_shardings(state)
+    with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
+        restored = checkpoints.restore(shapes, shardings)
+        weights = checkpoints.restore_weights(shapes.params, shardings.params)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for got, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(got, expected)
+        assert got.devices() == {jax.devices()[3]}
+    np.testing.assert_array_equal(weights["w"], 7.5 if ema else 7)
+
+
+def test_a_state_with_more_or_less_is_refused(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(7, state_of(7), {})
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"(?s)another model.*only in this model: +ema\.w \(8, 4\)"):
+            checkpoints.restore(*shapes_and_shardings(state_of(7, ema=True)))
+        more = state_of(7).replace(params={"w": jnp.zeros((8, 5)), "b": jnp.zeros(2)})
+        with pytest.raises(CheckpointError, match=r"params\.b \(2,\)\n.*params\.w \(8, 4\) there, \(8, 5\) here"):
+            checkpoints.restore(*shapes_and_shardings(more))
+
+
+def test_reading_where_there_is_none(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
+        assert checkpoints.latest() is None
+        with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+            checkpoints.restore(*shapes_and_shardings(state_of(1)))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"opening .*checkpoints: "):
+        Checkpoints(tmp_path, CheckpointConfig())
