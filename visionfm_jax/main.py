@@ -187,7 +187,7 @@ def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.nda
         key = f" = {source.name} {source.key(int(batch['record'][at]))}" if source else ""
         names.append(f"{first + row}{key}")
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    return "samples " + ", ".join(names) + more
+    return ("samples " if len(rows) > 1 else "sample ") + ", ".join(names) + more
 
 
 def summary(folder: Path, config: Config, evals: dict[str, Eval]) -> str:
