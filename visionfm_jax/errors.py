@@ -33,9 +33,15 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training itself went wrong (a non-finite loss, a stuck process). Exit code 4: look before requeueing."""
+    """Training itself went wrong: a loss or gradient is not finite. Exit code 4: a person should look."""
 
     exit_code = 4
+
+
+class LostError(UserError):
+    """A process is stuck, gone or never came. Exit code 71: the machine is at fault, start the same command again."""
+
+    exit_code = 71  # EX_OSERR
 
 
 PREEMPTED = 75  # EX_TEMPFAIL: the state is saved; a scheduler should start the same command again.

@@ -1,8 +1,8 @@
 """Train: `python -m visionfm_jax.main --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE …]`.
 
-Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 74 a
-checkpoint cannot be written or read · 75 stopped by SIGTERM with the state saved: start the same command again ·
-130 stopped by Ctrl-C with the state saved.
+Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 71 a process is
+stuck or gone · 74 a checkpoint cannot be written or read · 75 stopped by SIGTERM with the state saved: start the same
+command again · 130 stopped by Ctrl-C with the state saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.data.loader import DamageLog, train_loader
 from visionfm_jax.data.sources import Source, open_source
-from visionfm_jax.errors import INTERRUPTED, CheckpointError, DataError, TrainingError, UserError, door
+from visionfm_jax.errors import INTERRUPTED, CheckpointError, DataError, LostError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import make_mesh, to_global
@@ -46,10 +46,10 @@ def run(config: Config) -> int:
     host, hosts = jax.process_index(), jax.process_count()
     stop = StopSignal()
     config.validate_devices(jax.device_count(), hosts)
+    trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
     sources = [open_source(s) for s in config.data.train]
     check_sources(config, sources)
     evals = make_evals(config, host, hosts)
-    trainer = Trainer(config, make_mesh(config.parallel.replicas))
 
     with (
         RunFolder(config, owner=host == 0) as folder,
@@ -57,8 +57,8 @@ def run(config: Config) -> int:
     ):
         state, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
-        folder.record(config)
-        say(describe(trainer, origin))
+        changes = folder.record(config, start)
+        say(describe(trainer, origin, changes))
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
@@ -73,14 +73,13 @@ def run(config: Config) -> int:
             hooks = Hooks(
                 monitor=monitor,
                 eval_due=lambda step: bool(due_evals(config, step)),
-                evaluate=lambda step, state: evaluate(trainer, evals, step, state, folder.path),
+                evaluate=lambda step, state: evaluate(trainer, evals, step, state, monitor),
                 stop_requested=stop,
                 save_due=SaveTimer(config),
                 describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
                 batch_seen=damage.see,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks)
-        damage.finish()
         if host == 0:
             say(summary(folder.path, config, evals))
     return 0 if finished else stop.exit_code
@@ -147,22 +146,25 @@ def due_evals(config: Config, step: int) -> list[EvalConfig]:
     return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
 
 
-def evaluate(trainer: Trainer, evals: dict[str, Eval], step: int, state: TrainState, folder: Path) -> dict[str, float]:
+def evaluate(
+    trainer: Trainer, evals: dict[str, Eval], step: int, state: TrainState, monitor: RunMonitor
+) -> dict[str, float]:
     """The metrics, as NAME/METRIC, of every eval that is due after `step`; with the averaged weights if kept."""
     weights = state.params if state.ema is None else state.ema
 
     def predict(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        monitor.step_done(step)  # a long evaluation is no standstill
         return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch)))
 
     scores = {}
     for config in due_evals(trainer.config, step):
-        measured = evals[config.name].run(predict, folder)
+        measured = evals[config.name].run(predict)
         scores |= {f"{config.name}/{k}": v for k, v in measured.items()}
     return scores
 
 
-def describe(trainer: Trainer, origin: str) -> str:
-    """What is about to happen, for people."""
+def describe(trainer: Trainer, origin: str, changes: list[str]) -> str:
+    """What is about to happen, for people; `changes` are those of the settings since the run was last here."""
     config, mesh = trainer.config, trainer.mesh
     count = sum(p.size for p in jax.tree.leaves(trainer.shapes.params))
     kind = jax.devices()[0].device_kind
@@ -173,6 +175,7 @@ def describe(trainer: Trainer, origin: str) -> str:
             load.describe(config),
             f"  starts from      {origin}",
             f"  run folder       {config.folder}",
+            *(f"  changed          {change}" for change in changes),
         ]
     )
 
@@ -195,17 +198,20 @@ def summary(folder: Path, config: Config, evals: dict[str, Eval]) -> str:
     metrics = read_metrics(folder)
     if not metrics:
         return ""
-    learning_curves(metrics, folder / "learning_curves.png")
     pictures = [folder / "learning_curves.png"]
-    for name, eval_ in evals.items():
-        if pictured := getattr(eval_, "pictured", None):
-            pictures.append(folder / f"predictions_{name}.png")
-            predictions(
-                pictured["image"], pictured["label"], pictured["guess"], eval_.source.class_names,
-                pictures[-1], f"{config.name}: {name}",
-            )  # fmt: skip
+    try:
+        learning_curves(metrics, pictures[0])
+        for name, eval_ in evals.items():
+            if pictured := eval_.pictured:
+                pictures.append(folder / f"predictions_{name}.png")
+                predictions(
+                    pictured["image"], pictured["label"], pictured["guess"], eval_.source.class_names,
+                    pictures[-1], f"{config.name}: {name}",
+                )  # fmt: skip
+    except OSError as error:  # the run itself is complete and saved
+        return f"  no picture: cannot write {pictures[-1]}: {error.strerror}; free space there, run again"
     last = {k: v for record in metrics for k, v in record.items() if k.partition("/")[0] in evals}
-    scores = [f"  {k:20} {v:.4f}" for k, v in last.items() if k.endswith(("top1", "top5", "loss"))]
+    scores = [f"  {k:20} {v:.4f}" for k, v in last.items()]
     return "\n".join([*scores, *(f"  picture              {p}" for p in pictures)])
 
 
@@ -257,7 +263,7 @@ def run_among_others(config: Config) -> int:
     except KeyboardInterrupt:
         text, code = "interrupted", INTERRUPTED
     except jax.errors.JaxRuntimeError as error:
-        text, code = f"stopped, probably as another process has ended: {one_line(error)}", TrainingError.exit_code
+        text, code = f"stopped, probably as another process has ended: {one_line(error)}", LostError.exit_code
     except Exception:
         text, code = traceback.format_exc(), 1
     print(f"visionfm_jax: error: process {jax.process_index()}: {text}", file=sys.stderr, flush=True)

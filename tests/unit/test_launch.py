@@ -136,7 +136,7 @@ def test_slurm_queues_again_only_after_75(tmp_path):
     assert calls[1:] == ["scontrol requeue 42"]
 
 
-@pytest.mark.parametrize("code", [0, 2, 4])
+@pytest.mark.parametrize("code", [0, 2, 4, 74])
 def test_slurm_ends_otherwise(tmp_path, code):
     result, calls = submit(tmp_path, code)
     assert result.returncode == code

@@ -33,6 +33,8 @@ def load_file(spec: str) -> Config:
     if not Path(path).is_file():
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), cutoff=0.5)
         raise ConfigError(f"--config={path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+    if not path.endswith(".py"):
+        raise ConfigError(f"--config={path}: is no Python file; name one of configs/*.py")
     module_spec = importlib.util.spec_from_file_location("visionfm_jax_config_file", path)
     module = importlib.util.module_from_spec(module_spec)
     try:

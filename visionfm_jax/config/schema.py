@@ -6,6 +6,7 @@ and nothing changes a configuration afterwards. Derived quantities are propertie
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from visionfm_jax.errors import ConfigError
@@ -239,7 +240,8 @@ def _problems(c: Config) -> list[Problem]:
         ("model.patch_size", 1), ("model.image_size", 1), ("task.num_classes", 2), ("train.batch_size", 1),
         ("train.accumulate", 1), ("train.steps", 0), ("train.epochs", 0), ("optim.warmup_steps", 0),
         ("optim.final_lr", 0), ("optim.weight_decay", 0), ("optim.clip_norm", 0), ("parallel.replicas", 1),
-        ("data.workers", 0), ("data.threads", 1), ("data.prefetch", 1), ("checkpoint.every_steps", 0),
+        ("data.workers", 0), ("data.threads", 1), ("data.prefetch", 1),
+        ("optim.eps", 0), ("checkpoint.every_steps", 0),
         ("checkpoint.every_minutes", 0), ("checkpoint.keep_last", 1), ("checkpoint.keep_best", 0),
         ("telemetry.log_every", 1), ("telemetry.stuck_minutes", 0), ("seed", 0),
     ):  # fmt: skip
@@ -255,6 +257,18 @@ def _problems(c: Config) -> list[Problem]:
             out.append((name, value, f"must lie in [{low}, {high})", "set a value in that range"))
     if not 0 < c.optim.layer_decay <= 1:
         out.append(("optim.layer_decay", c.optim.layer_decay, "must lie in (0, 1]", "set 1 for no layer decay"))
+    if not math.isfinite(c.train.epochs):
+        out.append(("train.epochs", c.train.epochs, "must be a number", "set 0 and train.steps, or a number of epochs"))
+    if c.train.batch_size > 2**16:
+        out.append(("train.batch_size", c.train.batch_size, "must be at most 65536", "lower it"))
+    if not min(c.data.augment.std) > 0:
+        out.append(("data.augment.std", c.data.augment.std, "must be positive", "set (0.229, 0.224, 0.225)"))
+    for i, e in enumerate(c.evals):
+        for leaf in ("batch_size", "every_steps"):
+            if getattr(e, leaf) < 0:
+                out.append((f"evals[{i}].{leaf}", getattr(e, leaf), "must be at least 0", "set it to 0 or more"))
+        if "/" in e.name or not e.name:
+            out.append((f"evals[{i}].name", e.name, "must be a word without /", 'set e.g. "val"'))
     if not c.optim.lr > 0:
         out.append(("optim.lr", c.optim.lr, "must be positive", "set 1e-3"))
     if c.optim.final_lr > c.optim.lr:
@@ -286,7 +300,7 @@ def _problems(c: Config) -> list[Problem]:
 
 def _length_problems(c: Config) -> list[Problem]:
     out: list[Problem] = []
-    if c.train.batch_size < 1:  # told already, and no length follows from it
+    if c.train.batch_size < 1 or not math.isfinite(c.train.epochs):  # no length follows from it
         return out
     if bool(c.train.steps) == bool(c.train.epochs):
         out.append(
@@ -334,6 +348,9 @@ def _device_problems(c: Config, devices: int, hosts: int) -> list[Problem]:
         out.append(
             ("parallel.replicas", c.parallel.replicas, f"must divide the {devices} devices", f"the nearest is {near}")
         )
+    if c.parallel.stage and c.parallel.replicas == devices > 1:
+        rule = f"leaves one device a replica, over which parallel.stage = {c.parallel.stage} cannot shard"
+        out.append(("parallel.replicas", c.parallel.replicas, rule, "set parallel.stage to 0, or fewer replicas"))
     batches = [
         (
             "train.batch_size",

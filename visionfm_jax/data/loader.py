@@ -26,7 +26,6 @@ from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
 
 STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
-JUDGE_AFTER = 1000  # samples seen before the share of damaged ones can stop a run
 
 
 def train_loader(
@@ -129,7 +128,7 @@ class DamageLog:
 
     Args:
       sources: as given to `train_loader`.
-      max_damaged: share of damaged among the samples seen past which the run stops; judged after 1,000 samples.
+      max_damaged: share of damaged among the samples seen past which the run stops; 0: at the first.
       batch_size, start_step, host, hosts: as given to `train_loader`.
     """
 
@@ -169,16 +168,9 @@ class DamageLog:
         self._next += self._global
         self.seen += len(batch["damaged"])
         self.damaged += len(damaged)
-        if self.seen >= JUDGE_AFTER:
-            self.finish()
-
-    def finish(self) -> None:
-        """Judge what was seen, however little; to be called at the end.
-
-        Raises:
-          DataError: as `see`.
-        """
-        if self.damaged > self._max * self.seen:
+        # A clear excess stops the run, not chance: one and four standard deviations above what is allowed.
+        allowed = self._max * self.seen
+        if self.damaged > allowed + (4 * allowed**0.5 + 1 if self._max else 0):
             raise DataError(
                 f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) could not be decoded, more "
                 f"than data.max_damaged = {self._max:g} allows; the log names the records: repair them, or raise the "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
@@ -21,6 +19,8 @@ class ClassificationEval:
     After a run, `pictured` holds the first images with label and best guess.
     """
 
+    metrics = ("top1", "top5")
+
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
@@ -31,7 +31,7 @@ class ClassificationEval:
             )
         self.pictured: dict[str, np.ndarray] = {}
 
-    def run(self, predict: Predict, folder: Path) -> dict[str, float]:
+    def run(self, predict: Predict) -> dict[str, float]:
         """Scores over the whole source, each record once."""
         totals = dict.fromkeys(("loss", "top1", "top5"), 0.0)
         count = 0.0
@@ -60,10 +60,10 @@ class ClassificationEval:
     def _remember(self, batch: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
         if self.host:  # predictions cover all hosts' rows; images only this one's, which are the first on host 0
             return
-        real = int(batch["mask"].sum())
-        n = min(PICTURED, real)
-        self.pictured = {
-            "image": batch["image"][:n],
-            "label": out["label"][:n],
-            "guess": out["top"][:n, 0],
-        }
+        rows = np.flatnonzero(batch["mask"])[:PICTURED]
+        if len(rows):
+            self.pictured = {
+                "image": batch["image"][rows],
+                "label": out["label"][rows],
+                "guess": out["top"][rows, 0],
+            }

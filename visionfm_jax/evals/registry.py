@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.sources import Source
@@ -17,9 +18,11 @@ class Eval(Protocol):
     """A measurement; construction opens its data and refuses what cannot work, before training starts."""
 
     source: Source  # the held-out data
+    metrics: tuple[str, ...]  # those of which higher is better: what `checkpoint.best_metric` may name
+    pictured: dict[str, np.ndarray]  # after a run: `image`, `label` and `guess` of some rows, or nothing
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int): ...
-    def run(self, predict: Predict, folder: Path) -> dict[str, float]: ...
+    def run(self, predict: Predict) -> dict[str, float]: ...
 
 
 EVALS: dict[str, type[Eval]] = {
@@ -42,4 +45,10 @@ def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
                 f"config.evals[{i}].kind = {config.kind!r}: must be one of {', '.join(EVALS)}; set it to one"
             )
         out[config.name] = EVALS[config.kind](config, run, host, hosts)
+    name, _, metric = run.checkpoint.best_metric.partition("/")
+    if name and metric not in out[name].metrics:
+        raise ConfigError(
+            f"config.checkpoint.best_metric = {run.checkpoint.best_metric!r}: eval {name!r} has no such metric of "
+            f"which higher is better; set {name}/{out[name].metrics[0]}"
+        )
     return out

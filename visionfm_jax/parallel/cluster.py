@@ -21,7 +21,7 @@ import threading
 
 import jax
 
-from visionfm_jax.errors import ConfigError, TrainingError
+from visionfm_jax.errors import ConfigError, LostError
 
 START_TIMEOUT = 300  # seconds that all processes have to appear
 
@@ -40,7 +40,7 @@ def initialize(
       processes: how many there are; None: VISIONFM_PROCESSES, else detected.
       process: which one this is; None: VISIONFM_PROCESS, else detected.
       timeout: seconds to wait until all have joined. JAX aborts with a C++ stack then; this says one
-        line on stderr and exits with `TrainingError.exit_code` just before.
+        line on stderr and exits with `LostError.exit_code` just before.
 
     Returns:
       (process, processes); (0, 1) for a run of one process.
@@ -194,7 +194,7 @@ def _join(timeout: int, where: str, **arguments: object) -> None:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
     except (RuntimeError, ValueError, OSError, IndexError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingError(
+        raise LostError(
             f"the processes cannot meet at {where}: {first}; is the port free, is the host right?"
         ) from error
     finally:
@@ -208,7 +208,7 @@ def _give_up(timeout: int, where: str) -> None:
     else:
         cause = f"{where} does not answer; check that process 0 runs, its address, and the firewall between the hosts"
     print(f"error: no cluster after {timeout} s: {cause}", file=sys.stderr, flush=True)
-    os._exit(TrainingError.exit_code)
+    os._exit(LostError.exit_code)
 
 
 def _answers(where: str) -> bool:

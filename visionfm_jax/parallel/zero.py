@@ -12,7 +12,7 @@ here, the same on every backend:
 Weights are cast to the compute dtype before they are gathered, and gradients of matrices are reduced in it:
 half the bytes of fp32, as DeepSpeed does; they are accumulated over micro-batches in fp32. Vectors (norms, biases)
 are 0.1 % of a model: always whole, reduced once a step, in fp32. Sharding is over the mesh axis `fsdp`; the
-axis `replica` (hybrid sharding) adds one sum of the shards.
+axis `replica` (hybrid sharding) adds one sum of the shards, in fp32.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.parallel.mesh import BATCH, FSDP, REPLICA, WHOLE
 
 Tree = Any
@@ -115,6 +116,21 @@ def _spec(ndim: int, dim: int | None) -> PartitionSpec:
     return WHOLE if dim is None else PartitionSpec(*(FSDP if d == ndim + dim else None for d in range(ndim)))
 
 
+def _refuse_useless_mesh(params: Tree, dims: Tree, stage: int, shards: int) -> None:
+    """A stage that shards is of no use on a mesh that divides next to nothing."""
+    sizes = [(p.size, dim[0]) for p, dim in zip(jax.tree.leaves(params), _dims_of(dims), strict=True)]
+    whole = sum(size for size, dim in sizes if dim is None) / sum(size for size, _ in sizes)
+    if STAGES[stage].state and shards > 1 and whole > 0.5:
+        raise ConfigError(
+            f"config.parallel.stage = {stage}: the mesh shards over {shards} devices, which divides the dims of only "
+            f"{1 - whole:.0%} of this model's parameters; use a number of devices that divides its width, or stage 0"
+        )
+
+
+def _dims_of(dims: Tree) -> list[list[int | None]]:
+    return jax.tree.leaves(dims, is_leaf=lambda d: isinstance(d, list))
+
+
 LossFn = Callable[[Tree, dict], tuple[jax.Array, dict]]  # (params, local batch) -> mean loss, per-sample arrays
 
 
@@ -134,6 +150,7 @@ class Zero:
         self._dims = jax.tree_util.tree_map_with_path(  # a list: None would vanish from a tree
             lambda path, p: [shard_dim(path, p, shards)], params
         )
+        _refuse_useless_mesh(params, self._dims, stage, shards)
         self._is_matrix = jax.tree_util.tree_map_with_path(lambda path, p: matrix_rank(path, p) >= 2, params)
         self._specs = self._map(lambda p, dim: _spec(p.ndim, dim), params)
 
@@ -215,14 +232,13 @@ class Zero:
 
     def _reduce(self, g: jax.Array, dim: int | None, matrix: bool) -> jax.Array:
         """One device's gradient (sum over its micro-batches) to the sum over devices, stored form, fp32."""
+        if dim is not None and self.stage.gradients:  # a shard, summed over `fsdp` already
+            return jax.lax.psum(g.astype(jnp.float32), REPLICA)
         g = g.astype(self.dtype if matrix else jnp.float32)
         if dim is None or not self.stage.state:
-            g = jax.lax.psum(g, (REPLICA, FSDP))
-        else:
-            if not self.stage.gradients:
-                g = jax.lax.psum_scatter(g, FSDP, scatter_dimension=g.ndim + dim, tiled=True)
-            g = jax.lax.psum(g, REPLICA)
-        return g.astype(jnp.float32)
+            return jax.lax.psum(g, (REPLICA, FSDP)).astype(jnp.float32)
+        g = jax.lax.psum_scatter(g, FSDP, scatter_dimension=g.ndim + dim, tiled=True)
+        return jax.lax.psum(g.astype(jnp.float32), REPLICA)
 
     def _shard_map(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # check_vma off: gradients are taken per device on purpose, and summed above where the table says.

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from jax._src import distributed  # the store has no public name in jax 0.10 - 0.12
 
-from visionfm_jax.errors import TrainingError
+from visionfm_jax.errors import LostError
 
 _KEY = "visionfm_jax/watchdog/"
 
@@ -30,7 +30,7 @@ class Watchdog:
     """Ends the process when no step finishes for too long.
 
     It then writes the stacks of all threads to stderr and to FOLDER/stacks-PROCESS.txt, one line that
-    names the step and the processes that lag behind, and calls `os._exit(4)`: nothing gentler works
+    names the step and the processes that lag behind, and calls `os._exit(71)`: nothing gentler works
     when the main thread waits inside a driver.
 
     Args:
@@ -93,7 +93,7 @@ class Watchdog:
             self._say("the other processes cannot be asked: process 0, which keeps the store, does not answer")
         if self._process == 0:
             time.sleep(min(2.0, grace))  # the store ends with this process, and others may still be reading
-        os._exit(TrainingError.exit_code)
+        os._exit(LostError.exit_code)
 
     def _compare(self, where: str, grace: float) -> None:
         self._publish(where)

@@ -53,6 +53,15 @@ class Checkpoints:
         with _plain_errors(f"saving step {step} to {self.folder}"):
             self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=best, force=True)
 
+    def raise_failed(self) -> None:
+        """Raise what has gone wrong in the background so far; costs nothing.
+
+        Raises:
+          CheckpointError: a save has failed.
+        """
+        with _plain_errors(f"saving to {self.folder}"):
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Until everything is on disk.
 
@@ -183,7 +192,7 @@ def _plain_errors(doing: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         cause = _first_cause(error)
-        if any(sign in cause for sign in ("No space left", "File too large", "RESOURCE_EXHAUSTED", "Disk quota")):
+        if any(sign in cause for sign in ("No space left", "File too large", "Disk quota")):
             cause = "the disk is full"
             remedy = "free space and start again: the checkpoints before are whole"
         raise CheckpointError(f"{doing}: {cause[:200]}" + (f"; {remedy}" if remedy else "")) from error

@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.schema import to_dict
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import ConfigError, UserError
+
+# What the order of the samples follows from, beside the training sources; those may move to another path.
+ORDER = ("seed", "train.batch_size", "data.shuffle")
 
 
 class RunFolder:
@@ -33,18 +36,50 @@ class RunFolder:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another run is in {self.path}; wait for it, or set config.workdir") from error
-
-    def record(self, config: Config) -> None:
-        """Keep the exact configuration; called once it is known that it fits what the folder holds."""
-        if self._lock is None:
-            return
-        text = json.dumps({"config": to_dict(config), "derived": config.derived()}, indent=2)
-        try:
-            (self.path / "config.json").write_text(text + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path / 'config.json'}: {error.strerror}; free space there") from error
+            raise UserError(
+                f"config.workdir = {str(self.path)!r}: cannot be locked ({error.strerror}); name a folder whose file "
+                "system has locks"
+            ) from error
+
+    def record(self, config: Config, step: int) -> list[str]:
+        """Keep the exact configuration; called once it is known that the state of `step` fits it.
+
+        Returns:
+          The settings that have changed since the run was last here, "field: old -> new"; the former file is kept
+          beside the new one.
+
+        Raises:
+          ConfigError: a run that continues would get other samples than it was promised.
+        """
+        if self._lock is None:
+            return []
+        path, new = self.path / "config.json", json.loads(json.dumps(to_dict(config)))
+        changes = []
+        if step and path.exists():
+            old = json.loads(path.read_text())["config"]
+            changes = _changes(old, new)
+            for name in (c.partition(":")[0] for c in changes):
+                if name in ORDER or (name.startswith("data.train") and not name.endswith(".path")):
+                    raise ConfigError(
+                        f"config.{name} differs from that of the run in {self.path}, and with it the order of the "
+                        "samples; set it back, or start in another config.workdir"
+                    )
+            if changes:
+                self._write(self.path / f"config-until-{step}.json", path.read_text())
+        self._write(path, json.dumps({"config": new, "derived": config.derived()}, indent=2) + "\n")
+        return changes
+
+    def _write(self, path: Path, text: str) -> None:
+        """Whole or not at all."""
+        try:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; free space there") from error
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -56,3 +91,13 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _changes(old: Any, new: Any, name: str = "") -> list[str]:
+    """Differing leaves of two nested JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(k for k in old if k not in new)]
+        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
+        return [c for i, (a, b) in enumerate(zip(old, new, strict=True)) for c in _changes(a, b, f"{name}[{i}]")]
+    return [] if old == new else [f"{name}: {old} -> {new}"]

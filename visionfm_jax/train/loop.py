@@ -21,6 +21,8 @@ from visionfm_jax.train.step import Trainer
 LAG = 2
 # Skipped steps in a row after which `on_nonfinite="skip"` gives up: the weights themselves are the cause by then.
 MAX_SKIPPED = 50
+# A gradient norm this many times the median of the steps before is told to people, with its samples.
+SPIKE, SPIKE_WINDOW, SPIKE_AFTER = 10.0, 256, 64
 
 
 class Monitor(Protocol):
@@ -76,6 +78,7 @@ def train(
         hooks.batch_seen(batch)
         state, metrics = trainer.step(state, to_global(trainer.mesh, {k: batch[k] for k in fields}))
         window.add(_Pending(step, metrics, batch))
+        checkpoints.raise_failed()
 
         done = step + 1
         scores: dict[str, float] = {}
@@ -83,7 +86,7 @@ def train(
             window.settle(0)
             scores = hooks.evaluate(done, state)
             hooks.monitor.log(done, scores)
-            window.restart_clock()
+            window.restart_clock()  # evaluation is not training time
         stop = hooks.stop_requested(done)
         if stop or done == total or hooks.save_due(done) or config.checkpoint.best_metric in scores:
             window.settle(0)
@@ -107,11 +110,12 @@ class _Window:
         self.trainer, self.hooks = trainer, hooks
         self.pending: collections.deque[_Pending] = collections.deque()
         self.skipped = self.skipped_in_a_row = 0
+        self.norms: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+        self.losses: list[float] = []
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        self.losses: list[float] = []
-        self.began, self.waited = time.monotonic(), 0.0
+        self.steps, self.began, self.waited = 0, time.monotonic(), 0.0
 
     def waiting_for_data(self) -> _Waiting:
         return _Waiting(self)
@@ -124,11 +128,13 @@ class _Window:
         """Wait for all but the last `lag` steps, and account for them."""
         while len(self.pending) > lag:
             item = self.pending.popleft()
-            loss, finite = jax.device_get((item.metrics["loss"], item.metrics["finite"]))
+            loss, norm, finite = jax.device_get([item.metrics[k] for k in ("loss", "grad_norm", "finite")])
             self.hooks.monitor.step_done(item.step + 1)
+            self.steps += 1
             if finite:
                 self.losses.append(float(loss))
                 self.skipped_in_a_row = 0
+                self._watch_for_spikes(item, float(norm))
             else:
                 self._not_finite(item)
             if (item.step + 1) % self.trainer.config.telemetry.log_every == 0:
@@ -138,7 +144,7 @@ class _Window:
         scalars = {k: float(v) for k, v in jax.device_get(item.metrics).items() if np.ndim(v) == 0 and k != "finite"}
         seconds = time.monotonic() - self.began
         config = self.trainer.config
-        steps = len(self.losses) or 1
+        steps = self.steps or 1
         scalars |= {
             "loss": float(np.mean(self.losses)) if self.losses else float("nan"),
             "images_per_s": steps * config.train.batch_size / seconds,
@@ -147,13 +153,31 @@ class _Window:
             "skipped_steps": self.skipped,  # since this start
         }
         self.hooks.monitor.log(item.step + 1, scalars)
+        self.losses.clear()
         self.restart_clock()
+
+    def _watch_for_spikes(self, item: _Pending, norm: float) -> None:
+        """Name the step, the tensor and the samples of a gradient far larger than those before."""
+        usual = float(np.median(self.norms)) if len(self.norms) >= SPIKE_AFTER else np.inf
+        self.norms.append(norm)
+        if norm <= SPIKE * usual:
+            return
+        norms, losses = jax.device_get((item.metrics["gradient_norms"], item.metrics["losses"]))
+        tensor = self._tensor_names()[int(np.argmax(norms))]
+        who = self.hooks.describe(item.step, item.batch, np.argsort(-losses)[:3])
+        self.hooks.monitor.note(
+            f"step {item.step}: gradient norm {norm:.3g} is {norm / usual:.0f} times its usual value, "
+            f"most of it in {tensor}; the largest losses are of {who}"
+        )
+
+    def _tensor_names(self) -> list[str]:
+        leaves = jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)
+        return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
     def _not_finite(self, item: _Pending) -> None:
         """Name the step, the first bad tensor and the samples; stop or go on as configured."""
         metrics = jax.device_get(item.metrics)
-        leaves = jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)
-        paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        paths = self._tensor_names()
         bad = [p for p, n in zip(paths, metrics["gradient_norms"], strict=True) if not np.isfinite(n)]
         rows = np.flatnonzero(~np.isfinite(metrics["losses"]))
         where = (

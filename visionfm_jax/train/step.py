@@ -18,6 +18,7 @@ from visionfm_jax.tasks.registry import DTYPES, Task, make_task
 from visionfm_jax.train.state import TrainState, init_state, state_shardings
 
 Metrics = dict[str, Any]
+AUGMENT = 1  # the use of the seed beside initialisation
 
 
 class Trainer:
@@ -68,14 +69,13 @@ def make_step(
     parameter tensor in tree order, and `losses` (B,): they name the culprits when something is not finite.
     """
     lr = schedule(config.optim, config.total_steps)
-    seed = jax.random.key(config.seed)
+    seed = jax.random.fold_in(jax.random.key(config.seed), AUGMENT)
 
     def loss_fn(params: Any, rows: dict) -> tuple[jax.Array, dict]:
         return task.loss(params, {k: v for k, v in rows.items() if k != "key"}, rows["key"])
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(seed, state.step), jnp.arange(rows))
+        keys = sample_keys(seed, state.step, config.train.batch_size)
         batch = {**batch, "key": jax.lax.with_sharding_constraint(keys, NamedSharding(zero.mesh, BATCH))}
         per_sample, grads = zero.loss_and_grads(loss_fn, state.params, batch, config.train.accumulate)
 
@@ -97,3 +97,17 @@ def make_step(
         return new, {**metrics, "finite": finite, "gradient_norms": norms, "losses": per_sample["loss"]}
 
     return step
+
+
+def sample_keys(seed: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+    """Keys (B,) of the samples [step * B, (step + 1) * B), each from its global index alone.
+
+    A long run has more than 2^32 samples, so that the index is two 32-bit words, multiplied by halves: B <= 2^16.
+    """
+    step, size = step.astype(jnp.uint32), jnp.uint32(batch_size)
+    lower, upper = (step & 0xFFFF) * size, (step >> 16) * size
+    low = lower + (upper << 16)
+    high = (upper >> 16) + (low < lower)
+    index = low + jnp.arange(batch_size, dtype=jnp.uint32)
+    high = high + (index < low)
+    return jax.vmap(lambda h, i: jax.random.fold_in(jax.random.fold_in(seed, h), i))(high, index)

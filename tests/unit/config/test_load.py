@@ -56,10 +56,11 @@ def test_both_parsers_agree():
     [
         ([], "give one --config"),
         (["--config=configs/quickstrat.py"], "no such file; did you mean configs/quickstart.py"),
+        (["--config=pyproject.toml"], "is no Python file"),
         (["--config=configs/vit_huge.py:tinny"], "no variant 'tinny'; there is tiny"),
         ([f"--config={QUICK}", "--config.optim.rl=1"], "no such field; did you mean optim.lr"),
         ([f"--config={QUICK}", "--config.lr=1"], "optim.lr"),
-        ([f"--config={QUICK}", "--config.train.batch_size=many"], "is no int; such as 64"),
+        ([f"--config={QUICK}", "--config.train.batch_size=many"], "is no int; such as 32"),
         ([f"--config={QUICK}", "--config.data.augment.flip=maybe"], "is no bool"),
         ([f"--config={QUICK}", "--config.data.augment.crop_scale=(1,)"], "such as"),
         ([f"--config={QUICK}", "--config.train.batch_size=0"], "must be at least 1"),

@@ -36,7 +36,7 @@ def test_every_record_counts_once_and_padding_not():
         seen.append(batch["mask"].sum())
         return knowing(batch, lambda label: label < 3)
 
-    got = evaluation.run(predict, Path())
+    got = evaluation.run(predict)
     assert got == {"loss": 1.0, "top1": pytest.approx(0.3), "top5": 1.0, "images": 1000.0}
     assert seen == [192, 192, 192, 192, 192, 40]
     assert evaluation.pictured["image"].shape == (64, 28, 28, 3)
@@ -47,14 +47,20 @@ def test_every_record_counts_once_and_padding_not():
 
 def test_pictures_are_those_of_the_last_run():
     evaluation = make_evals(quickstart(), 0, 1)["digits"]
-    evaluation.run(lambda batch: knowing(batch, lambda label: label < 0), Path())
-    evaluation.run(lambda batch: knowing(batch, lambda label: label >= 0), Path())
+    evaluation.run(lambda batch: knowing(batch, lambda label: label < 0))
+    evaluation.run(lambda batch: knowing(batch, lambda label: label >= 0))
     np.testing.assert_array_equal(evaluation.pictured["guess"], evaluation.pictured["label"])
 
 
 def test_more_classes_than_the_head_are_refused():
     with pytest.raises(DataError, match=r"'digits'.*10 classes.*num_classes = 9; raise it to 10"):
         make_evals(quickstart("--config.task.num_classes=9"), 0, 1)
+
+
+@pytest.mark.parametrize("metric", ["digits/topp1", "digits/loss", "pixels/top5"])
+def test_best_metric_must_be_one_of_which_higher_is_better(metric):
+    with pytest.raises(ConfigError, match=rf"best_metric = '{metric}'.*set \w+/top1"):
+        make_evals(quickstart(f"--config.checkpoint.best_metric={metric}"), 0, 1)
 
 
 def test_unknown_kind_lists_the_known():

@@ -216,7 +216,7 @@ def test_absent_processes_end_the_wait_with_one_line(process, words):
     start = time.monotonic()
     lone = run(code, VISIONFM_COORDINATOR=where, VISIONFM_PROCESSES=2, VISIONFM_PROCESS=process)
     _, err = lone.communicate(timeout=60)
-    assert lone.returncode == 4
+    assert lone.returncode == 71
     assert time.monotonic() - start < 30
     line = next(line for line in err.splitlines() if line.startswith("error: "))
     assert where in line

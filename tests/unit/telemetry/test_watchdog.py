@@ -32,7 +32,7 @@ def test_a_stuck_loop_ends_with_stacks_and_one_line(tmp_path):
     )
     process = start(code, tmp_path / "run")
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 4
+    assert process.returncode == 71
     assert "the last was step 7;" in error_line(err)  # the beats kept it quiet for longer than the limit
     assert "reading_for_ever" in error_line(err)
     assert "stuck_minutes" in error_line(err)
@@ -52,7 +52,7 @@ def test_two_stuck_processes_name_the_one_that_lags(tmp_path):
         where = f"127.0.0.1:{s.getsockname()[1]}"
     two = [start(code, tmp_path, p, where) for p in range(2)]
     said = [process.communicate(timeout=60)[1] for process in two]
-    assert [process.returncode for process in two] == [4, 4]
+    assert [process.returncode for process in two] == [71, 71]
     for p in range(2):
         assert f"process {p} of 2: no step finished for 0.02 minutes" in error_line(said[p])
         assert "process 1 lags behind at step 4, <string>:6 in <module>" in error_line(said[p])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from visionfm_jax.config import Config
-from visionfm_jax.errors import UserError
+from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.errors import ConfigError, UserError
 from visionfm_jax.train.folder import RunFolder
 
 
 def config_in(folder) -> Config:
     config = Config(name="folder", workdir=str(folder))
     config.train.steps = 20_000
+    config.data.train = (SourceConfig(path="/data"),)
     return config
 
 
@@ -32,13 +34,13 @@ def test_the_configuration_is_kept_once_it_fits(tmp_path):
     kept = tmp_path / "config.json"
     with RunFolder(config, owner=True) as folder:
         assert not kept.exists()
-        folder.record(config)
+        folder.record(config, 0)
     record = json.loads(kept.read_text())
     assert record["config"]["train"]["steps"] == 20_000
     assert record["derived"]["examples_seen"] == 20_000 * 2048
     kept.unlink()
     with RunFolder(config, owner=False) as folder:
-        folder.record(config)
+        folder.record(config, 0)
     assert not kept.exists()
 
 
@@ -46,3 +48,35 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"config\.workdir = .*name a folder that can be written"):
         RunFolder(config_in(tmp_path / "file" / "run"), owner=True)
+
+
+def test_changes_of_settings_are_told_and_the_former_file_kept(tmp_path):
+    config = config_in(tmp_path)
+    with RunFolder(config, owner=True) as folder:
+        assert folder.record(config, 0) == []
+        config.optim.lr = 5e-4
+        assert folder.record(config, 40) == ["optim.lr: 0.001 -> 0.0005"]
+        kept = json.loads((tmp_path / "config-until-40.json").read_text())
+        assert kept["config"]["optim"]["lr"] == 1e-3
+        assert folder.record(config, 50) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seed", lambda c: setattr(c, "seed", 7)),
+        ("train.batch_size", lambda c: setattr(c.train, "batch_size", 8)),
+        ("data.train[0].split", lambda c: setattr(c.data.train[0], "split", "test")),
+        ("data.train", lambda c: setattr(c.data, "train", c.data.train * 2)),
+    ],
+)
+def test_a_run_that_continues_keeps_the_order_of_its_samples(tmp_path, name, change):
+    config = config_in(tmp_path)
+    with RunFolder(config, owner=True) as folder:
+        folder.record(config, 0)
+        before = (tmp_path / "config.json").read_text()
+        config.data.train[0].path = "/moved"
+        change(config)
+        with pytest.raises(ConfigError, match=re.escape(f"config.{name} differs")):
+            folder.record(config, 10)
+        assert (tmp_path / "config.json").read_text() == before
