@@ -106,7 +106,7 @@ def test_the_failure_of_one_ends_the_other(tmp_path):
         assert "visionfm_jax: error: process 1: folder" in err
         assert "cannot be read" in err
         began = time.monotonic()
-        _, err = finish(processes[0], Path(f"{folder}-0"), code=4, seconds=60)
+        _, err = finish(processes[0], Path(f"{folder}-0"), code=71, seconds=60)
         assert time.monotonic() - began < 30
         assert "visionfm_jax: error: process 0: stopped, probably as another process has ended" in err
     finally:
