@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Attention, Mlp, Prepare, as_is, layer_norm, scan_blocks
+from visionfm_jax.models.layers import Attention, Mlp, Prepare, as_is, dense, layer_norm, scan_blocks
 
 
 class Size(NamedTuple):
@@ -94,7 +94,7 @@ class ViT(nn.Module):
         """Patch and position embedding, and the class token if there is one; (B, H, W, 3) to (B, T, D)."""
         width, P = size_of(self.config).width, self.config.patch_size
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=P, q=P)
-        x = nn.Dense(width, dtype=self.dtype, name="embed")(patches)
+        x = dense(patches, width, self.dtype, "embed")
         if self.config.pool == "cls":
             cls = self.param("cls_token", nn.initializers.zeros, (width,))
             x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (len(x), 1, width)), x], 1)
@@ -112,10 +112,10 @@ class ViT(nn.Module):
         def product(*args, **kwargs) -> jax.Array:
             return jax.lax.dot_general(*args, **{**kwargs, "preferred_element_type": jnp.float32})
 
-        dense = nn.Dense(
+        head = nn.Dense(
             self.num_classes, dtype=self.dtype, dot_general=product, kernel_init=nn.initializers.zeros, name="head"
         )
-        return dense(x)
+        return head(x)
 
 
 def forward_flops(config: ViTConfig, num_classes: int) -> float:
