@@ -23,15 +23,15 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     )
 
 
-# Tables of vectors that are added, not multiplied: no decay, as for biases.
-_EMBEDDINGS = ("pos_embed", "cls_token")
+# A table of vectors that are added, not multiplied: no decay, as for biases.
+_POSITIONS = "pos_embed"
 
 
 def decay_mask(params: Any) -> Any:
     """True for parameters under weight decay: matrices."""
 
     def decays(path: tuple, leaf: Any) -> bool:
-        return matrix_rank(path, leaf) >= 2 and path[-1].key not in _EMBEDDINGS
+        return matrix_rank(path, leaf) >= 2 and path[-1].key != _POSITIONS
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
