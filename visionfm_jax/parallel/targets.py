@@ -1,16 +1,27 @@
-"""What accelerators can do, from their makers' data sheets: for MFU, and for planning without one.
+"""What accelerators and clusters of them can do, from their makers' data sheets: for MFU, and for planning without one.
 
 Sources, all NVIDIA; peaks are dense (the sheets print twice that, "with sparsity", from Hopper on):
-  a100  "NVIDIA A100 Tensor Core GPU" data sheet: 312 TFLOPS BF16; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039 GB/s
-  h100  "NVIDIA H100 Tensor Core GPU" data sheet, SXM5: 1,979 TFLOPS BF16 with sparsity; 80 GB at 3.35 TB/s
+  a100  "NVIDIA A100 Tensor Core GPU" data sheet: 312 TFLOPS BF16; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039 GB/s;
+        NVLink 600 GB/s both ways; "NVIDIA A100 Tensor Core GPU Architecture" for the chip
+  h100  "NVIDIA H100 Tensor Core GPU" data sheet, SXM5: 1,979 TFLOPS BF16 with sparsity; 80 GB at 3.35 TB/s;
+        NVLink 900 GB/s both ways; "NVIDIA H100 Tensor Core GPU Architecture" for the chip
   h200  "NVIDIA H200 Tensor Core GPU" data sheet, SXM: 1,979 TFLOPS BF16 with sparsity; 141 GB at 4.8 TB/s
-  b200  "NVIDIA DGX B200" data sheet, an eighth of the system: 4.5 PFLOPS BF16 with sparsity; 180 GB at 8 TB/s
+  b200  "NVIDIA DGX B200" data sheet, an eighth of the system: 4.5 PFLOPS BF16 with sparsity; 180 GB at 8 TB/s;
+        NVLink 14.4 TB/s both ways among eight
+Networks between hosts are those of the makers' own machines: DGX A100 has one 200 Gb/s adapter per GPU, DGX H100,
+H200 and B200 one of 400 Gb/s.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
+
+from visionfm_jax.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +29,58 @@ class Target:
     """One kind of accelerator."""
 
     name: str
+    description: str  # as the driver names it
     peak_flops: float  # dense bf16 with fp32 accumulation, FLOP/s
     memory_bytes: int  # as sold, in decimal gigabytes; what a program may use differs by a few per cent
     memory_bandwidth: float  # bytes/s
+    network_inside: float  # bytes/s per GPU and direction, to GPUs of the same host
+    network_between: float  # bytes/s per GPU and direction, to other hosts
+    # What XLA's compiler asks of the chip:
+    capability: tuple[int, int]  # CUDA compute capability
+    cores: int  # streaming multiprocessors
+    fpus_per_core: int
+    clock_ghz: float
+    l2_bytes: int
+    shared_memory_per_core: int  # bytes; a block may use 1 KiB less
 
+
+_A100 = dict(
+    description="NVIDIA A100-SXM4", peak_flops=312e12, network_inside=300e9, network_between=25e9,
+    capability=(8, 0), cores=108, fpus_per_core=64, clock_ghz=1.41, l2_bytes=40 * 2**20,
+    shared_memory_per_core=164 * 2**10,
+)  # fmt: skip
+_H100 = dict(
+    peak_flops=989.5e12, network_inside=450e9, network_between=50e9,
+    capability=(9, 0), cores=132, fpus_per_core=128, clock_ghz=1.98, l2_bytes=50 * 2**20,
+    shared_memory_per_core=228 * 2**10,
+)  # fmt: skip
+_B200 = dict(
+    peak_flops=2250e12, network_inside=900e9, network_between=50e9,
+    capability=(10, 0), cores=148, fpus_per_core=128, clock_ghz=1.97, l2_bytes=126 * 2**20,
+    shared_memory_per_core=228 * 2**10,
+)  # fmt: skip
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(name="a100-40gb", peak_flops=312e12, memory_bytes=40 * 10**9, memory_bandwidth=1.555e12),
-        Target(name="a100-80gb", peak_flops=312e12, memory_bytes=80 * 10**9, memory_bandwidth=2.039e12),
-        Target(name="h100", peak_flops=989.5e12, memory_bytes=80 * 10**9, memory_bandwidth=3.35e12),
-        Target(name="h200", peak_flops=989.5e12, memory_bytes=141 * 10**9, memory_bandwidth=4.8e12),
-        Target(name="b200", peak_flops=2250e12, memory_bytes=180 * 10**9, memory_bandwidth=8e12),
+        Target(name="a100-40gb", memory_bytes=40 * 10**9, memory_bandwidth=1.555e12, **_A100),
+        Target(name="a100-80gb", memory_bytes=80 * 10**9, memory_bandwidth=2.039e12, **_A100),
+        Target(
+            name="h100", description="NVIDIA H100 80GB HBM3", memory_bytes=80 * 10**9, memory_bandwidth=3.35e12, **_H100
+        ),
+        Target(name="h200", description="NVIDIA H200", memory_bytes=141 * 10**9, memory_bandwidth=4.8e12, **_H100),
+        Target(name="b200", description="NVIDIA B200", memory_bytes=180 * 10**9, memory_bandwidth=8e12, **_B200),
     )
 }
+
+# What `launch/env.sh` sets for training, with a reason for each: a plan compiles with the same.
+XLA_FLAGS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_all_gather_combine_threshold_bytes=268435456",
+    "--xla_gpu_reduce_scatter_combine_threshold_bytes=268435456",
+    "--xla_gpu_all_reduce_combine_threshold_bytes=268435456",
+)
+MEMORY_FRACTION = 0.92  # of a GPU's memory that a run may use: XLA_PYTHON_CLIENT_MEM_FRACTION there
 
 # Slower boards and slices that carry a table entry's name: no figure is better than a wrong one.
 _OTHERS = re.compile(r"\b(NVL|MIG|H\d00 PCIe)\b", re.IGNORECASE)
@@ -53,3 +101,86 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a `jax.Device.device_kind`; None for CPUs and whatever is not in the table."""
     target = find_target(device_kind)
     return None if target is None else target.peak_flops
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal hosts full of equal accelerators."""
+
+    target: Target
+    hosts: int
+    per_host: int
+
+    @property
+    def devices(self) -> int:
+        return self.hosts * self.per_host
+
+    @property
+    def name(self) -> str:
+        return f"{self.target.name}:{self.hosts}x{self.per_host}"
+
+
+def find_cluster(spec: str, targets: dict[str, Target] = TARGETS) -> Cluster:
+    """The cluster of "TARGET:HOSTSxGPUS", such as h100:4x8; "TARGET" alone is one GPU.
+
+    Raises:
+      ConfigError: no such target, or no such form.
+    """
+    name, _, counts = spec.partition(":")
+    if name not in targets:
+        near = difflib.get_close_matches(name, targets, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--cluster={spec}: no data sheet named {name!r}; there is {', '.join(targets)}{hint}")
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", counts or "1x1")
+    if not match:
+        raise ConfigError(f"--cluster={spec}: write hosts x GPUs per host after the colon, such as {name}:4x8")
+    return Cluster(targets[name], int(match[1]), int(match[2]))
+
+
+def read_targets(path: str) -> dict[str, Target]:
+    """The built-in table, extended by a TOML file of one table per target.
+
+        [h100-slow-network]
+        like = "h100"              # starts from this entry of the table
+        network_between = 12.5e9   # and changes fields of `Target`, in its units
+
+    Raises:
+      ConfigError: no such file, no TOML, an unknown field, or one that is missing.
+    """
+    try:
+        sheets = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--targets={path}: cannot be read as TOML: {error}") from error
+    known = {f.name for f in dataclasses.fields(Target)} - {"name"}
+    targets = dict(TARGETS)
+    for name, sheet in sheets.items():
+        if not isinstance(sheet, dict):
+            raise ConfigError(f"--targets={path}: {name} stands outside a table; write [NAME] above the fields of one")
+        like = sheet.pop("like", None)
+        if like is not None and like not in targets:
+            raise ConfigError(f"--targets={path}: [{name}] is like {like!r}, which is none of {', '.join(targets)}")
+        values = dataclasses.asdict(targets[like]) if like else {}
+        if unknown := set(sheet) - known:
+            raise ConfigError(f"--targets={path}: [{name}] has {min(unknown)!r}; the fields are {', '.join(sorted(known))}")
+        values |= sheet
+        if missing := known - set(values):
+            raise ConfigError(f"--targets={path}: [{name}] lacks {', '.join(sorted(missing))}; or add like = \"h100\"")
+        for field in dataclasses.fields(Target):
+            values[field.name] = _checked(path, name, field.name, field.type, values.get(field.name))
+        targets[name] = Target(**values | {"name": name})
+    return targets
+
+
+def _checked(path: str, name: str, field: str, kind: str, value: object) -> object:
+    """A field of a sheet in its type; every number is positive."""
+    if kind == "str":
+        return str(value)
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    good = all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in numbers)
+    if kind.startswith("tuple"):
+        if good and len(numbers) == 2:
+            return tuple(map(int, numbers))
+        raise ConfigError(f"--targets={path}: [{name}] {field} = {value!r}: must be two whole numbers, such as [9, 0]")
+    if not good or len(numbers) != 1 or not value > 0:
+        raise ConfigError(f"--targets={path}: [{name}] {field} = {value!r}: must be a positive number")
+    return int(value) if kind == "int" else float(value)

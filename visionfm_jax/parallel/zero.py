@@ -197,6 +197,29 @@ class Zero:
 
         return self._shard_map(local, (self.state_specs, BATCH), BATCH)(params, batch)
 
+    def held_bytes(self, params: Tree, accumulate: int) -> tuple[int, int]:
+        """Bytes per device, beside the state, while a step runs: (compute-dtype weights, gradients).
+
+        Weights that a layer gathers for itself (stage 3) are not counted, nor are those of one micro-batch's
+        gradient before it is added to the others.
+
+        Args:
+          params: shapes of the whole parameters.
+          accumulate: micro-batches; more than one are summed in fp32.
+        """
+        held = [0, 0]
+
+        def add(path: tuple, p: Any, dim: list, matrix: bool) -> None:
+            size = jnp.dtype(self.dtype if matrix else jnp.float32).itemsize
+            shards = 1 if dim[0] is None else self.mesh.shape[FSDP]
+            in_use_shards = shards if self.stage.in_use and is_scanned(path) else 1
+            held[0] += p.size // in_use_shards * size if size < 4 else 0  # fp32 is read where it is stored
+            gradient_shards = shards if self.stage.gradients else 1
+            held[1] += p.size // gradient_shards * (4 if accumulate > 1 else size)
+
+        jax.tree_util.tree_map_with_path(add, params, self._dims, self._is_matrix)
+        return held[0], held[1]
+
     def loss_and_grads(self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int) -> tuple[dict, Tree]:
         """The gradient of the mean loss over the global batch, in `accumulate` micro-batches.
 

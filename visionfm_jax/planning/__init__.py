@@ -1,0 +1,1 @@
+"""What a run will need, from its compiled step: for clusters that are not there."""

@@ -1,0 +1,268 @@
+"""The training step of a configuration, compiled for a cluster's GPUs, without them.
+
+Each compile is a process of its own (`python -m visionfm_jax.planning.compiled`): it needs its own XLA settings,
+several run side by side, and one that crashes takes nothing along. Results are kept in a cache on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from visionfm_jax.config import Config
+from visionfm_jax.errors import UserError
+from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
+
+GPU, CPU = "cuda", "cpu"
+PACKAGES = {"jax_plugins.xla_cuda13": "the compiler", "nvidia.cudnn": "cuDNN"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What is known of one compiled step; bytes are one GPU's."""
+
+    platform: str  # cuda, or cpu where the CUDA packages are missing
+    parameters: dict[str, int]  # by part of the network
+    state: dict[str, int]  # bytes: weights, optimiser, averaged weights, batch
+    weights_in_use: int  # bytes: the 16-bit copy that products read, where it is whole all the time
+    gradients: int  # bytes, accumulated over micro-batches
+    checkpoint_host_bytes: int  # that the busiest host writes
+    step_flops: float  # of the model, over all GPUs, nothing recomputed counted
+    total_steps: int
+    batch_size: int
+    peak: int  # bytes
+    arguments: int  # bytes
+    seconds: float  # that the compiler took
+    hlo: str  # the scheduled program
+
+
+class CompileError(UserError):
+    """A step that does not compile."""
+
+
+def missing_packages() -> list[str]:
+    """What `visionfm_jax[plan]` would bring and is not here, in words."""
+
+    def there(name: str) -> bool:
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            return False
+
+    return [word for name, word in PACKAGES.items() if not there(name)]
+
+
+def compile_step(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
+    """The compiled step, from the cache or a process of its own.
+
+    Raises:
+      CompileError: the compiler refuses it, with its reason.
+    """
+    config = _relevant(config)
+    entry = cache_folder() / f"{_key(config, cluster, platform)}.json.gz"
+    try:
+        return CompiledStep(**json.loads(gzip.decompress(entry.read_bytes())))
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, ValueError, TypeError):  # damaged: made again
+        entry.unlink(missing_ok=True)
+    data = gzip.compress(_in_own_process(config, cluster, platform), compresslevel=3)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        partial = entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        partial.write_bytes(data)
+        partial.replace(entry)
+    except OSError as error:  # only the next plan is slower
+        print(f"visionfm_jax: the compile is not cached: {entry.parent}: {error.strerror}", file=sys.stderr)
+    return CompiledStep(**json.loads(gzip.decompress(data)))
+
+
+def cache_folder() -> Path:
+    """Where compiled steps are kept: $XDG_CACHE_HOME/visionfm_jax/plan; safe to delete."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "visionfm_jax", "plan")
+
+
+def _relevant(config: Config) -> Config:
+    """The configuration without what the step does not depend on."""
+    config = copy.deepcopy(config)
+    default = Config(name="")
+    config.name, config.workdir, config.checkpoint, config.telemetry = "", "", default.checkpoint, default.telemetry
+    config.evals, config.data.train = (), ()
+    return config
+
+
+def _key(config: Config, cluster: Cluster, platform: str) -> str:
+    digest = hashlib.sha256()
+    # The speed of networks changes the estimate, not the program.
+    target = dataclasses.replace(cluster.target, name="", peak_flops=0, network_inside=0, network_between=0)
+    digest.update(repr((config, target, cluster.hosts, cluster.per_host, platform, XLA_FLAGS)).encode())
+    for package in ("jax", "jaxlib", "flax", "optax"):
+        digest.update(importlib.metadata.version(package).encode())
+    for name, source in _sources():
+        digest.update(name.encode() + source)
+    return digest.hexdigest()[:32]
+
+
+def _sources() -> Iterator[tuple[str, bytes]]:
+    """The package's own code: another version of it is another step."""
+    package = Path(__file__).parents[1]
+    for room in ("config", "data", "losses", "models", "optim", "parallel", "tasks", "train"):
+        for path in sorted((package / room).glob("*.py")):
+            yield str(path.relative_to(package)), path.read_bytes()
+    yield "compiled.py", Path(__file__).read_bytes()
+
+
+def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
+    flags = [*XLA_FLAGS] if platform == GPU else [f"--xla_force_host_platform_device_count={cluster.devices}"]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": " ".join(flags),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_COMPILATION_CACHE_DIR": "",
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "visionfm_jax.planning.compiled"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    try:
+        out, err = child.communicate(pickle.dumps((config, cluster, platform)))
+    finally:
+        child.kill()
+    if child.returncode:
+        lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1][:300] if lines else f"the compiler ended with {child.returncode}"
+        raise CompileError(f"the step does not compile for {cluster.name}: {reason}")
+    return out
+
+
+def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
+    """Compile in this process; on `platform` cpu it needs as many (virtual) devices as the cluster has."""
+    import time
+
+    import jax
+    from jax.sharding import NamedSharding
+
+    from visionfm_jax.parallel.mesh import BATCH, make_mesh
+    from visionfm_jax.train.step import Trainer
+
+    devices = describe_devices(cluster) if platform == GPU else jax.devices("cpu")[: cluster.devices]
+    trainer = Trainer(config, make_mesh(config.parallel.replicas, devices))
+    shardings = trainer.shardings
+    state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), trainer.shapes, shardings)
+    rows = NamedSharding(trainer.mesh, BATCH)
+    spec = trainer.task.batch_spec(config.train.batch_size)
+    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in spec.items()}
+    began = time.perf_counter()
+    compiled = trainer.step.trace(state, batch).lower(lowering_platforms=(platform,)).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+
+    def held(tree: Any) -> int:
+        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+    in_use, gradients = trainer.zero.held_bytes(trainer.shapes.params, config.train.accumulate)
+    return CompiledStep(
+        platform=platform,
+        parameters=parts(trainer.shapes.params),
+        state={
+            "weights": held(state.params), "optimiser": held(state.opt_state), "averaged weights": held(state.ema),
+            "batch": held(batch),
+        },
+        weights_in_use=in_use,
+        gradients=gradients,
+        checkpoint_host_bytes=checkpoint_host_bytes(state, cluster.per_host, trainer.mesh.size),
+        step_flops=trainer.task.step_flops,
+        total_steps=config.total_steps,
+        batch_size=config.train.batch_size,
+        peak=memory.peak_memory_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        seconds=seconds,
+        hlo=compiled.as_text(),
+    )  # fmt: skip
+
+
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of a `jax.ShapeDtypeStruct` on each device."""
+    import math
+
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def checkpoint_host_bytes(state: Any, per_host: int, devices: int) -> int:
+    """Bytes of a checkpoint that the busiest host holds while it is written: each shard is written by one host."""
+    import jax
+
+    total = 0
+    for leaf in jax.tree.leaves(state):
+        shard = shard_bytes(leaf)
+        copies = devices * shard // (leaf.size * leaf.dtype.itemsize)  # of each shard; the first copy is written
+        total += shard * min(per_host, devices // copies)
+    return total
+
+
+def parts(params: Any) -> dict[str, int]:
+    """Parameters by part: the tree's first names, and those of a layer below its stack."""
+    import jax
+
+    from visionfm_jax.parallel.zero import SCANNED
+
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [key.key for key in path]
+        depth = names.index(SCANNED) + 2 if SCANNED in names else 1
+        part = "/".join(names[:depth])
+        counts[part] = counts.get(part, 0) + leaf.size
+    return counts
+
+
+def describe_devices(cluster: Cluster) -> list[Any]:
+    """The cluster's GPUs, to compile for."""
+    from jax.experimental import topologies
+
+    target = cluster.target
+    major, minor = target.capability
+    text = f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: {target.shared_memory_per_core}
+          shared_memory_per_block_optin: {target.shared_memory_per_core - 1024}
+          core_count: {target.cores} fpus_per_core: {target.fpus_per_core} clock_rate_ghz: {target.clock_ghz}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          memory_bandwidth: {int(target.memory_bandwidth)} l2_cache_size: {target.l2_bytes}
+          device_memory_size: {target.memory_bytes}
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 15 }}
+        runtime_version {{ major: 13 minor: 0 patch: 0 }}
+        device_description_str: "{target.description}"
+    """
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=cluster.name, topology=f"1x{cluster.hosts}x{cluster.per_host}",
+        target_config=text,
+    )  # fmt: skip
+    return list(topology.devices)
+
+
+def main() -> None:
+    """Of the child process: a pickled (config, cluster, platform) in, the result as JSON out."""
+    step = examine(*pickle.loads(sys.stdin.buffer.read()))
+    sys.stdout.buffer.write(json.dumps(dataclasses.asdict(step)).encode())
+
+
+if __name__ == "__main__":
+    main()
