@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def read_targets(path: str) -> dict[str, Target]:
         if not isinstance(sheet, dict):
             raise ConfigError(f"--targets={path}: {name} stands outside a table; write [NAME] above the fields of one")
         like = sheet.pop("like", None)
-        if like is not None and like not in targets:
+        if like is not None and like not in list(targets):  # a list: TOML's values need not be hashable
             raise ConfigError(f"--targets={path}: [{name}] is like {like!r}, which is none of {', '.join(targets)}")
         values = dataclasses.asdict(targets[like]) if like else {}
         if unknown := set(sheet) - known:
@@ -165,22 +166,29 @@ def read_targets(path: str) -> dict[str, Target]:
         values |= sheet
         if missing := known - set(values):
             raise ConfigError(f"--targets={path}: [{name}] lacks {', '.join(sorted(missing))}; or add like = \"h100\"")
-        for field in dataclasses.fields(Target):
-            values[field.name] = _checked(path, name, field.name, field.type, values.get(field.name))
-        targets[name] = Target(**values | {"name": name})
+        values["name"] = name
+        checked = {f.name: _checked(path, name, f.name, f.type, values[f.name]) for f in dataclasses.fields(Target)}
+        targets[name] = Target(**checked)
     return targets
 
 
 def _checked(path: str, name: str, field: str, kind: str, value: object) -> object:
     """A field of a sheet in its type; every number is positive."""
+    refused = f"--targets={path}: [{name}] {field} = {value!r}: must be"
     if kind == "str":
-        return str(value)
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    good = all(isinstance(n, (int, float)) and not isinstance(n, bool) and n >= 0 for n in numbers)
+        if isinstance(value, str):
+            return value
+        raise ConfigError(f"{refused} a text in quotes")
+    whole = kind != "float"  # 80e9 is whole too
+
+    def good(n: object) -> bool:
+        is_number = isinstance(n, (int, float)) and not isinstance(n, bool) and 0 <= n < math.inf
+        return is_number and (not whole or n == int(n))
+
     if kind.startswith("tuple"):
-        if good and len(numbers) == 2:
-            return tuple(map(int, numbers))
-        raise ConfigError(f"--targets={path}: [{name}] {field} = {value!r}: must be two whole numbers, such as [9, 0]")
-    if not good or len(numbers) != 1 or not value > 0:
-        raise ConfigError(f"--targets={path}: [{name}] {field} = {value!r}: must be a positive number")
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value)):
+            return tuple(map(int, value))
+        raise ConfigError(f"{refused} two whole numbers, such as [9, 0]")
+    if not good(value) or not value > 0:
+        raise ConfigError(f"{refused} a positive {'whole ' * whole}number")
     return int(value) if kind == "int" else float(value)
