@@ -322,12 +322,16 @@ def test_flops_of_nested_fusions_by_the_operands_dtype():
   %a = f32[2,16,32]{2,1,0} parameter(0)
   %b = f32[2,32,8]{2,1,0} parameter(1)
   %c = bf16[4,8,16]{2,1,0} parameter(2)
-  ROOT %fusion.1 = (f32[2,16,8]{2,1,0}, bf16[16,16]{1,0}) fusion(%a, %b, %c), kind=kCustom, calls=%outer.1""",
+  %fusion.1 = (f32[2,16,8]{2,1,0}, bf16[16,16]{1,0}) fusion(%a, %b, %c), kind=kCustom, calls=%outer.1
+  %start.1 = ((f32[2,16,32], f32[2,32,8], bf16[4,8,16]), (f32[2,16,8], bf16[16,16])) fusion-start(%a, %b, %c), calls=%outer.1
+  ROOT %done.1 = (f32[2,16,8], bf16[16,16]) fusion-done(%start.1), calls=%outer.1""",  # noqa: E501
         NESTED,
     )
     expected = {"f32": 2 * (2 * 16 * 8) * 32, "bf16": 2 * (16 * 16) * (4 * 8)}
     assert program.flops(*find(program, "fusion.1")) == expected
     assert program.flops(*find(program, "fusion.1")) == expected  # read again: counted once
+    assert program.flops(*find(program, "start.1")) == expected
+    assert not program.flops(*find(program, "done.1"))
 
 
 LIBRARY = """
@@ -371,7 +375,7 @@ TRAFFIC = """
   ROOT %bitcast.2 = bf16[16,64]{1,0} bitcast(%slice.1)
 }
 
-%add_to_layer.1 (p.3: f32[4,16,64], p.4: s32[], p.5: bf16[16,64]) -> (f32[4,16,64], f32[16,64]) {
+%add_to_layer.1 (p.3: f32[4,16,64], p.4: s32[], p.5: bf16[16,64]) -> (f32[64,4,16], f32[16,64]) {
   %p.3 = f32[4,16,64]{2,1,0} parameter(0)
   %p.4 = s32[] parameter(1)
   %p.5 = bf16[16,64]{1,0} parameter(2)
@@ -381,7 +385,8 @@ TRAFFIC = """
   %add.1 = f32[1,16,64]{2,1,0} add(%slice.2, %convert.1)
   %bitcast.3 = f32[16,64]{1,0} bitcast(%add.1)
   %dus.1 = f32[4,16,64]{2,1,0} dynamic-update-slice(%p.3, %add.1, %p.4, %zero.2, %zero.2)
-  ROOT %tuple.1 = (f32[4,16,64]{2,1,0}, f32[16,64]{1,0}) tuple(%dus.1, %bitcast.3)
+  %bitcast.4 = f32[64,4,16]{0,2,1} bitcast(%dus.1)
+  ROOT %tuple.1 = (f32[64,4,16]{0,2,1}, f32[16,64]{1,0}) tuple(%bitcast.4, %bitcast.3)
 }
 
 %read_whole.1 (p.6: bf16[4,16,64], p.7: s32[]) -> bf16[4,16,64] {
@@ -405,7 +410,7 @@ TRAFFIC_STEP = """
   %layer = bf16[16,64]{1,0} fusion(%stack, %i), kind=kLoop, calls=%read_layer.1
   %start = ((bf16[64,4,16]{0,2,1}, s32[]), bf16[16,64]{1,0}, u32[]) fusion-start(%stack, %i), kind=kLoop, calls=%read_layer.1
   %done = bf16[16,64]{1,0} fusion-done(%start)
-  %added = (f32[4,16,64]{2,1,0}, f32[16,64]{1,0}) fusion(%sums, %i, %layer), kind=kLoop, calls=%add_to_layer.1
+  %added = (f32[64,4,16]{0,2,1}, f32[16,64]{1,0}) fusion(%sums, %i, %layer), kind=kLoop, calls=%add_to_layer.1
   %whole = bf16[4,16,64]{2,1,0} fusion(%view, %i), kind=kLoop, calls=%read_whole.1
   %slice = bf16[1,16,64]{2,1,0} dynamic-slice(%view, %i, %zero, %zero), dynamic_slice_sizes={1,16,64}
   %update = bf16[4,16,64]{2,1,0} dynamic-update-slice(%view, %slice, %i, %zero, %zero)
