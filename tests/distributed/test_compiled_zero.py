@@ -1,0 +1,307 @@
+"""ZeRO proven from the step that XLA compiles for GPUs: what travels, how often, in which type; what a GPU holds.
+
+The formulas are DeepSpeed's (Rajbhandari et al. 2020) for Ψ parameters on N devices with Adam in mixed precision:
+bytes 16Ψ, 4Ψ + 12Ψ/N, 2Ψ + 14Ψ/N and 16Ψ/N in stages 0 to 3; elements sent per step 2Ψ in stages 0 to 2, 3Ψ in
+stage 3, times (N - 1)/N, as nobody sends its own share. Vectors, 1 % of the small model here, stay whole in fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from visionfm_jax.config import (
+    ClassificationConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    SourceConfig,
+    TrainConfig,
+    ViTConfig,
+)
+from visionfm_jax.config.load import from_arguments
+from visionfm_jax.parallel.hlo import Array, Collective, Module
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster, find_cluster
+from visionfm_jax.planning.compiled import GPU, CompiledStep, compile_step, describe_devices
+
+CONFIG = Path(__file__).parents[2] / "configs" / "vit_huge.py"
+
+GPUS = 8
+BATCH, CLASSES = 64, 1000
+LAYERS, WIDTH, MLP = 12, 192, 768  # ViT-Ti
+PATCH, TOKENS = 4 * 4 * 3, 16
+
+# Every matrix by its sorted shape: how many there are, all layers together.
+WEIGHTS = Counter(
+    {
+        (PATCH, WIDTH): 1,
+        (TOKENS, WIDTH): 1,  # position embedding
+        (WIDTH, 3 * WIDTH): LAYERS,
+        (WIDTH, WIDTH): LAYERS,
+        (WIDTH, MLP): 2 * LAYERS,
+        (WIDTH, CLASSES): 1,
+    }
+)
+IN_BLOCKS = Counter({shape: count for shape, count in WEIGHTS.items() if count >= LAYERS})
+MATRICES = sum(math.prod(shape) * count for shape, count in WEIGHTS.items())
+VECTORS = LAYERS * (4 * WIDTH + 3 * WIDTH + WIDTH + MLP + WIDTH) + WIDTH + 2 * WIDTH + CLASSES  # norms and biases
+METRICS = 4 * BATCH  # bytes: one fp32 number per image is the most that is reported of a step
+
+STEPS = [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 8, 1), (2, 8, 1), (3, 1, 2)]  # stage, accumulate, replicas
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step, and what a test asks of it."""
+
+    step: CompiledStep
+    cluster: Cluster
+
+    @functools.cached_property
+    def module(self) -> Module:
+        return Module(self.step.hlo)
+
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        return self.module.collectives()
+
+    @property
+    def in_loops(self) -> list[Collective]:
+        entry = self.module.computations[self.module.entry]
+        found = (self.module.collective(*at) for at in self.module.instructions() if at[1] is not entry)
+        return [c for c in found if c is not None]
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.step.parameters.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of weights and moments on each GPU, as the program takes them: its arguments but for the batch."""
+        return self.step.arguments - self.step.state["batch"]
+
+    @property
+    def sent(self) -> float:
+        """16-bit elements that a GPU sends in a step, over (N - 1)/N."""
+        share = (self.cluster.devices - 1) / self.cluster.devices
+        return sum(c.count * c.wire_bytes for c in self.collectives) / 2 / share
+
+    def weights(self, kind: str) -> Counter:
+        """The 16-bit matrices that travel in collectives of this kind: (sorted shape of one layer's) -> how often."""
+        found: Counter = Counter()
+        for c in self.collectives:
+            for array in c.arrays if c.kind == kind else ():
+                if array.dtype == "bf16":
+                    *stack, short, long = sorted(array.shape)  # of a stack, the layers are the shortest dim
+                    found[short, long] += c.count * math.prod(stack)
+        return found
+
+    def elements(self, kind: str, dtype: str) -> int:
+        return sum(
+            c.count * elements(a) for c in self.collectives if c.kind == kind for a in c.arrays if a.dtype == dtype
+        )
+
+    def arrays(self) -> Iterator[Array]:
+        """Every array of the program, those inside fused kernels as well."""
+        for computation in self.module.computations.values():
+            for instruction in computation.values():
+                yield from instruction.outputs
+
+
+def elements(array: Array) -> int:
+    return math.prod(array.shape)
+
+
+def times(weights: Counter, n: int) -> Counter:
+    return Counter({shape: n * count for shape, count in weights.items()})
+
+
+def small(stage: int, accumulate: int, replicas: int) -> Config:
+    """All matrices and few vectors, each matrix of its own shape, one image per GPU and micro-batch of eight."""
+    config = Config(
+        name="small",
+        model=ViTConfig(size="Ti", image_size=16, patch_size=4),
+        task=ClassificationConfig(num_classes=CLASSES),
+        data=DataConfig(train=(SourceConfig(path="-"),)),
+        optim=OptimConfig(warmup_steps=2),
+        parallel=ParallelConfig(stage=stage, replicas=replicas),
+        train=TrainConfig(batch_size=BATCH, steps=20, accumulate=accumulate, precision="bf16"),
+    )
+    config.validate()
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@functools.cache
+def compiled(stage: int, accumulate: int = 1, replicas: int = 1) -> Compiled:
+    """The small step for eight GPUs, one host per replica."""
+    cluster = find_cluster(f"h100:{replicas}x{GPUS // replicas}")
+    return Compiled(compile_step(small(stage, accumulate, replicas), cluster, GPU), cluster)
+
+
+def test_the_model_is_the_one_described():
+    assert compiled(0).parameters == MATRICES + VECTORS
+    assert VECTORS < 0.01 * MATRICES
+
+
+def test_stage_0_sums_each_gradient_once():
+    step = compiled(0)
+    assert step.elements("all-reduce", "bf16") == MATRICES
+    assert VECTORS <= step.elements("all-reduce", "f32") < VECTORS + 100  # and a few metrics
+    assert step.elements("all-gather", "bf16") == step.elements("reduce-scatter", "bf16") == 0
+    assert step.sent == pytest.approx(2 * step.parameters, rel=0.05)
+
+
+@pytest.mark.parametrize(("stage", "accumulate"), [(1, 1), (2, 1), (1, 8)])
+def test_stages_1_and_2_gather_and_scatter_each_weight_once(stage, accumulate):
+    step = compiled(stage, accumulate)
+    assert step.weights("all-gather") == WEIGHTS
+    assert step.weights("reduce-scatter") == WEIGHTS
+    assert step.elements("all-reduce", "bf16") == 0
+    assert step.sent == pytest.approx(2 * step.parameters, rel=0.05)
+
+
+def test_stage_2_accumulates_shards():
+    """A sharded accumulator is paid for with one scatter per micro-batch; weights are gathered once nevertheless."""
+    one, two = compiled(1, 8), compiled(2, 8)
+    assert two.weights("all-gather") == WEIGHTS
+    assert two.weights("reduce-scatter") == times(WEIGHTS, 8)
+    assert two.sent == pytest.approx((1 + 8) * two.parameters, rel=0.05)
+
+    assert one.state_bytes == two.state_bytes
+    assert one.step.weights_in_use == two.step.weights_in_use == 2 * MATRICES
+    assert one.step.gradients == 4 * (MATRICES + VECTORS)
+    assert two.step.gradients == 4 * (MATRICES // GPUS + VECTORS)
+    saved = one.step.peak - two.step.peak
+    accumulator = one.step.gradients - two.step.gradients
+    assert accumulator < saved < accumulator + 2 * MATRICES  # and some of a micro-batch's own gradients, in 16 bit
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_loop_over_micro_batches_carries_the_accumulator(stage):
+    module = compiled(stage, 8).module
+    (loop,) = [i for i, _, _ in module.instructions() if i.opcode == "while" and i.trips == 8]
+    carried = sum(elements(a) for a in loop.outputs if a.dtype == "f32")
+    matrices = MATRICES // (GPUS if stage == 2 else 1)
+    assert matrices <= carried < matrices + 3 * VECTORS  # vectors and their gradients
+
+
+def test_stage_3_gathers_layers_once_forward_and_once_backward():
+    step = compiled(3)
+    assert step.weights("all-gather") == WEIGHTS + IN_BLOCKS
+    assert step.weights("reduce-scatter") == WEIGHTS
+    assert step.elements("all-reduce", "bf16") == 0
+    assert step.sent == pytest.approx(3 * step.parameters, rel=0.05)
+    largest = max(elements(a) for c in step.collectives for a in c.arrays if a.dtype == "bf16")
+    assert largest == max(map(math.prod, WEIGHTS))  # one layer at a time
+
+
+@pytest.mark.parametrize(("stage", "accumulate", "replicas"), STEPS)
+def test_nothing_else_travels(stage, accumulate, replicas):
+    step = compiled(stage, accumulate, replicas)
+    assert {c.kind for c in step.collectives} <= {"all-reduce", "all-gather", "reduce-scatter"}
+    for c in step.collectives:
+        wide = sum(a.nbytes for a in c.arrays if a.dtype != "bf16")
+        if c.kind != "all-reduce":
+            assert wide <= METRICS, c
+        elif len(c.group) == GPUS:
+            assert wide <= 4 * VECTORS + METRICS, c
+    if stage >= 2:
+        assert step.in_loops
+    assert not [c for c in step.in_loops if not c.is_async]
+
+
+@pytest.mark.parametrize(("stage", "accumulate", "replicas"), STEPS)
+def test_state_bytes_per_gpu(stage, accumulate, replicas):
+    step = compiled(stage, accumulate, replicas)
+    shards = GPUS // replicas if stage else 1
+    assert step.state_bytes == pytest.approx(12 * (MATRICES / shards + VECTORS), abs=64)  # and the step number
+    assert step.state_bytes - 12 * VECTORS == pytest.approx(12 * step.parameters / shards, rel=0.01)
+
+
+def test_hybrid_sharding_gathers_inside_a_host():
+    step = compiled(3, replicas=2)
+    host = [device.process_index for device in describe_devices(step.cluster)]
+    assert host == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert step.weights("all-gather") == WEIGHTS + IN_BLOCKS
+    assert step.weights("reduce-scatter") == WEIGHTS
+    across = Counter()
+    for c in step.collectives:
+        hosts = [host[device] for device in c.group]
+        if c.kind == "all-reduce" and sorted(hosts) == [0, 1]:
+            across.update({a.dtype: elements(a) for a in c.arrays})
+        elif c.nbytes > 4 * VECTORS + METRICS:
+            assert set(hosts) == {0}, c
+    assert across == {"f32": MATRICES // 4}  # the shards alone, one GPU of each host with its like
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_logits_of_the_global_batch_are_nowhere(stage):
+    sizes = Counter(elements(a) for a in compiled(stage).arrays())
+    assert sizes[BATCH // GPUS * CLASSES]
+    assert not sizes[BATCH * CLASSES]
+
+
+@functools.cache
+def huge(cluster: str, *changes: str) -> Compiled:
+    """`configs/vit_huge.py`, full size."""
+    config, _ = from_arguments([f"--config={CONFIG}", *(f"--config.{change}" for change in changes)])
+    target = find_cluster(cluster)
+    return Compiled(compile_step(config, target, GPU), target)
+
+
+HUGE_VECTORS = 32 * (4 + 3 + 1 + 4 + 1) * 1280 + 3 * 1280 + 21_841
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("cluster", ["h100:1x8", "a100-80gb:16x8"])
+def test_full_size_step(cluster):
+    step = huge(cluster)
+    assert step.parameters == pytest.approx(658.7e6, rel=1e-3)
+    vectors, matrices = HUGE_VECTORS, step.parameters - HUGE_VECTORS
+    blocks = matrices - (21_841 + 588 + 256) * 1280  # head, patch and position embedding
+    assert step.elements("all-gather", "bf16") == matrices + blocks
+    assert step.elements("reduce-scatter", "bf16") == matrices
+    assert step.elements("all-gather", "f32") == 2048  # losses
+    assert step.elements("reduce-scatter", "f32") == step.elements("all-reduce", "bf16") == 0
+    assert step.elements("all-reduce", "f32") == pytest.approx(vectors, rel=1e-3)
+    assert step.sent == pytest.approx(3 * step.parameters, rel=0.05)
+    assert {c.kind for c in step.collectives} == {"all-reduce", "all-gather", "reduce-scatter"}
+    assert step.in_loops
+    assert all(c.is_async for c in step.in_loops)
+    assert step.step.peak < MEMORY_FRACTION * step.cluster.target.memory_bytes
+    assert 2048 * 21_841 not in {elements(a) for a in step.arrays()}
+
+
+@pytest.mark.full_size
+def test_full_size_state_shrinks_with_the_number_of_gpus():
+    few, many = huge("h100:1x8"), huge("a100-80gb:16x8")
+    for step in (few, many):
+        sharded = 12 * step.parameters / step.cluster.devices
+        assert step.state_bytes - 12 * HUGE_VECTORS == pytest.approx(sharded, rel=0.01)
+    whole = 12 * HUGE_VECTORS  # 7 MB
+    assert (few.state_bytes - whole) / (many.state_bytes - whole) == pytest.approx(16, rel=0.01)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize(
+    ("stage", "rel"),
+    [(1, 0.05), (2, 0.05), (3, 0.1)],  # the formula leaves out the layers that stage 3 has gathered
+)
+def test_full_size_peak_agrees_with_deepspeed(stage, rel):
+    step = huge("h100:1x8", f"parallel.stage={stage}", "model.remat=full", "train.batch_size=8")
+    shares = {1: 4 + 12 / GPUS, 2: 2 + 14 / GPUS, 3: 16 / GPUS}
+    assert step.step.peak == pytest.approx(shares[stage] * step.parameters, rel=rel)
