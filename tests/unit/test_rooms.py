@@ -19,8 +19,9 @@ ROOMS = [
     "evals",
     "interop",
     "telemetry",
+    "planning",
 ]
-DOORS = ["main", "bench"]
+DOORS = ["main", "bench", "plan"]
 
 # optim reads the one rule for what a matrix is from parallel.zero; telemetry and evals serve the doors.
 EXCEPTIONS = {("optim", "parallel")}

@@ -47,6 +47,29 @@ def dense(x: jax.Array, features: int, dtype: jnp.dtype, name: str) -> jax.Array
     return y.reshape(*x.shape[:-1], features)
 
 
+@jax.custom_vjp
+def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x (B, D) times kernel (D, C), in fp32 (B, C): operands, also those of the backward pass, in their own dtype.
+
+    JAX's own derivative would multiply fp32 gradients of logits with an fp32 copy of the kernel: the largest matrix
+    of many a network, at twice the bytes and half the speed.
+    """
+    return jax.lax.dot(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _logits_fwd(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return logits(x, kernel), (x, kernel)
+
+
+def _logits_bwd(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    cotangent = cotangent.astype(x.dtype)
+    return cotangent @ kernel.T, x.T @ cotangent
+
+
+logits.defvjp(_logits_fwd, _logits_bwd)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D)."""
 

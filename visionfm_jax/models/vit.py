@@ -5,7 +5,7 @@ Shapes: B batch, H W image, P patch, T tokens, D width, C classes, L layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Attention, Mlp, Prepare, as_is, dense, layer_norm, scan_blocks
+from visionfm_jax.models.layers import Attention, Mlp, Prepare, as_is, dense, layer_norm, logits, scan_blocks
 
 
 class Size(NamedTuple):
@@ -109,8 +109,8 @@ class ViT(nn.Module):
         Zero at initialisation, so that the first loss is ln C whatever the network.
         """
 
-        def product(*args, **kwargs) -> jax.Array:
-            return jax.lax.dot_general(*args, **{**kwargs, "preferred_element_type": jnp.float32})
+        def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+            return logits(x, kernel)
 
         head = nn.Dense(
             self.num_classes, dtype=self.dtype, dot_general=product, kernel_init=nn.initializers.zeros, name="head"

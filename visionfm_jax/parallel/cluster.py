@@ -13,6 +13,7 @@ environment says that there is more than one process: a lone process never waits
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import socket
@@ -48,6 +49,9 @@ def initialize(
     Raises:
       ConfigError: half of the three values, a value out of range, or a cluster that cannot be read.
     """
+    if "JAX_PLATFORMS" not in os.environ and _is_plugin_without_driver():
+        # Plans are compiled with the plugin alone; here it would print a traceback before JAX takes the CPU.
+        jax.config.update("jax_platforms", "cpu")
     # CPU processes talk through gloo; read when the backend starts, so it is set before anything else.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     coordinator = coordinator or os.environ.get("VISIONFM_COORDINATOR") or None
@@ -62,6 +66,25 @@ def initialize(
         _check_port(coordinator)
     _join(timeout, coordinator, coordinator_address=coordinator, num_processes=processes, process_id=process)
     return process, processes
+
+
+def is_installed(module: str) -> bool:
+    """Whether `import module` would find it; nothing of it is run."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
+def _is_plugin_without_driver() -> bool:
+    """A CUDA plugin on a machine without NVIDIA's driver."""
+    if not any(is_installed(f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
 
 
 def _integer(name: str) -> int | None:

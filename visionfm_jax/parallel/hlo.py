@@ -54,7 +54,8 @@ class Instruction:
     @property
     def called(self) -> tuple[str, ...]:
         """The computations that it runs, but for the scalar ones of reductions."""
-        names = re.findall(r"\b(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)", self.attributes)
+        roles = "calls|body|condition|true_computation|false_computation"
+        names = re.findall(rf"\b(?:{roles})=%?([\w.\-]+)", self.attributes)
         for group in re.findall(r"\bbranch_computations=\{([^}]*)\}", self.attributes):
             names += re.findall(r"%?([\w.\-]+)", group)
         if self.opcode == "call":
@@ -326,7 +327,7 @@ def _closing(text: str, start: int) -> int:
 
 def _arrays(text: str) -> tuple[Array, ...]:
     found = re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", text)
-    return tuple(Array(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in found if dtype != "token")
+    return tuple(Array(t, tuple(map(int, filter(None, dims.split(","))))) for t, dims in found if t != "token")
 
 
 def _contracted(dot: Instruction, inside: Computation) -> int:

@@ -45,21 +45,21 @@ class Target:
     shared_memory_per_core: int  # bytes; a block may use 1 KiB less
 
 
-_A100 = dict(
-    description="NVIDIA A100-SXM4", peak_flops=312e12, network_inside=300e9, network_between=25e9,
-    capability=(8, 0), cores=108, fpus_per_core=64, clock_ghz=1.41, l2_bytes=40 * 2**20,
-    shared_memory_per_core=164 * 2**10,
-)  # fmt: skip
-_H100 = dict(
-    peak_flops=989.5e12, network_inside=450e9, network_between=50e9,
-    capability=(9, 0), cores=132, fpus_per_core=128, clock_ghz=1.98, l2_bytes=50 * 2**20,
-    shared_memory_per_core=228 * 2**10,
-)  # fmt: skip
-_B200 = dict(
-    peak_flops=2250e12, network_inside=900e9, network_between=50e9,
-    capability=(10, 0), cores=148, fpus_per_core=128, clock_ghz=1.97, l2_bytes=126 * 2**20,
-    shared_memory_per_core=228 * 2**10,
-)  # fmt: skip
+_A100 = {
+    "description": "NVIDIA A100-SXM4", "peak_flops": 312e12, "network_inside": 300e9, "network_between": 25e9,
+    "capability": (8, 0), "cores": 108, "fpus_per_core": 64, "clock_ghz": 1.41, "l2_bytes": 40 * 2**20,
+    "shared_memory_per_core": 164 * 2**10,
+}  # fmt: skip
+_H100 = {
+    "peak_flops": 989.5e12, "network_inside": 450e9, "network_between": 50e9,
+    "capability": (9, 0), "cores": 132, "fpus_per_core": 128, "clock_ghz": 1.98, "l2_bytes": 50 * 2**20,
+    "shared_memory_per_core": 228 * 2**10,
+}  # fmt: skip
+_B200 = {
+    "peak_flops": 2250e12, "network_inside": 900e9, "network_between": 50e9,
+    "capability": (10, 0), "cores": 148, "fpus_per_core": 128, "clock_ghz": 1.97, "l2_bytes": 126 * 2**20,
+    "shared_memory_per_core": 228 * 2**10,
+}  # fmt: skip
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -162,10 +162,11 @@ def read_targets(path: str) -> dict[str, Target]:
             raise ConfigError(f"--targets={path}: [{name}] is like {like!r}, which is none of {', '.join(targets)}")
         values = dataclasses.asdict(targets[like]) if like else {}
         if unknown := set(sheet) - known:
-            raise ConfigError(f"--targets={path}: [{name}] has {min(unknown)!r}; the fields are {', '.join(sorted(known))}")
+            fields = ", ".join(sorted(known))
+            raise ConfigError(f"--targets={path}: [{name}] has {min(unknown)!r}; the fields are {fields}")
         values |= sheet
         if missing := known - set(values):
-            raise ConfigError(f"--targets={path}: [{name}] lacks {', '.join(sorted(missing))}; or add like = \"h100\"")
+            raise ConfigError(f'--targets={path}: [{name}] lacks {", ".join(sorted(missing))}; or add like = "h100"')
         values["name"] = name
         checked = {f.name: _checked(path, name, f.name, f.type, values[f.name]) for f in dataclasses.fields(Target)}
         targets[name] = Target(**checked)

@@ -11,12 +11,12 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +24,22 @@ from typing import Any
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import UserError
+from visionfm_jax.parallel.cluster import is_installed
 from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
 
 GPU, CPU = "cuda", "cpu"
+# No kernel is ever run: no time goes into optimising its code, and none into assembling it (see `ASSEMBLER`). What XLA
+# schedules and how it lays out memory is decided before.
+COMPILE_ONLY_FLAGS = (
+    "--xla_backend_optimization_level=0",
+    "--xla_gpu_enable_libnvjitlink=false",
+    "--xla_gpu_enable_libnvptxcompiler=false",
+)
+# Stands in for NVIDIA's assembler on the PATH, which laptops lack and which may take minutes for one kernel.
+ASSEMBLER = """#!/bin/sh
+[ "$1" = --version ] && { echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0; }
+while [ $# -gt 0 ]; do [ "$1" = -o ] && echo none > "$2"; shift; done
+"""
 PACKAGES = {"jax_plugins.xla_cuda13": "the compiler", "nvidia.cudnn": "cuDNN"}
 
 
@@ -55,14 +68,7 @@ class CompileError(UserError):
 
 def missing_packages() -> list[str]:
     """What `visionfm_jax[plan]` would bring and is not here, in words."""
-
-    def there(name: str) -> bool:
-        try:
-            return importlib.util.find_spec(name) is not None
-        except ModuleNotFoundError:
-            return False
-
-    return [word for name, word in PACKAGES.items() if not there(name)]
+    return [word for name, word in PACKAGES.items() if not is_installed(name)]
 
 
 def compile_step(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
@@ -108,7 +114,7 @@ def _key(config: Config, cluster: Cluster, platform: str) -> str:
     digest = hashlib.sha256()
     # The speed of networks changes the estimate, not the program.
     target = dataclasses.replace(cluster.target, name="", peak_flops=0, network_inside=0, network_between=0)
-    digest.update(repr((config, target, cluster.hosts, cluster.per_host, platform, XLA_FLAGS)).encode())
+    digest.update(repr((config, target, cluster.hosts, cluster.per_host, platform)).encode())
     for package in ("jax", "jaxlib", "flax", "optax"):
         digest.update(importlib.metadata.version(package).encode())
     for name, source in _sources():
@@ -126,21 +132,28 @@ def _sources() -> Iterator[tuple[str, bytes]]:
 
 
 def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
-    flags = [*XLA_FLAGS] if platform == GPU else [f"--xla_force_host_platform_device_count={cluster.devices}"]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(flags),
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "JAX_COMPILATION_CACHE_DIR": "",
-    }
-    child = subprocess.Popen(
-        [sys.executable, "-m", "visionfm_jax.planning.compiled"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
-    )  # fmt: skip
-    try:
-        out, err = child.communicate(pickle.dumps((config, cluster, platform)))
-    finally:
-        child.kill()
+    flags = [f"--xla_force_host_platform_device_count={cluster.devices}"]
+    if platform == GPU:
+        flags = [*XLA_FLAGS, *COMPILE_ONLY_FLAGS]
+    with tempfile.TemporaryDirectory() as folder:
+        assembler = Path(folder, "ptxas")
+        assembler.write_text(ASSEMBLER)
+        assembler.chmod(0o755)
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join(flags),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "JAX_COMPILATION_CACHE_DIR": "",
+            "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        child = subprocess.Popen(
+            [sys.executable, "-m", "visionfm_jax.planning.compiled"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+        )  # fmt: skip
+        try:
+            out, err = child.communicate(pickle.dumps((config, cluster, platform)))
+        finally:
+            child.kill()
     if child.returncode:
         lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"the compiler ended with {child.returncode}"

@@ -54,7 +54,7 @@ class Estimate:
     @property
     def usable(self) -> int:
         """Bytes of the card that a run may use."""
-        return int(self.cluster.target.memory_bytes * MEMORY_FRACTION)
+        return usable_bytes(self.cluster)
 
     @property
     def fits(self) -> bool:
@@ -102,6 +102,11 @@ def estimate(compiled: CompiledStep, cluster: Cluster) -> Estimate:
         other=walk.other,
         exposed=sum(e.exposed * e.collective.count for e in walk.exchanges.values()),
     )
+
+
+def usable_bytes(cluster: Cluster) -> int:
+    """Bytes of each of its GPUs that a run may use."""
+    return int(cluster.target.memory_bytes * MEMORY_FRACTION)
 
 
 def memory_by_kind(compiled: CompiledStep, module: Module) -> dict[str, int]:
@@ -206,5 +211,11 @@ class _Walk:
 
 def _label(source: str) -> str:
     """The end of a JAX scope path, which names the layer and the operation."""
-    names = [n for n in source.split(";")[0].split("/") if n not in ("while", "body", "eval_jaxpr", "checkpoint")]
+    names = [name for name in source.split(";")[0].split("/") if not name.startswith(_SCOPES)]
     return "/".join(names[-3:]) or "copies"
+
+
+# Parts of a path that say how JAX got there, not what is computed.
+_SCOPES = (
+    "jit(", "jvp(", "transpose(", "shard_map", "while", "body", "eval_jaxpr", "checkpoint", "rematted_computation",
+)  # fmt: skip

@@ -1,0 +1,124 @@
+"""Plan a run: `python -m visionfm_jax.plan --config=FILE.py[:VARIANT] --cluster=h100:4x8 [--search] [--json=FILE]`.
+
+Compiles the training step of a configuration for the GPUs of a cluster, without them, and prints what it needs: memory,
+exchanges, time. Takes the configuration words of `main`. Exit codes: 0 it fits · 2 the input is wrong · 3 it does
+not fit, with the nearest setting that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from visionfm_jax.config import Config, load
+from visionfm_jax.errors import UserError, door
+from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster, read_targets
+from visionfm_jax.planning import report, settings
+from visionfm_jax.planning.compiled import CPU, GPU, compile_step, missing_packages
+from visionfm_jax.planning.estimate import estimate
+
+DOES_NOT_FIT = 3
+
+
+def main(argv: list[str]) -> int:
+    """Parse, compile, print."""
+    parser = argparse.ArgumentParser(prog="python -m visionfm_jax.plan", description=__doc__)
+    parser.add_argument("--cluster", metavar="GPU:HOSTSxGPUS", help=f"such as h100:4x8; GPUs: {', '.join(TARGETS)}")
+    parser.add_argument("--search", action="store_true", help="try other settings with the same global batch, and rank")
+    parser.add_argument("--json", metavar="FILE", help="write the plan there as well")
+    parser.add_argument("--targets", metavar="FILE.toml", help="data sheets of other GPUs and networks")
+    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="and --config.FIELD=VALUE, as for main")
+    if any(word in ("-h", "--help") for word in argv):
+        parser.parse_args(["--help"])
+    config, rest = load.from_arguments(argv)
+    arguments = parser.parse_args(rest)
+    targets = read_targets(arguments.targets) if arguments.targets else TARGETS
+    if not arguments.cluster:
+        raise UserError(f"--cluster is missing; name one, such as --cluster=h100:4x8; GPUs: {', '.join(targets)}")
+    cluster = find_cluster(arguments.cluster, targets)
+    config.validate_devices(cluster.devices, cluster.hosts)
+    if arguments.json:
+        _check_writable(arguments.json)
+
+    console = Console(soft_wrap=False)
+    if missing := missing_packages():
+        if arguments.search:
+            raise UserError(f"--search needs {' and '.join(missing)} for GPUs: pip install 'visionfm_jax[plan]'")
+        plan, code = plan_without_gpus(console, config, cluster, missing), 0
+    else:
+        plan, code = plan_for_gpus(console, config, cluster, search=arguments.search)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(plan, indent=1) + "\n")
+    return code
+
+
+def _check_writable(path: str) -> None:
+    """Minutes of compiling come before the file is written."""
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"--json={path}: {error.strerror}; name a file that can be written") from error
+
+
+def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missing: list[str]) -> dict[str, Any]:
+    """Print and return what a compile for CPUs can tell."""
+    config = copy.deepcopy(config)
+    config.model.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
+    compiled = compile_step(config, cluster, CPU)
+    report.print_without_gpus(console, config.name, compiled, cluster, missing)
+    return report.json_without_gpus(config.name, compiled, cluster)
+
+
+def plan_for_gpus(console: Console, config: Config, cluster: Cluster, *, search: bool) -> tuple[dict[str, Any], int]:
+    """Print and return the plan, and the exit code."""
+    base = settings.setting_of(config)
+    bar = tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty())
+
+    def told(done: int, of: int) -> None:
+        bar.total = of
+        bar.n = done
+        bar.refresh()
+
+    with bar, settings.Planner(config, cluster, told) as planner:
+        told(0, 1)
+        now = estimate(compile_step(config, cluster, GPU), cluster)
+        bar.clear()
+        report.print_plan(console, config.name, now)
+        plan = report.as_json(config.name, now)
+        if search:
+            title, key, found = "Settings that fit, fastest first", "search", settings.search(planner)
+        elif now.fits:
+            title, key, found = "What would help most", "advice", settings.advice(planner, base, now)
+        else:
+            nearest = settings.nearest_that_fits(planner, base)
+            title, key, found = "The nearest setting that fits", "nearest", [nearest] if nearest else []
+        bar.clear()
+        plan[key] = [report.setting_json(setting, base, e) for setting, e in found]
+        if found:
+            report.print_settings(console, title, base, found)
+        console.print(_ending(planner, key, found), highlight=False)
+    return plan, 0 if now.fits else DOES_NOT_FIT
+
+
+def _ending(planner: settings.Planner, key: str, found: list) -> str:
+    tried = f"{planner.compiled} other settings were compiled"
+    if found:
+        return f"({tried})"
+    nothing = {
+        "search": "No setting fits: take more or larger GPUs.",
+        "advice": "No single change would make it faster.",
+        "nearest": "No setting of this batch fits: take more or larger GPUs.",
+    }
+    return f"{nothing[key]} ({tried})"
+
+
+if __name__ == "__main__":
+    sys.exit(door(main)(sys.argv[1:]))

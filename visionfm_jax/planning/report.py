@@ -1,0 +1,247 @@
+"""A plan for people, as tables that fit a terminal, and for programs, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from visionfm_jax.parallel.hlo import Collective
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster
+from visionfm_jax.planning import estimate as assumed
+from visionfm_jax.planning.compiled import CompiledStep
+from visionfm_jax.planning.estimate import Estimate, Exchange
+from visionfm_jax.planning.settings import Setting
+
+GIB = 2**30
+
+
+def _table(title: str, *columns: str) -> Table:
+    """The first column is words, the others figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i and not column.startswith(" ") else "left", overflow="fold")
+    return table
+
+
+def print_plan(console: Console, name: str, found: Estimate) -> None:
+    """The whole plan of one setting."""
+    compiled, cluster = found.compiled, found.cluster
+    console.print(_heading(name, compiled, cluster), highlight=False)
+    for table in (_parameters(compiled), _memory(found), _collectives(found), _times(found)):
+        console.print()
+        console.print(table)
+
+
+def print_without_gpus(
+    console: Console, name: str, compiled: CompiledStep, cluster: Cluster, missing: list[str]
+) -> None:
+    """What a compile for CPUs shows: everything that follows from shapes."""
+    console.print(_heading(name, compiled, cluster), highlight=False)
+    console.print(
+        f"Compiled for CPUs, as {' and '.join(missing)} for GPUs are not installed: "
+        "pip install 'visionfm_jax\\[plan]'. This cannot show peak memory, the step's time, or what exchanges cost.",
+        highlight=False,
+    )
+    memory = _table("Memory of one GPU, without activations", "", "GiB")
+    for kind, size in state_bytes(compiled).items():
+        memory.add_row(kind, f"{size / GIB:.3f}")
+    step = _table("One step", "", "")
+    step.add_row("model FLOPs of all GPUs", f"{compiled.step_flops:.4g}")
+    least = compiled.step_flops / (cluster.devices * cluster.target.peak_flops * assumed.PRODUCTS)
+    step.add_row("time, at the very least", f"{least * 1e3:.1f} ms")
+    for table in (_parameters(compiled), memory, step):
+        console.print()
+        console.print(table)
+
+
+def state_bytes(compiled: CompiledStep) -> dict[str, int]:
+    """Bytes of one GPU that follow from the ZeRO stage alone."""
+    return {
+        "weights": compiled.state["weights"] + compiled.weights_in_use,
+        "gradients": compiled.gradients,
+        "optimiser": compiled.state["optimiser"],
+        "averaged weights": compiled.state["averaged weights"],
+    }
+
+
+def _heading(name: str, compiled: CompiledStep, cluster: Cluster) -> str:
+    return (
+        f"[bold]{name}[/] on {cluster.devices} x {cluster.target.description}, {cluster.hosts} hosts: "
+        f"{sum(compiled.parameters.values()):,} parameters, global batch {compiled.batch_size}"
+    )
+
+
+def _parameters(compiled: CompiledStep) -> Table:
+    table = _table("Parameters", "", "millions", "share")
+    total = sum(compiled.parameters.values())
+    for part, count in compiled.parameters.items():
+        table.add_row(part, f"{count / 1e6:,.2f}", f"{count / total:.1%}")
+    return table
+
+
+def _memory(found: Estimate) -> Table:
+    table = _table("Memory of one GPU at the peak", "", "GiB", "of the card")
+    card = found.cluster.target.memory_bytes
+    for kind, size in found.memory.items():
+        table.add_row(kind, f"{size / GIB:.2f}", f"{size / card:.1%}")
+    table.add_section()
+    table.add_row("peak", f"{found.compiled.peak / GIB:.2f}", f"{found.compiled.peak / card:.1%}")
+    share = f"{MEMORY_FRACTION:.0%}"
+    table.add_row("usable", f"{found.usable / GIB:.2f}", share)
+    table.add_row("[green]it fits[/]" if found.fits else "[red]it does not fit[/]")
+    table.add_section()
+    table.add_row("host memory for a checkpoint", f"{found.compiled.checkpoint_host_bytes / GIB:.2f}", "")
+    return table
+
+
+def _collectives(found: Estimate) -> Table:
+    table = _table(
+        "Exchanges of one step, of each GPU",
+        "", " when", " to", "times", "MB each", "GB sent", "ms each", "waits ms", " runs beside",
+    )  # fmt: skip
+    for e in of_weight(found.exchanges):
+        c = e.collective
+        beside = e.beside.most_common(1)[0][0] if e.beside else ""
+        table.add_row(
+            f"{c.kind} {dtype_of(e)}", when(c), "other hosts" if e.crosses_hosts else "own host", str(c.count),
+            f"{c.nbytes / 1e6:.3g}",
+            f"{c.wire_bytes * c.count / 1e9:.3g}", f"{e.seconds * 1e3:.2f}", f"{e.exposed * c.count * 1e3:.2f}",
+            beside if c.is_async else "nothing: synchronous",
+        )  # fmt: skip
+    return table
+
+
+def when(collective: Collective) -> str:
+    """In which part of the step an exchange happens."""
+    if "jvp(" not in collective.source:
+        return "update"
+    backward = "transpose(" in collective.source or "rematted_computation" in collective.source
+    return ("backward" if backward else "forward") + (", layers" if collective.count > 1 else "")
+
+
+def of_weight(exchanges: list[Exchange], least: float = 1e6) -> list[Exchange]:
+    """Those that matter for people: of at least `least` bytes over the step."""
+    return [e for e in exchanges if e.collective.nbytes * e.collective.count >= least]
+
+
+def dtype_of(exchange: Exchange) -> str:
+    """The type of most of its bytes."""
+    return max(exchange.collective.arrays, key=lambda array: array.nbytes).dtype
+
+
+def _times(found: Estimate) -> Table:
+    compiled, cluster = found.compiled, found.cluster
+    table = _table("Estimated step", "", "", " ")
+    executed = found.executed_flops * cluster.devices
+
+    def row(what: str, value: str, remark: str = "") -> None:
+        table.add_row(what, value, remark)
+
+    row("matrix products", f"{found.products * 1e3:.1f} ms", f"at {assumed.PRODUCTS:.0%} of the peak, or memory-bound")
+    row("all else", f"{found.other * 1e3:.1f} ms", f"memory-bound, at {assumed.MEMORY:.0%} of the bandwidth")
+    row("waiting for the network", f"{found.exposed * 1e3:.1f} ms", f"of {found.network * 1e3:.1f} ms that it is busy")
+    table.add_section()
+    row("step", f"{found.seconds * 1e3:.1f} ms", "a roofline, not a measurement")
+    row("images/s", f"{found.images_per_s:,.0f}", f"{found.images_per_s / cluster.devices:,.1f} per GPU")
+    row("model FLOPs", f"{compiled.step_flops:.4g}", f"executed {executed / compiled.step_flops:.2f} times that")
+    row("MFU", f"{found.mfu:.1%}", f"of {cluster.target.peak_flops / 1e12:,.0f} TFLOP/s per GPU")
+    table.add_section()
+    row("steps", f"{compiled.total_steps:,}", "the whole run")
+    row("days", f"{found.days:,.1f}", "")
+    row("GPU-hours", f"{found.gpu_hours:,.0f}", "")
+    return table
+
+
+def print_settings(console: Console, title: str, base: Setting, found: list[tuple[Setting, Estimate]]) -> None:
+    """Settings beside each other, with the words that choose them."""
+    table = _table(title, "step ms", "images/s", "MFU", "peak GiB", "waits ms", " set")
+    for setting, e in found:
+        table.add_row(
+            f"{e.seconds * 1e3:.1f}", f"{e.images_per_s:,.0f}", f"{e.mfu:.1%}", f"{e.compiled.peak / GIB:.1f}",
+            f"{e.exposed * 1e3:.1f}", setting.flags(base) or "as it is",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+
+
+def as_json(name: str, found: Estimate) -> dict[str, Any]:
+    """The plan for programs; the keys are explained in docs/plan.md."""
+    compiled, cluster = found.compiled, found.cluster
+    return {
+        **head(name, compiled, cluster),
+        "per_gpu": {
+            **{f"{kind.replace(' ', '_')}_bytes": size for kind, size in found.memory.items()},
+            "peak_bytes": compiled.peak,
+            "usable_bytes": found.usable,
+            "card_bytes": cluster.target.memory_bytes,
+            "fits": found.fits,
+            "checkpoint_host_bytes": compiled.checkpoint_host_bytes,
+        },
+        "collectives": [
+            {
+                "kind": e.collective.kind,
+                "dtype": dtype_of(e),
+                "count": e.collective.count,
+                "bytes": e.collective.nbytes,
+                "wire_bytes": e.collective.wire_bytes,
+                "group_size": len(e.collective.group),
+                "crosses_hosts": e.crosses_hosts,
+                "async": e.collective.is_async,
+                "seconds": e.seconds,
+                "exposed_seconds": e.exposed,
+                "beside": dict(e.beside.most_common(3)),
+                "source": e.collective.source,
+            }
+            for e in found.exchanges
+        ],
+        "step": {
+            "model_flops": compiled.step_flops,
+            "executed_flops": found.executed_flops * cluster.devices,
+            "memory_traffic_bytes": found.traffic,
+            "products_seconds": found.products,
+            "other_seconds": found.other,
+            "network_seconds": found.network,
+            "exposed_seconds": found.exposed,
+            "seconds": found.seconds,
+            "images_per_s": found.images_per_s,
+            "mfu": found.mfu,
+        },
+        "run": {"steps": compiled.total_steps, "days": found.days, "gpu_hours": found.gpu_hours},
+    }
+
+
+def head(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
+    """What every plan has, whatever it was compiled for."""
+    return {
+        "config": name,
+        "cluster": cluster.name,
+        "compiled_for": compiled.platform,
+        "batch_size": compiled.batch_size,
+        "parameters": {**compiled.parameters, "total": sum(compiled.parameters.values())},
+    }
+
+
+def json_without_gpus(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
+    """As `as_json`, with null for what a compile for CPUs cannot show."""
+    sizes = {f"{kind.replace(' ', '_')}_bytes": size for kind, size in state_bytes(compiled).items()}
+    return {
+        **head(name, compiled, cluster),
+        "per_gpu": {**sizes, "peak_bytes": None, "card_bytes": cluster.target.memory_bytes, "fits": None},
+        "collectives": None,
+        "step": {"model_flops": compiled.step_flops, "seconds": None},
+        "run": {"steps": compiled.total_steps, "days": None, "gpu_hours": None},
+    }
+
+
+def setting_json(setting: Setting, base: Setting, found: Estimate) -> dict[str, Any]:
+    """A row of `print_settings`."""
+    return {
+        **setting._asdict(),
+        "flags": setting.flags(base),
+        "seconds": found.seconds,
+        "images_per_s": found.images_per_s,
+        "mfu": found.mfu,
+        "peak_bytes": found.compiled.peak,
+    }

@@ -1,0 +1,230 @@
+"""Other settings of the same run: which would be faster, and which would fit.
+
+The global batch stays. A setting that recomputes less, or works on larger micro-batches, is never slower on the same
+devices, so that once one fits, those that only save memory beyond it are not tried.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from visionfm_jax.config import Config
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.parallel.targets import Cluster
+from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
+from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
+
+REMAT = ("none", "attention", "dots", "full")  # from most memory to most arithmetic
+COMPILE_BYTES = 1.5e9  # host memory of one compile
+
+
+class Setting(NamedTuple):
+    """What may change without changing what is learnt."""
+
+    stage: int
+    replicas: int
+    accumulate: int
+    remat: str
+    attention: str
+
+    def flags(self, other: Setting) -> str:
+        """The words of the command line that lead from `other` to this."""
+        changed = {name: value for name, value in self._asdict().items() if value != getattr(other, name)}
+        return " ".join(f"--config.{FIELDS[name]}={value}" for name, value in changed.items())
+
+
+FIELDS = {
+    "stage": "parallel.stage",
+    "replicas": "parallel.replicas",
+    "accumulate": "train.accumulate",
+    "remat": "model.remat",
+    "attention": "model.attention",
+}
+
+
+def setting_of(config: Config) -> Setting:
+    """The setting of a configuration."""
+    return Setting(
+        config.parallel.stage, config.parallel.replicas, config.train.accumulate, config.model.remat,
+        config.model.attention,
+    )  # fmt: skip
+
+
+def with_setting(config: Config, setting: Setting) -> Config:
+    """The same run with another setting."""
+    config = copy.deepcopy(config)
+    config.parallel.stage, config.parallel.replicas = setting.stage, setting.replicas
+    config.train.accumulate = setting.accumulate
+    config.model.remat, config.model.attention = setting.remat, setting.attention
+    return config
+
+
+def is_allowed(config: Config, setting: Setting, cluster: Cluster) -> bool:
+    """Whether the rules of configurations and the packages at hand allow it."""
+    changed = with_setting(config, setting)
+    if setting.attention == "cudnn" and (config.train.precision == "fp32" or missing_packages()):
+        return False
+    try:
+        changed.validate()
+        changed.validate_devices(cluster.devices, cluster.hosts)
+    except ConfigError:
+        return False
+    return True
+
+
+class Planner:
+    """Estimates settings of one configuration on one cluster, several at a time.
+
+    Args:
+      config: the run.
+      cluster: where.
+      told: called with the number of settings known so far, and of those asked for.
+    """
+
+    def __init__(self, config: Config, cluster: Cluster, told: Callable[[int, int], None] = lambda done, of: None):
+        self.config, self.cluster, self._told = config, cluster, told
+        self._pool = concurrent.futures.ThreadPoolExecutor(jobs())
+        self._asked: dict[Setting, concurrent.futures.Future[Estimate | None]] = {}
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
+
+    @property
+    def compiled(self) -> int:
+        """How many settings were compiled."""
+        return sum(f.done() and not f.cancelled() for f in self._asked.values())
+
+    def ask(self, setting: Setting) -> concurrent.futures.Future[Estimate | None]:
+        """The estimate, later; None where the compiler refuses the setting."""
+        if setting not in self._asked:
+            self._asked[setting] = future = self._pool.submit(self._estimate, setting)
+            future.add_done_callback(lambda _: self._told(self.compiled, len(self._asked)))
+        return self._asked[setting]
+
+    def _estimate(self, setting: Setting) -> Estimate | None:
+        try:
+            compiled = compile_step(with_setting(self.config, setting), self.cluster, GPU)
+        except CompileError:
+            return None
+        return estimate(compiled, self.cluster)
+
+
+def jobs() -> int:
+    """Compiles that run side by side here."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, int(memory / COMPILE_BYTES)))
+
+
+def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> list[tuple[Setting, Estimate]]:
+    """The `count` single changes that would save the most time, of those that fit, best first."""
+    candidates = [s for s in neighbours(base, planner.cluster) if is_allowed(planner.config, s, planner.cluster)]
+    known = [(s, planner.ask(s)) for s in candidates]
+    better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
+    better = [(s, e) for s, e in better if e.seconds < 0.99 * now.seconds]
+    return sorted(better, key=lambda found: found[1].seconds)[:count]
+
+
+def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:
+    """Single changes that may save time: less recomputed, less exchanged, larger micro-batches, another kernel."""
+    lighter = REMAT[: REMAT.index(base.remat)]
+    yield base._replace(attention="xla" if base.attention == "cudnn" else "cudnn")
+    yield from (base._replace(remat=r) for r in reversed(lighter))
+    if base.accumulate % 2 == 0:
+        yield base._replace(accumulate=base.accumulate // 2)
+    yield from (base._replace(stage=stage) for stage in range(base.stage - 1, 0, -1))
+    for replicas in {1, cluster.hosts} - {base.replicas}:
+        yield base._replace(replicas=replicas)
+
+
+def nearest_that_fits(planner: Planner, base: Setting) -> tuple[Setting, Estimate] | None:
+    """The setting with the fewest and cheapest changes whose step fits; None if there is none."""
+    heavier = [r for r in REMAT if REMAT.index(r) >= REMAT.index(base.remat)]
+    most = planner.config.train.batch_size // planner.cluster.devices
+    splits = [base.accumulate * 2**i for i in range(17) if base.accumulate * 2**i <= most]
+    stages = [s for s in (base.stage, 1, 2, 3) if s >= base.stage]
+    attentions = [base.attention, "cudnn"]
+    found = itertools.product(dict.fromkeys(attentions), dict.fromkeys(stages), splits, heavier)
+    candidates = [Setting(stage, base.replicas, n, remat, kind) for kind, stage, n, remat in found]
+    candidates += [c._replace(replicas=1) for c in candidates if c.replicas > 1]
+
+    def cost(setting: Setting) -> tuple[int, int]:
+        """Changed fields, then how far each goes; a kernel costs nothing, a stage traffic, the others arithmetic."""
+        steps = (setting.accumulate // base.accumulate).bit_length() - 1
+        steps += REMAT.index(setting.remat) - REMAT.index(base.remat) + 2 * (setting.stage - base.stage)
+        return sum(a != b for a, b in zip(setting, base, strict=True)), steps
+
+    candidates = [c for c in dict.fromkeys(candidates) if c != base and is_allowed(planner.config, c, planner.cluster)]
+    return _first_that_fits(planner, sorted(candidates, key=cost))
+
+
+def _first_that_fits(planner: Planner, candidates: Sequence[Setting]) -> tuple[Setting, Estimate] | None:
+    """In order, asking for the next few ahead."""
+    for i, setting in enumerate(candidates):
+        for ahead in candidates[i : i + jobs()]:
+            planner.ask(ahead)
+        found = planner.ask(setting).result()
+        if found and found.fits:
+            return setting, found
+    return None
+
+
+def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
+    """All settings worth knowing that fit, fastest first.
+
+    Each family (stage, replicas, attention kernel) is walked from the least recomputation and the largest
+    micro-batch to the most and the smallest, several families side by side.
+    """
+    base, cluster = setting_of(planner.config), planner.cluster
+    splits = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
+    families = [
+        base._replace(stage=stage, replicas=replicas, attention=kind)
+        for stage in range(4)
+        for replicas in sorted(splits if stage else {1})
+        for kind in ("cudnn", "xla")
+    ]
+    with concurrent.futures.ThreadPoolExecutor(len(families)) as walkers:
+        walks = [walkers.submit(_walk, planner, family) for family in families]
+        found = list(itertools.chain.from_iterable(walk.result() for walk in walks))
+    return sorted(found, key=lambda f: f[1].seconds)
+
+
+def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
+    """Of one family: what fits, at each micro-batch with the least recomputation, until nothing is recomputed."""
+    found: list[tuple[Setting, Estimate]] = []
+    remats: Sequence[str] = REMAT
+    too_large: dict[str, tuple[int, int, int]] = {}  # by remat: micro-batches, bytes that stay, bytes that shrink
+    for accumulate in _splits(planner, family):
+        for remat in remats:
+            setting = family._replace(accumulate=accumulate, remat=remat)
+            if remat in too_large:  # a smaller micro-batch is worth a compile only where it may fit
+                before, fixed, shrinking = too_large[remat]
+                if fixed + shrinking * before / accumulate > usable_bytes(planner.cluster):
+                    continue
+            known = planner.ask(setting).result() if is_allowed(planner.config, setting, planner.cluster) else None
+            if known is None:  # the rules or the compiler refuse the family's kernel
+                return found
+            if known.fits:
+                found.append((setting, known))
+                remats = REMAT[: REMAT.index(remat)]
+                break
+            fixed = sum(size for kind, size in known.memory.items() if kind not in ("activations", "temporary"))
+            if fixed > known.usable:
+                return found
+            too_large[remat] = accumulate, fixed, known.compiled.peak - fixed
+    return found
+
+
+def _splits(planner: Planner, family: Setting) -> Iterator[int]:
+    """Numbers of micro-batches, doubling, that leave every device at least one sample."""
+    accumulate, batch = 1, planner.config.train.batch_size
+    while batch % (accumulate * planner.cluster.devices) == 0:
+        yield accumulate
+        accumulate *= 2
