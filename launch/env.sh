@@ -5,6 +5,9 @@
 # Start a collective as early and wait for it as late as its data allow: without this the weight gathers of
 # ZeRO-3 stand between the layers instead of running below them.
 flags="--xla_gpu_enable_latency_hiding_scheduler=true"
+# Gather the next layer's weights while this one computes: a layer cannot hide the gather of its own. One more
+# layer's weights are held.
+flags+=" --xla_gpu_enable_pipelined_all_gather=true"
 # Join the small gathers of one layer (weights, biases, norms) into one of up to 256 MiB: more than a layer
 # of the largest model here in bf16, so each layer pays one latency.
 flags+=" --xla_gpu_all_gather_combine_threshold_bytes=268435456"

@@ -70,6 +70,25 @@ def _logits_bwd(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tup
 logits.defvjp(_logits_fwd, _logits_bwd)
 
 
+class Qkv(nn.Module):
+    """Queries, keys and values, each (B, T, D), of x (B, T, D); one kernel (D, 3 D), three products.
+
+    One product would be followed by a copy that takes its result apart, and in the backward pass by one that puts it
+    together, each as many bytes as all else that attention reads and writes.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        D = x.shape[-1]
+        kernel = self.param("kernel", nn.linear.default_kernel_init, (D, 3 * D))
+        bias = self.param("bias", nn.initializers.zeros, (3 * D,))
+        rows, kernel, bias = nn.dtypes.promote_dtype(x.reshape(-1, D), kernel, bias, dtype=self.dtype)
+        parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
+        return [checkpoint_name((rows @ k + b).reshape(x.shape), "qkv") for k, b in parts]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D)."""
 
@@ -80,8 +99,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, D = x.shape
-        qkv = checkpoint_name(dense(x, 3 * D, self.dtype, "qkv"), "qkv")
-        q, k, v = jnp.moveaxis(qkv.reshape(B, T, 3, self.heads, D // self.heads), 2, 0)
+        q, k, v = (a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, name="qkv")(x))
 
         y = checkpoint_name(attention(q, k, v, self.implementation).reshape(B, T, D), "attention")
         return checkpoint_name(dense(y, D, self.dtype, "out"), "projection")

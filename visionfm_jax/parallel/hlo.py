@@ -220,6 +220,8 @@ class Module:
         operands = [inside[name] for name in instruction.operands if name in inside]
         read = [o.output_bytes for o in operands]
         written = instruction.output_bytes
+        if work.opcode == "custom-call":  # all but its workspace
+            written = sum(a.nbytes for a in instruction.outputs if a.dtype not in ("s8", "u8"))
         if instruction.opcode.endswith("-start"):  # gives its operands along with its results
             written = sum(u.output_bytes for u in inside.users.get(instruction.name, ()) if u.opcode.endswith("-done"))
         body = None
@@ -228,7 +230,7 @@ class Module:
         if body is not None:
             read = [self._parameter_bytes(body, n, full) for n, full in enumerate(read)]
             written = self._result_bytes(body)
-        elif work.opcode == "dynamic-slice":
+        elif work.opcode in ("slice", "dynamic-slice"):
             read = [written]
         elif work.opcode == "dynamic-update-slice":
             read, written = [], 2 * operands[1].output_bytes
@@ -241,7 +243,7 @@ class Module:
             for user in body.users.get(name, ()):
                 if user.opcode == "bitcast":
                     names.append(user.name)
-                elif user.opcode == "dynamic-slice" and user.operands[0] == name:
+                elif user.opcode in ("slice", "dynamic-slice") and user.operands[0] == name:
                     slices += user.output_bytes
                 elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
                     return full

@@ -77,6 +77,7 @@ TARGETS: dict[str, Target] = {
 # What `launch/env.sh` sets for training, with a reason for each: a plan compiles with the same.
 XLA_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_pipelined_all_gather=true",
     "--xla_gpu_all_gather_combine_threshold_bytes=268435456",
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=268435456",
     "--xla_gpu_all_reduce_combine_threshold_bytes=268435456",

@@ -31,6 +31,7 @@ GPU, CPU = "cuda", "cpu"
 # No kernel is ever run: no time goes into optimising its code, and none into assembling it (see `ASSEMBLER`). What XLA
 # schedules and how it lays out memory is decided before.
 COMPILE_ONLY_FLAGS = (
+    "--xla_gpu_enable_triton_gemm=false",  # products by cuBLAS: XLA's own kernels need a GPU to be tuned on
     "--xla_backend_optimization_level=0",
     "--xla_gpu_enable_libnvjitlink=false",
     "--xla_gpu_enable_libnvptxcompiler=false",
