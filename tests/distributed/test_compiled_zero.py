@@ -304,15 +304,15 @@ def test_full_size_state_shrinks_with_the_number_of_gpus():
 
 
 @pytest.mark.full_size
-@pytest.mark.parametrize(
-    ("stage", "rel"),
-    [(1, 0.05), (2, 0.05), (3, 0.1)],  # the formula leaves out the layers that stage 3 has gathered
-)
-def test_full_size_peak_agrees_with_deepspeed(stage, rel):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_full_size_peak_agrees_with_deepspeed(stage):
     step = huge("h100:1x8", f"parallel.stage={stage}", "model.remat=full", "train.batch_size=8")
-    shares = {1: 4 + 12 / GPUS, 2: 2 + 14 / GPUS, 3: 16 / GPUS}
+    expected = {1: 4 + 12 / GPUS, 2: 2 + 14 / GPUS, 3: 16 / GPUS}[stage] * step.parameters
+    if stage == 3:  # the formula leaves out what is gathered: a layer in use, the next one, head and embeddings
+        top = (21_841 + 588 + 256) * 1280
+        expected += 2 * (2 * (step.parameters - top) / 32 + top)
     if stage == 2 and jax.__version_info__ < (0, 11):
         # That XLA copies the gathered stacks into another layout when a step begins, all at once: for that moment
         # 2Ψ more than there is, which is more than the peak that the formula means.
-        shares[2], rel = 2 + 2 + 12 / GPUS, 0.06
-    assert step.step.peak == pytest.approx(shares[stage] * step.parameters, rel=rel)
+        expected = (2 + 2 + 12 / GPUS) * step.parameters
+    assert step.step.peak == pytest.approx(expected, rel=0.06)

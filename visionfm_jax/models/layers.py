@@ -118,8 +118,8 @@ class Mlp(nn.Module):
 
 
 def _save_all(prim, *_, **__) -> bool:
-    # Gathered weights are the one thing never worth keeping: under ZeRO-3 that would undo the sharding.
-    return prim.name != "all_gather"
+    # Gathered weights, and parts of them, are never worth keeping: under ZeRO-3 that would undo the sharding.
+    return prim.name not in ("all_gather", "split")
 
 
 def _save_all_but_attention(prim, *inputs, **params) -> bool:

@@ -1,0 +1,124 @@
+"""`python -m visionfm_jax.plan`, as people call it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = "--config=configs/vit_huge.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def plan(cache, *words, program=("-m", "visionfm_jax.plan"), timeout=500):
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "COLUMNS": "110"}
+    return subprocess.run(
+        [sys.executable, *program, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_a_plan_with_advice(cache, tmp_path):
+    done = plan(cache, TINY, "--cluster=h100:1x8", f"--json={tmp_path / 'plan.json'}")
+    assert done.returncode == 0, done.stderr
+    for words in ("Parameters", "activations", "it fits", "reduce-scatter bf16", "backward, layers", "GPU-hours"):
+        assert words in done.stdout, done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert {"parameters", "per_gpu", "collectives", "step", "run", "advice"} <= set(found)
+    assert found["parameters"]["total"] == sum(v for k, v in found["parameters"].items() if k != "total")
+    per_gpu = found["per_gpu"]
+    kinds = ("weights", "gradients", "optimiser", "batch", "activations", "temporary")
+    assert sum(per_gpu[f"{kind}_bytes"] for kind in kinds) == per_gpu["peak_bytes"]
+    assert found["step"]["executed_flops"] == pytest.approx(found["step"]["model_flops"], rel=0.2)
+    assert found["run"]["gpu_hours"] == pytest.approx(found["run"]["days"] * 24 * 8)
+    assert {c["dtype"] for c in found["collectives"] if c["kind"] == "reduce-scatter"} == {"bf16"}
+
+    again = plan(cache, TINY, "--cluster=h100:1x8")
+    assert again.stdout == done.stdout  # from the cache
+
+
+def test_search_ranks_what_fits(cache, tmp_path):
+    done = plan(cache, TINY, "--cluster=h100:1x8", "--search", f"--json={tmp_path / 'plan.json'}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())["search"]
+    assert {s["stage"] for s in found} == {0, 1, 2, 3}
+    assert [s["seconds"] for s in found] == sorted(s["seconds"] for s in found)
+    assert "Settings that fit, fastest first" in done.stdout
+    assert "--config.parallel.stage=" in done.stdout
+
+
+def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path):
+    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 70_000_000\n')
+    done = plan(cache, TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=none")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "it does not fit" in done.stdout
+    assert "The nearest setting that fits" in done.stdout
+    assert "--config.model.remat=" in done.stdout or "--config.train.accumulate=" in done.stdout
+
+
+def test_nothing_fits(cache, tmp_path):
+    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 100_000\n')
+    words = (TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=full",
+             "--config.train.accumulate=8")  # fmt: skip
+    done = plan(cache, *words)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "No setting of this batch fits: take more or larger GPUs." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((TINY,), "--cluster is missing"),
+        ((TINY, "--cluster=h10:1x8"), "did you mean h100?"),
+        ((TINY, "--cluster=h100:8"), "such as h100:4x8"),
+        ((TINY, "--cluster=h100:1x7"), "config.train.batch_size = 64: must be a multiple of 7"),
+        ((TINY, "--cluster=h100:1x8", "--json=/no/such/folder/plan.json"), "--json=/no/such/folder/plan.json: No such"),
+        ((TINY, "--cluster=h100:1x8", "--targets=nowhere.toml"), "--targets=nowhere.toml"),
+        (("--config=configs/vit_hug.py", "--cluster=h100:1x8"), "did you mean configs/vit_huge.py?"),
+    ],
+)
+def test_bad_input_is_one_line(cache, words, said):
+    done = plan(cache, *words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+WITHOUT_CUDA = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.startswith(("jax_plugins", "nvidia")) else find(name, *rest)
+from visionfm_jax import plan
+from visionfm_jax.errors import door
+sys.exit(door(plan.main)(sys.argv[1:]))
+"""
+
+
+def test_without_the_cuda_packages_it_says_what_it_cannot_show(cache, tmp_path):
+    words = (TINY, "--cluster=a100-80gb:16x4", f"--json={tmp_path / 'plan.json'}")
+    done = plan(cache, *words, program=("-c", WITHOUT_CUDA))
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'visionfm_jax[plan]'" in done.stdout
+    assert "cannot show peak memory" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["per_gpu"]["fits"] is None
+    assert found["per_gpu"]["optimiser_bytes"] > 0
+    assert found["step"]["model_flops"] > 0
+
+    search = plan(cache, *words, "--search", program=("-c", WITHOUT_CUDA))
+    assert search.returncode == 2
+    assert "pip install 'visionfm_jax[plan]'" in search.stderr
+
+
+def test_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "visionfm_jax.plan", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "--search" in done.stdout

@@ -1,0 +1,154 @@
+"""The search for settings, on a cluster whose memory and time are formulas."""
+
+import concurrent.futures
+from types import SimpleNamespace
+
+import pytest
+
+from visionfm_jax.config import load
+from visionfm_jax.parallel.targets import find_cluster
+from visionfm_jax.planning import settings
+from visionfm_jax.planning.settings import REMAT, Setting, advice, nearest_that_fits, search, setting_of
+
+GB = 10**9
+USABLE = settings.usable_bytes(find_cluster("h100:2x8"))
+KEPT = dict(zip(REMAT, (400, 200, 100, 4), strict=True))  # GB of activations of the whole batch on one GPU
+
+
+class Planner:
+    """As `settings.Planner`, with formulas for the compiler; `refused` are settings that it refuses."""
+
+    def __init__(self, cluster="h100:2x8", state=16, refused=lambda setting: False):
+        self.config, _ = load.from_arguments(["--config=configs/vit_huge.py"])
+        self.cluster, self.state, self.refused = find_cluster(cluster), state, refused
+        self.asked: list[Setting] = []
+
+    def ask(self, setting: Setting):
+        self.asked.append(setting)
+        future = concurrent.futures.Future()
+        future.set_result(None if self.refused(setting) else self.formula(setting))
+        return future
+
+    def formula(self, s: Setting):
+        fixed = int(self.state * GB * (1, 0.5, 0.4, 0.1)[s.stage])
+        kept = int(KEPT[s.remat] * GB / s.accumulate * (1.1 if s.attention == "xla" else 1))
+        seconds = 1 + 0.1 * REMAT.index(s.remat) + 0.05 * s.stage + 0.02 * s.accumulate
+        seconds += 0.3 * (s.attention == "xla") + 0.01 * s.replicas
+        return SimpleNamespace(
+            fits=fixed + kept <= USABLE,
+            usable=USABLE,
+            seconds=seconds,
+            memory={"weights": fixed, "activations": kept, "temporary": 0},
+            compiled=SimpleNamespace(peak=fixed + kept),
+        )
+
+
+@pytest.fixture(autouse=True)
+def _packages(monkeypatch):
+    monkeypatch.setattr(settings, "missing_packages", list)
+
+
+def test_search_finds_what_trying_everything_would_find():
+    planner = Planner()
+    found = search(planner)
+    assert [e.seconds for _, e in found] == sorted(e.seconds for _, e in found)
+    assert all(e.fits for _, e in found)
+    everything = [
+        Setting(stage, replicas, 2**i, remat, attention)
+        for stage in range(4)
+        for replicas in ((1, 2) if stage else (1,))
+        for i in range(8)
+        for remat in REMAT
+        for attention in ("xla", "cudnn")
+    ]
+    fitting = [s for s in everything if planner.formula(s).fits]
+    best = min(fitting, key=lambda s: planner.formula(s).seconds)
+    assert found[0][0] == best
+    assert len(set(planner.asked)) == len(planner.asked) < len(everything) / 3
+
+
+def test_search_leaves_a_stage_whose_state_alone_is_too_large():
+    planner = Planner(state=300)  # 300, 150, 120 GB in stages 0 to 2
+    found = search(planner)
+    assert {s.stage for s, _ in found} == {3}
+    assert sum(s.stage == 0 for s in planner.asked) == 2  # one of each kernel
+
+
+def test_search_leaves_a_kernel_that_the_compiler_refuses():
+    planner = Planner(refused=lambda s: s.attention == "cudnn")
+    found = search(planner)
+    assert {s.attention for s, _ in found} == {"xla"}
+    assert sum(s.attention == "cudnn" for s in planner.asked) == 7  # once a family
+
+
+def test_search_says_nothing_fits():
+    assert search(Planner(state=10_000)) == []
+
+
+def test_the_nearest_setting_changes_one_field_where_that_is_enough():
+    planner = Planner()
+    base = Setting(stage=3, replicas=1, accumulate=1, remat="dots", attention="cudnn")
+    setting, found = nearest_that_fits(planner, base)
+    assert found.fits
+    assert setting == base._replace(remat="full") or setting == base._replace(accumulate=2)
+    assert setting.flags(base) in ("--config.model.remat=full", "--config.train.accumulate=2")
+
+
+def test_the_nearest_setting_changes_more_where_it_must():
+    planner = Planner(state=110)  # only stages 1 and up leave room
+    setting, found = nearest_that_fits(planner, Setting(0, 1, 1, "none", "cudnn"))
+    assert found.fits
+    assert setting.stage > 0
+    changed = sum(a != b for a, b in zip(setting, Setting(0, 1, 1, "none", "cudnn"), strict=True))
+    assert changed == 2
+
+
+def test_no_setting_fits():
+    assert nearest_that_fits(Planner(state=10_000), Setting(3, 1, 1, "dots", "cudnn")) is None
+
+
+def test_advice_is_single_changes_that_fit_and_save_time():
+    planner = Planner()
+    base = Setting(stage=3, replicas=2, accumulate=4, remat="full", attention="xla")
+    found = advice(planner, base, planner.formula(base))
+    assert 1 <= len(found) <= 3
+    for setting, e in found:
+        assert sum(a != b for a, b in zip(setting, base, strict=True)) == 1
+        assert e.fits
+        assert e.seconds < planner.formula(base).seconds
+    assert found[0][0] == base._replace(attention="cudnn")
+
+
+def test_advice_has_nothing_to_say_where_all_is_best():
+    planner = Planner(state=1)
+    base = Setting(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
+    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=1.0 if s == base else 1.5)
+    assert advice(planner, base, planner.formula(base)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ({}, True),
+        ({"accumulate": 128}, True),
+        ({"accumulate": 256}, False),  # less than one image per device
+        ({"replicas": 3}, False),
+        ({"replicas": 16}, False),  # nothing left to shard over
+        ({"stage": 0, "replicas": 16}, True),
+    ],
+)
+def test_settings_keep_the_rules_of_configurations(change, allowed):
+    planner = Planner()
+    setting = setting_of(planner.config)._replace(**change)
+    assert settings.is_allowed(planner.config, setting, planner.cluster) is allowed
+
+
+def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
+    planner = Planner()
+    cudnn = setting_of(planner.config)._replace(attention="cudnn")
+    assert settings.is_allowed(planner.config, cudnn, planner.cluster)
+    monkeypatch.setattr(settings, "missing_packages", lambda: ["cuDNN"])
+    assert not settings.is_allowed(planner.config, cudnn, planner.cluster)
+    monkeypatch.setattr(settings, "missing_packages", list)
+    planner.config.train.precision = "fp32"
+    assert not settings.is_allowed(planner.config, cudnn, planner.cluster)
