@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TINY = "--config=configs/vit_huge.py:tiny"
+FULL, TINY = "--config=configs/vit_huge.py", "--config=configs/vit_huge.py:tiny"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def plan(cache, *words, program=("-m", "visionfm_jax.plan"), timeout=500):
 def test_a_plan_with_advice(cache, tmp_path):
     done = plan(cache, TINY, "--cluster=h100:1x8", f"--json={tmp_path / 'plan.json'}")
     assert done.returncode == 0, done.stderr
-    for words in ("Parameters", "activations", "it fits", "reduce-scatter bf16", "backward, layers", "GPU-hours"):
+    for words in ("Parameters", "activations", "it fits", "reduce-scatter", "backward, layers", "GPU-hours"):
         assert words in done.stdout, done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert {"parameters", "per_gpu", "collectives", "step", "run", "advice"} <= set(found)
@@ -54,7 +54,7 @@ def test_search_ranks_what_fits(cache, tmp_path):
 
 
 def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path):
-    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 70_000_000\n')
+    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 50_000_000\n')
     done = plan(cache, TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=none")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "it does not fit" in done.stdout
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path)
 def test_nothing_fits(cache, tmp_path):
     (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 100_000\n')
     words = (TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=full",
-             "--config.train.accumulate=8")  # fmt: skip
+              "--config.train.accumulate=8", "--config.model.attention=cudnn")  # fmt: skip
     done = plan(cache, *words)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "No setting of this batch fits: take more or larger GPUs." in done.stdout
@@ -77,7 +77,7 @@ def test_nothing_fits(cache, tmp_path):
         ((TINY,), "--cluster is missing"),
         ((TINY, "--cluster=h10:1x8"), "did you mean h100?"),
         ((TINY, "--cluster=h100:8"), "such as h100:4x8"),
-        ((TINY, "--cluster=h100:1x7"), "config.train.batch_size = 64: must be a multiple of 7"),
+        ((FULL, "--cluster=h100:1x7"), "config.train.batch_size = 2048: must be a multiple of 7"),
         ((TINY, "--cluster=h100:1x8", "--json=/no/such/folder/plan.json"), "--json=/no/such/folder/plan.json: No such"),
         ((TINY, "--cluster=h100:1x8", "--targets=nowhere.toml"), "--targets=nowhere.toml"),
         (("--config=configs/vit_hug.py", "--cluster=h100:1x8"), "did you mean configs/vit_huge.py?"),

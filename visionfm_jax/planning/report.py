@@ -17,6 +17,11 @@ from visionfm_jax.planning.settings import Setting
 GIB = 2**30
 
 
+def size(n: float) -> str:
+    """Bytes, for people."""
+    return f"{n / GIB:.2f} GiB" if n >= 0.1 * GIB else f"{n / 2**20:.2f} MiB"
+
+
 def _table(title: str, *columns: str) -> Table:
     """The first column is words, the others figures."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -44,9 +49,9 @@ def print_without_gpus(
         "pip install 'visionfm_jax\\[plan]'. This cannot show peak memory, the step's time, or what exchanges cost.",
         highlight=False,
     )
-    memory = _table("Memory of one GPU, without activations", "", "GiB")
-    for kind, size in state_bytes(compiled).items():
-        memory.add_row(kind, f"{size / GIB:.3f}")
+    memory = _table("Memory of one GPU, without activations", "", "")
+    for kind, held in state_bytes(compiled).items():
+        memory.add_row(kind, size(held))
     step = _table("One step", "", "")
     step.add_row("model FLOPs of all GPUs", f"{compiled.step_flops:.4g}")
     least = compiled.step_flops / (cluster.devices * cluster.target.peak_flops * assumed.PRODUCTS)
@@ -68,7 +73,8 @@ def state_bytes(compiled: CompiledStep) -> dict[str, int]:
 
 def _heading(name: str, compiled: CompiledStep, cluster: Cluster) -> str:
     return (
-        f"[bold]{name}[/] on {cluster.devices} x {cluster.target.description}, {cluster.hosts} hosts: "
+        f"[bold]{name}[/] on {cluster.devices} x {cluster.target.description} "
+        f"({cluster.hosts} {'host' if cluster.hosts == 1 else 'hosts'}): "
         f"{sum(compiled.parameters.values()):,} parameters, global batch {compiled.batch_size}"
     )
 
@@ -82,17 +88,16 @@ def _parameters(compiled: CompiledStep) -> Table:
 
 
 def _memory(found: Estimate) -> Table:
-    table = _table("Memory of one GPU at the peak", "", "GiB", "of the card")
+    table = _table("Memory of one GPU at the peak", "", "", "of the card")
     card = found.cluster.target.memory_bytes
-    for kind, size in found.memory.items():
-        table.add_row(kind, f"{size / GIB:.2f}", f"{size / card:.1%}")
+    for kind, held in found.memory.items():
+        table.add_row(kind, size(held), f"{held / card:.1%}")
     table.add_section()
-    table.add_row("peak", f"{found.compiled.peak / GIB:.2f}", f"{found.compiled.peak / card:.1%}")
-    share = f"{MEMORY_FRACTION:.0%}"
-    table.add_row("usable", f"{found.usable / GIB:.2f}", share)
+    table.add_row("peak", size(found.compiled.peak), f"{found.compiled.peak / card:.1%}")
+    table.add_row("usable", size(found.usable), f"{MEMORY_FRACTION:.0%}")
     table.add_row("[green]it fits[/]" if found.fits else "[red]it does not fit[/]")
     table.add_section()
-    table.add_row("host memory for a checkpoint", f"{found.compiled.checkpoint_host_bytes / GIB:.2f}", "")
+    table.add_row("host memory for a checkpoint", size(found.compiled.checkpoint_host_bytes), "")
     return table
 
 
@@ -115,15 +120,17 @@ def _collectives(found: Estimate) -> Table:
 
 def when(collective: Collective) -> str:
     """In which part of the step an exchange happens."""
-    if "jvp(" not in collective.source:
+    source = collective.source.partition(":")[0]  # of several joined, the first
+    if "jvp(" not in source:
         return "update"
-    backward = "transpose(" in collective.source or "rematted_computation" in collective.source
+    backward = "transpose(" in source or "rematted_computation" in source
     return ("backward" if backward else "forward") + (", layers" if collective.count > 1 else "")
 
 
-def of_weight(exchanges: list[Exchange], least: float = 1e6) -> list[Exchange]:
-    """Those that matter for people: of at least `least` bytes over the step."""
-    return [e for e in exchanges if e.collective.nbytes * e.collective.count >= least]
+def of_weight(exchanges: list[Exchange]) -> list[Exchange]:
+    """Those that matter for people: with at least 1 % of all bytes."""
+    total = sum(e.collective.nbytes * e.collective.count for e in exchanges)
+    return [e for e in exchanges if e.collective.nbytes * e.collective.count >= 0.01 * total]
 
 
 def dtype_of(exchange: Exchange) -> str:
@@ -156,10 +163,10 @@ def _times(found: Estimate) -> Table:
 
 def print_settings(console: Console, title: str, base: Setting, found: list[tuple[Setting, Estimate]]) -> None:
     """Settings beside each other, with the words that choose them."""
-    table = _table(title, "step ms", "images/s", "MFU", "peak GiB", "waits ms", " set")
+    table = _table(title, "step ms", "images/s", "MFU", "peak", "waits ms", " set")
     for setting, e in found:
         table.add_row(
-            f"{e.seconds * 1e3:.1f}", f"{e.images_per_s:,.0f}", f"{e.mfu:.1%}", f"{e.compiled.peak / GIB:.1f}",
+            f"{e.seconds * 1e3:.1f}", f"{e.images_per_s:,.0f}", f"{e.mfu:.1%}", size(e.compiled.peak),
             f"{e.exposed * 1e3:.1f}", setting.flags(base) or "as it is",
         )  # fmt: skip
     console.print()
@@ -172,7 +179,7 @@ def as_json(name: str, found: Estimate) -> dict[str, Any]:
     return {
         **head(name, compiled, cluster),
         "per_gpu": {
-            **{f"{kind.replace(' ', '_')}_bytes": size for kind, size in found.memory.items()},
+            **{f"{kind.replace(' ', '_')}_bytes": held for kind, held in found.memory.items()},
             "peak_bytes": compiled.peak,
             "usable_bytes": found.usable,
             "card_bytes": cluster.target.memory_bytes,
@@ -225,7 +232,7 @@ def head(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
 
 def json_without_gpus(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
     """As `as_json`, with null for what a compile for CPUs cannot show."""
-    sizes = {f"{kind.replace(' ', '_')}_bytes": size for kind, size in state_bytes(compiled).items()}
+    sizes = {f"{kind.replace(' ', '_')}_bytes": held for kind, held in state_bytes(compiled).items()}
     return {
         **head(name, compiled, cluster),
         "per_gpu": {**sizes, "peak_bytes": None, "card_bytes": cluster.target.memory_bytes, "fits": None},

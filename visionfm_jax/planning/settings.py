@@ -190,9 +190,12 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
         for replicas in sorted(splits if stage else {1})
         for kind in ("cudnn", "xla")
     ]
-    with concurrent.futures.ThreadPoolExecutor(len(families)) as walkers:
+    walkers = concurrent.futures.ThreadPoolExecutor(len(families))
+    try:
         walks = [walkers.submit(_walk, planner, family) for family in families]
         found = list(itertools.chain.from_iterable(walk.result() for walk in walks))
+    finally:
+        walkers.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for them
     return sorted(found, key=lambda f: f[1].seconds)
 
 
