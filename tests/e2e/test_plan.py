@@ -27,7 +27,7 @@ def plan(cache, *words, program=("-m", "visionfm_jax.plan"), timeout=500):
 def test_a_plan_with_advice(cache, tmp_path):
     done = plan(cache, TINY, "--cluster=h100:1x8", f"--json={tmp_path / 'plan.json'}")
     assert done.returncode == 0, done.stderr
-    for words in ("Parameters", "activations", "it fits", "reduce-scatter", "backward, layers", "GPU-hours"):
+    for words in ("Parameters", "activations", "it fits", "reduce-scatter", "runs beside", "GPU-hours"):
         assert words in done.stdout, done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert {"parameters", "per_gpu", "collectives", "step", "run", "advice"} <= set(found)

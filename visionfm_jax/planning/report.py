@@ -23,10 +23,11 @@ def size(n: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """The first column is words, the others figures."""
+    """A column whose name begins with a space holds words, as the first does; the last may be broken into lines."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i and not column.startswith(" ") else "left", overflow="fold")
+        words = i == 0 or column.startswith(" ")
+        table.add_column(column.strip(), justify="left" if words else "right", no_wrap=i < len(columns) - 1)
     return table
 
 
@@ -103,16 +104,17 @@ def _memory(found: Estimate) -> Table:
 
 def _collectives(found: Estimate) -> Table:
     table = _table(
-        "Exchanges of one step, of each GPU",
-        "", " when", " to", "times", "MB each", "GB sent", "ms each", "waits ms", " runs beside",
+        "Exchanges of one step (MB and ms each, waits in ms of all)",
+        "", " ", " in", " to", "times", "MB", "ms", "waits", " runs beside",
     )  # fmt: skip
     for e in of_weight(found.exchanges):
         c = e.collective
         beside = e.beside.most_common(1)[0][0] if e.beside else ""
+        beside = "/".join(beside.split("/")[-2:])
         table.add_row(
-            f"{c.kind} {dtype_of(e)}", when(c), "other hosts" if e.crosses_hosts else "own host", str(c.count),
-            f"{c.nbytes / 1e6:.3g}",
-            f"{c.wire_bytes * c.count / 1e9:.3g}", f"{e.seconds * 1e3:.2f}", f"{e.exposed * c.count * 1e3:.2f}",
+            c.kind, dtype_of(e), when(c), "hosts" if e.crosses_hosts else "host", str(c.count), f"{c.nbytes / 1e6:.3g}",
+
+            f"{e.seconds * 1e3:.2f}", f"{e.exposed * c.count * 1e3:.2f}",
             beside if c.is_async else "nothing: synchronous",
         )  # fmt: skip
     return table
@@ -124,7 +126,7 @@ def when(collective: Collective) -> str:
     if "jvp(" not in source:
         return "update"
     backward = "transpose(" in source or "rematted_computation" in source
-    return ("backward" if backward else "forward") + (", layers" if collective.count > 1 else "")
+    return "backward" if backward else "forward"
 
 
 def of_weight(exchanges: list[Exchange]) -> list[Exchange]:
@@ -163,7 +165,7 @@ def _times(found: Estimate) -> Table:
 
 def print_settings(console: Console, title: str, base: Setting, found: list[tuple[Setting, Estimate]]) -> None:
     """Settings beside each other, with the words that choose them."""
-    table = _table(title, "step ms", "images/s", "MFU", "peak", "waits ms", " set")
+    table = _table(title, "step ms", "images/s", "MFU", "peak", "waits", " set")
     for setting, e in found:
         table.add_row(
             f"{e.seconds * 1e3:.1f}", f"{e.images_per_s:,.0f}", f"{e.mfu:.1%}", size(e.compiled.peak),
