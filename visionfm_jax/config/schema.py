@@ -25,6 +25,21 @@ class ViTConfig:
 
 
 @dataclass(kw_only=True)
+class SwinV2Config:
+    """A Swin Transformer V2 (Liu et al. 2022); sizes in `models.swin_v2.SIZES`."""
+
+    size: str = "G"
+    patch_size: int = 4  # pixels
+    image_size: int = 224  # pixels, square
+    window: int = 14  # tokens; a smaller map is one window
+    pretrained_window: int = 0  # of the run whose weights this continues; 0: none
+    pretrained_image_size: int = 0  # pixels, of that run
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    drop_path: float = 0.2  # chance that the last block is left out; falls linearly to 0 at the first
+
+
+@dataclass(kw_only=True)
 class ClassificationConfig:
     """One label per image."""
 

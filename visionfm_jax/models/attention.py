@@ -9,23 +9,39 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str) -> jax.Array:
-    """softmax(q kᵀ / √K) v with fp32 logits and softmax (Vaswani et al. 2017).
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    implementation: str,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q kᵀ + bias) v with fp32 logits and softmax (Vaswani et al. 2017).
 
     Args:
       q, k, v: (B, T, N, K).
       implementation: "xla", anywhere; or "cudnn", fused on NVIDIA GPUs, for 16-bit inputs. cuDNN's training
         kernel takes even lengths only: an odd T is lengthened by one token that no query sees.
+      bias: (1, N, T, T), fp32; cuDNN takes it in the dtype of q.
+      scale: None: 1 / √K.
 
     Returns:
       (B, T, N, K) in the dtype of q.
     """
     T = q.shape[1]
-    if implementation == "xla" or T % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    if implementation == "xla":
+        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation)
+    bias = None if bias is None else bias.astype(q.dtype)
+    if T % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation)
     q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
+    if bias is not None:
+        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 1)))
     lengths = jnp.full(q.shape[:1], T, jnp.int32)
     y = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation=implementation
-    )
+        q, k, v, bias, scale=scale, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )  # fmt: skip
     return y[:, :T]

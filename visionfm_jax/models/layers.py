@@ -8,7 +8,7 @@ them. Networks do not know how; they are given a `Prepare` function and call it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,18 +32,18 @@ def as_is(params: Params) -> Params:
     return params
 
 
-def layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: jnp.dtype, name: str, **more: Any) -> nn.LayerNorm:
     """LayerNorm whose statistics are fp32 and two-pass; input (…, D), output (…, D) in `dtype`."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(**{"epsilon": LAYER_NORM_EPS, "dtype": dtype, "use_fast_variance": False, "name": name} | more)
 
 
-def dense(x: jax.Array, features: int, dtype: jnp.dtype, name: str) -> jax.Array:
+def dense(x: jax.Array, features: int, dtype: jnp.dtype, name: str, **more: Any) -> jax.Array:
     """A linear layer of the module being built; (…, D) to (…, features).
 
     The product is one of matrices: for operands of rank 3 XLA's CPU compiler transposes the whole batch in the
     backward pass, which takes longer than the product.
     """
-    y = nn.Dense(features, dtype=dtype, name=name)(x.reshape(-1, x.shape[-1]))
+    y = nn.Dense(features, dtype=dtype, name=name, **more)(x.reshape(-1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], features)
 
 
@@ -71,21 +71,26 @@ logits.defvjp(_logits_fwd, _logits_bwd)
 
 
 class Qkv(nn.Module):
-    """Queries, keys and values, each (B, T, D), of x (B, T, D); one kernel (D, 3 D), three products.
+    """Queries, keys and values, each (…, D), of x (…, D); one kernel (D, 3 D), three products.
 
     One product would be followed by a copy that takes its result apart, and in the backward pass by one that puts it
     together, each as many bytes as all else that attention reads and writes.
     """
 
     dtype: jnp.dtype
+    key_bias: bool = True  # without: the bias is (2 D,), of queries and values
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         D = x.shape[-1]
-        kernel = self.param("kernel", nn.linear.default_kernel_init, (D, 3 * D))
-        bias = self.param("bias", nn.initializers.zeros, (3 * D,))
+        kernel = self.param("kernel", self.kernel_init, (D, 3 * D))
+        bias = self.param("bias", nn.initializers.zeros, ((2 + self.key_bias) * D,))
         rows, kernel, bias = nn.dtypes.promote_dtype(x.reshape(-1, D), kernel, bias, dtype=self.dtype)
-        parts = zip(jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
+        biases = jnp.split(bias, 2 + self.key_bias)
+        if not self.key_bias:
+            biases.insert(1, jnp.zeros_like(biases[0]))
+        parts = zip(jnp.split(kernel, 3, axis=1), biases, strict=True)
         return [checkpoint_name((rows @ k + b).reshape(x.shape), "qkv") for k, b in parts]
 
 
@@ -110,11 +115,13 @@ class Mlp(nn.Module):
 
     hidden: int
     dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = checkpoint_name(dense(x, self.hidden, self.dtype, "fc1"), "mlp_hidden")
-        return dense(nn.gelu(h, approximate=False), x.shape[-1], self.dtype, "fc2")
+        init = {"kernel_init": self.kernel_init}
+        h = checkpoint_name(dense(x, self.hidden, self.dtype, "fc1", **init), "mlp_hidden")
+        return dense(nn.gelu(h, approximate=False), x.shape[-1], self.dtype, "fc2", **init)
 
 
 def _save_all(prim, *_, **__) -> bool:
@@ -143,31 +150,69 @@ POLICIES = {
 
 
 def scan_blocks(
-    module: nn.Module, block: nn.Module, depth: int, x: jax.Array, *, prepare: Prepare, remat: str
+    module: nn.Module,
+    group: Sequence[nn.Module],
+    repeats: int,
+    x: jax.Array,
+    *,
+    prepare: Prepare,
+    remat: str,
+    each: Any = None,
 ) -> jax.Array:
-    """Apply `depth` copies of `block` in turn, as one loop, with parameters stacked under "blocks".
+    """Apply the blocks of `group` in turn, `repeats` times, as one loop, with parameters stacked under "blocks".
 
-    The loop is compiled once whatever the depth, and its body is what the backward pass recomputes.
+    The loop is compiled once whatever the depth. Each block is made whole and recomputed on its own.
 
     Args:
       module: the network that owns the parameters, inside its compact method.
-      block: an unbound block (`parent=None`) that maps x to the same shape and dtype.
-      depth: L.
-      x: (B, T, D).
-      prepare: applied to one block's parameters inside the loop, so that a weight is whole for one layer only.
+      group: unbound blocks (`parent=None`) that map x to the same shape and dtype. A group of several stores the
+        parameters of each under its number.
+      repeats: L, the loop's length.
+      x: (B, …).
+      prepare: applied to one block's parameters inside the loop, so that a weight is whole for one block only.
       remat: a key of `POLICIES`.
+      each: arrays (L * len(group), …) of which each block gets its own as a second argument; None: no such argument.
     """
+
+    def init_one(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(group)) if len(group) > 1 else [key]
+        own = [() if each is None else (jax.tree.map(lambda a: a[0], each),)] * len(group)
+        stacks = [b.init(k, x[:1], *e)["params"] for b, k, e in zip(group, keys, own, strict=True)]
+        return stacks[0] if len(group) == 1 else {str(i): p for i, p in enumerate(stacks)}
+
     if module.is_initializing():
-
-        def init_one(key: jax.Array) -> Params:
-            return block.init(key, x[:1])["params"]
-
-        params = module.param("blocks", lambda key: jax.vmap(init_one)(jax.random.split(key, depth)))
+        params = module.param("blocks", lambda key: jax.vmap(init_one)(jax.random.split(key, repeats)))
     else:  # not `module.param`: that would compare the shapes of shards with those of whole weights
         params = module.get_variable("params", "blocks")
 
-    def body(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
-        return block.apply({"params": prepare(p)}, x), None
+    def body(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
+        p, own = inputs
+        for i, block in enumerate(group):
 
-    # prevent_cse is for code outside loops; a scan's body is its own computation already.
-    return jax.lax.scan(jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False), x, params)[0]
+            def one(x: jax.Array, p: Params, *own: Any, block: nn.Module = block) -> jax.Array:
+                return block.apply({"params": prepare(p)}, x, *own)
+
+            # prevent_cse is for code outside loops; a scan's body is its own computation already.
+            step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=False)
+            arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
+            x = step(x, p if len(group) == 1 else p[str(i)], *arguments)
+        return x, None
+
+    own = jax.tree.map(lambda a: a.reshape(repeats, len(group), *a.shape[1:]), each)
+    return jax.lax.scan(body, x, (params, own))[0]
+
+
+def drop_path(x: jax.Array, keys: jax.Array | None, index: jax.Array, rate: jax.Array) -> jax.Array:
+    """Stochastic depth (Huang et al. 2016): a residual branch left out for some samples, scaled up for the others.
+
+    Args:
+      x: the branch, (B, …).
+      keys: (B,), one for each sample; None: nothing is left out.
+      index: a number of the branch's own.
+      rate: the chance to be left out.
+    """
+    if keys is None:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, index), 1 - rate))(keys)
+    scale = (kept / (1 - rate)).astype(x.dtype)
+    return x * scale.reshape(-1, *[1] * (x.ndim - 1))

@@ -85,7 +85,7 @@ class ViT(nn.Module):
         config, size = self.config, size_of(self.config)
         x = self.tokens(images)
         block = Block(size.heads, size.mlp, self.dtype, config.attention, parent=None)
-        x = scan_blocks(self, block, size.depth, x, prepare=self.prepare, remat=config.remat)
+        x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
         norm = layer_norm(jnp.float32, "norm")
         x = norm(x[:, 0]) if config.pool == "cls" else norm(x.mean(1, dtype=jnp.float32))
         return self.head(x)

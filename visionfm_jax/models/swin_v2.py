@@ -1,0 +1,329 @@
+"""Swin Transformer V2 (Liu et al. 2022, "Swin Transformer V2: Scaling Up Capacity and Resolution").
+
+Shapes: B batch, H W map, T tokens of a window, D width, N heads, K head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from visionfm_jax.config import SwinV2Config
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.models.attention import attention
+from visionfm_jax.models.layers import Mlp, Prepare, Qkv, as_is, dense, drop_path, layer_norm, scan_blocks
+
+
+class Size(NamedTuple):
+    """Width of the first stage, layers and heads of each, and blocks from one norm of the main branch to the next."""
+
+    width: int
+    depths: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int]
+    norm_every: int = 0  # 0: no such norms
+
+
+# Liu et al. 2022, section 4.1 and appendix; G with 4 layers in the last stage is the one of 3.0 B parameters.
+# P ("pico") is ours, for machines without an accelerator.
+SIZES = {
+    "P": Size(32, (1, 1, 4, 1), (1, 2, 4, 8)),
+    "T": Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "S": Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "B": Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "L": Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "H": Size(352, (2, 2, 18, 2), (11, 22, 44, 88), norm_every=6),
+    "G": Size(512, (2, 2, 42, 4), (16, 32, 64, 128), norm_every=6),
+}
+EPS = 1e-5
+MLP_RATIO = 4
+BIAS_HIDDEN = 512  # width of the network behind the position bias
+MAX_SCALE = math.log(100.0)  # of cosine attention, in logarithms
+MASKED = -100.0  # added to the logits of pairs that are no neighbours
+
+_init = nn.initializers.truncated_normal(0.02)
+
+
+def size_of(config: SwinV2Config) -> Size:
+    """The row of `SIZES`.
+
+    Raises:
+      ConfigError: no such size.
+    """
+    if config.size not in SIZES:
+        raise ConfigError(
+            f"config.model.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
+        )
+    return SIZES[config.size]
+
+
+class Windows(NamedTuple):
+    """How the map of a stage is cut: everything static of window attention. Pairs are (height, width)."""
+
+    map: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    pretrained: tuple[int, int]  # windows that the position bias was trained on; 0: these
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The map, lengthened at its end to whole windows."""
+        return tuple(-(-m // w) * w for m, w in zip(self.map, self.window, strict=True))
+
+    @property
+    def count(self) -> int:
+        return math.prod(p // w for p, w in zip(self.padded, self.window, strict=True))
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.window)
+
+
+def windows_of(map: tuple[int, int], window: int, pretrained: tuple[int, int], shifted: bool) -> Windows:
+    """The windows of a map (H, W): a side no longer than the window is one window, and not shifted."""
+    size = tuple(min(window, m) for m in map)
+    shift = tuple(window // 2 if shifted and m > window else 0 for m in map)
+    return Windows(map, size, shift, pretrained)
+
+
+def log_coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> np.ndarray:
+    """Log-spaced offsets between any two tokens of a window, (2 h - 1, 2 w - 1, 2), fp32; the paper's equation 4.
+
+    An offset of the side of the (pretrained) window becomes 1.
+    """
+    sides = []
+    for side, trained in zip(window, pretrained, strict=True):
+        offsets = np.arange(1 - side, side, dtype=np.float32) * 8 / max((trained or side) - 1, 1)
+        sides.append(np.sign(offsets) * np.log2(np.abs(offsets) + 1) / np.float32(3))
+    return np.stack(np.meshgrid(*sides, indexing="ij"), -1).astype(np.float32)
+
+
+def offset_index(window: tuple[int, int]) -> np.ndarray:
+    """Of each pair of a window's tokens, the row of its offset in flattened `log_coordinates`, (T, T)."""
+    at = np.stack(np.meshgrid(*map(np.arange, window), indexing="ij"), -1).reshape(-1, 2)
+    offset = at[:, None] - at[None] + np.array(window) - 1
+    return offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]
+
+
+def neighbour_mask(windows: Windows) -> np.ndarray | None:
+    """0 for pairs of a window's tokens that are neighbours on the map, else `MASKED`, (windows, T, T).
+
+    After the map is rolled by the shift, the last windows hold tokens of both of its ends. None: it is not shifted.
+    """
+    if not any(windows.shift):
+        return None
+    regions = []
+    for padded, window, shift in zip(windows.padded, windows.window, windows.shift, strict=True):
+        position = np.arange(padded)
+        last = (position >= padded - window).astype(int) + (position >= padded - shift)
+        regions.append(last if shift else 0 * position)
+    region = 3 * regions[0][:, None] + regions[1][None]
+    h, w = windows.window
+    region = rearrange(region, "(a h) (b w) -> (a b) (h w)", h=h, w=w)
+    return np.where(region[:, :, None] == region[:, None], np.float32(0), np.float32(MASKED))
+
+
+def partition(x: jax.Array, windows: Windows) -> jax.Array:
+    """(B, H, W, D) to (B, T, windows, D): padded with zeros, then rolled by the shift, then cut."""
+    pad = [(0, p - m) for p, m in zip(windows.padded, windows.map, strict=True)]
+    x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
+    x = jnp.roll(x, [-s for s in windows.shift], (1, 2))
+    h, w = windows.window
+    return rearrange(x, "b (m h) (n w) d -> b (h w) (m n) d", h=h, w=w)
+
+
+def unpartition(x: jax.Array, windows: Windows) -> jax.Array:
+    """The reverse of `partition`."""
+    h, (H, W) = windows.window[0], windows.map
+    x = rearrange(x, "b (h w) (m n) d -> b (m h) (n w) d", h=h, m=windows.padded[0] // h)
+    return jnp.roll(x, windows.shift, (1, 2))[:, :H, :W]
+
+
+class PositionBias(nn.Module):
+    """Continuous relative position bias: a network of the log-spaced offsets; () to (N, T, T), fp32.
+
+    Nothing of a window's size is stored, so that weights serve any window.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, windows: Windows) -> jax.Array:
+        coordinates = log_coordinates(windows.window, windows.pretrained).reshape(-1, 2)
+        x = nn.relu(nn.Dense(BIAS_HIDDEN, kernel_init=_init, name="fc1")(coordinates))
+        x = 16 * nn.sigmoid(nn.Dense(self.heads, use_bias=False, kernel_init=_init, name="fc2")(x))
+        return x[offset_index(windows.window)].transpose(2, 0, 1)
+
+
+class WindowAttention(nn.Module):
+    """Scaled cosine attention inside windows; (B, H, W, D) to (B, H, W, D).
+
+    Windows are folded into heads: one call over (B, T, windows * N, K), whose bias of (1, windows * N, T, T) carries
+    position and mask without a copy over the batch.
+    """
+
+    heads: int
+    windows: Windows
+    dtype: jnp.dtype
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, D = len(x), x.shape[-1]
+        N, T, count = self.heads, self.windows.tokens, self.windows.count
+        x = partition(x, self.windows)
+        q, k, v = (
+            a.reshape(B, T, count * N, D // N)
+            for a in Qkv(self.dtype, key_bias=False, kernel_init=_init, name="qkv")(x)
+        )
+
+        scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (N,))
+        scale = jnp.tile(jnp.exp(jnp.minimum(scale, MAX_SCALE)), count)[:, None]
+        q, k = (unit(q) * scale).astype(self.dtype), unit(k).astype(self.dtype)
+
+        bias = PositionBias(N, name="bias")(self.windows)[None]
+        mask = neighbour_mask(self.windows)
+        bias = jnp.tile(bias, (count, 1, 1, 1)) if mask is None else bias + mask[:, None]
+        y = attention(q, k, v, self.implementation, bias=bias.reshape(1, count * N, T, T), scale=1.0)
+        y = checkpoint_name(y.reshape(B, T, count, D), "attention")
+        y = unpartition(dense(y, D, self.dtype, "out", kernel_init=_init), self.windows)
+        return checkpoint_name(y, "projection")
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x over its length along the last dim, fp32; 0 stays 0, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+
+
+class Block(nn.Module):
+    """Residual post-norm layer: x + norm(attention(x)), then x + norm(mlp(x)); (B, H, W, D) to (B, H, W, D).
+
+    Both norms start at zero, so that each block starts as the identity. With `closing_norm` the main branch is normed
+    at the end.
+    """
+
+    heads: int
+    windows: Windows
+    dtype: jnp.dtype
+    implementation: str
+    closing_norm: bool
+    keys: jax.Array | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
+        zero = {"epsilon": EPS, "scale_init": nn.initializers.zeros}
+
+        def drop(branch: jax.Array, index: int) -> jax.Array:
+            return drop_path(branch, self.keys, 2 * own["layer"] + index, own["rate"])
+
+        y = WindowAttention(self.heads, self.windows, self.dtype, self.implementation, name="attn")(x)
+        x = x + drop(layer_norm(self.dtype, "ln1", **zero)(y), 0)
+        y = Mlp(MLP_RATIO * x.shape[-1], self.dtype, kernel_init=_init, name="mlp")(x)
+        x = x + drop(layer_norm(self.dtype, "ln2", **zero)(y), 1)
+        return layer_norm(self.dtype, "norm", epsilon=EPS)(x) if self.closing_norm else x
+
+
+class Merging(nn.Module):
+    """Four neighbours to one, of twice the width; (B, H, W, D) to (B, H / 2, W / 2, 2 D). Odd sides are lengthened."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D = x.shape[-1]
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        x = rearrange(x, "b (h p) (w q) d -> b h w (q p d)", p=2, q=2)
+        x = dense(x, 2 * D, self.dtype, "reduction", use_bias=False, kernel_init=_init)
+        return layer_norm(self.dtype, "norm", epsilon=EPS)(x)
+
+
+class Stage(nn.Module):
+    """Blocks on one map, every other one with shifted windows; (B, H, W, D) to the same."""
+
+    config: SwinV2Config
+    number: int
+    dtype: jnp.dtype
+    prepare: Prepare
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        config, size = self.config, size_of(self.config)
+        depth, heads = size.depths[self.number], size.heads[self.number]
+        trained = config.pretrained_image_size // (config.patch_size * 2**self.number)
+        pretrained = min(config.pretrained_window, trained) if trained else config.pretrained_window
+        group = group_of(depth, size.norm_every)
+
+        def block(i: int) -> Block:
+            windows = windows_of(x.shape[1:3], config.window, (pretrained, pretrained), shifted=i % 2 == 1)
+            closing_norm = size.norm_every > 0 and (i + 1) % size.norm_every == 0
+            return Block(heads, windows, self.dtype, config.attention, closing_norm, keys, parent=None)
+
+        first, total = sum(size.depths[: self.number]), sum(size.depths)
+        layer = jnp.arange(first, first + depth)
+        each = {"layer": layer, "rate": config.drop_path * layer / max(total - 1, 1)}
+        return scan_blocks(
+            self, [block(i) for i in range(group)], depth // group, x,
+            prepare=self.prepare, remat=config.remat, each=each,
+        )  # fmt: skip
+
+
+def group_of(depth: int, norm_every: int) -> int:
+    """Blocks after which a stage repeats: an unshifted and a shifted one, or all up to a norm of the main branch."""
+    if norm_every and depth >= norm_every:
+        return norm_every
+    return 2 if depth % 2 == 0 else 1
+
+
+class Features(NamedTuple):
+    """What the network sees: for heads that look at places, and for heads that look at the whole."""
+
+    stages: tuple[jax.Array, ...]  # the map of each stage, (B, H, W, D), fine to coarse
+    pooled: jax.Array  # (B, D), the mean of the normed last map, fp32
+
+
+class SwinV2(nn.Module):
+    """An image encoder; images (B, H, W, 3), normalised and of any size, to `Features`."""
+
+    config: SwinV2Config
+    dtype: jnp.dtype = jnp.float32  # of activations and products; norms, softmax and cosines are fp32
+    prepare: Prepare = as_is
+
+    @nn.compact
+    def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> Features:
+        """`keys` (B,) draw which blocks a sample leaves out; None: none (evaluation)."""
+        P, maps = self.config.patch_size, []
+        pad = [(0, -side % P) for side in images.shape[1:3]]
+        x = rearrange(jnp.pad(images, ((0, 0), *pad, (0, 0))), "b (h p) (w q) c -> b h w (p q c)", p=P, q=P)
+        x = dense(x, size_of(self.config).width, self.dtype, "embed", kernel_init=_init)
+        x = layer_norm(self.dtype, "embed_norm", epsilon=EPS)(x)
+        for i in range(4):
+            x = Stage(self.config, i, self.dtype, self.prepare, name=f"stage{i}")(x, keys)
+            maps.append(x)
+            if i < 3:
+                x = Merging(self.dtype, name=f"merging{i}")(x)
+        pooled = layer_norm(jnp.float32, "norm", epsilon=EPS)(x).mean((1, 2))
+        return Features(tuple(maps), pooled)
+
+
+def forward_flops(config: SwinV2Config) -> float:
+    """FLOPs of one image's forward pass: matrix products alone, two per multiply-add."""
+    size = size_of(config)
+    side = -(-config.image_size // config.patch_size)
+    total = side * side * 3 * config.patch_size**2 * size.width
+    for i, depth in enumerate(size.depths):
+        D = size.width * 2**i
+        windows = windows_of((side, side), config.window, (0, 0), shifted=False)
+        tokens = windows.count * windows.tokens
+        layer = tokens * (4 * D * D + 2 * windows.tokens * D) + side * side * 2 * MLP_RATIO * D * D
+        total += depth * layer
+        if i < 3:
+            side = -(-side // 2)
+            total += side * side * 8 * D * D
+    return 2.0 * total
