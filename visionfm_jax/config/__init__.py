@@ -7,6 +7,7 @@ from visionfm_jax.config.schema import (
     AugmentConfig,
     CheckpointConfig,
     ClassificationConfig,
+    ClipConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -15,6 +16,7 @@ from visionfm_jax.config.schema import (
     SourceConfig,
     SwinV2Config,
     TelemetryConfig,
+    TextConfig,
     TrainConfig,
     ViTConfig,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "ClassificationConfig",
+    "ClipConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "SourceConfig",
     "SwinV2Config",
     "TelemetryConfig",
+    "TextConfig",
     "TrainConfig",
     "ViTConfig",
 ]

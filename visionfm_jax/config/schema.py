@@ -40,6 +40,26 @@ class SwinV2Config:
 
 
 @dataclass(kw_only=True)
+class TextConfig:
+    """A text transformer; sizes in `models.text.SIZES`."""
+
+    size: str = "H"
+    vocab_size: int = 49_408
+    context: int = 77  # tokens, with those of begin and end
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+
+
+@dataclass(kw_only=True)
+class ClipConfig:
+    """An image and a text tower with a joint space (Radford et al. 2021)."""
+
+    image: SwinV2Config = field(default_factory=SwinV2Config)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed_dim: int = 1024  # of the joint space
+
+
+@dataclass(kw_only=True)
 class ClassificationConfig:
     """One label per image."""
 

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, N heads, K head dim.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,7 @@ def attention(
     *,
     bias: jax.Array | None = None,
     scale: float | None = None,
+    causal: bool = False,
 ) -> jax.Array:
     """softmax(scale q kᵀ + bias) v with fp32 logits and softmax (Vaswani et al. 2017).
 
@@ -26,22 +29,23 @@ def attention(
         kernel takes even lengths only: an odd T is lengthened by one token that no query sees.
       bias: (1, N, T, T), fp32; cuDNN takes it in the dtype of q.
       scale: None: 1 / √K.
+      causal: a token sees itself and those before it.
 
     Returns:
       (B, T, N, K) in the dtype of q.
     """
     T = q.shape[1]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, scale=scale, is_causal=causal, implementation=implementation
+    )
     if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation)
+        return attend(q, k, v, bias)
     bias = None if bias is None else bias.astype(q.dtype)
     if T % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation)
+        return attend(q, k, v, bias)
     q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 1)))
     lengths = jnp.full(q.shape[:1], T, jnp.int32)
-    y = jax.nn.dot_product_attention(
-        q, k, v, bias, scale=scale, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
-        implementation=implementation,
-    )  # fmt: skip
+    y = attend(q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     return y[:, :T]

@@ -100,13 +100,14 @@ class Attention(nn.Module):
     heads: int
     dtype: jnp.dtype
     implementation: str
+    causal: bool = False  # a token sees itself and those before it
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         B, T, D = x.shape
         q, k, v = (a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, name="qkv")(x))
 
-        y = checkpoint_name(attention(q, k, v, self.implementation).reshape(B, T, D), "attention")
+        y = checkpoint_name(attention(q, k, v, self.implementation, causal=self.causal).reshape(B, T, D), "attention")
         return checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
 
 
@@ -122,6 +123,23 @@ class Mlp(nn.Module):
         init = {"kernel_init": self.kernel_init}
         h = checkpoint_name(dense(x, self.hidden, self.dtype, "fc1", **init), "mlp_hidden")
         return dense(nn.gelu(h, approximate=False), x.shape[-1], self.dtype, "fc2", **init)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); (B, T, D) to (B, T, D)."""
+
+    heads: int
+    mlp: int
+    dtype: jnp.dtype
+    attention: str
+    causal: bool = False
+    epsilon: float = LAYER_NORM_EPS
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = layer_norm(self.dtype, "ln1", epsilon=self.epsilon)(x)
+        x = x + Attention(self.heads, self.dtype, self.attention, self.causal, name="attn")(y)
+        return x + Mlp(self.mlp, self.dtype, name="mlp")(layer_norm(self.dtype, "ln2", epsilon=self.epsilon)(x))
 
 
 def _save_all(prim, *_, **__) -> bool:

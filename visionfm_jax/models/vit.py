@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Attention, Mlp, Prepare, as_is, dense, layer_norm, logits, scan_blocks
+from visionfm_jax.models.layers import Block, Prepare, as_is, dense, layer_norm, logits, scan_blocks
 
 
 class Size(NamedTuple):
@@ -50,21 +50,6 @@ def size_of(config: ViTConfig) -> Size:
             f"config.model.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
         )
     return SIZES[config.size]
-
-
-class Block(nn.Module):
-    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); (B, T, D) to (B, T, D)."""
-
-    heads: int
-    mlp: int
-    dtype: jnp.dtype
-    attention: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = layer_norm(self.dtype, "ln1")(x)
-        x = x + Attention(self.heads, self.dtype, self.attention, name="attn")(y)
-        return x + Mlp(self.mlp, self.dtype, name="mlp")(layer_norm(self.dtype, "ln2")(x))
 
 
 class ViT(nn.Module):

@@ -26,3 +26,16 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """The host's rows of a batch, as arrays over all hosts' devices; returns before the copy has ended."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def all_rows(x: jax.Array) -> jax.Array:
+    """Inside a step, on each device: everybody's rows (G, …) of which these are its own (B, …), in batch order.
+
+    Its derivative sums over devices what each of them makes of a row.
+    """
+    return jax.lax.all_gather(x, (REPLICA, FSDP), axis=0, tiled=True)
+
+
+def first_row(rows: int) -> jax.Array:
+    """Inside a step, on each device: where its own `rows` begin in `all_rows`."""
+    return jax.lax.axis_index((REPLICA, FSDP)) * rows

@@ -1,0 +1,66 @@
+"""An image and a text tower with a joint space (Radford et al. 2021).
+
+Shapes: B batch, H W image, T tokens, E width of the joint space.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from visionfm_jax.config import ClipConfig
+from visionfm_jax.models import swin_v2, text
+from visionfm_jax.models.layers import Prepare, as_is, logits
+
+MAX_SCALE = math.log(100.0)  # of logits, in logarithms
+
+
+class Embeddings(NamedTuple):
+    """What the loss compares; neither is normalised."""
+
+    image: jax.Array  # (B, E), fp32
+    text: jax.Array  # (B, E), fp32
+    scale: jax.Array  # (), the logarithm of the inverse temperature
+
+
+class Clip(nn.Module):
+    """Two towers, each with a linear map without bias into the joint space."""
+
+    config: ClipConfig
+    dtype: jnp.dtype = jnp.float32
+    prepare: Prepare = as_is
+
+    def setup(self) -> None:
+        self.image = swin_v2.SwinV2(self.config.image, self.dtype, self.prepare)
+        self.text = text.TextTransformer(self.config.text, self.dtype, self.prepare)
+        widths = 8 * swin_v2.size_of(self.config.image).width, text.size_of(self.config.text).width
+        self.image_projection, self.text_projection = (
+            self.param(f"{name}_projection", nn.initializers.normal(width**-0.5), (width, self.config.embed_dim))
+            for name, width in zip(("image", "text"), widths, strict=True)
+        )
+        self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+
+    def __call__(self, images: jax.Array, tokens: jax.Array, keys: jax.Array | None = None) -> Embeddings:
+        """Images (B, H, W, 3), normalised, and token ids (B, T); `keys` (B,) as for `SwinV2`."""
+        return Embeddings(self.embed_images(images, keys), self.embed_texts(tokens), self.scale)
+
+    def embed_images(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """(B, E), fp32."""
+        return self._project(self.image(images, keys).pooled, self.image_projection)
+
+    def embed_texts(self, tokens: jax.Array) -> jax.Array:
+        """(B, E), fp32."""
+        return self._project(self.text(tokens), self.text_projection)
+
+    def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return logits(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+def forward_flops(config: ClipConfig) -> float:
+    """FLOPs of one pair's forward pass, without the loss."""
+    widths = 8 * swin_v2.size_of(config.image).width + text.size_of(config.text).width
+    return swin_v2.forward_flops(config.image) + text.forward_flops(config.text) + 2.0 * widths * config.embed_dim

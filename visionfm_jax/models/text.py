@@ -1,0 +1,76 @@
+"""The text transformer of CLIP (Radford et al. 2021).
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from visionfm_jax.config import TextConfig
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.models.layers import Block, Prepare, as_is, layer_norm, scan_blocks
+
+
+class Size(NamedTuple):
+    """Width D, layers L, heads N."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+# B L: Radford et al. 2021, the towers beside ViT-B and ViT-L; H: OpenCLIP's beside ViT-H/14. P ("pico") is ours.
+SIZES = {
+    "P": Size(96, 4, 3),
+    "B": Size(512, 12, 8),
+    "L": Size(768, 12, 12),
+    "H": Size(1024, 24, 16),
+}
+EPS = 1e-5
+
+
+def size_of(config: TextConfig) -> Size:
+    """The row of `SIZES`.
+
+    Raises:
+      ConfigError: no such size.
+    """
+    if config.size not in SIZES:
+        raise ConfigError(
+            f"config.model.text.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
+        )
+    return SIZES[config.size]
+
+
+class TextTransformer(nn.Module):
+    """Token ids (B, T) to the normed features (B, D) of each text's end token, which saw all before it.
+
+    The end token has the largest id of the vocabulary; what follows it is padding, which no token before it sees.
+    """
+
+    config: TextConfig
+    dtype: jnp.dtype = jnp.float32
+    prepare: Prepare = as_is
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        config, size = self.config, size_of(self.config)
+        table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
+        position = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
+        x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)
+        block = Block(size.heads, 4 * size.width, self.dtype, config.attention, causal=True, epsilon=EPS, parent=None)
+        x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
+        end = jnp.argmax(tokens, 1)
+        return layer_norm(jnp.float32, "norm", epsilon=EPS)(x[jnp.arange(len(x)), end])
+
+
+def forward_flops(config: TextConfig) -> float:
+    """FLOPs of one text's forward pass: matrix products alone, two per multiply-add; attention counted whole."""
+    size = size_of(config)
+    T, D = config.context, size.width
+    return 2.0 * size.depth * (T * 12 * D * D + 2 * T * T * D)
