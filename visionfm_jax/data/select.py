@@ -1,0 +1,192 @@
+"""Selects pairs of a folder of tars by columns of the parquets beside them.
+
+    python -m visionfm_jax.data.select --path=FOLDER --out=FOLDER/good.pairs \\
+        --where='similarity >= 0.28 and NSFW == "UNLIKELY" and pwatermark < 0.8 and width >= 200'
+
+Conditions: columns, numbers and quoted text with == != < <= > >=, in (…), and, or, not, + - * /; an empty value
+satisfies none of them (but `COLUMN is None`). The file --out holds a bit for every pair of the folder; give its name
+as the source's selection. A report of what each condition drops is printed, and kept as --out with .json behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from visionfm_jax.data import columns
+from visionfm_jax.data.columns import Choice
+from visionfm_jax.data.conditions import Condition, parse
+from visionfm_jax.data.sources.selection import write_selection
+from visionfm_jax.data.sources.store import temporary
+from visionfm_jax.data.sources.tar_index import each
+from visionfm_jax.data.sources.tars import TarPairs
+from visionfm_jax.errors import ConfigError, DataError, UserError, door
+
+SHOWN = 20  # tars in the printed table; the JSON has all
+
+
+def select(path: str, where: str, out: Path, *, caption_key: str = "txt", jobs: int | None = None) -> dict[str, Any]:
+    """Write the selection and its report.
+
+    Args:
+      path: folder or URL with NNNNN.tar and NNNNN.parquet.
+      where: conditions; see `data.conditions`.
+      out: file to write; the report goes to the same name with .json behind it.
+      caption_key: suffix of the members with captions, as for `TarPairs`.
+      jobs: processes; None: one per core.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: one line: a condition, column, parquet or tar is wrong, nothing is left, or `out` cannot be written.
+    """
+    conditions = parse(where)
+    source = TarPairs(path, caption_key=caption_key)
+    _check(source, conditions)
+    index = source.index
+    tars = [
+        (t["name"], index.records[a:b]) for t, a, b in zip(index.tars, index.starts, index.starts[1:], strict=False)
+    ]
+    work = functools.partial(columns.choose, source.store, conditions)
+    found = each(work, tars, local=source.store.local, title="selecting", jobs=jobs)
+    report = _Report(source, where, conditions)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_selection(out, index, where, report.counted(found))
+        result = report.as_json()
+        with temporary(out.with_name(out.name + ".json")) as part:
+            part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror or error}; name a file that can be written") from error
+    return result
+
+
+class _Report:
+    """Adds up what each tar gave."""
+
+    def __init__(self, source: TarPairs, where: str, conditions: Sequence[Condition]):
+        self._source, self._where, self._conditions = source, where, conditions
+        self._tars: list[dict[str, Any]] = []
+
+    def counted(self, choices: Iterator[Choice]) -> Iterator[np.ndarray]:
+        """Hands on what was chosen, counts it, and complains at the end if it was nothing."""
+        self._tars.clear()
+        for choice in choices:
+            self._tars.append(
+                {
+                    "name": choice.name,
+                    "rows": choice.rows,
+                    "success": choice.success,
+                    "pairs": len(choice.chosen),
+                    "known": choice.known,
+                    "drops": choice.drops.tolist(),
+                    "empty": choice.empty.tolist(),
+                    "only": choice.only.tolist(),
+                    "selected": choice.selected,
+                }
+            )
+            yield choice.chosen
+        total = self._total()
+        if not total["known"]:
+            raise DataError(
+                f"{self._source.store.url}: none of the {total['pairs']:,} pairs has a row with its key and status "
+                f"'{columns.SUCCESS}' in the parquets; use the parquets that were written with the tars"
+            )
+        if not total["selected"]:
+            worst = max(range(len(self._conditions)), key=lambda c: total["drops"][c])
+            raise DataError(
+                f"--where leaves none of {total['known']:,} pairs; {self._conditions[worst].text!r} alone drops "
+                f"{total['drops'][worst]:,}; loosen it"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """All counts; `conditions` in the order of the tars' lists."""
+        total = self._total()
+        lists = {key: total.pop(key) for key in ("drops", "empty", "only")}
+        conditions = [
+            {"condition": condition.text} | {key: lists[key][c] for key in lists}
+            for c, condition in enumerate(self._conditions)
+        ]
+        head = {"path": self._source.store.url, "where": self._where}
+        return head | total | {"conditions": conditions, "source": self._source.report(), "tars": self._tars}
+
+    def _total(self) -> dict[str, Any]:
+        numbers = {key: sum(t[key] for t in self._tars) for key in ("rows", "success", "pairs", "known", "selected")}
+        lists = {key: np.sum([t[key] for t in self._tars], axis=0).tolist() for key in ("drops", "empty", "only")}
+        return numbers | lists
+
+
+def _check(source: TarPairs, conditions: Sequence[Condition]) -> None:
+    """What would stop the work after hours is looked for first."""
+    files, store = source.store.files(), source.store
+    names = [columns.parquet_of(tar["name"]) for tar in source.index.tars]
+    if missing := [name for name in names if name not in files]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{store.path(missing[0])}{more}: missing beside the tar; download the shard again, or move it")
+    columns.choose(store, conditions, (source.index.tars[0]["name"], source.index.records[: source.index.starts[1]]))
+
+
+def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
+    """The report for people."""
+    known, selected = report["known"], report["selected"]
+    console.print(f"{report['rows']:,} rows in the parquets, {report['success']:,} with a picture", highlight=False)
+    unknown = report["pairs"] - known
+    left_out = f"; {unknown:,} without such a row are left out" if unknown else ""
+    console.print(f"{report['pairs']:,} pairs in {len(report['tars']):,} tars{left_out}\n", highlight=False)
+    table = _table("condition", "drops", "of pairs", "for want of a value", "it alone")
+    for c in report["conditions"]:
+        table.add_row(
+            c["condition"], f"{c['drops']:,}", f"{c['drops'] / known:.1%}", f"{c['empty']:,}", f"{c['only']:,}"
+        )
+    console.print(table)
+    console.print()
+    table = _table("tar", "pairs", "selected", "of pairs")
+    for tar in report["tars"][:SHOWN]:
+        share = f"{tar['selected'] / tar['pairs']:.1%}" if tar["pairs"] else ""
+        table.add_row(tar["name"], f"{tar['pairs']:,}", f"{tar['selected']:,}", share)
+    if len(report["tars"]) > SHOWN:
+        table.add_row(f"… {len(report['tars']) - SHOWN:,} more, see the JSON", "", "", "")
+    table.add_row("all", f"{report['pairs']:,}", f"{selected:,}", f"{selected / report['pairs']:.1%}")
+    console.print(table)
+    console.print(f"\n{selected:,} pairs selected: {out} ({out.stat().st_size:,} bytes), {out}.json", highlight=False)
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Parse, select, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m visionfm_jax.data.select",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--path", required=True, help="folder or URL with NNNNN.tar and NNNNN.parquet")
+    parser.add_argument("--where", required=True, help="the conditions")
+    parser.add_argument("--out", required=True, type=Path, help="file to write")
+    parser.add_argument("--caption_key", default="txt", help="suffix of the members with captions (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="processes (one per core)")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ConfigError(f"--jobs={arguments.jobs}: set 1 or more")
+    out = arguments.out.expanduser()
+    report = select(arguments.path, arguments.where, out, caption_key=arguments.caption_key, jobs=arguments.jobs)
+    print_report(Console(soft_wrap=False), report, out)
+
+
+if __name__ == "__main__":
+    sys.exit(door(main)(sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""Folders on a disk or in any store that fsspec knows (gs://, s3://, hf://, memory://), read at any offset.
+
+Also the one file format of indices and selections: an array of records, then JSON, so that the array can be written
+piece by piece and mapped into memory by every process, however large it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from visionfm_jax.errors import DataError
+
+_MAGIC = b"visionfm"
+_BLOCK = 8 * 2**20  # bytes a store is asked for at once when a file is read from end to end
+_CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")  # what stores call it
+
+
+class Store:
+    """A folder; its methods may be called by any thread.
+
+    Args:
+      url: a path, or PROTOCOL://PATH.
+
+    Raises:
+      DataError: no such protocol or folder, or a package that it needs is not installed.
+    """
+
+    def __init__(self, url: str):
+        self.url = url
+        try:
+            self._fs, self._root = fsspec.url_to_fs(os.path.expanduser(url))
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{url}: cannot be opened ({error}); install the package, or write another path") from error
+        self.local = isinstance(self._fs, LocalFileSystem)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.url,)
+
+    def path(self, name: str) -> str:
+        """A file's path in its file system."""
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Name -> size in bytes and a stamp that changes with the content; sorted by name, folders left out.
+
+        Raises:
+          DataError: the folder is missing or cannot be read.
+        """
+        try:
+            if self.local:
+                with os.scandir(self._root) as entries:
+                    stats = [(e.name, e.stat()) for e in entries if e.is_file()]
+                found = {name: (s.st_size, str(s.st_mtime_ns)) for name, s in stats}
+            else:
+                infos = [i for i in self._fs.ls(self._root, detail=True, refresh=True) if i["type"] == "file"]
+                found = {i["name"].rpartition("/")[2]: (int(i["size"]), _stamp(i)) for i in infos}
+        except FileNotFoundError:
+            raise DataError(f"{self.url}: the path does not exist; set the dataset's path") from None
+        except NotADirectoryError:
+            raise DataError(f"{self.url}: is a file; set the path of the folder with the .tar files") from None
+        except Exception as error:  # every store has its own
+            raise DataError(f"{self.url}: cannot be read ({_line(error)}); check the path and your access") from error
+        return dict(sorted(found.items()))
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file.
+
+        Raises:
+          OSError: they cannot be read, or the file is shorter.
+        """
+        if self.local:
+            file = os.open(self.path(name), os.O_RDONLY)
+            try:
+                data = os.pread(file, stop - start, start)
+            finally:
+                os.close(file)
+        else:
+            try:
+                data = self._fs.cat_file(self.path(name), start=start, end=stop)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(f"{name}: {_line(error)}") from error
+        if len(data) != stop - start:
+            missing = f"{len(data):,} of the {stop - start:,} bytes from {start:,} on"
+            raise OSError(f"{name}: has only {missing}; the file has been cut or changed")
+        return data
+
+    def read_many(self, name: str, starts: Sequence[int], length: int) -> list[bytes]:
+        """`length` bytes from each start: one open file, or requests side by side.
+
+        Raises:
+          OSError: one of them cannot be read.
+        """
+        if self.local:
+            with open(self.path(name), "rb", buffering=0) as file:
+                return [os.pread(file.fileno(), length, start) for start in starts]
+        try:
+            ends = [start + length for start in starts]
+            return self._fs.cat_ranges([self.path(name)] * len(ends), list(starts), ends, on_error="raise")
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{name}: {_line(error)}") from error
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to be read with seeks; a store's in large blocks, for a request takes longer than skipped data."""
+        if self.local:
+            return open(self.path(name), "rb", buffering=0)
+        return self._fs.open(self.path(name), "rb", block_size=_BLOCK)
+
+    def fetch(self, name: str, path: Path) -> bool:
+        """Copy a file of the folder to a local path, if there is one."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary(path) as part:
+                self._fs.get_file(self.path(name), str(part))
+        except Exception:
+            return False
+        return True
+
+    def put(self, path: Path, name: str) -> bool:
+        """Copy a local file into the folder, if this user may."""
+        try:
+            self._fs.put_file(str(path), self.path(name))
+        except Exception:
+            return False
+        return True
+
+    def cache(self, name: str) -> Path:
+        """Where this user keeps `name` when it cannot be beside the data."""
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        where = self._fs.unstrip_protocol(self._root)
+        return Path(base) / "visionfm_jax" / hashlib.sha256(where.encode()).hexdigest()[:16] / name
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, which takes its place when all went well: nobody ever sees half a file."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    part.open("xb").close()
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_table(path: Path, pieces: Iterable[np.ndarray], meta: Callable[[], dict[str, Any]]) -> None:
+    """Write the pieces of an array end to end, then what `meta` gives once all are written, as JSON.
+
+    Raises:
+      OSError: the folder is missing or cannot be written, before any piece was taken; or the disk is full.
+    """
+    with temporary(path) as part, part.open("wb") as file:
+        for piece in pieces:
+            file.write(np.ascontiguousarray(piece).tobytes())
+        text = json.dumps(meta(), separators=(",", ":")).encode()
+        file.write(text + len(text).to_bytes(8, "little") + _MAGIC)
+
+
+def read_table(path: Path, dtype: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """The array of such a file, mapped into memory, and its `meta`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is no such file.
+    """
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 16))
+        tail = file.read()
+        length = int.from_bytes(tail[:8], "little")
+        size = end - 16 - length
+        dtype = np.dtype(dtype)
+        if tail[8:] != _MAGIC or size < 0 or size % dtype.itemsize:
+            raise ValueError("the file is damaged or of another kind")
+        file.seek(size)
+        meta = json.loads(file.read(length))
+    if not size:
+        return np.zeros(0, dtype), meta
+    return np.memmap(path, dtype, mode="r", shape=(size // dtype.itemsize,)), meta
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    return next((str(info[key]) for key in _CHANGES if info.get(key)), "")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,149 @@
+"""Pictures with captions in tars, as img2dataset and WebDataset write them: PATH/NNNNN.tar of KEY.jpg, KEY.txt, ….
+
+PATH is a folder, or one in a store that fsspec knows. Any record is read at once, wherever it lies. A tar that is cut
+short gives its whole pairs; a picture without caption (no file, nothing in it, not UTF-8) is left out. Both are told
+by key.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from visionfm_jax.data.sources import tar_index
+from visionfm_jax.data.sources.selection import Selection, read_selection
+from visionfm_jax.data.sources.store import Store
+from visionfm_jax.data.sources.tar_index import BLOCK, Index
+from visionfm_jax.errors import DataError
+
+_NEAR = 2**16  # bytes between picture and caption up to which both are read at once
+_NAMED = 5  # keys in a line of the log
+
+
+class TarPairs:
+    """All pairs of a folder of tars, or a selection of them, in order of tar and position.
+
+    Args:
+      path: folder or URL with the tars.
+      selection: file that `python -m visionfm_jax.data.select` wrote; empty: all pairs.
+      caption_key: suffix of the members with captions.
+
+    Attributes:
+      store, index: where the tars are, and all pairs in them.
+
+    Raises:
+      DataError: no tars, none that can be read, or others than the selection was made from.
+    """
+
+    num_classes = 0
+    class_names: tuple[str, ...] | None = None
+
+    def __init__(self, path: str, *, selection: str = "", caption_key: str = "txt"):
+        self.name = f"tars {path}"
+        self.store = Store(path)
+        self._selected = selection
+        self._open(tar_index.open_index(self.store, caption_key))
+        for line in self.report_lines():
+            logging.warning("%s: %s", self.name, line)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The encoded picture, bytes, and its caption, str without white space around it."""
+        tar, row = self._locate(index)
+        name, record = self.index.tars[tar]["name"], self.index.records[row].tolist()
+        image, image_size, caption, caption_size = record
+        image, caption = image * BLOCK, caption * BLOCK
+        low, high = min(image, caption), max(image + image_size, caption + caption_size)
+        if high - low <= image_size + caption_size + _NEAR:
+            data = self.store.read(name, low, high)
+            picture = data[image - low : image - low + image_size]
+            text = data[caption - low : caption - low + caption_size]
+        else:
+            picture = self.store.read(name, image, image + image_size)
+            text = self.store.read(name, caption, caption + caption_size)
+        try:
+            return {"image": picture, "caption": text.decode().strip()}
+        except UnicodeDecodeError as error:
+            raise OSError(f"{self.key(index)}: the caption is not UTF-8 any more; the file has changed") from error
+
+    def key(self, index: int) -> str:
+        """TAR/KEY without .tar; TAR/[n], its n-th pair, while the tar cannot be read."""
+        tar, row = self._locate(index)
+        name = self.index.tars[tar]["name"]
+        try:
+            (key,) = tar_index.keys(self.store, name, self.index.records[row : row + 1])
+        except OSError:
+            key = f"[{row - int(self.index.starts[tar])}]"
+        return f"{name.removesuffix('.tar')}/{key}"
+
+    def report(self) -> dict[str, Any]:
+        """What was found.
+
+        Returns:
+          "tars" and "pairs", numbers; "records", how many of the pairs are selected; "cut", TAR/KEY where a tar ends
+          too early; "skipped", reason -> {"count", "first": TAR/KEY of some}.
+        """
+        cut, skipped = [], {}
+        for tar in self.index.tars:
+            shard = tar["name"].removesuffix(".tar")
+            if "cut" in tar:
+                cut.append(f"{shard}/{tar['cut']}")
+            for reason, (count, keys) in tar.get("skipped", {}).items():
+                found = skipped.setdefault(reason, {"count": 0, "first": []})
+                found["count"] += count
+                found["first"] += [f"{shard}/{key}" for key in keys][: _NAMED - len(found["first"])]
+        pairs = len(self.index.records)
+        return {"tars": len(self.index.tars), "pairs": pairs, "records": len(self), "cut": cut, "skipped": skipped}
+
+    def report_lines(self) -> list[str]:
+        """What is amiss, for people; empty if nothing is."""
+        report = self.report()
+        lines = []
+        if cut := report["cut"]:
+            more = f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
+            count = f"{len(cut)} of {report['tars']} tars"
+            lines.append(f"{count} are cut short, at {', '.join(cut[:_NAMED])}{more}; the whole pairs before are used")
+        for reason, found in report["skipped"].items():
+            more = " …" if found["count"] > len(found["first"]) else ""
+            lines.append(f"{found['count']} pictures have {reason} and are left out: {', '.join(found['first'])}{more}")
+        return lines
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is mapped into memory would be copied: every process maps it itself.
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("index", "_selection", "_starts")}
+        return kept | {"_mapped": (self.index.path, *self._crcs())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        path, *crcs = state.pop("_mapped")
+        self.__dict__.update(state)
+        index = tar_index.read_index(path)
+        if index is not None:
+            self._open(index)
+        if index is None or self._crcs() != crcs:
+            raise DataError(f"{self.name}: the tars, or their selection, changed after they were opened; start again")
+
+    def _open(self, index: Index) -> None:
+        self.index = index
+        self._selection: Selection | None = None
+        self._starts = index.starts
+        if self._selected:
+            self._selection = read_selection(self._selected, index)
+            self._starts = np.concatenate([[0], np.cumsum(self._selection.counts)])
+
+    def _crcs(self) -> list[int]:
+        return [self.index.crc, zlib.crc32(self._starts.tobytes())]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Number of the tar, and row of the index."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: record {index} of {len(self)}")
+        tar = int(np.searchsorted(self._starts, index, side="right")) - 1
+        k = index - int(self._starts[tar])
+        if self._selection is not None:
+            k = self._selection.nth(tar, k)
+        return tar, int(self.index.starts[tar]) + k
