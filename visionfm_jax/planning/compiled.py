@@ -145,6 +145,7 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
             "XLA_FLAGS": " ".join(flags),
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "JAX_COMPILATION_CACHE_DIR": "",
+            "JAX_TRACEBACK_FILTERING": "off",  # so that an error's last line is its reason
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
         }
         child = subprocess.Popen(
