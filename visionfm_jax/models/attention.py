@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N heads, K head dim.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ def attention(
     attend = functools.partial(
         jax.nn.dot_product_attention, scale=scale, is_causal=causal, implementation=implementation
     )
+    if implementation == "xla" and q.dtype == jnp.float16:
+        # XLA's CPU compiler has no products of fp16 that add up in fp32.
+        return jax.lax.platform_dependent(q, k, v, bias, cpu=functools.partial(_widened, attend), default=attend)
     if implementation == "xla":
         return attend(q, k, v, bias)
     bias = None if bias is None else bias.astype(q.dtype)
@@ -49,3 +53,8 @@ def attention(
     lengths = jnp.full(q.shape[:1], T, jnp.int32)
     y = attend(q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     return y[:, :T]
+
+
+def _widened(attend: Callable[..., jax.Array], *inputs: jax.Array | None) -> jax.Array:
+    """`attend` in fp32, its result in the dtype of the first input."""
+    return attend(*(a if a is None else a.astype(jnp.float32) for a in inputs)).astype(inputs[0].dtype)

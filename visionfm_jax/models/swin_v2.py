@@ -95,7 +95,7 @@ def windows_of(map: tuple[int, int], window: int, pretrained: tuple[int, int], s
 def log_coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> np.ndarray:
     """Log-spaced offsets between any two tokens of a window, (2 h - 1, 2 w - 1, 2), fp32; the paper's equation 4.
 
-    An offset of the side of the (pretrained) window becomes 1.
+    The longest offset inside the (pretrained) window becomes log2(9) / 3 = 1.06.
     """
     sides = []
     for side, trained in zip(window, pretrained, strict=True):
@@ -197,9 +197,15 @@ class WindowAttention(nn.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x over its length along the last dim, fp32; 0 stays 0, with a finite gradient."""
+    """x over its length along the last dim, fp32; 0 stays 0 and has no gradient.
+
+    Keys of the padding are 0. A gradient of their direction, however large a number, would overflow in fp16, and
+    come out of products with the padding's zeros as NaN.
+    """
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+    square = (x * x).sum(-1, keepdims=True)
+    some = square > 1e-24
+    return x * jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
 
 
 class Block(nn.Module):
@@ -256,7 +262,7 @@ class Stage(nn.Module):
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         config, size = self.config, size_of(self.config)
         depth, heads = size.depths[self.number], size.heads[self.number]
-        trained = config.pretrained_image_size // (config.patch_size * 2**self.number)
+        trained = -(-config.pretrained_image_size // (config.patch_size * 2**self.number))
         pretrained = min(config.pretrained_window, trained) if trained else config.pretrained_window
         group = group_of(depth, size.norm_every)
 
@@ -278,7 +284,7 @@ def group_of(depth: int, norm_every: int) -> int:
     """Blocks after which a stage repeats: an unshifted and a shifted one, or all up to a norm of the main branch."""
     if norm_every and depth >= norm_every:
         return norm_every
-    return 2 if depth % 2 == 0 else 1
+    return 2 if depth % 2 == 0 else depth
 
 
 class Features(NamedTuple):
