@@ -10,6 +10,7 @@ import concurrent.futures
 import copy
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -90,6 +91,8 @@ class Planner:
         self.config, self.cluster, self._told = config, cluster, told
         self._pool = concurrent.futures.ThreadPoolExecutor(jobs())
         self._asked: dict[Setting, concurrent.futures.Future[Estimate | None]] = {}
+        self._lock = threading.Lock()  # families are walked in threads
+        self.compiled = 0  # settings
 
     def __enter__(self) -> Planner:
         return self
@@ -97,24 +100,22 @@ class Planner:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
 
-    @property
-    def compiled(self) -> int:
-        """How many settings were compiled."""
-        return sum(f.done() and not f.cancelled() for f in self._asked.values())
-
     def ask(self, setting: Setting) -> concurrent.futures.Future[Estimate | None]:
         """The estimate, later; None where the compiler refuses the setting."""
-        if setting not in self._asked:
-            self._asked[setting] = future = self._pool.submit(self._estimate, setting)
-            future.add_done_callback(lambda _: self._told(self.compiled, len(self._asked)))
-        return self._asked[setting]
+        with self._lock:
+            if setting not in self._asked:
+                self._asked[setting] = self._pool.submit(self._estimate, setting)
+            return self._asked[setting]
 
     def _estimate(self, setting: Setting) -> Estimate | None:
         try:
-            compiled = compile_step(with_setting(self.config, setting), self.cluster, GPU)
+            found = estimate(compile_step(with_setting(self.config, setting), self.cluster, GPU), self.cluster)
         except CompileError:
-            return None
-        return estimate(compiled, self.cluster)
+            found = None
+        with self._lock:
+            self.compiled += 1
+            self._told(self.compiled, len(self._asked))
+        return found
 
 
 def jobs() -> int:
