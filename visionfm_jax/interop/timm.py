@@ -38,6 +38,7 @@ IMPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "patches": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # (D, 3, P, P) to (P*P*3, D), rows h, w, c
     "table": lambda x: x[0],  # (1, T, D) to (T, D)
     "token": lambda x: x[0, 0],  # (1, 1, D) to (D,)
+    "heads": lambda x: x[:, 0, 0],  # (N, 1, 1) to (N,)
 }
 EXPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "vector": lambda x: x,
@@ -45,6 +46,7 @@ EXPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "patches": lambda x: x.reshape(*2 * (math.isqrt(x.shape[0] // 3),), 3, -1).transpose(3, 2, 0, 1),
     "table": lambda x: x[None],
     "token": lambda x: x[None, None],
+    "heads": lambda x: x[:, None, None],
 }
 
 

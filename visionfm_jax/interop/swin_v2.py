@@ -1,0 +1,202 @@
+"""SwinV2 weights in the names of timm and of Hugging Face transformers, to and from our tree.
+
+Sources: timm 1.0 `SwinTransformerV2.state_dict()`; `Swinv2Model` and `Swinv2ForImageClassification` of transformers
+as `save_pretrained` writes them, the same names in transformers 4 and 5. The authors' own files are timm's names with
+the merging at the end of a stage and are read too. Checked against both libraries in `tests/parity`.
+
+A state is read stage by stage: all widths in a stage are multiples of its own. Letters in shapes: D width of the
+stage, M hidden width of the MLP, N heads, P patch side in pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from visionfm_jax.errors import UserError
+from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm
+from visionfm_jax.models.swin_v2 import BIAS_HIDDEN, group_of
+
+# Tables and masks that follow from the window's size, timm's bias of keys that is always zero, and classifiers: our
+# encoder has none.
+_SKIPPED = re.compile(r"(.*\.)?(relative_coords_table|relative_position_index|attn_mask|k_bias)|(head|classifier)\..*")
+STAGES = 4
+
+
+def _timm_leaves(stage: int, merging_first: bool = True) -> tuple[Leaf, ...]:
+    """The naming of one stage of timm's, with its embedding or merging, and the last norm."""
+    block = f"layers.{stage}.blocks.{{}}."
+    leaves = (
+        *layer_norm("blocks/ln1", block + "norm1"),
+        Leaf("blocks/attn/qkv/kernel", (block + "attn.qkv.weight",), "linear", ("3D", "D")),
+        Leaf("blocks/attn/qkv/bias", (block + "attn.q_bias", block + "attn.v_bias"), "vector", ("D",)),
+        *_cosine_attention(block + "attn.logit_scale", block + "attn.cpb_mlp"),
+        *affine("blocks/attn/out", block + "attn.proj", "linear", "D", "D"),
+        *layer_norm("blocks/ln2", block + "norm2"),
+        *affine("blocks/mlp/fc1", block + "mlp.fc1", "linear", "M", "D"),
+        *affine("blocks/mlp/fc2", block + "mlp.fc2", "linear", "D", "M"),
+    )
+    if stage == 0:
+        leaves += _embedding("patch_embed.proj", "patch_embed.norm")
+    if merging_first and stage > 0:
+        leaves += _merging(stage - 1, f"layers.{stage}.downsample", "D", "2D")
+    if not merging_first and stage < STAGES - 1:
+        leaves += _merging(stage, f"layers.{stage}.downsample", "2D", "4D")
+    return leaves + (layer_norm("norm", "norm") if stage == STAGES - 1 else ())
+
+
+def _huggingface_leaves(stage: int) -> tuple[Leaf, ...]:
+    """The naming of one stage of Hugging Face's, likewise."""
+    embed, layer = "swinv2.embeddings.", f"swinv2.encoder.layers.{stage}."
+    block = layer + "blocks.{}."
+    attn = block + "attention.self."
+    qkv = tuple(f"{attn}{n}.weight" for n in ("query", "key", "value"))
+    leaves = (
+        *layer_norm("blocks/ln1", block + "layernorm_before"),
+        Leaf("blocks/attn/qkv/kernel", qkv, "linear", ("D", "D")),
+        Leaf("blocks/attn/qkv/bias", (attn + "query.bias", attn + "value.bias"), "vector", ("D",)),
+        *_cosine_attention(attn + "logit_scale", attn + "continuous_position_bias_mlp"),
+        *affine("blocks/attn/out", block + "attention.output.dense", "linear", "D", "D"),
+        *layer_norm("blocks/ln2", block + "layernorm_after"),
+        *affine("blocks/mlp/fc1", block + "intermediate.dense", "linear", "M", "D"),
+        *affine("blocks/mlp/fc2", block + "output.dense", "linear", "D", "M"),
+    )
+    if stage == 0:
+        leaves += _embedding(embed + "patch_embeddings.projection", embed + "norm")
+    if stage < STAGES - 1:
+        return leaves + _merging(stage, layer + "downsample", "2D", "4D")
+    return leaves + layer_norm("norm", "swinv2.layernorm")
+
+
+def _embedding(patches: str, norm: str) -> tuple[Leaf, ...]:
+    return (
+        Leaf("embed/kernel", (patches + ".weight",), "patches", ("D", 3, "P", "P")),
+        Leaf("embed/bias", (patches + ".bias",), "vector", ("D",)),
+        *layer_norm("embed_norm", norm),
+    )
+
+
+def _cosine_attention(scale: str, network: str) -> tuple[Leaf, ...]:
+    return (
+        Leaf("blocks/attn/scale", (scale,), "heads", ("N", 1, 1)),
+        *affine("blocks/attn/bias/fc1", network + ".0", "linear", BIAS_HIDDEN, 2),
+        Leaf("blocks/attn/bias/fc2/kernel", (network + ".2.weight",), "linear", ("N", BIAS_HIDDEN)),
+    )
+
+
+def _merging(number: int, theirs: str, out: str, inner: str) -> tuple[Leaf, ...]:
+    return (
+        Leaf(f"merging{number}/reduction/kernel", (theirs + ".reduction.weight",), "linear", (out, inner)),
+        Leaf(f"merging{number}/norm/scale", (theirs + ".norm.weight",), "vector", (out,)),
+        Leaf(f"merging{number}/norm/bias", (theirs + ".norm.bias",), "vector", (out,)),
+    )
+
+
+def swin_v2_from_timm(state: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree of a timm `SwinTransformerV2`, or of a file of SwinV2's authors.
+
+    Widths, depths, heads and patch size are read off the state itself; windows are no part of it, and what a file
+    holds of them is skipped, as is a classifier's head. The tree is of a size without norms of the main branch.
+
+    Args:
+      state: name to array, as `model.state_dict()` or a `.safetensors` file holds them.
+    Raises:
+      UserError: names that are missing or unknown, or a wrong shape; all of a stage's in one line.
+    """
+    first = "layers.0.downsample.reduction.weight" not in state
+    return _import(state, "timm SwinV2", "layers.", lambda stage: _timm_leaves(stage, first))
+
+
+def swin_v2_to_timm(params: Params) -> dict[str, np.ndarray]:
+    """The timm state of our SwinV2 tree: the inverse of `swin_v2_from_timm`.
+
+    Raises:
+      UserError: `params` is not a SwinV2 tree, or norms its main branch, which timm's SwinV2 cannot.
+    """
+    return _export(params, _timm_leaves, merging_first=True)
+
+
+def swin_v2_from_huggingface(state: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree of a Hugging Face SwinV2; see `swin_v2_from_timm`.
+
+    Names may begin with "swinv2.", as a classifier's do, or not, as those of a `Swinv2Model`.
+    """
+    if not any(name.startswith("swinv2.") for name in state):
+        state = {f"swinv2.{name}": value for name, value in state.items()}
+    return _import(state, "Hugging Face SwinV2", "swinv2.encoder.layers.", _huggingface_leaves)
+
+
+def swin_v2_to_huggingface(params: Params) -> dict[str, np.ndarray]:
+    """The state of `Swinv2ForImageClassification`, less its head, for our SwinV2 tree; see `swin_v2_to_timm`."""
+    return _export(params, _huggingface_leaves, merging_first=False)
+
+
+def _import(
+    state: Mapping[str, np.ndarray], what: str, prefix: str, naming: Callable[[int], tuple[Leaf, ...]]
+) -> Params:
+    last_norm = {leaf.theirs[0] for leaf in naming(STAGES - 1) if leaf.ours.startswith("norm/")}
+    parts: list[dict[str, np.ndarray]] = [{} for _ in range(STAGES)]
+    for name, value in state.items():
+        if not _SKIPPED.fullmatch(name):
+            stage = re.match(re.escape(prefix) + rf"([0-{STAGES - 1}])\.", name)
+            parts[int(stage.group(1)) if stage else STAGES - 1 if name in last_norm else 0][name] = value
+    params: Params = {}
+    for stage, part in enumerate(parts):
+        tree = import_state(part, naming(stage), f"{what} stage {stage}")
+        params[f"stage{stage}"] = {"blocks": _grouped(tree.pop("blocks"))}
+        params |= tree
+    widths = [_width(params, stage) for stage in range(STAGES)]
+    if widths != [widths[0] * 2**stage for stage in range(STAGES)]:
+        raise UserError(f"the state is no {what}: stages of widths {widths}, each must be twice the one before. "
+                        "Check which model wrote it")  # fmt: skip
+    return params
+
+
+def _export(params: Params, naming: Callable[[int], tuple[Leaf, ...]], merging_first: bool) -> dict[str, np.ndarray]:
+    if missing := [f"stage{i}/blocks" for i in range(STAGES) if "blocks" not in params.get(f"stage{i}", {})]:
+        raise UserError(f"the parameters are no SwinV2 tree: missing {', '.join(missing)}. "
+                        "Check which model they belong to")  # fmt: skip
+    parts: list[Params] = [{"blocks": _in_a_row(params[f"stage{i}"]["blocks"])} for i in range(STAGES)]
+    for name, value in params.items():
+        if merging := re.fullmatch(r"merging([0-2])", name):
+            parts[int(merging.group(1)) + merging_first][name] = value
+        elif name not in [f"stage{i}" for i in range(STAGES)]:
+            parts[STAGES - 1 if name == "norm" else 0][name] = value
+    state: dict[str, np.ndarray] = {}
+    for stage, part in enumerate(parts):
+        state |= export_tree(part, naming(stage), f"SwinV2 stage {stage}")
+    return state
+
+
+def _width(params: Params, stage: int) -> int:
+    blocks = params[f"stage{stage}"]["blocks"]
+    return blocks.get("0", blocks)["ln1"]["scale"].shape[-1]
+
+
+def _grouped(blocks: Params) -> Params:
+    """Layers stacked in a row, as our loop has them: one stack for each number in a group that repeats."""
+    depth = blocks["ln1"]["scale"].shape[0]
+    group = group_of(depth, 0)
+    if group == 1:
+        return blocks
+    return {str(i): jax.tree.map(lambda a, i=i: a[i::group], blocks) for i in range(group)}
+
+
+def _in_a_row(blocks: Params) -> Params:
+    """The reverse of `_grouped`.
+
+    Raises:
+      UserError: blocks differ in what they hold: some end in a norm of the main branch.
+    """
+    if "0" not in blocks:
+        return blocks
+    numbers = [blocks[str(i)] for i in range(len(blocks))]
+    if any("norm" in block for block in numbers):
+        raise UserError(
+            "these parameters norm the main branch every few blocks (sizes H and G), which SwinV2 of timm and of "
+            "Hugging Face cannot: keep them in this project's format"
+        )
+    return jax.tree.map(lambda *a: np.stack(a, 1).reshape(-1, *a[0].shape[1:]), *numbers)
