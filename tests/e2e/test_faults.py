@@ -20,6 +20,7 @@ from runs import (
     losses,
     only_error,
     run,
+    signal_after,
     start,
     state,
     steps,
@@ -143,3 +144,37 @@ def test_weights_that_are_not_finite_end_a_run_that_skips(tmp_path):
     arguments = ["--config.optim.lr=1e30", "--config.optim.clip_norm=0", "--config.train.on_nonfinite=skip"]
     line = run(tmp_path / "run", *arguments, code=4)[1].splitlines()[-1]
     assert "51 steps in a row were skipped: lower config.optim.lr" in line
+
+
+def test_overflows_of_fp16_are_ordinary_and_a_killed_run_keeps_the_scale(tmp_path, overflowing):
+    arguments = [*overflowing, "--config.train.precision=fp16", "--config.train.steps=12"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    _, err = run(whole, *arguments)
+    skipped = [line for line in err.splitlines() if line.startswith("skipped step ")]
+    assert len(skipped) == 3  # one in each epoch, whatever on_nonfinite says
+    assert ": overflow at loss scale 65536, first in the gradient of " in skipped[0]
+    assert "train.npz[37]" in skipped[0]
+    rows = read_metrics(whole)
+    assert [rows[0]["loss_scale"], rows[-1]["skipped_steps"]] == [65536, 3]
+
+    process = start(folder, *arguments, "--config.checkpoint.every_steps=1")
+    signal_after(process, folder, 4, signal.SIGKILL)
+    finish(process, folder, code=-signal.SIGKILL)
+    run(folder, *arguments)
+    assert_identical(state(folder), state(whole))
+    assert state(folder)["['loss_scale']['scale']"] == 65536 / 4  # the hysteresis, then two halvings
+
+
+def test_an_overflow_at_the_floor_of_the_loss_scale_stops_with_advice(tmp_path):
+    folder, fp16 = tmp_path / "run", "--config.train.precision=fp16"
+    bright = "--config.data.augment.std=(1e-6,1e-6,1e-6)"  # every image is beyond fp16
+    _, err = run(folder, fp16, bright, "--config.checkpoint.every_steps=4", code=4)
+    *_, line = [line for line in err.splitlines() if not line.startswith("step ")]
+    assert line.startswith("visionfm_jax: error: step 17: overflow at loss scale 1, its floor, first in the gradient")
+    assert line.endswith('; lower config.optim.lr, or set config.train.precision="bf16"')
+    assert err.count("skipped step ") == 17
+    assert steps(folder)[-1] == 16
+
+    run(folder, bright, "--config.train.precision=bf16", "--config.train.steps=20")  # the remedy, from where it was
+    assert not any("loss_scale" in name for name in state(folder))
+    assert sorted(losses(folder))[-1] == 20

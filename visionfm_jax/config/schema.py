@@ -137,8 +137,8 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per step
     epochs: float = 0.0  # exactly one of epochs and steps is set
     steps: int = 0
-    precision: str = "bf16"  # compute: bf16 | fp32; weights, moments, norms, softmax and loss stay fp32
-    on_nonfinite: str = "stop"  # a non-finite loss or gradient: stop | skip the step
+    precision: str = "bf16"  # compute: bf16 | fp16 | fp32; what stays fp32: docs/precision.md
+    on_nonfinite: str = "stop"  # a non-finite loss or gradient: stop | skip the step, as fp16 always does
 
 
 @dataclass(kw_only=True)
@@ -268,7 +268,7 @@ def _problems(c: Config) -> list[Problem]:
     out += _choice(c, "model.attention", ("xla", "cudnn"))
     out += _choice(c, "model.remat", ("none", "attention", "dots", "full"))
     out += _choice(c, "task.loss", ("softmax", "sigmoid"))
-    out += _choice(c, "train.precision", ("bf16", "fp32"))
+    out += _choice(c, "train.precision", ("bf16", "fp16", "fp32"))
     out += _choice(c, "train.on_nonfinite", ("stop", "skip"))
     out += _choice(c, "parallel.stage", (3, 2, 1, 0))
     for name, least in (

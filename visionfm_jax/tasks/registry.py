@@ -32,7 +32,7 @@ class Task(Protocol):
 TASKS: dict[type, type[Task]] = {
     ClassificationConfig: Classification,
 }
-DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
 
 def make_task(config: Config, prepare: Prepare) -> Task:

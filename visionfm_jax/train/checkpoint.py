@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError
+from visionfm_jax.optim import loss_scale
 from visionfm_jax.train.state import TrainState
 
 SUBFOLDER = "checkpoints"
@@ -93,14 +94,19 @@ class Checkpoints:
                 self.close()
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The newest state, laid out by `shardings` whatever mesh or stage wrote it.
+        """The newest state, laid out by `shardings` whatever mesh, stage or precision wrote it.
 
         Raises:
           CheckpointError: it is damaged, or of another model; with the differences.
         """
         step, stored = self._newest()
-        _refuse_other_tree(self.folder / str(step), stored, shapes)
-        return self._read(step, _targets(shapes, shardings))
+        fresh = {}
+        if not jax.tree.leaves(stored.pop("loss_scale", None)) and shapes.loss_scale:
+            fresh = {"loss_scale": jax.device_put(loss_scale.init(), shardings.loss_scale)}
+            shapes, shardings = shapes.replace(loss_scale=None), shardings.replace(loss_scale=None)
+        _refuse_other_tree(self.folder / str(step), stored, shapes.replace(loss_scale=None))
+        parts = {k: v for k, v in vars(_targets(shapes, shardings)).items() if v is not None}
+        return shapes.replace(**self._read(step, parts), **fresh)
 
     def restore_weights(self, shapes: Any, shardings: Any) -> Any:
         """The newest weights alone: the averaged ones where the run kept them.

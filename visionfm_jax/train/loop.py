@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from visionfm_jax.errors import TrainingError
+from visionfm_jax.optim.loss_scale import FLOOR
 from visionfm_jax.parallel.mesh import to_global
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.state import TrainState
@@ -64,7 +65,8 @@ def train(
     """Train from `state.step` to the end, or until a stop is requested; returns the state and whether it is the end.
 
     Raises:
-      TrainingError: a non-finite loss or gradient, if the configuration says stop.
+      TrainingError: a non-finite loss or gradient, if the configuration says stop; in fp16, with the loss scale at
+        its floor.
       DataError, CheckpointError: from the loader and the checkpoints.
     """
     config, total = trainer.config, trainer.config.total_steps
@@ -175,7 +177,7 @@ class _Window:
         return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
     def _not_finite(self, item: _Pending) -> None:
-        """Name the step, the first bad tensor and the samples; stop or go on as configured."""
+        """Name the step, the first bad tensor and the samples; stop or go on as configured, in fp16 by the scale."""
         metrics = jax.device_get(item.metrics)
         paths = self._tensor_names()
         bad = [p for p, n in zip(paths, metrics["gradient_norms"], strict=True) if not np.isfinite(n)]
@@ -185,15 +187,27 @@ class _Window:
         )
         who = self.hooks.describe(item.step, item.batch, rows if len(rows) else np.arange(len(metrics["losses"])))
         who = who if len(rows) else f"no single one of {who}, as each loss is finite"
+        self.skipped += 1
+        if "loss_scale" in metrics:
+            self._overflow(item.step, float(metrics["loss_scale"]), f"{where}; {who}" if len(rows) else where)
+            return
         values = f"loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
         text = f"step {item.step}: {values}: not finite, {where}; {who}"
-        self.skipped += 1
         self.skipped_in_a_row += 1
         if self.trainer.config.train.on_nonfinite == "stop":
             raise TrainingError(f'{text}; config.train.on_nonfinite="skip" would leave such steps out')
         if self.skipped_in_a_row > MAX_SKIPPED:
             raise TrainingError(f"{text}; {self.skipped_in_a_row} steps in a row were skipped: lower config.optim.lr")
         self.hooks.monitor.note(f"skipped {text}")
+
+    def _overflow(self, step: int, scale: float, where: str) -> None:
+        """In fp16 an overflow is how the loss scale finds its size; only one that no scale prevents is a fault."""
+        if scale <= FLOOR:
+            raise TrainingError(
+                f"step {step}: overflow at loss scale {scale:.0f}, its floor, {where}; lower config.optim.lr, or set "
+                'config.train.precision="bf16"'
+            )
+        self.hooks.monitor.note(f"skipped step {step}: overflow at loss scale {scale:.0f}, {where}")
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 
 from visionfm_jax.config import Config
+from visionfm_jax.optim import loss_scale
 from visionfm_jax.parallel.mesh import WHOLE
 from visionfm_jax.parallel.zero import Zero
 from visionfm_jax.tasks.registry import Task
@@ -26,13 +27,20 @@ class TrainState:
     params: Any  # fp32
     opt_state: Any  # fp32
     ema: Any  # fp32 averaged weights, or None
+    loss_scale: Any = None  # optim.loss_scale.LossScale in fp16
 
 
 def init_state(task: Task, tx: optax.GradientTransformation, config: Config) -> TrainState:
     """The state of step 0; under `jax.eval_shape` it costs nothing at any size."""
     params = task.init(jax.random.key(config.seed))
     ema = params if config.optim.ema else None
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=ema)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        ema=ema,
+        loss_scale=loss_scale.init() if config.train.precision == "fp16" else None,
+    )
 
 
 def state_shardings(state: TrainState, tx: optax.GradientTransformation, zero: Zero) -> TrainState:
@@ -42,4 +50,5 @@ def state_shardings(state: TrainState, tx: optax.GradientTransformation, zero: Z
         tx, lambda _, spec: spec, state.opt_state, specs, transform_non_params=lambda _: WHOLE
     )
     ema = None if state.ema is None else specs
-    return zero.shardings(TrainState(step=WHOLE, params=specs, opt_state=opt_specs, ema=ema))
+    scale = jax.tree.map(lambda _: WHOLE, state.loss_scale)
+    return zero.shardings(TrainState(step=WHOLE, params=specs, opt_state=opt_specs, ema=ema, loss_scale=scale))

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from visionfm_jax.config import Config
+from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
 from visionfm_jax.parallel.mesh import BATCH, WHOLE
 from visionfm_jax.parallel.zero import Zero, prepare
@@ -64,9 +65,10 @@ def make_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """(state, batch) -> (state, metrics), to be jitted.
 
-    A step whose loss or gradient is not finite changes nothing but the step number, so that no state is ever
-    spoiled; whether the run goes on is the loop's decision. Metrics are scalars, except `gradient_norms`, one per
-    parameter tensor in tree order, and `losses` (B,): they name the culprits when something is not finite.
+    A step whose loss or gradient is not finite changes nothing but the step number and, in fp16, the loss scale, so
+    that no state is ever spoiled; whether the run goes on is the loop's decision. Metrics are scalars, except
+    `gradient_norms`, one per parameter tensor in tree order, and `losses` (B,): they name the culprits when something
+    is not finite.
     """
     lr = schedule(config.optim, config.total_steps)
     seed = jax.random.fold_in(jax.random.key(config.seed), AUGMENT)
@@ -77,7 +79,8 @@ def make_step(
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         keys = sample_keys(seed, state.step, config.train.batch_size)
         batch = {**batch, "key": jax.lax.with_sharding_constraint(keys, NamedSharding(zero.mesh, BATCH))}
-        per_sample, grads = zero.loss_and_grads(loss_fn, state.params, batch, config.train.accumulate)
+        scale = state.loss_scale.scale if state.loss_scale else None
+        per_sample, grads = zero.loss_and_grads(loss_fn, state.params, batch, config.train.accumulate, scale)
 
         metrics = {k: v.max() if k.endswith("_max") else v.mean() for k, v in per_sample.items()}
         norms = jnp.stack([jnp.sqrt(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
@@ -92,8 +95,11 @@ def make_step(
             ratio = optax.tree.norm(update) / jnp.where(size > 0, size, 1)
             metrics[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # a head of zeros has no ratio yet
 
-        new = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+        new = state.replace(params=params, opt_state=opt_state, ema=ema)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)
+        if state.loss_scale:
+            new = new.replace(loss_scale=loss_scale.update(state.loss_scale, finite))
+            metrics["loss_scale"] = scale  # of this step
         return new, {**metrics, "finite": finite, "gradient_norms": norms, "losses": per_sample["loss"]}
 
     return step

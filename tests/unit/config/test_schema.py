@@ -43,7 +43,7 @@ def test_derived_quantities():
         ("parallel.stage", 4, ["3, 2, 1, 0"]),
         ("train.batch_size", 63, ["multiple of train.accumulate = 2", "nearest is 64"]),
         ("train.steps", 5, ["exactly one"]),
-        ("train.precision", "fp8", ["bf16, fp32"]),
+        ("train.precision", "fp8", ["bf16, fp16, fp32"]),
         ("optim.lr", 0.0, ["positive"]),
         ("optim.lr", float("nan"), ["positive"]),
         ("optim.final_lr", 1.0, ["must not exceed optim.lr"]),

@@ -146,7 +146,9 @@ def test_settings_keep_the_rules_of_configurations(change, allowed):
 def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
     planner = Planner()
     cudnn = setting_of(planner.config)._replace(attention="cudnn")
-    assert settings.is_allowed(planner.config, cudnn, planner.cluster)
+    for precision in ("fp16", "bf16"):
+        planner.config.train.precision = precision
+        assert settings.is_allowed(planner.config, cudnn, planner.cluster)
     monkeypatch.setattr(settings, "missing_packages", lambda: ["cuDNN"])
     assert not settings.is_allowed(planner.config, cudnn, planner.cluster)
     monkeypatch.setattr(settings, "missing_packages", list)
