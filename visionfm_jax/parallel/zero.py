@@ -12,7 +12,8 @@ here, the same on every backend:
 Weights are cast to the compute dtype before they are gathered, and gradients of matrices are reduced in it:
 half the bytes of fp32, as DeepSpeed does; they are accumulated over micro-batches in fp32. Vectors (norms, biases)
 are 0.1 % of a model: always whole, reduced once a step, in fp32. Sharding is over the mesh axis `fsdp`; the
-axis `replica` (hybrid sharding) adds one sum of the shards, in fp32.
+axis `replica` (hybrid sharding) adds a sum of the shards, in fp32: beside the backward pass, or, of several
+micro-batches, once a step.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ STAGES = {
 }
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("shard", "whole"), meta_fields=("dim",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("shard", "whole"), meta_fields=("dim", "sum_replicas")
+)
 @dataclasses.dataclass(frozen=True)
 class Lazy:
     """A weight whose gradient lives in a shard; `whole` is set where it has been gathered already."""
@@ -57,6 +60,7 @@ class Lazy:
     shard: jax.Array
     whole: jax.Array | None
     dim: int  # the sharded dim, counted from the end: slicing a layer off leaves it valid
+    sum_replicas: bool  # sum gradients over replicas at once, beside the layers below, not at the end of the step
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,6 +80,23 @@ def _gathered_bwd(dim: int, _: None, cotangent: jax.Array) -> tuple[jax.Array, N
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
+@jax.custom_vjp
+def _shared(shard: jax.Array) -> jax.Array:
+    """`shard`, whose gradient is summed over replicas, in fp32."""
+    return shard
+
+
+def _shared_fwd(shard: jax.Array) -> tuple[jax.Array, None]:
+    return shard, None
+
+
+def _shared_bwd(_: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.psum(cotangent.astype(jnp.float32), REPLICA).astype(cotangent.dtype),)
+
+
+_shared.defvjp(_shared_fwd, _shared_bwd)
+
+
 def _gather(shard: jax.Array, dim: int) -> jax.Array:
     return jax.lax.all_gather(shard, FSDP, axis=shard.ndim + dim, tiled=True)
 
@@ -86,7 +107,8 @@ def prepare(params: Tree) -> Tree:
     def one(p: jax.Array | Lazy) -> jax.Array:
         if not isinstance(p, Lazy):
             return p
-        return _gather(p.shard, p.dim) if p.whole is None else _gathered(p.shard, p.whole, p.dim)
+        shard = _shared(p.shard) if p.sum_replicas else p.shard
+        return _gather(shard, p.dim) if p.whole is None else _gathered(shard, p.whole, p.dim)
 
     return jax.tree.map(one, params, is_leaf=lambda p: isinstance(p, Lazy))
 
@@ -176,14 +198,14 @@ class Zero:
             return shards
         return None if self.stage.in_use else self._map(lambda p, d: p if d is None else _gather(p, d), shards)
 
-    def _usable(self, shards: Tree, whole: Tree | None) -> Tree:
+    def _usable(self, shards: Tree, whole: Tree | None, sum_replicas: bool) -> Tree:
         """Parameters as networks take them: whole at the top, `Lazy` below scanned blocks."""
         if not self.stage.gradients:
             return whole
         if whole is None:
-            lazy = self._map(lambda p, dim: p if dim is None else Lazy(p, None, dim), shards)
+            lazy = self._map(lambda p, dim: p if dim is None else Lazy(p, None, dim, sum_replicas), shards)
         else:
-            lazy = self._map(lambda p, dim, w: p if dim is None else Lazy(p, w, dim), shards, whole)
+            lazy = self._map(lambda p, dim, w: p if dim is None else Lazy(p, w, dim, sum_replicas), shards, whole)
         return jax.tree_util.tree_map_with_path(
             lambda path, p: p if is_scanned(path) else prepare(p), lazy, is_leaf=lambda p: isinstance(p, Lazy)
         )
@@ -193,7 +215,7 @@ class Zero:
 
         def local(params: Tree, batch: dict) -> Tree:
             shards = self._cast(params)
-            return f(self._usable(shards, self._whole(shards)), batch)
+            return f(self._usable(shards, self._whole(shards), sum_replicas=False), batch)
 
         return self._shard_map(local, (self.state_specs, BATCH), BATCH)(params, batch)
 
@@ -220,9 +242,7 @@ class Zero:
         jax.tree_util.tree_map_with_path(add, params, self._dims, self._is_matrix)
         return held[0], held[1]
 
-    def loss_and_grads(
-        self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int, scale: jax.Array | None = None
-    ) -> tuple[dict, Tree]:
+    def loss_and_grads(self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int) -> tuple[dict, Tree]:
         """The gradient of the mean loss over the global batch, in `accumulate` micro-batches.
 
         Args:
@@ -230,44 +250,42 @@ class Zero:
           params: stored parameters, sharded by `state_specs`.
           batch: rows over all devices. Each device splits its own rows, in order: nothing travels.
           accumulate: micro-batches.
-          scale: for fp16, by which the loss is multiplied in the backward pass; the gradients returned are without it.
 
         Returns:
           The per-sample arrays over the global batch in its order, and the gradients, fp32, sharded like the
           stored parameters.
         """
-        parts = self.mesh.size * accumulate
+        devices = self.mesh.size
+        # Of several micro-batches it is cheaper to sum over replicas once, at the end.
+        sum_replicas = self.mesh.shape[REPLICA] > 1 and self.stage.gradients and accumulate == 1
 
-        def local(params: Tree, batch: dict, scale: jax.Array | None) -> tuple[dict, Tree]:
+        def local(params: Tree, batch: dict) -> tuple[dict, Tree]:
             shards = self._cast(params)
             whole = self._whole(shards)
 
-            def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, dict]:
-                loss, per_sample = loss_fn(params, rows)
-                # fp16 sums of every device's mean would overflow early. So each adds its part of the whole batch's
-                # mean: sums need no more range than the gradient itself, nothing is divided on the way, and a
-                # sample's gradients, so also the scale that fits them, are the same on every mesh and for every split.
-                return loss if scale is None else loss * (scale / parts), per_sample
-
             def micro(rows: dict) -> tuple[dict, Tree]:
                 if self.stage.gradients:
-                    grad = jax.grad(lambda s: scaled_loss(self._usable(s, whole), rows), has_aux=True)
+                    grad = jax.grad(lambda s: loss_fn(self._usable(s, whole, sum_replicas), rows), has_aux=True)
                     grads, per_sample = grad(shards)
                 else:
-                    grads, per_sample = jax.grad(scaled_loss, has_aux=True)(whole, rows)
+                    grads, per_sample = jax.grad(loss_fn, has_aux=True)(whole, rows)
                 return per_sample, grads
 
             per_sample, grads = accumulate_gradients(micro, batch, accumulate)
-            grads = self._map(self._reduce, grads, self._is_matrix)
-            return per_sample, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
+            reduce = functools.partial(self._reduce, summed=sum_replicas)
+            grads = self._map(reduce, grads, self._is_matrix)
+            return per_sample, jax.tree.map(lambda g: g / (devices * accumulate), grads)
 
-        specs = (self.state_specs, BATCH, WHOLE), (BATCH, self.state_specs)
-        return self._shard_map(local, *specs)(params, batch, scale)
+        return self._shard_map(local, (self.state_specs, BATCH), (BATCH, self.state_specs))(params, batch)
 
-    def _reduce(self, g: jax.Array, dim: int | None, matrix: bool) -> jax.Array:
-        """One device's gradient (sum over its micro-batches) to the sum over devices, stored form, fp32."""
+    def _reduce(self, g: jax.Array, dim: int | None, matrix: bool, *, summed: bool) -> jax.Array:
+        """One device's gradient (sum over its micro-batches) to the sum over devices, stored form, fp32.
+
+        `summed`: shards are summed over replicas already.
+        """
         if dim is not None and self.stage.gradients:  # a shard, summed over `fsdp` already
-            return jax.lax.psum(g.astype(jnp.float32), REPLICA)
+            g = g.astype(jnp.float32)
+            return g if summed else jax.lax.psum(g, REPLICA)
         g = g.astype(self.dtype if matrix else jnp.float32)
         if dim is None or not self.stage.state:
             return jax.lax.psum(g, (REPLICA, FSDP)).astype(jnp.float32)
