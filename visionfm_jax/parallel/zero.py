@@ -242,7 +242,9 @@ class Zero:
         jax.tree_util.tree_map_with_path(add, params, self._dims, self._is_matrix)
         return held[0], held[1]
 
-    def loss_and_grads(self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int) -> tuple[dict, Tree]:
+    def loss_and_grads(
+        self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int, scale: jax.Array | None = None
+    ) -> tuple[dict, Tree]:
         """The gradient of the mean loss over the global batch, in `accumulate` micro-batches.
 
         Args:
@@ -250,33 +252,42 @@ class Zero:
           params: stored parameters, sharded by `state_specs`.
           batch: rows over all devices. Each device splits its own rows, in order: nothing travels.
           accumulate: micro-batches.
+          scale: for fp16, by which the loss is multiplied in the backward pass; the gradients returned are without it.
 
         Returns:
           The per-sample arrays over the global batch in its order, and the gradients, fp32, sharded like the
           stored parameters.
         """
-        devices = self.mesh.size
+        parts = self.mesh.size * accumulate
         # Of several micro-batches it is cheaper to sum over replicas once, at the end.
         sum_replicas = self.mesh.shape[REPLICA] > 1 and self.stage.gradients and accumulate == 1
 
-        def local(params: Tree, batch: dict) -> tuple[dict, Tree]:
+        def local(params: Tree, batch: dict, scale: jax.Array | None) -> tuple[dict, Tree]:
             shards = self._cast(params)
             whole = self._whole(shards)
 
+            def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, dict]:
+                loss, per_sample = loss_fn(params, rows)
+                # fp16 sums of every device's mean would overflow early. So each adds its part of the whole batch's
+                # mean: sums need no more range than the gradient itself, nothing is divided on the way, and a
+                # sample's gradients, so also the scale that fits them, are the same on every mesh and for every split.
+                return loss if scale is None else loss * (scale / parts), per_sample
+
             def micro(rows: dict) -> tuple[dict, Tree]:
                 if self.stage.gradients:
-                    grad = jax.grad(lambda s: loss_fn(self._usable(s, whole, sum_replicas), rows), has_aux=True)
+                    grad = jax.grad(lambda s: scaled_loss(self._usable(s, whole, sum_replicas), rows), has_aux=True)
                     grads, per_sample = grad(shards)
                 else:
-                    grads, per_sample = jax.grad(loss_fn, has_aux=True)(whole, rows)
+                    grads, per_sample = jax.grad(scaled_loss, has_aux=True)(whole, rows)
                 return per_sample, grads
 
             per_sample, grads = accumulate_gradients(micro, batch, accumulate)
             reduce = functools.partial(self._reduce, summed=sum_replicas)
             grads = self._map(reduce, grads, self._is_matrix)
-            return per_sample, jax.tree.map(lambda g: g / (devices * accumulate), grads)
+            return per_sample, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
 
-        return self._shard_map(local, (self.state_specs, BATCH), (BATCH, self.state_specs))(params, batch)
+        specs = (self.state_specs, BATCH, WHOLE), (BATCH, self.state_specs)
+        return self._shard_map(local, *specs)(params, batch, scale)
 
     def _reduce(self, g: jax.Array, dim: int | None, matrix: bool, *, summed: bool) -> jax.Array:
         """One device's gradient (sum over its micro-batches) to the sum over devices, stored form, fp32.
