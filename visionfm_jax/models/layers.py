@@ -133,13 +133,14 @@ class Block(nn.Module):
     dtype: jnp.dtype
     attention: str
     causal: bool = False
-    epsilon: float = LAYER_NORM_EPS
+    epsilon: float | None = None  # of norms; None: LAYER_NORM_EPS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = layer_norm(self.dtype, "ln1", epsilon=self.epsilon)(x)
+        epsilon = self.epsilon or LAYER_NORM_EPS
+        y = layer_norm(self.dtype, "ln1", epsilon=epsilon)(x)
         x = x + Attention(self.heads, self.dtype, self.attention, self.causal, name="attn")(y)
-        return x + Mlp(self.mlp, self.dtype, name="mlp")(layer_norm(self.dtype, "ln2", epsilon=self.epsilon)(x))
+        return x + Mlp(self.mlp, self.dtype, name="mlp")(layer_norm(self.dtype, "ln2", epsilon=epsilon)(x))
 
 
 def _save_all(prim, *_, **__) -> bool:
