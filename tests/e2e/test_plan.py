@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from visionfm_jax.config import load
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
+from visionfm_jax.planning.compiled import GPU, compile_step
+
 ROOT = Path(__file__).parents[2]
 FULL, TINY = "--config=configs/vit_huge.py", "--config=configs/vit_huge.py:tiny"
 
@@ -53,8 +57,14 @@ def test_search_ranks_what_fits(cache, tmp_path):
     assert "--config.parallel.stage=" in done.stdout
 
 
-def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path):
-    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 50_000_000\n')
+def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    peaks = {}
+    for remat in ("none", "full"):
+        config, _ = load.from_arguments([f"--config={ROOT / TINY.partition('=')[2]}", f"--config.model.remat={remat}"])
+        peaks[remat] = compile_step(config, find_cluster("h100:1x8"), GPU).peak
+    card = int((0.7 * peaks["none"] + 0.3 * peaks["full"]) / MEMORY_FRACTION)  # too small for one, enough for the other
+    (tmp_path / "sheets.toml").write_text(f'[toy]\nlike = "h100"\nmemory_bytes = {card}\n')
     done = plan(cache, TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=none")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "it does not fit" in done.stdout
