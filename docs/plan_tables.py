@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,7 +45,10 @@ def main() -> None:
     """Compile what is not cached and rewrite the page."""
     if missing := missing_packages():
         raise UserError(f"{' and '.join(missing)} for GPUs are missing: pip install 'visionfm_jax[plan]'")
-    lines = [f"Compiled with jax {version('jax')}, jax-cuda13-plugin {version('jax-cuda13-plugin')}.", ""]
+    lines = [
+        f"Compiled with jax {version('jax')}, jax-cuda13-plugin {version('jax-cuda13-plugin')}, {date.today()}.",
+        "",
+    ]
     with tqdm(total=sum(map(len, RUNS.values()))) as bar:
         for words, clusters in RUNS.items():
             lines += [f"`--config={words}`", "", HEAD, "|---" + "|--:" * (HEAD.count("|") - 2) + "|"]

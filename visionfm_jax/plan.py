@@ -109,7 +109,7 @@ def plan_for_gpus(console: Console, config: Config, cluster: Cluster, *, search:
 
 
 def _ending(planner: settings.Planner, key: str, found: list) -> str:
-    tried = f"{planner.compiled} other settings were compiled"
+    tried = f"{planner.compiled} settings were compared"
     if found:
         return f"({tried})"
     nothing = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from gates import FORWARD, FORWARD_MAX, GRADIENT, GRADIENT_TENSOR, relative
 
 from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import UserError
@@ -31,9 +32,6 @@ FROM = {"timm": swin_v2_from_timm, "huggingface": swin_v2_from_huggingface}
 TO = {"timm": swin_v2_to_timm, "huggingface": swin_v2_to_huggingface}
 OUTPUTS = ("stage0", "stage1", "stage2", "stage3", "pooled")
 
-FORWARD, FORWARD_MAX = 3e-6, 1e-5  # ||a - b|| / ||b||, max |a - b| / max |b|
-GRADIENT, GRADIENT_TENSOR = 1e-5, 5e-5  # over all parameters, over the worst one
-
 
 class Reference(NamedTuple):
     """One file: what the peer computed, and our model of the same shape and weights."""
@@ -47,12 +45,6 @@ class Reference(NamedTuple):
         """By the names in `OUTPUTS`."""
         features = self.model.apply({"params": params}, self.data["images"].astype(np.float32))
         return dict(zip(OUTPUTS, (*features.stages, features.pooled), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def _full_precision() -> Iterator[None]:
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def sample(gradient: np.ndarray) -> np.ndarray:
@@ -74,11 +66,6 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     parts = np.split(data["params"].astype(np.float32), np.cumsum([math.prod(s) for s in shapes])[:-1])
     state = {k: p.reshape(s) for (k, s), p in zip(about["shapes"].items(), parts, strict=True)}
     return Reference(data, about, swin_v2.SwinV2(config), FROM[about["library"]](state))
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def in_names_of(library: str, params: dict) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ The gates are ten times our error here (README.md) and under the smallest real m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from gates import FORWARD, FORWARD_MAX, GRADIENT, GRADIENT_TENSOR, relative
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
@@ -26,9 +27,6 @@ HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("vit_") for p in HERE.glob("vit_*.npz"))
 FROM = {"timm": vit_from_timm, "huggingface": vit_from_huggingface}
 TO = {"timm": vit_to_timm, "huggingface": vit_to_huggingface}
-
-FORWARD, FORWARD_MAX = 3e-6, 1e-5  # ||a - b|| / ||b||, max |a - b| / max |b|
-GRADIENT, GRADIENT_TENSOR = 1e-5, 5e-5  # over all parameters, over the worst one
 
 
 class Reference(NamedTuple):
@@ -54,12 +52,6 @@ class Reference(NamedTuple):
         return logits, state["intermediates"]["norm"]["__call__"][0]
 
 
-@pytest.fixture(autouse=True)
-def _full_precision() -> Iterator[None]:
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     with np.load(HERE / f"vit_{name}.npz") as file:
         data = dict(file)
@@ -71,11 +63,6 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     )
     reference = Reference(data, about, vit.ViT(config, about["classes"]), {})
     return reference._replace(params=FROM[about["library"]](reference.group("param")))
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def test_every_form_is_frozen() -> None:

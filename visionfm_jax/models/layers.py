@@ -8,16 +8,18 @@ them. Networks do not know how; they are given a `Prepare` function and call it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
 
+T = TypeVar("T")
 Params = Any  # a pytree of arrays
 Prepare = Callable[[Params], Params]
 
@@ -30,6 +32,17 @@ SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
 def as_is(params: Params) -> Params:
     """The `Prepare` of parameters that are whole already."""
     return params
+
+
+def named_size(sizes: Mapping[str, T], name: str, field: str) -> T:
+    """The row of a network's table of sizes.
+
+    Raises:
+      ConfigError: no such size; `field` is the configuration's that names it.
+    """
+    if name not in sizes:
+        raise ConfigError(f"config.{field} = {name!r}: must be one of {', '.join(sizes)}; set it to one of them")
+    return sizes[name]
 
 
 def layer_norm(dtype: jnp.dtype, name: str, **more: Any) -> nn.LayerNorm:

@@ -16,9 +16,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config import SwinV2Config
-from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
-from visionfm_jax.models.layers import Mlp, Prepare, Qkv, as_is, dense, drop_path, layer_norm, scan_blocks
+from visionfm_jax.models.layers import Mlp, Prepare, Qkv, as_is, dense, drop_path, layer_norm, named_size, scan_blocks
 
 
 class Size(NamedTuple):
@@ -56,11 +55,7 @@ def size_of(config: SwinV2Config) -> Size:
     Raises:
       ConfigError: no such size.
     """
-    if config.size not in SIZES:
-        raise ConfigError(
-            f"config.model.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
-        )
-    return SIZES[config.size]
+    return named_size(SIZES, config.size, "model.size")
 
 
 class Windows(NamedTuple):

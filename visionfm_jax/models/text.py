@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from visionfm_jax.config import TextConfig
-from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Block, Prepare, as_is, layer_norm, scan_blocks
+from visionfm_jax.models.layers import Block, Prepare, as_is, layer_norm, named_size, scan_blocks
 
 
 class Size(NamedTuple):
@@ -40,11 +39,7 @@ def size_of(config: TextConfig) -> Size:
     Raises:
       ConfigError: no such size.
     """
-    if config.size not in SIZES:
-        raise ConfigError(
-            f"config.model.text.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
-        )
-    return SIZES[config.size]
+    return named_size(SIZES, config.size, "model.text.size")
 
 
 class TextTransformer(nn.Module):

@@ -13,8 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from visionfm_jax.config import ViTConfig
-from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Block, Prepare, as_is, dense, layer_norm, logits, scan_blocks
+from visionfm_jax.models.layers import Block, Prepare, as_is, dense, layer_norm, logits, named_size, scan_blocks
 
 
 class Size(NamedTuple):
@@ -45,11 +44,7 @@ def size_of(config: ViTConfig) -> Size:
     Raises:
       ConfigError: no such size.
     """
-    if config.size not in SIZES:
-        raise ConfigError(
-            f"config.model.size = {config.size!r}: must be one of {', '.join(SIZES)}; set it to one of them"
-        )
-    return SIZES[config.size]
+    return named_size(SIZES, config.size, "model.size")
 
 
 class ViT(nn.Module):

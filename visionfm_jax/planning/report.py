@@ -113,7 +113,6 @@ def _collectives(found: Estimate) -> Table:
         beside = "/".join(beside.split("/")[-2:])
         table.add_row(
             c.kind, dtype_of(e), when(c), "hosts" if e.crosses_hosts else "host", str(c.count), f"{c.nbytes / 1e6:.3g}",
-
             f"{e.seconds * 1e3:.2f}", f"{e.exposed * c.count * 1e3:.2f}",
             beside if c.is_async else "nothing: synchronous",
         )  # fmt: skip

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.models.layers import POLICIES
 from visionfm_jax.parallel.targets import Cluster
 from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
 
-REMAT = ("none", "attention", "dots", "full")  # from most memory to most arithmetic
+REMAT = tuple(POLICIES)  # from most memory to most arithmetic
 COMPILE_BYTES = 1.5e9  # host memory of one compile
 
 
