@@ -295,7 +295,9 @@ def test_full_size_step(cluster):
     assert 2048 * 21_841 not in wide  # logits of the global batch
     assert not {1280 * 21_841, 1280 * 21_888} & wide  # the head's kernel, as XLA pads it, in fp32
     found = estimate(step.step, step.cluster)
-    assert found.exposed < 0.1 * found.network + 0.02 * found.seconds  # gathers and sums run beside the layers
+    # Gathers and sums run beside the layers; jax 0.10 starts a layer's reduce-scatter only behind its last product.
+    waiting = 0.1 if jax.__version_info__ >= (0, 11) else 0.3
+    assert found.exposed < waiting * found.network + 0.02 * found.seconds
 
 
 @pytest.mark.full_size
