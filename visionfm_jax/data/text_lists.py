@@ -1,0 +1,39 @@
+"""Lists of text, one entry a line: prompts and names of classes, of this package (`data/text`) or the user's own."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from visionfm_jax.errors import DataError
+
+
+def list_names() -> list[str]:
+    """The shipped lists."""
+    files = resources.files("visionfm_jax.data.text").iterdir()
+    return sorted(f.name.removesuffix(".txt") for f in files if f.name.endswith(".txt"))
+
+
+def read_lines(name: str) -> tuple[str, ...]:
+    """The lines of a shipped list or of a UTF-8 text file, without blanks around them; at least one.
+
+    Args:
+      name: of a shipped list ("imagenet_prompts", "imagenet_prompts_short", "imagenet_classes"), or a path.
+    Raises:
+      DataError: no such list or file, a file that cannot be read as text, one without lines, or with a blank one.
+    """
+    shipped = list_names()
+    file = resources.files("visionfm_jax.data.text") / f"{name}.txt" if name in shipped else Path(name)
+    try:
+        text = file.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(
+            f"{name!r} is neither a shipped list nor a file: name one of {', '.join(shipped)}, or a text file's path"
+        ) from None
+    except (OSError, ValueError) as error:  # also bytes that are no UTF-8
+        raise DataError(f"{name}: cannot be read as UTF-8 text ({error}): give a plain text file") from None
+    lines = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+    if "" in lines:
+        where = f"line {lines.index('') + 1} is blank" if text.strip() else "no text in it"
+        raise DataError(f"{name}: {where}; every line is one entry: put one on each")
+    return lines
