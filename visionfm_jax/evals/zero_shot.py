@@ -1,0 +1,146 @@
+"""Zero-shot classification: images against the names of classes. Shapes: B batch, N images, C classes, E embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.fields import Labels
+from visionfm_jax.data.loader import eval_loader
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.text_lists import read_lines
+from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.errors import DataError
+from visionfm_jax.evals.contrastive import (
+    embed_texts,
+    image_of,
+    measured_on,
+    plain,
+    protocol_of,
+    require_contrastive,
+    sample,
+)
+from visionfm_jax.evals.metrics import ZeroShot, class_embeddings, classify
+from visionfm_jax.evals.subject import Predict
+
+PROMPTS = "imagenet_prompts_short"
+PICTURED = 64
+
+
+class ZeroShotEval:
+    """The `evals.registry.Eval` of labelled images and a contrastive model: top1, top5 and mean_class as shares.
+
+    Attributes:
+      protocol: 8 hex digits of what was measured: prompts, names, dataset, image size, tokenizer.
+      details: after a run, for JSON: protocol and its settings, metrics, every class's accuracy, and the confusions
+        as [class, guess, images].
+      pictured: after a run, on host 0: images with label and guess, and the confusion matrix.
+    """
+
+    metrics = ("top1", "top5", "mean_class")
+
+    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
+        require_contrastive(config, run)
+        self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
+        self.source = open_source(config.source)
+        self.classes, self.prompts = self._classes(), self._prompts()
+        self.tokenizer = open_tokenizer(run.task.tokenizer)
+        self.settings = {
+            **measured_on(self.source, config.source.path, config.source.split),
+            "image_size": run.image_size,
+            "tokenizer": Path(self.tokenizer.name).name,
+            "context": run.model.text.context,
+            "prompts": self.prompts,
+            "classes": self.classes,
+        }
+        self.protocol = protocol_of(self.settings)
+        self.details: dict[str, Any] = {}
+        self.pictured: dict[str, Any] = {}
+
+    def run(self, predict: Predict) -> dict[str, float]:
+        """Every image once, against class embeddings of the weights that `predict` has now."""
+        texts = [prompt.replace("{}", name) for prompt in self.prompts for name in self.classes]
+        classes = class_embeddings(
+            embed_texts(
+                predict, texts, self.tokenizer, context=self.run_config.model.text.context,
+                batch_size=self._batch_size, host=self.host, hosts=self.hosts,
+            ),
+            len(self.classes),
+        )  # fmt: skip
+        images, labels, records = self._images(predict)
+        result = classify(images, classes, labels)
+        scores = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+        scores["images"] = float(len(images))
+        self.details = self._details(scores, result, labels)
+        if self.host == 0:
+            rows = sample(np.arange(len(images)), PICTURED)
+            self.pictured = {
+                "image": np.stack([image_of(self.source, int(records[r]), self.run_config.image_size) for r in rows]),
+                "label": labels[rows],
+                "guess": result.guess[rows],
+                "confusion": result.confusion,
+                "class_names": self.classes,
+            }
+        return scores
+
+    @property
+    def _batch_size(self) -> int:
+        return self.config.batch_size or self.run_config.train.batch_size
+
+    def _classes(self) -> tuple[str, ...]:
+        """The names, one a class of the dataset."""
+        source, where = self.source, f"config.evals {self.config.name!r}"
+        if not source.num_classes:
+            raise DataError(f"{where}: {source.name} has no labels, which zero-shot needs; set another source")
+        if not self.config.classes:
+            if source.class_names is None:
+                raise DataError(f"{where}: {source.name} has no names of its classes; set classes to a list of them")
+            return tuple(source.class_names)
+        names = read_lines(self.config.classes)
+        if len(names) != source.num_classes:
+            raise DataError(
+                f"{where}: classes {self.config.classes!r} has {len(names)} names, but {source.name} has "
+                f"{source.num_classes} classes; give one name a class, in the order of the labels"
+            )
+        return names
+
+    def _prompts(self) -> tuple[str, ...]:
+        lines = read_lines(self.config.prompts or PROMPTS)
+        for number, line in enumerate(lines, 1):
+            if line.count("{}") != 1:
+                raise DataError(
+                    f"config.evals {self.config.name!r}: prompts {self.config.prompts!r}, line {number}: {line!r} needs "
+                    "exactly one {}, where the name of the class goes; write it there"
+                )
+        return lines
+
+    def _images(self, predict: Predict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Embeddings (N, E), labels (N,) and numbers (N,) of the readable records, of all hosts."""
+        parts = []
+        batches = eval_loader(
+            self.source, Labels(len(self.classes)), image_size=self.run_config.image_size,
+            batch_size=self._batch_size, host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
+        )  # fmt: skip
+        for step, batch in enumerate(batches):
+            out = predict(batch)
+            keep = np.flatnonzero(out["mask"])
+            parts.append((out["image_embedding"][keep], out["label"][keep], step * self._batch_size + keep))
+        images, labels, records = (np.concatenate(p) for p in zip(*parts, strict=True))
+        return images, labels, records
+
+    def _details(self, scores: dict[str, float], result: ZeroShot, labels: np.ndarray) -> dict[str, Any]:
+        images = np.bincount(labels, minlength=len(self.classes))
+        cells = np.argwhere(result.confusion)
+        return {
+            "protocol": self.protocol,
+            "settings": self.settings,
+            "metrics": plain(scores),
+            "classes": [
+                {"name": name, "images": int(count), "top1": float(share) if count else None}
+                for name, count, share in zip(self.classes, images, result.class_accuracy, strict=True)
+            ],
+            "confusion": [[int(c), int(g), int(result.confusion[c, g])] for c, g in cells],
+        }
