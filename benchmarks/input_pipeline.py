@@ -31,6 +31,7 @@ from PIL import Image
 
 from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
 from visionfm_jax.data import loader, transforms
+from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.sources import Source, open_source
 
 FLAGS = flags.FLAGS
@@ -113,7 +114,9 @@ def timed_loader(config: SourceConfig, source: Source, seed: int) -> np.ndarray:
     data = DataConfig(train=(config,), augment=AugmentConfig(crop_scale=SCALE), threads=FLAGS.threads)
     others = threading.active_count()
     arguments = {"image_size": SIZE, "batch_size": FLAGS.batch_size, "seed": seed, "start_step": 0}
-    with loader.train_loader(data, **arguments, host=0, hosts=1, sources=[source]) as batches:
+    with loader.train_loader(
+        data, **arguments, host=0, hosts=1, sources=[source], fields=Labels(source.num_classes)
+    ) as batches:
         for _ in range(WARM_UP):
             next(batches)
         start = clocks()

@@ -19,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
+from visionfm_jax.data.fields import Fields, fields_of
 from visionfm_jax.data.loader import DamageLog, train_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import INTERRUPTED, CheckpointError, DataError, LostError, UserError, door
@@ -48,7 +49,8 @@ def run(config: Config) -> int:
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
     sources = [open_source(s) for s in config.data.train]
-    check_sources(config, sources)
+    fields = fields_of(config)
+    check_sources(config, sources, fields)
     evals = make_evals(config, host, hosts)
 
     with (
@@ -66,8 +68,8 @@ def run(config: Config) -> int:
         with (
             RunMonitor(config, folder.path, start) as monitor,
             train_loader(
-                config.data, image_size=config.model.image_size, batch_size=config.train.batch_size,
-                seed=config.seed, start_step=start, host=host, hosts=hosts, sources=sources,
+                config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
+                start_step=start, host=host, hosts=hosts, sources=sources, fields=fields,
             ) as batches,
         ):  # fmt: skip
             hooks = Hooks(
@@ -85,18 +87,14 @@ def run(config: Config) -> int:
     return 0 if finished else stop.exit_code
 
 
-def check_sources(config: Config, sources: Sequence[Source]) -> None:
-    """Refuse data that does not fit the head, or is not of the size the schedule counts on.
+def check_sources(config: Config, sources: Sequence[Source], fields: Fields) -> None:
+    """Refuse data that lacks what the task learns from, or is not of the size the schedule counts on.
 
     Raises:
       DataError: with what to set instead.
     """
     for source in sources:
-        if source.num_classes > config.task.num_classes:
-            raise DataError(
-                f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "
-                f"{config.task.num_classes}; set it to {source.num_classes}"
-            )
+        fields.check(source)
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
         raise DataError(f"{sources[0].name} has {records} records; set config.data.num_examples={records}")

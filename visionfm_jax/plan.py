@@ -71,7 +71,8 @@ def _check_writable(path: str) -> None:
 def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missing: list[str]) -> dict[str, Any]:
     """Print and return what a compile for CPUs can tell."""
     config = copy.deepcopy(config)
-    config.model.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
+    for tower in config.towers.values():
+        tower.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
     compiled = compile_step(config, cluster, CPU)
     report.print_without_gpus(console, config.name, compiled, cluster, missing)
     return report.json_without_gpus(config.name, compiled, cluster)

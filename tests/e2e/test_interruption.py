@@ -26,6 +26,7 @@ from runs import (
 )
 
 from visionfm_jax.config.load import from_arguments
+from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sources import open_source
 
@@ -123,7 +124,7 @@ def test_the_data_depend_on_the_step_alone():
     def batch(step: int, host: int = 0, hosts: int = 1, skip: int = 0) -> dict[str, np.ndarray]:
         with train_loader(
             config.data, image_size=16, batch_size=BATCH, seed=0, start_step=step - skip, host=host, hosts=hosts,
-            sources=sources,
+            sources=sources, fields=Labels(10),
         ) as batches:  # fmt: skip
             for _ in range(skip):
                 next(batches)

@@ -19,12 +19,15 @@ import grain
 import numpy as np
 from absl import logging
 
-from visionfm_jax.config.schema import DataConfig
+from visionfm_jax.config.schema import AugmentConfig, DataConfig
 from visionfm_jax.data import transforms
 from visionfm_jax.data.batches import Batch, HostBatches, Loader, Row, Spec
+from visionfm_jax.data.fields import DamagedCaption, Fields
+from visionfm_jax.data.rand_augment import rand_augment
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
 
+DAMAGED = (transforms.DamagedImage, DamagedCaption)
 STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
 
 
@@ -38,6 +41,7 @@ def train_loader(
     host: int,
     hosts: int,
     sources: Sequence[Source],
+    fields: Fields,
 ) -> Loader:
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
@@ -49,9 +53,10 @@ def train_loader(
       start_step: the first batch is that of this step.
       host, hosts: this process and their number; host p gets rows [p B, (p + 1) B) with B = batch_size / hosts.
       sources: opened datasets.
+      fields: what a row holds beside its image.
 
     Returns:
-      An iterator of {"image": uint8 (B, S, S, 3), "label": int32 (B,), "source": int32 (B,), "record": int64 (B,),
+      An iterator of {"image": uint8 (B, S, S, 3), the fields' own, "source": int32 (B,), "record": int64 (B,),
       "damaged": int32 (B,)}: `record` of `source` is what the row asked for, `damaged` how many unreadable records
       had to be stepped over (the next ones of the same source) until one could be read.
 
@@ -65,10 +70,9 @@ def train_loader(
             "set data.shuffle to True to train"
         )
     order = sample_order([len(s) for s in sources], [s.weight for s in data.train], seed, data.shuffle)
-    rows = order.random_map(
-        _TrainRow(tuple(sources), image_size, tuple(data.augment.crop_scale)), seed=derive_seed(seed, "crop")
-    )
-    spec = {**_image_spec(image_size), "source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
+    rows = order.random_map(_TrainRow(tuple(sources), fields, image_size, data.augment), seed=derive_seed(seed, "crop"))
+    spec = {**_image_spec(image_size), **fields.spec}
+    spec |= {"source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
     batches = HostBatches(
         rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
     )
@@ -76,26 +80,27 @@ def train_loader(
 
 
 def eval_loader(
-    source: Source, *, image_size: int, batch_size: int, host: int, hosts: int, threads: int
+    source: Source, fields: Fields, *, image_size: int, batch_size: int, host: int, hosts: int, threads: int
 ) -> Iterator[Batch]:
     """Every record once, in order, in equally many batches on every host.
 
     Args:
       source: the dataset.
+      fields: what a row holds beside its image.
       image_size: S, pixels.
       batch_size: rows over all hosts; host p gets rows [p B, (p + 1) B) of each batch, B = batch_size / hosts.
       host, hosts: this process and their number.
       threads: that read and decode.
 
     Yields:
-      {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": float32 (B,)}; mask is 0 on the padding of the last
+      {"image": uint8 (B, S, S, 3), the fields' own, "mask": float32 (B,)}; mask is 0 on the padding of the last
       batch and on unreadable records, which are logged.
 
     Raises:
       DataError: not one record could be read.
     """
-    rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, image_size))
-    spec = {**_image_spec(image_size), "mask": ((), np.float32)}
+    rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, fields, image_size))
+    spec = {**_image_spec(image_size), **fields.spec, "mask": ((), np.float32)}
     batches = HostBatches(rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
     asked = read = 0
     with Loader(batches, workers=0, prefetch=2) as loader:
@@ -190,10 +195,11 @@ class DamageLog:
 
 
 class _TrainRow:
-    """(source, record) -> a row with its image cropped, not yet resized; steps over damaged records."""
+    """(source, record) -> a row with its image cropped, resized where more is done to it; steps over damaged records."""
 
-    def __init__(self, sources: tuple[Source, ...], size: int, crop_scale: tuple[float, float]):
-        self._sources, self._size, self._scale = sources, size, crop_scale
+    def __init__(self, sources: tuple[Source, ...], fields: Fields, size: int, augment: AugmentConfig):
+        self._sources, self._fields, self._size = sources, fields, size
+        self._scale, self._rand_augment = augment.crop_scale, augment.rand_augment
 
     def __call__(self, asked: tuple[int, int], rng: np.random.Generator) -> Row:
         number, record = asked
@@ -201,33 +207,40 @@ class _TrainRow:
         for damaged in range(STEP_OVER + 1):
             example = _example(source, (record + damaged) % len(source))
             try:
-                image = transforms.train_crop(example["image"], self._size, self._scale, rng)
-            except transforms.DamagedImage as error:
+                row = self._fields(example)
+                row["image"] = self._image(example["image"], rng)
+            except DAMAGED as error:
                 reason = error
                 continue
-            label = example["label"]
-            return {"image": image, "label": label, "source": number, "record": record, "damaged": damaged}
+            return {**row, "source": number, "record": record, "damaged": damaged}
         raise DataError(
             f"{source.name}: {STEP_OVER + 1} records in a row cannot be decoded, from {source.key(record)} on; "
-            f"the last: {reason}; check that these files are images"
+            f"the last: {reason}; check that these files are what the source says"
         )
+
+    def _image(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        operations, magnitude = self._rand_augment
+        if not operations:
+            return transforms.train_crop(image, self._size, self._scale, rng)
+        return rand_augment(transforms.train_image(image, self._size, self._scale, rng), operations, magnitude, rng)
 
 
 class _EvalRow:
-    """Record -> its row, or an empty one where the image is damaged."""
+    """Record -> its row, or an empty one where it is damaged."""
 
-    def __init__(self, source: Source, size: int):
-        self._source, self._size = source, size
+    def __init__(self, source: Source, fields: Fields, size: int):
+        self._source, self._fields, self._size = source, fields, size
 
     def __call__(self, record: int) -> Row:
         example = _example(self._source, record)
         try:
-            image = transforms.eval_crop(example["image"], self._size)
-        except transforms.DamagedImage as error:
+            row = self._fields(example)
+            row["image"] = transforms.eval_crop(example["image"], self._size)
+        except DAMAGED as error:
             key = self._source.key(record)
             logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
             return {}
-        return {"image": image, "label": example["label"], "mask": 1.0}
+        return {**row, "mask": 1.0}
 
 
 def _example(source: Source, record: int) -> Mapping[str, Any]:
@@ -240,7 +253,7 @@ def _example(source: Source, record: int) -> Mapping[str, Any]:
 
 
 def _image_spec(size: int) -> Spec:
-    return {"image": ((size, size, 3), np.uint8), "label": ((), np.int32)}
+    return {"image": ((size, size, 3), np.uint8)}
 
 
 def _store(batch: Batch, index: int, row: Row) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
+from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.evals.subject import Predict
 
 PICTURED = 64
@@ -23,12 +24,12 @@ class ClassificationEval:
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        self.source = open_source(config.source)
-        if self.source.num_classes > run.task.num_classes:
-            raise DataError(
-                f"evals {config.name!r}: {config.source.path!r} has {self.source.num_classes} classes, but the head "
-                f"config.task.num_classes = {run.task.num_classes}; raise it to {self.source.num_classes}"
+        if not isinstance(run.task, ClassificationConfig):
+            raise ConfigError(
+                f"config.evals {config.name!r}: kind {config.kind!r} measures a classification task; set kind to zero_shot"
             )
+        self.source, self.labels = open_source(config.source), Labels(run.task.num_classes)
+        self.labels.check(self.source)
         self.pictured: dict[str, np.ndarray] = {}
 
     def run(self, predict: Predict) -> dict[str, float]:
@@ -50,7 +51,8 @@ class ClassificationEval:
     def _batches(self):
         return eval_loader(
             self.source,
-            image_size=self.run_config.model.image_size,
+            self.labels,
+            image_size=self.run_config.image_size,
             batch_size=self.config.batch_size or self.run_config.train.batch_size,
             host=self.host,
             hosts=self.hosts,

@@ -25,14 +25,19 @@ class Embeddings(NamedTuple):
     image: jax.Array  # (B, E), fp32
     text: jax.Array  # (B, E), fp32
     scale: jax.Array  # (), the logarithm of the inverse temperature
+    bias: jax.Array | None  # (), of the logits of the sigmoid loss
 
 
 class Clip(nn.Module):
-    """Two towers, each with a linear map without bias into the joint space."""
+    """Two towers, each with a linear map without bias into the joint space.
+
+    `sigmoid`: scale and bias of the logits start as Zhai et al. 2023 have them for their loss.
+    """
 
     config: ClipConfig
     dtype: jnp.dtype = jnp.float32
     prepare: Prepare = as_is
+    sigmoid: bool = False
 
     def setup(self) -> None:
         self.image = swin_v2.SwinV2(self.config.image, self.dtype, self.prepare)
@@ -42,11 +47,12 @@ class Clip(nn.Module):
             self.param(f"{name}_projection", nn.initializers.normal(width**-0.5), (width, self.config.embed_dim))
             for name, width in zip(("image", "text"), widths, strict=True)
         )
-        self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        self.scale = self.param("scale", nn.initializers.constant(math.log(10 if self.sigmoid else 1 / 0.07)), ())
+        self.bias = self.param("bias", nn.initializers.constant(-10.0), ()) if self.sigmoid else None
 
     def __call__(self, images: jax.Array, tokens: jax.Array, keys: jax.Array | None = None) -> Embeddings:
         """Images (B, H, W, 3), normalised, and token ids (B, T); `keys` (B,) as for `SwinV2`."""
-        return Embeddings(self.embed_images(images, keys), self.embed_texts(tokens), self.scale)
+        return Embeddings(self.embed_images(images, keys), self.embed_texts(tokens), self.scale, self.bias)
 
     def embed_images(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """(B, E), fp32."""

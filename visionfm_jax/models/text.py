@@ -45,7 +45,7 @@ def size_of(config: TextConfig) -> Size:
 class TextTransformer(nn.Module):
     """Token ids (B, T) to the normed features (B, D) of each text's end token, which saw all before it.
 
-    The end token has the largest id of the vocabulary; what follows it is padding, which no token before it sees.
+    What follows the end token is padding, which no token before it sees.
     """
 
     config: TextConfig
@@ -60,7 +60,7 @@ class TextTransformer(nn.Module):
         x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)
         block = Block(size.heads, 4 * size.width, self.dtype, config.attention, causal=True, epsilon=EPS, parent=None)
         x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
-        end = jnp.argmax(tokens, 1)
+        end = jnp.argmax(tokens == config.end_token, 1)
         return layer_norm(jnp.float32, "norm", epsilon=EPS)(x[jnp.arange(len(x)), end])
 
 

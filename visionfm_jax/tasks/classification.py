@@ -52,6 +52,10 @@ class Classification:
         loss = LOSSES[task.loss](logits, batch["label"], task.label_smoothing)
         return loss.mean(), {"loss": loss, "logit_max": jnp.abs(logits).max(-1)}
 
+    def constrain(self, params: Any) -> Any:
+        """Any parameters will do."""
+        return params
+
     def predict(self, params: Any, batch: dict) -> dict[str, jax.Array]:
         """Per sample: `loss` without smoothing (B,), `probability` (B, k) and `top` (B, k), the k <= 5 best ids."""
         logits = self._logits(params, normalize(batch["image"], self.config.data.augment))

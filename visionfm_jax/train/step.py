@@ -31,7 +31,8 @@ class Trainer:
       shardings: where each part of the state is stored.
       init: () -> state, laid out.
       step: (state, batch) -> (state, metrics); consumes the state it is given.
-      predict: (params, evaluation batch) -> the task's predictions, `label` and `mask`, for all rows on every host.
+      predict: (params, evaluation batch) -> the task's predictions, and all of the batch but images and texts, for
+        all rows on every host.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -50,8 +51,10 @@ class Trainer:
             donate_argnums=0,
         )
 
+        fields = ("image", "text")  # what embeddings are of: large, and known to the host that has loaded them
+
         def predict(params: Any, rows: dict) -> dict:
-            return {**self.task.predict(params, rows), "label": rows["label"], "mask": rows["mask"]}
+            return {k: v for k, v in rows.items() if k not in fields} | self.task.predict(params, rows)
 
         self.predict = jax.jit(
             lambda params, batch: self.zero.apply(predict, params, batch),
@@ -88,7 +91,7 @@ def make_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = task.constrain(optax.apply_updates(state.params, updates))
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
         for group, update in updates.items():
             size = optax.tree.norm(state.params[group])

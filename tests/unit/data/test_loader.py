@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from PIL import Image
 
 from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
 from visionfm_jax.data import batches as batches_module
+from visionfm_jax.data.fields import DamagedCaption, Labels
 from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
 from visionfm_jax.errors import DataError
 
 SIZE = 16
+LABELS = Labels(100)
 
 
 class Pictures:
@@ -63,7 +66,7 @@ def load(steps: int, sources=None, data=None, *, batch_size=8, seed=0, start_ste
     sources = sources or [Pictures(13)]
     arguments = {"batch_size": batch_size, "seed": seed, "start_step": start_step, "host": host, "hosts": hosts}
     data = data or config(len(sources))
-    with train_loader(data, image_size=SIZE, sources=sources, **arguments) as loader:
+    with train_loader(data, image_size=SIZE, sources=sources, fields=LABELS, **arguments) as loader:
         return [{k: np.array(v) for k, v in next(loader).items()} for _ in range(steps)]
 
 
@@ -245,7 +248,7 @@ def test_sources_that_do_not_fit_are_refused():
 def test_evaluation_sees_every_record_once_in_order(hosts):
     sources = Pictures(13, damaged=(6,))
     arguments = {"image_size": SIZE, "batch_size": 8, "hosts": hosts, "threads": 2}
-    parts = [list(eval_loader(sources, host=h, **arguments)) for h in range(hosts)]
+    parts = [list(eval_loader(sources, LABELS, host=h, **arguments)) for h in range(hosts)]
     steps = joined(parts)
     assert len(steps) == 2
     assert {k: v.dtype.name for k, v in steps[0].items()} == {"image": "uint8", "label": "int32", "mask": "float32"}
@@ -258,7 +261,11 @@ def test_evaluation_sees_every_record_once_in_order(hosts):
 
 def test_evaluation_of_nothing_readable_is_an_error():
     with pytest.raises(DataError, match="none of its 5 records could be read"):
-        list(eval_loader(Pictures(5, damaged=(0, 1, 2, 3, 4)), image_size=8, batch_size=4, host=0, hosts=1, threads=1))
+        list(
+            eval_loader(
+                Pictures(5, damaged=(0, 1, 2, 3, 4)), LABELS, image_size=8, batch_size=4, host=0, hosts=1, threads=1
+            )
+        )
 
 
 def test_small_shared_memory_is_said_before_it_kills_workers(monkeypatch):
@@ -276,7 +283,15 @@ def test_threads_end_with_the_loader_also_after_an_error():
     with pytest.raises(DataError):
         load(1, [Unreadable(13)])
     loader = train_loader(
-        config(), image_size=SIZE, batch_size=8, seed=0, start_step=0, host=0, hosts=1, sources=[Pictures(13)]
+        config(),
+        image_size=SIZE,
+        batch_size=8,
+        seed=0,
+        start_step=0,
+        host=0,
+        hosts=1,
+        sources=[Pictures(13)],
+        fields=LABELS,
     )
     next(loader)
     loader.close()
@@ -316,7 +331,7 @@ sys_argv = sys.argv[:]
 data = test_loader.config(workers=int(sys.argv[4]))
 try:
     loader = test_loader.train_loader(data, image_size=16, batch_size=8, seed=0, start_step=0, host=0, hosts=1,
-                                      sources=[Source(13)])
+                                      sources=[Source(13)], fields=test_loader.LABELS)
     if sys.argv[3] == "interrupt":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # stands for a handler that saves
     with loader:
@@ -398,3 +413,36 @@ def test_the_benchmark_runs():
     )  # fmt: skip
     (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
     assert all(result[key] > 0 for key in ("pillow", "bare", "loader", "loader/pillow", "loader/bare"))
+
+
+class Captioned:
+    """Fields of pictures of which some have no caption."""
+
+    spec: typing.ClassVar = {"text": ((2,), np.int32)}
+
+    def __call__(self, record: dict) -> dict:
+        if record["label"] % 3 == 0:
+            raise DamagedCaption("the caption is empty")
+        return {"text": np.full(2, record["label"])}
+
+
+def test_a_record_without_caption_is_replaced_as_a_damaged_image_is():
+    with train_loader(
+        config(shuffle=False), image_size=SIZE, sources=[Pictures(7)], fields=Captioned(), batch_size=7, seed=0,
+        start_step=0, host=0, hosts=1,
+    ) as loader:  # fmt: skip
+        batch = next(loader)
+    assert batch["text"][:, 0].tolist() == [1, 1, 2, 4, 4, 5, 1]
+    assert batch["damaged"].tolist() == [1, 0, 0, 1, 0, 0, 2]
+    (rows,) = eval_loader(Pictures(7), Captioned(), image_size=SIZE, batch_size=7, host=0, hosts=1, threads=1)
+    assert rows["mask"].tolist() == [0, 1, 1, 0, 1, 1, 0]
+
+
+def test_rand_augment_is_a_function_of_the_sample_and_works_on_the_resized_image():
+    def images(operations: int, seed: int = 0) -> np.ndarray:
+        data = config(shuffle=False, augment=AugmentConfig(crop_scale=(1, 1), rand_augment=(operations, 9.0)))
+        return load(1, [Pictures(8)], data, seed=seed)[0]["image"]
+
+    assert (images(2) != images(0)).any(axis=(1, 2, 3)).sum() >= 6  # few draw nothing but the identity
+    np.testing.assert_array_equal(images(2), images(2))
+    assert (images(2) != images(2, seed=1)).any()

@@ -53,7 +53,7 @@ def test_pictures_are_those_of_the_last_run():
 
 
 def test_more_classes_than_the_head_are_refused():
-    with pytest.raises(DataError, match=r"'digits'.*10 classes.*num_classes = 9; raise it to 10"):
+    with pytest.raises(DataError, match=r"bundled digits/test has labels up to 9.*num_classes = 9; set it to 10"):
         make_evals(quickstart("--config.task.num_classes=9"), 0, 1)
 
 

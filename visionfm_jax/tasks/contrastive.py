@@ -1,0 +1,106 @@
+"""Pictures and their captions: two towers under a contrastive loss over the global batch.
+
+Shapes: B rows of this device, H W image, L tokens, E width of the joint space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from visionfm_jax.config import Config
+from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.losses import contrastive
+from visionfm_jax.losses.contrastive import Targets
+from visionfm_jax.models.clip import MAX_SCALE, Clip, Embeddings, forward_flops
+from visionfm_jax.models.layers import Prepare
+from visionfm_jax.parallel.mesh import all_rows, first_row
+
+
+class Contrastive:
+    """The `tasks.registry.Task` of image-text pairs."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+        self.config = config
+        self.model = Clip(config.model, dtype, prepare, sigmoid=config.task.loss == "sigmoid")
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters, fp32."""
+        images, texts = (jnp.zeros(s.shape, jnp.int32) for s in self.batch_spec(1).values())
+        return self.model.init(key, images.astype(jnp.float32), texts)["params"]
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the loader gives: uint8 images (B, H, W, 3) and int32 token ids (B, L)."""
+        size, length = self.config.image_size, self.config.model.text.context
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
+        }
+
+    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean loss of this device's rows against all and, per sample (B,), `loss` and `logit_scale`.
+
+        Args:
+          params: usable parameters (`parallel.zero`).
+          batch: as `batch_spec`.
+          keys: (B,), one for each sample.
+        """
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # (B, 3)
+        images = augment(batch["image"], keys[:, 0], self.config.data.augment)
+        own = jnp.arange(len(images))
+        mixed = None, None
+        if self.config.task.mixup:
+            share = pair_shares(keys[:, 1], self.config.task.mixup)
+            images, mixed = mix_pairs(images, share), (own ^ 1, share)
+        out: Embeddings = self.model.apply({"params": params}, images, batch["text"], keys[:, 2])
+        loss = self._loss(out, Targets(own, *mixed))
+        return loss.mean(), {"loss": loss, "logit_scale": jnp.broadcast_to(jnp.exp(out.scale), loss.shape)}
+
+    def _loss(self, out: Embeddings, targets: Targets) -> jax.Array:
+        images, texts = contrastive.normalize(out.image), contrastive.normalize(out.text)
+        first = first_row(len(images))
+        targets = jax.tree.map(lambda row: first + row if row.dtype == jnp.int32 else row, targets)
+        all_texts, scale = all_rows(texts), jnp.exp(out.scale)
+        if self.config.task.loss == "sigmoid":
+            return contrastive.sigmoid_loss(images, all_texts, scale, out.bias, targets)
+        return contrastive.clip_loss(images, texts, all_rows(images), all_texts, scale, targets)
+
+    def constrain(self, params: Any) -> Any:
+        """The logarithm of the logit scale in [0, ln 100]."""
+        return {**params, "scale": jnp.clip(params["scale"], 0, MAX_SCALE)}
+
+    def predict(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""
+        out = {}
+        if "image" in batch:
+            images = normalize(batch["image"], self.config.data.augment)
+            out["image_embedding"] = self._embed(params, images, Clip.embed_images)
+        if "text" in batch:
+            out["text_embedding"] = self._embed(params, batch["text"], Clip.embed_texts)
+        return out
+
+    def _embed(self, params: Any, x: jax.Array, method: Any) -> jax.Array:
+        return contrastive.normalize(self.model.apply({"params": params}, x, method=method))
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of one optimiser step on the global batch: 3 x forward of both towers, nothing recomputed counted."""
+        return 3 * forward_flops(self.config.model) * self.config.train.batch_size
+
+
+def pair_shares(keys: jax.Array, alpha: float) -> jax.Array:
+    """Shares (B,) ~ Beta(alpha, alpha) of keys (B,), the same for rows 2 k and 2 k + 1."""
+    shares = jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys[::2])
+    return jnp.repeat(shares, 2)
+
+
+def mix_pairs(images: jax.Array, share: jax.Array) -> jax.Array:
+    """Mixup (Zhang et al. 2018) of rows 2 k and 2 k + 1: each keeps its share (B,), the rest is the other's.
+
+    Neighbours are strangers, as samples come shuffled; they are on one device, whatever the mesh.
+    """
+    share = share[:, None, None, None]
+    other = images.reshape(-1, 2, *images.shape[1:])[:, ::-1].reshape(images.shape)
+    return share * images + (1 - share) * other
