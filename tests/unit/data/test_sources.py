@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tar_sets import write_tars
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import SOURCES, open_source
@@ -89,6 +90,9 @@ def archives(tmp_path) -> Path:
     np.savez(root / "train.npz", image=images, label=np.array([0, 1, 2, 2, 1, 0]), class_names=["x", "y", "z"])
     np.savez_compressed(root / "test.npz", image=images[:2, ..., 0], label=np.array([1, 0], np.uint8))
     return root
+
+
+FOUND = {"tfds": "a TFDS directory", "numpy": "a folder of .npz files", "folder": "class folders of images"}
 
 
 def opened(kind: str, path: Path, split: str = "train", **more):
@@ -316,11 +320,11 @@ def test_archive_that_is_damaged(tmp_path):
 
 def test_unknown_kind_lists_the_kinds():
     assert error_of("webdataset", Path("x")) == (
-        "source kind 'webdataset' does not exist; the kinds are tfds, folder, numpy, bundled"
+        "source kind 'webdataset' does not exist; the kinds are tfds, folder, numpy, bundled, tars"
     )
 
 
-@pytest.mark.parametrize("kind", ["tfds", "folder", "numpy"])
+@pytest.mark.parametrize("kind", ["tfds", "folder", "numpy", "tars"])
 def test_path_missing_or_empty(kind, tmp_path):
     assert f"the path does not exist (but {tmp_path} does)" in error_of(kind, tmp_path / "no/where")
     assert "the path is empty" in error_of(kind, tmp_path)
@@ -337,7 +341,13 @@ def test_another_format_is_recognised_and_its_kind_named(written, folder, archiv
     assert "found an .npz file; set kind='numpy' and split=''" in error_of("folder", archives / "test.npz")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/00000.tar").write_bytes(b"x")
-    assert "found tar files; unpack them" in error_of("folder", tmp_path / "shards")
+    message = error_of("folder", tmp_path / "shards")
+    assert "found tar files; for pairs with captions set kind='tars' and split='', for classes unpack them" in message
+    assert "found a .tar file; set kind='tars' and path to its folder" in error_of(
+        "tfds", tmp_path / "shards/00000.tar"
+    )
+    for kind, path in {"tfds": written, "numpy": archives, "folder": folder}.items():
+        assert f"expected a folder of .tar files, found {FOUND[kind]}; set kind='{kind}'" in error_of("tars", path)
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose/tiny-train.array_record-00000-of-00001").write_bytes(b"x")
     assert "record files without dataset_info.json; copy the whole" in error_of("tfds", tmp_path / "loose")
@@ -345,17 +355,32 @@ def test_another_format_is_recognised_and_its_kind_named(written, folder, archiv
     assert "found a .mp3 file" in error_of("numpy", tmp_path / "song.mp3")
 
 
-def _first(source) -> tuple[int, str, int]:
-    return len(source), source.key(1), source[1]["label"]
+def _first(source) -> tuple[int, str, int | None]:
+    return len(source), source.key(1), source[1].get("label")
 
 
-def test_every_kind_travels_to_worker_processes(written, folder, archives):
+def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_path):
     sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
     sources.append(open_source(SourceConfig(kind="bundled", path="digits")))
+    sources.append(opened("tars", write_tars(tmp_path / "tars")))
     assert len(sources) == len(SOURCES)
     expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(_first, sources) == expected
+
+
+def test_every_kind_says_whether_records_have_labels_and_captions(written, folder, archives, tmp_path):
+    sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
+    sources += [open_source(SourceConfig(kind="bundled", path=name)) for name in ("digits", "noto", "twemoji")]
+    sources.append(opened("tars", write_tars(tmp_path / "tars")))
+    said = [(source.num_classes > 0, source.has_captions) for source in sources]
+    assert said == [(True, False)] * 4 + [(True, True)] * 2 + [(False, True)]
+    for source, (label, caption) in zip(sources, said, strict=True):
+        assert set(source[0]) == {"image"} | ({"label"} if label else set()) | ({"caption"} if caption else set())
+
+
+def test_a_selection_is_for_tars(folder):
+    assert "a selection chooses among tars; set selection=''" in error_of("folder", folder, selection="good.pairs")
 
 
 def test_index_outside_is_an_index_error(written, folder, archives):

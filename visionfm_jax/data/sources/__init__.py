@@ -17,15 +17,20 @@ class Source(Protocol):
     """A dataset that gives record i on demand, to any thread, and can be pickled for worker processes."""
 
     name: str  # for logs and errors: kind, path and split
-    num_classes: int
+    num_classes: int  # 0: no labels
     class_names: tuple[str, ...] | None  # None: the dataset does not say
+    has_captions: bool
 
     def __len__(self) -> int:
         """Number of records."""
         ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Record `index` in [0, len): "image", encoded bytes or uint8 (H, W, C), and "label", int.
+        """Record `index` in [0, len).
+
+        Returns:
+          "image", encoded bytes or uint8 (H, W, C); where there are classes, "label", int; where there are captions,
+          "caption", str, or bytes as they are stored.
 
         Raises:
           IndexError: no such record.
@@ -38,11 +43,12 @@ class Source(Protocol):
         ...
 
 
-SOURCES: dict[str, str] = {  # kind -> "module:class" below this package; the class is built from a SourceConfig
+SOURCES: dict[str, str] = {  # kind -> "module:name" below this package; what makes a source of a SourceConfig
     "tfds": "tfds:TfdsSource",
     "folder": "folder:FolderSource",
     "numpy": "archive:ArchiveSource",
     "bundled": "bundled:BundledSource",
+    "tars": "tars:open_tars",
 }
 
 
@@ -54,6 +60,8 @@ def open_source(config: SourceConfig) -> Source:
     """
     if config.kind not in SOURCES:
         raise DataError(f"source kind {config.kind!r} does not exist; the kinds are {', '.join(SOURCES)}")
+    if config.selection and config.kind != "tars":
+        raise DataError(f"{config.kind} {config.path}: a selection chooses among tars; set selection='' or kind='tars'")
     module, _, name = SOURCES[config.kind].partition(":")
     source: Source = getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
     if not len(source):

@@ -24,6 +24,8 @@ _LOADING = threading.Lock()  # one thread of a process reads an archive, the oth
 class ArchiveSource:
     """Images in memory: a process reads them on first use, and they do not travel when the source is pickled."""
 
+    has_captions = False
+
     def __init__(self, config: SourceConfig):
         self.name = describe(config)
         self._path = _find(config)

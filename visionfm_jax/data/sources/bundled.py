@@ -49,30 +49,34 @@ class BundledSource:
         self._rows = np.flatnonzero(arrays["split"] == meta["splits"].index(config.split))
         self.class_names: tuple[str, ...] | None = tuple(meta["class_names"])
         self.num_classes = len(self.class_names)
+        self.has_captions = len(meta["concepts"]) > self.num_classes  # a digit's name says what its class says
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The record's "image" (encoded bytes) and "label"."""
+        """The record's "image" (encoded bytes) and "label"; of emoji also their name, "caption"."""
         row = self._row(index)
         arrays, _ = read_set(self._set)
         start, stop = arrays["offsets"][row], arrays["offsets"][row + 1]
-        return {"image": arrays["blob"][start:stop].tobytes(), "label": int(arrays["label"][row])}
+        record = {"image": arrays["blob"][start:stop].tobytes(), "label": int(arrays["label"][row])}
+        return record | {"caption": self._describe(row)["name"]} if self.has_captions else record
 
     def key(self, index: int) -> str:
         """The picture's name in the package that it came from."""
         return read_set(self._set)[1]["keys"][self._row(index)]
 
     def record(self, index: int) -> dict[str, Any]:
-        """What is known of picture `index`, for captions.
+        """What is known of picture `index`.
 
         Returns:
           key: as `key`; name: e.g. "waving hand: dark skin tone"; concept: the name without skin tones;
           keywords: list of str, of the concept; group: its class name; skin_tone: list of str, one per person
           whose tone is given, empty for the concept's default drawing.
         """
-        row = self._row(index)
+        return self._describe(self._row(index))
+
+    def _describe(self, row: int) -> dict[str, Any]:
         arrays, meta = read_set(self._set)
         concept = meta["concepts"][arrays["concept"][row]]
         tones = [meta["skin_tones"][int(c)] for c in meta["tones"][row]]

@@ -19,6 +19,8 @@ from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_s
 class FolderSource:
     """Image files, in order of class and name: shuffle them."""
 
+    has_captions = False
+
     def __init__(self, config: SourceConfig):
         self.name = describe(config)
         path = check_path(config)

@@ -69,6 +69,8 @@ def _guess(path: Path) -> tuple[str, str]:
     if path.is_file():
         if path.suffix == ".npz":
             return "an .npz file", "set kind='numpy' and split=''"
+        if path.suffix == ".tar":
+            return "a .tar file", "set kind='tars' and path to its folder"
         return f"a {path.suffix or 'suffixless'} file", "set a folder or an .npz file"
     entries = _entries(path)
     if any(e.suffix == ".npz" for e in entries):
@@ -82,7 +84,8 @@ def _guess(path: Path) -> tuple[str, str]:
     if any(_is_image(e) for e in entries):
         return "images without class folders", "sort them into PATH/SPLIT/CLASS/ and set kind='folder'"
     if any(e.suffix == ".tar" for e in entries):
-        return "tar files", "unpack them into PATH/SPLIT/CLASS/ and set kind='folder'"
+        remedy = "for pairs with captions set kind='tars' and split='', for classes unpack them into PATH/SPLIT/CLASS/"
+        return "tar files", f"{remedy} and set kind='folder'"
     if any("tfrecord" in e.name or "array_record" in e.name for e in entries):
         return "record files without dataset_info.json", "copy the whole TFDS version directory"
     names = ", ".join(sorted(e.name for e in entries)[:3])

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import tar_index
+from visionfm_jax.data.sources.layout import check_path, describe, misfit
 from visionfm_jax.data.sources.selection import Selection, read_selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, Index
@@ -21,6 +23,25 @@ from visionfm_jax.errors import DataError
 
 _NEAR = 2**16  # bytes between picture and caption up to which both are read at once
 _NAMED = 5  # keys in a line of the log
+
+
+def open_tars(config: SourceConfig) -> TarPairs:
+    """All pairs of the folder `config.path`, or its `selection`; `caption_key` "caption" stands for the .txt members.
+
+    Raises:
+      DataError: as `TarPairs`; or another split than "" and the default, "train", is asked for, or there is no pair.
+    """
+    if config.split not in ("", SourceConfig().split):
+        rule = "set split='', and give held-out pairs a path or a selection of their own"
+        raise DataError(f"{describe(config)}: tars have no splits; {rule}")
+    if "://" not in config.path and not any(check_path(config).glob("*.tar")):
+        raise misfit(config, "a folder of .tar files")
+    suffix = "txt" if config.caption_key == SourceConfig().caption_key else config.caption_key.lower().lstrip(".")
+    source = TarPairs(config.path, selection=config.selection, caption_key=suffix)
+    if not len(source):
+        why = "".join(f"; {line}" for line in source.report_lines())
+        raise DataError(f"{source.name}: holds no picture with a caption .{suffix}{why}; set caption_key or path")
+    return source
 
 
 class TarPairs:
@@ -39,6 +60,7 @@ class TarPairs:
     """
 
     num_classes = 0
+    has_captions = True
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, path: str, *, selection: str = "", caption_key: str = "txt"):

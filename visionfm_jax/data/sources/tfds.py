@@ -1,7 +1,8 @@
 """TFDS directories with ArrayRecord files, read with random access and without TensorFlow.
 
 PATH is the version directory, or a directory above it that holds one version only. `split` may be a slice in TFDS's
-language: "train[:90%]".
+language: "train[:90%]". A record has a label, a caption, or both: what the dataset has under `label_key` (a ClassLabel)
+and `caption_key` (a Text). A key that is not the default's must be there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split, tfds_versions
 from visionfm_jax.errors import DataError
 
+_DEFAULT = SourceConfig()
+_KINDS = {  # field of SourceConfig -> what the feature must be
+    "image_key": tfds.features.Image,
+    "label_key": tfds.features.ClassLabel,
+    "caption_key": tfds.features.Text,
+}
+
 
 class TfdsSource:
     """A split of a TFDS dataset; images come as the bytes that they are stored as."""
@@ -26,23 +34,20 @@ class TfdsSource:
         self.name = describe(config)
         builder = _builder(config)
         features = builder.info.features
-        for key, name, kind in (
-            (config.image_key, "image_key", tfds.features.Image),
-            (config.label_key, "label_key", tfds.features.ClassLabel),
-        ):
-            if key not in features or not isinstance(features[key], kind):
-                fit = sorted(k for k in features if isinstance(features[k], kind))
-                rule = f"set {name} to one of {', '.join(fit)}" if fit else "use another dataset"
-                raise DataError(f"{self.name}: no feature {key!r} of type {kind.__name__}; {rule}")
-        label = features[config.label_key]
-        if not label.num_classes:
-            raise DataError(
-                f"{self.name}: the dataset does not say how many classes {config.label_key!r} has; rebuild it"
-            )
-        self.num_classes = int(label.num_classes)
-        # Without names TFDS makes up "0", "1", …
-        self.class_names: tuple[str, ...] | None = tuple(label.names)
-        self._keys = config.image_key, config.label_key
+        if not _has(features, config.image_key, tfds.features.Image):
+            raise self._lacks(features, image_key=config.image_key)
+        self._image, (self._label, self._caption) = config.image_key, self._label_and_caption(config, features)
+        self.has_captions = self._caption is not None
+        self.num_classes = 0
+        self.class_names: tuple[str, ...] | None = None
+        if self._label is not None:
+            label = features[self._label]
+            if not label.num_classes:
+                raise DataError(
+                    f"{self.name}: the dataset does not say how many classes {self._label!r} has; rebuild it"
+                )
+            self.num_classes = int(label.num_classes)
+            self.class_names = tuple(label.names)  # without names TFDS makes up "0", "1", …
         images = [k for k in features if isinstance(features[k], tfds.features.Image)]
         skip = {k: tfds.decode.SkipDecoding() for k in images}
         self._files = _files(config, builder)
@@ -53,16 +58,19 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded image and its class."""
+        """The encoded image, its class, an int, and its caption, the bytes that are stored; as far as there are any."""
         self._check(index)
-        image, label = self._keys
+        keys = {"image": self._image, "label": self._label, "caption": self._caption}
         try:
-            record = self._records[index]
+            stored = self._records[index]
         except (RuntimeError, ValueError) as error:  # a file cut short or overwritten
             raise OSError(f"{self.key(index)}: {error}") from error
-        if record[image] is None or record[label] is None:
+        record = {name: stored[key] for name, key in keys.items() if key is not None}
+        if any(value is None for value in record.values()):
             raise OSError(f"{self.key(index)}: the record is empty; the file is damaged")
-        return {"image": record[image], "label": int(record[label])}
+        if self._label is not None:
+            record["label"] = int(record["label"])
+        return record
 
     def key(self, index: int) -> str:
         """Record file and position in it."""
@@ -71,9 +79,34 @@ class TfdsSource:
         file = self._files[n]
         return f"{os.path.basename(file.filename)}[{index - int(self._ends[n]) + file.take + file.skip}]"
 
+    def _label_and_caption(self, config: SourceConfig, features: Any) -> tuple[str | None, ...]:
+        """Names of the two features; None for one that the dataset lacks.
+
+        Raises:
+          DataError: it lacks both, or one that was asked for.
+        """
+        keys = {"label_key": config.label_key, "caption_key": config.caption_key}
+        lacking = {field: key for field, key in keys.items() if not _has(features, key, _KINDS[field])}
+        for field, key in lacking.items():
+            if key != getattr(_DEFAULT, field):
+                raise self._lacks(features, **{field: key})
+        if lacking == keys:
+            raise self._lacks(features, **keys)
+        return tuple(None if field in lacking else key for field, key in keys.items())
+
+    def _lacks(self, features: Any, **keys: str) -> DataError:
+        what = " and ".join(f"no feature {key!r} of type {_KINDS[field].__name__}" for field, key in keys.items())
+        fit = {field: sorted(k for k in features if _has(features, k, _KINDS[field])) for field in keys}
+        rule = " or ".join(f"{field} to one of {', '.join(names)}" for field, names in fit.items() if names)
+        return DataError(f"{self.name}: {what}; {f'set {rule}' if rule else 'use another dataset'}")
+
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._records):
             raise IndexError(f"{self.name}: record {index} of {len(self._records)}")
+
+
+def _has(features: Any, key: str, kind: type) -> bool:
+    return key in features and isinstance(features[key], kind)
 
 
 def _builder(config: SourceConfig) -> Any:

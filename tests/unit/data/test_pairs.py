@@ -1,0 +1,190 @@
+"""Pairs of pictures and captions from each kind of source that has them."""
+
+import io
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pytest
+import tensorflow_datasets as tfds
+from tar_sets import caption, members, picture, tar_bytes, write_parquet, write_tars
+
+from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data import select
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.errors import DataError
+
+CAPTIONS = ("a red flag", "Tür \N{HEAVY BLACK HEART}", b"caf\xe9", "")
+TEXTS = ("caption", "text", "alt")  # features; others are classes
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+class Described(tfds.core.GeneratorBasedBuilder):
+    """Pictures with the features that its name lists."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar = [
+        tfds.core.BuilderConfig(name=name)
+        for name in ("image+caption", "image+caption+label", "image+text+alt", "image+text+kind", "image")
+    ]
+
+    def __init__(self, **kwargs):
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self):
+        features = {"image": tfds.features.Image(encoding_format="png")}
+        for name in self.builder_config.name.split("+")[1:]:
+            features[name] = tfds.features.Text() if name in TEXTS else tfds.features.ClassLabel(names=["cat", "dog"])
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, text in enumerate(CAPTIONS):
+            record = {name: text if name in TEXTS else i % 2 for name in self.builder_config.name.split("+")}
+            yield i, record | {"image": io.BytesIO(picture(i))}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("described")
+    for config in Described.builder_configs.values():
+        Described(config=config, data_dir=folder).download_and_prepare()
+    return folder / "described"
+
+
+def opened(kind: str, path: Path, **more):
+    return open_source(SourceConfig(kind=kind, path=str(path), **more))
+
+
+def error_of(kind: str, path: Path, **more) -> str:
+    with pytest.raises(DataError) as error:
+        opened(kind, path, **more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- TFDS ---
+
+
+def texts(source) -> dict[bytes, bytes]:
+    return {record["image"]: record["caption"] for record in (source[i] for i in range(len(source)))}
+
+
+EXPECTED = {picture(i): t if isinstance(t, bytes) else t.encode() for i, t in enumerate(CAPTIONS)}
+
+
+def test_tfds_pairs_need_no_label(written):
+    source = opened("tfds", written / "image+caption")
+    assert (source.num_classes, source.class_names, source.has_captions) == (0, None, True)
+    assert texts(source) == EXPECTED  # as stored, what is not UTF-8 too: the loader counts it among the damaged
+    assert set(source[0]) == {"image", "caption"}
+
+
+def test_tfds_records_may_have_both(written):
+    source = opened("tfds", written / "image+caption+label")
+    assert (source.num_classes, source.class_names, source.has_captions) == (2, ("cat", "dog"), True)
+    assert texts(source) == EXPECTED
+    assert Counter(source[i]["label"] for i in range(4)) == {0: 2, 1: 2}
+
+
+def test_tfds_caption_key_chooses_the_text(written):
+    assert texts(opened("tfds", written / "image+text+alt", caption_key="alt")) == EXPECTED
+    source = opened("tfds", written / "image+text+kind", caption_key="text")
+    assert (source.num_classes, source.has_captions) == (0, True)
+    source = opened("tfds", written / "image+text+kind", label_key="kind")
+    assert (source.num_classes, source.has_captions, set(source[0])) == (2, False, {"image", "label"})
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        (
+            "image+text+kind",
+            {},
+            "no feature 'label' of type ClassLabel and no feature 'caption' of type Text; "
+            "set label_key to one of kind or caption_key to one of text",
+        ),
+        ("image+text+alt", {}, "of type Text; set caption_key to one of alt, text"),
+        ("image", {}, "no feature 'caption' of type Text; use another dataset"),
+        # A key that was set must be there, though another would do.
+        ("image+caption+label", {"label_key": "kind"}, "no feature 'kind' of type ClassLabel; set label_key to one of"),
+        ("image+caption+label", {"caption_key": "label"}, "'label' of type Text; set caption_key to one of caption"),
+        ("image+caption", {"label_key": "caption"}, "no feature 'caption' of type ClassLabel; use another dataset"),
+        ("image+caption", {"image_key": "caption"}, "'caption' of type Image; set image_key to one of image"),
+    ],
+)
+def test_tfds_without_what_is_asked_for(written, name, keys, message):
+    assert message in error_of("tfds", written / name, **keys)
+
+
+# --- tars ---
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_tars_are_a_kind_of_source(tmp_path, split):
+    source = opened("tars", write_tars(tmp_path / "tars"), split=split)
+    assert len(source) == 12
+    assert source[5] == {"image": picture(101), "caption": caption(101)}
+
+
+def test_tars_take_a_selection_and_another_member(tmp_path):
+    files = {"1.jpg": picture(1), "1.txt": b"alt", "1.long.txt": b"a long text", "2.jpg": picture(2), "2.txt": b"two"}
+    (tmp_path / "00000.tar").write_bytes(tar_bytes(files))
+    assert opened("tars", tmp_path)[1]["caption"] == "two"
+    assert opened("tars", tmp_path, caption_key="long.txt")[0]["caption"] == "a long text"
+    assert opened("tars", tmp_path, caption_key=".Long.txt")[0]["caption"] == "a long text"
+    write_parquet(tmp_path / "00000.parquet", key=["1", "2"], status=["success"] * 2, similarity=[0.1, 0.4])
+    select.select(str(tmp_path), "similarity > 0.3", tmp_path / "good.pairs")
+    source = opened("tars", tmp_path, selection=str(tmp_path / "good.pairs"))
+    assert [source[i] for i in range(len(source))] == [{"image": picture(2), "caption": "two"}]
+
+
+def test_tars_that_do_not_fit(tmp_path):
+    folder = write_tars(tmp_path / "tars", tars=1)
+    assert "tars have no splits; set split='', and give held-out pairs a path or a selection" in error_of(
+        "tars", folder, split="test"
+    )
+    message = error_of("tars", folder, caption_key="long")
+    assert "holds no picture with a caption .long; 4 pictures have no caption and are left out: 00000/0000" in message
+    assert message.endswith("; set caption_key or path")
+    assert "selection none.pairs: no such file; make it with" in error_of("tars", folder, selection="none.pairs")
+    (folder / "00000.tar").write_bytes(tar_bytes(members(0, 2))[:100])
+    assert "1 of 1 tars are cut short" in error_of("tars", folder)
+    shutil.rmtree(folder)
+    assert "the path does not exist" in error_of("tars", folder)
+
+
+def test_tars_in_a_store(tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in write_tars(tmp_path / "tars").glob("*.tar"):
+        memory.pipe(f"/kind/{path.name}", path.read_bytes())
+    try:
+        assert opened("tars", "memory://kind")[5]["caption"] == caption(101)
+    finally:
+        memory.rm("/kind", recursive=True)
+
+
+# --- bundled ---
+
+
+@pytest.mark.parametrize("name", ["twemoji", "noto"])
+def test_the_caption_of_an_emoji_is_its_name(name):
+    source = opened("bundled", name, split="combinations")
+    captions = [source[i]["caption"] for i in range(len(source))]
+    assert captions == [source.record(i)["name"] for i in range(len(source))]
+    assert len(set(captions)) == len(captions)
+    assert any(text.endswith(": dark skin tone") for text in captions)
+
+
+def test_digits_have_no_captions():
+    source = opened("bundled", "digits")
+    assert not source.has_captions
+    assert set(source[0]) == {"image", "label"}
