@@ -27,7 +27,8 @@ from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.telemetry.monitor import RunMonitor
-from visionfm_jax.telemetry.report import learning_curves, predictions
+from visionfm_jax.telemetry.pictures import draw
+from visionfm_jax.telemetry.report import learning_curves
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints
 from visionfm_jax.train.folder import RunFolder
@@ -200,16 +201,11 @@ def summary(folder: Path, config: Config, evals: dict[str, Eval]) -> str:
     try:
         learning_curves(metrics, pictures[0])
         for name, eval_ in evals.items():
-            if pictured := eval_.pictured:
-                pictures.append(folder / f"predictions_{name}.png")
-                predictions(
-                    pictured["image"], pictured["label"], pictured["guess"], eval_.source.class_names,
-                    pictures[-1], f"{config.name}: {name}",
-                )  # fmt: skip
+            pictures += draw(eval_.pictured, eval_.source.class_names, folder, name, f"{config.name}: {name}")
     except OSError as error:  # the run itself is complete and saved
-        return f"  no picture: cannot write {pictures[-1]}: {error.strerror}; free space there, run again"
+        return f"  no picture: cannot write {error.filename or folder}: {error.strerror}; free space there, run again"
     last = {k: v for record in metrics for k, v in record.items() if k.partition("/")[0] in evals}
-    scores = [f"  {k:20} {v:.4f}" for k, v in last.items()]
+    scores = [f"  {k:{max(20, *map(len, last))}} {v:.4f}" for k, v in last.items()]
     return "\n".join([*scores, *(f"  picture              {p}" for p in pictures)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
@@ -21,12 +23,14 @@ class ClassificationEval:
     """
 
     metrics = ("top1", "top5")
+    protocol = ""
+    details: ClassVar = {}
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         if not isinstance(run.task, ClassificationConfig):
             raise ConfigError(
-                f"config.evals {config.name!r}: kind {config.kind!r} measures a classification task; set kind to zero_shot"
+                f"config.evals {config.name!r}: kind {config.kind!r} is for classification tasks; set kind to zero_shot"
             )
         self.source, self.labels = open_source(config.source), Labels(run.task.num_classes)
         self.labels.check(self.source)

@@ -27,7 +27,9 @@ class PixelBaseline:
     """The `evals.registry.Eval` that ignores the model: top-1 share of multinomial logistic regression (L-BFGS)."""
 
     metrics = ("top1",)
+    protocol = ""
     pictured: ClassVar = {}
+    details: ClassVar = {}
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         del host, hosts  # every host computes the same

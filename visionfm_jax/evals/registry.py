@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.evals.classification import ClassificationEval
 from visionfm_jax.evals.pixel_baseline import PixelBaseline
+from visionfm_jax.evals.retrieval import RetrievalEval
 from visionfm_jax.evals.subject import Predict
+from visionfm_jax.evals.zero_shot import ZeroShotEval
 
 
 class Eval(Protocol):
@@ -19,7 +19,9 @@ class Eval(Protocol):
 
     source: Source  # the held-out data
     metrics: tuple[str, ...]  # those of which higher is better: what `checkpoint.best_metric` may name
-    pictured: dict[str, np.ndarray]  # after a run: `image`, `label` and `guess` of some rows, or nothing
+    protocol: str  # hex digits, equal where numbers can be compared; empty: the configuration says it all
+    pictured: dict[str, Any]  # after a run, on host 0: what `telemetry.pictures.draw` shows, or nothing
+    details: dict[str, Any]  # after a run: what JSON shall keep beside the metrics, or nothing
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int): ...
     def run(self, predict: Predict) -> dict[str, float]: ...
@@ -28,6 +30,8 @@ class Eval(Protocol):
 EVALS: dict[str, type[Eval]] = {
     "classification": ClassificationEval,
     "pixel_baseline": PixelBaseline,
+    "retrieval": RetrievalEval,
+    "zero_shot": ZeroShotEval,
 }
 
 

@@ -108,12 +108,13 @@ class ZeroShotEval:
         return names
 
     def _prompts(self) -> tuple[str, ...]:
-        lines = read_lines(self.config.prompts or PROMPTS)
+        prompts = self.config.prompts or PROMPTS
+        lines = (prompts,) if "{}" in prompts else read_lines(prompts)
         for number, line in enumerate(lines, 1):
             if line.count("{}") != 1:
                 raise DataError(
-                    f"config.evals {self.config.name!r}: prompts {self.config.prompts!r}, line {number}: {line!r} needs "
-                    "exactly one {}, where the name of the class goes; write it there"
+                    f"config.evals {self.config.name!r}: prompts {prompts!r}, line {number}: {line!r} "
+                    "needs exactly one {}, where the name of the class goes; write it there"
                 )
         return lines
 

@@ -53,7 +53,7 @@ def learning_curves(
         ax.set_axis_off()
     if title:
         figure.suptitle(title, color=INK, fontsize=13, fontweight="bold")
-    _save(figure, path)
+    save(figure, path)
 
 
 def predictions(
@@ -106,7 +106,7 @@ def predictions(
         ax.set_axis_off()
     hits = int(np.sum(np.asarray(labels) == np.asarray(predicted)))
     figure.suptitle(f"{title}\n" * bool(title) + f"{hits} of the {count} shown right", color=INK, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _captions(labels: Sequence[int], predicted: Sequence[int], class_names: Sequence[str] | None) -> list[str]:
@@ -200,7 +200,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return total / np.maximum(np.convolve(finite, window, mode="same"), 1)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write to a temporary file first: a run killed while drawing leaves the previous picture whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

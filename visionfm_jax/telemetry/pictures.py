@@ -1,0 +1,246 @@
+"""Pictures of what an eval found: retrieved captions and images, and which classes are taken for which.
+
+Shapes: S side of an image, C classes, K answers to a query.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from visionfm_jax.telemetry.report import BLUE, DPI, GREEN, GREY, INK, RED, predictions, save
+
+MATRIX = 40  # classes up to which a confusion matrix is drawn; above, the largest confusions
+NUMBERS = 20  # classes up to which its cells hold numbers
+LISTED = 30  # confusions
+CELL, PICTURE, LINE, HEAD, GAP = 6.0, 0.84, 0.25, 0.5, 0.2  # inches; a cell holds one query, two cells lie side by side
+PALE = "#E5E7EB"
+PALE_GREEN = "#A7DCCB"
+
+
+def draw(
+    pictured: Mapping[str, Any], class_names: Sequence[str] | None, folder: Path, name: str, title: str
+) -> list[Path]:
+    """Draw what there is to see of an eval: the pictures that `pictured` has the parts of.
+
+    Args:
+      pictured: an eval's: `image`, `label` and `guess` as `report.predictions` takes them; `captions` and `images` as
+        `retrieval` takes them; `confusion` as `confusion` takes it; `class_names`, where they are not the dataset's.
+      class_names: the dataset's, by class; None: the numbers.
+      folder: the run's.
+      name: the eval's.
+      title: above every picture.
+
+    Returns:
+      The files: predictions_NAME.png, confusion_NAME.png, retrieval_NAME.png.
+
+    Raises:
+      OSError: one cannot be written.
+    """
+    class_names = pictured.get("class_names", class_names)
+    drawn = []
+    if "guess" in pictured:
+        drawn.append(folder / f"predictions_{name}.png")
+        predictions(pictured["image"], pictured["label"], pictured["guess"], class_names, drawn[-1], title)
+    if "confusion" in pictured:
+        drawn.append(folder / f"confusion_{name}.png")
+        confusion(pictured["confusion"], class_names, drawn[-1], title)
+    if "captions" in pictured:
+        drawn.append(folder / f"retrieval_{name}.png")
+        retrieval(pictured["captions"], pictured["images"], drawn[-1], title)
+    return drawn
+
+
+def retrieval(
+    captions: Sequence[Mapping[str, Any]],
+    images: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> None:
+    """Draw images with their best captions, and captions with their best images; right ones by colour and sign.
+
+    Args:
+      captions: queries that are images. Of each: `query`, uint8 (S, S, 3); `answers`, K captions, best first;
+        `scores` (K,); `right` (K,) bool; `own`, the caption that belongs to it; `rank`, the place of the best right
+        answer, which may be inf.
+      images: queries that are captions; as `captions`, with the two exchanged.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    lines = max((len(c["answers"]) + (not any(c["right"])) for c in captions), default=0)
+    tall = [max(lines * LINE, 4 * LINE) + GAP, PICTURE + 2 * LINE + GAP]  # inches, of a query of either kind
+    rows = [(len(captions) + 1) // 2, (len(images) + 1) // 2]
+    height = 0.45 + sum(HEAD + t * r for t, r in zip(tall, rows, strict=True))
+    figure = Figure(figsize=(2 * CELL + 3 * GAP, height), dpi=DPI)
+    ax = _canvas(figure)  # in inches, y downwards
+    ax.text(GAP, 0.3, title, color=INK, fontsize=13, fontweight="bold", va="center")
+    top = 0.45
+    for what, queries, step, one in (
+        ("Image to caption", captions, tall[0], _best_captions),
+        ("Caption to image", images, tall[1], _best_images),
+    ):
+        first = sum(q["rank"] == 1 for q in queries)
+        ax.text(GAP, top + 0.25, what, color=BLUE, fontsize=11.5, fontweight="bold", va="center")
+        ax.text(
+            GAP + 1.75, top + 0.25, f"the first answer is right for {first} of the {len(queries)} shown",
+            color=GREY, fontsize=10, va="center",
+        )  # fmt: skip
+        top += HEAD
+        for i, query in enumerate(queries):
+            one(ax, query, GAP + (i % 2) * (CELL + GAP), top + (i // 2) * step)
+        top += step * ((len(queries) + 1) // 2)
+    save(figure, path)
+
+
+def confusion(
+    matrix: np.ndarray, class_names: Sequence[str] | None, path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw which classes are taken for which: a matrix, or with more than 40 classes the largest confusions.
+
+    Args:
+      matrix: (C, C) images by class and guess.
+      class_names: name by class; None: the numbers.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    names = [_short(n, 24) for n in class_names] if class_names is not None else [str(i) for i in range(len(matrix))]
+    save((_matrix if len(matrix) <= MATRIX else _largest)(matrix, names, title), path)
+
+
+def _canvas(figure: Figure) -> Axes:
+    """The whole figure as one plane, whose unit is an inch, with y downwards."""
+    width, height = figure.get_size_inches()
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.set_axis_off()
+    return ax
+
+
+def _best_captions(ax: Axes, query: Mapping[str, Any], x: float, y: float) -> None:
+    side = 4 * LINE + 0.1
+    hit = query["rank"] == 1
+    _picture(ax, query["query"], x, y, side, GREEN if hit else RED, 1.5 if hit else 3.0)
+    x += side + 0.15
+    width = CELL - side - 0.15
+    top = max(float(np.nanmax(query["scores"], initial=0)), 1e-6)
+    y += LINE / 2
+    for text, score, right in zip(query["answers"], query["scores"], query["right"], strict=True):
+        share = float(np.clip(np.nan_to_num(score) / top, 0.01, 1))
+        bar = Rectangle((x, y - 0.1), share * width, 0.2, color=PALE_GREEN if right else PALE, linewidth=0)
+        ax.add_patch(bar)
+        weight = "bold" if right else "normal"
+        ax.text(x + 0.06, y, "✓" if right else "", color=INK, fontsize=9, va="center", fontweight="bold")
+        ax.text(x + 0.58, y, f"{score:.2f}", color=INK, fontsize=8.5, ha="right", va="center", fontweight=weight)
+        ax.text(x + 0.68, y, _short(text, 56), color=INK, fontsize=9, va="center")
+        y += LINE
+    if not any(query["right"]):
+        ax.text(x + 0.06, y, f"✗ {_place(query['rank'])}", color=RED, fontsize=9, va="center", fontweight="bold")
+        ax.text(x + 1.05, y, _short(query["own"], 50), color=RED, fontsize=9, va="center")
+
+
+def _best_images(ax: Axes, query: Mapping[str, Any], x: float, y: float) -> None:
+    ax.text(x, y + LINE / 2, f"“{_short(query['query'], 70)}”", color=INK, fontsize=9.5, va="center")
+    y += LINE
+    for image, score, right in zip(query["answers"], query["scores"], query["right"], strict=True):
+        _picture(ax, image, x, y, PICTURE, GREEN if right else PALE, 3.0 if right else 1.0)
+        text, colour = (f"✓ {score:.2f}", GREEN) if right else (f"{score:.2f}", GREY)
+        _below(ax, text, colour, x, y, right)
+        x += PICTURE + 0.1
+    if not any(query["right"]):
+        x += 0.15
+        _picture(ax, query["own"], x, y, PICTURE, RED, 3.0, "--")
+        _below(ax, f"✗ {_place(query['rank'])}", RED, x, y, True)
+
+
+def _below(ax: Axes, text: str, colour: str, x: float, y: float, bold: bool) -> None:
+    ax.text(
+        x + PICTURE / 2, y + PICTURE + LINE / 2, text, color=colour, fontsize=8.5, ha="center", va="center",
+        fontweight="bold" if bold else "normal",
+    )  # fmt: skip
+
+
+def _picture(
+    ax: Axes, image: np.ndarray, x: float, y: float, side: float, colour: str, line: float, style: str = "-"
+) -> None:
+    limits = ax.get_xlim(), ax.get_ylim()
+    how = "nearest" if len(image) < side * DPI / 2 else "antialiased"
+    ax.imshow(image, extent=(x, x + side, y + side, y), interpolation=how, aspect="auto", vmin=0, vmax=255)
+    ax.set(xlim=limits[0], ylim=limits[1])  # which imshow has set to the image
+    frame = Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=line, linestyle=style, clip_on=False)
+    ax.add_patch(frame)
+
+
+def _matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    count = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    cell = 0.55 if count <= NUMBERS else 0.26
+    side = max(cell * count, 2.5)
+    figure = Figure(figsize=(side + 3.2, side + 2.4), layout="constrained", dpi=DPI)
+    ax = figure.subplots()
+    heat = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8.5, color=INK)
+    ax.set_yticks(range(count), names, fontsize=8.5, color=INK)
+    ax.set_xlabel("guess", color=GREY, fontsize=10)
+    ax.set_ylabel("class", color=GREY, fontsize=10)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=1.5)
+    ax.tick_params(which="minor", length=0)
+    if count <= NUMBERS:
+        for row, column in np.argwhere(matrix):
+            dark = shares[row, column] > 0.55
+            ax.text(
+                column, row, f"{shares[row, column]:.0%}", ha="center", va="center", fontsize=7.5,
+                color="white" if dark else INK, fontweight="bold" if row == column else "normal",
+            )  # fmt: skip
+    bar = figure.colorbar(heat, ax=ax, shrink=0.6, format=lambda share, _: f"{share:.0%}")
+    bar.set_label("of the class's images", color=GREY, fontsize=9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8.5, labelcolor=INK)
+    figure.suptitle(f"{title}\n" * bool(title) + _share_right(matrix), color=INK, fontsize=11)
+    return figure
+
+
+def _largest(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    classes, guesses = np.nonzero(matrix)
+    classes, guesses = classes[classes != guesses], guesses[classes != guesses]
+    order = np.argsort(-matrix[classes, guesses], kind="stable")[:LISTED]
+    cells = list(zip(classes[order].tolist(), guesses[order].tolist(), strict=True))
+    figure = Figure(figsize=(9, 0.27 * max(len(cells), 2) + 1.2), layout="constrained", dpi=DPI)
+    ax = figure.subplots()
+    places = np.arange(len(cells))
+    totals = [int(matrix[c].sum()) for c, _ in cells]
+    values = [matrix[cell] / total for cell, total in zip(cells, totals, strict=True)]
+    ax.barh(places, values, color=BLUE, height=0.62)
+    for place, cell, value, total in zip(places, cells, values, totals, strict=True):
+        ax.text(value, place, f" {value:.0%}  ({matrix[cell]} of {total})", va="center", fontsize=8.5, color=GREY)
+    ax.set_yticks(places, [f"{names[c]}  →  {names[g]}" for c, g in cells], fontsize=8.5, color=INK)
+    ax.set(ylim=(len(cells) - 0.4, -0.6), xlim=(0, 1.3 * max(values, default=1)), xticks=[])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_title("the most frequent confusions, class → guess", loc="left", color=INK, fontsize=10)
+    figure.suptitle(f"{title}\n" * bool(title) + _share_right(matrix), color=INK, fontsize=11)
+    return figure
+
+
+def _share_right(matrix: np.ndarray) -> str:
+    return f"{int(np.trace(matrix)):,} of {int(matrix.sum()):,} images right"
+
+
+def _place(rank: float) -> str:
+    return f"rank {rank:,.0f}" if np.isfinite(rank) else "no rank"
+
+
+def _short(text: str, length: int) -> str:
+    """One line of at most `length` signs."""
+    text = " ".join(text.split()).replace("$", r"\$")  # matplotlib reads formulas between dollars
+    return text if len(text) <= length else text[: length - 1] + "…"
