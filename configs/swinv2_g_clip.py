@@ -68,7 +68,7 @@ def emoji(path: str, split: str) -> SourceConfig:
 
 
 def tiny() -> Config:
-    unseen = emoji("twemoji", "combinations")
+    unseen, known = emoji("twemoji", "combinations"), (emoji("twemoji", "train"), emoji("twemoji", "test"))
     return Config(
         name="swinv2_g_clip_tiny",
         model=ClipConfig(
@@ -87,12 +87,7 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, steps=600, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
         evals=(
-            EvalConfig(
-                kind="retrieval",
-                name="unseen",
-                source=unseen,
-                gallery=(emoji("twemoji", "train"), emoji("twemoji", "test")),
-            ),
+            EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known),
             EvalConfig(kind="zero_shot", name="groups", source=unseen, prompts="{}"),
         ),
         telemetry=TelemetryConfig(log_every=10),
