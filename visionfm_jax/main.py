@@ -1,5 +1,7 @@
 """Train: `python -m visionfm_jax.main --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE …]`.
 
+With --mode=evaluate: run the configuration's evals on what the run has reached, or on `config.checkpoint.weights`.
+
 Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 71 a process is
 stuck or gone · 74 a checkpoint cannot be written or read · 75 stopped by SIGTERM with the state saved: start the same
 command again · 130 stopped by Ctrl-C with the state saved.
@@ -7,22 +9,25 @@ command again · 130 stopped by Ctrl-C with the state saved.
 
 from __future__ import annotations
 
+import json
 import logging as standard_logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from tqdm import tqdm
 
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.data.fields import Fields, fields_of
 from visionfm_jax.data.loader import DamageLog, train_loader
 from visionfm_jax.data.sources import Source, open_source
-from visionfm_jax.errors import INTERRUPTED, CheckpointError, DataError, LostError, UserError, door
+from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import make_mesh, to_global
@@ -38,6 +43,7 @@ from visionfm_jax.train.step import Trainer
 from visionfm_jax.train.timing import SaveTimer, StopSignal
 
 _CONFIG = load.define_flag()
+_MODE = flags.DEFINE_enum("mode", "train", ("train", "evaluate"), "train, or evaluate what was trained")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where no scheduler tells")
 _PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are, with --coordinator")
 _PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0, with --coordinator")
@@ -76,15 +82,21 @@ def run(config: Config) -> int:
             hooks = Hooks(
                 monitor=monitor,
                 eval_due=lambda step: bool(due_evals(config, step)),
-                evaluate=lambda step, state: evaluate(trainer, evals, step, state, monitor),
+                evaluate=lambda step, state: measure(
+                    trainer,
+                    {e.name: evals[e.name] for e in due_evals(config, step)},
+                    state.params if state.ema is None else state.ema,  # the averaged weights if kept
+                    lambda: monitor.step_done(step),  # a long evaluation is no standstill
+                ),
                 stop_requested=stop,
                 save_due=SaveTimer(config),
                 describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
                 batch_seen=damage.see,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks)
-        if host == 0:
-            say(summary(folder.path, config, evals))
+        if host == 0 and (metrics := read_metrics(folder.path)):
+            last = {k: v for line in metrics for k, v in line.items()}
+            say(summary(folder.path, config, evals, last, curves=True))
     return 0 if finished else stop.exit_code
 
 
@@ -111,32 +123,29 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainSta
     if (step := checkpoints.latest()) is not None:
         return checkpoints.restore(trainer.shapes, trainer.shardings), f"step {step} of its own folder"
     if config.resume:
-        with other_run(config, "resume") as other:
+        with other_run(config, config.resume, "checkpoint.resume") as other:
             state = other.restore(trainer.shapes, trainer.shardings)
         return state, f"step {int(state.step)} of {config.resume}"
     state = trainer.init()
     if config.weights:
-        with other_run(config, "weights") as other:
+        with other_run(config, config.weights, "checkpoint.weights") as other:
             params = other.restore_weights(trainer.shapes.params, trainer.shardings.params)
         ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
         return state.replace(params=params, ema=ema), f"the weights of {config.weights}"
     return state, f"scratch, seed {trainer.config.seed}"
 
 
-def other_run(config: CheckpointConfig, field: str) -> Checkpoints:
-    """The checkpoints of the run that `config.FIELD` names.
+def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
+    """The checkpoints of the run in `folder`, which `config.FIELD` names.
 
     Raises:
       CheckpointError: there are none.
     """
-    folder = getattr(config, field)
     if Path(folder, SUBFOLDER).is_dir():
         other = Checkpoints(folder, config, read_only=True)
         if other.latest() is not None:
             return other
-    raise CheckpointError(
-        f"config.checkpoint.{field} = {folder!r}: holds no complete checkpoint; name the folder of another run"
-    )
+    raise CheckpointError(f"config.{field} = {folder!r}: holds no complete checkpoint; name the folder of another run")
 
 
 def due_evals(config: Config, step: int) -> list[EvalConfig]:
@@ -145,21 +154,38 @@ def due_evals(config: Config, step: int) -> list[EvalConfig]:
     return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
 
 
-def evaluate(
-    trainer: Trainer, evals: dict[str, Eval], step: int, state: TrainState, monitor: RunMonitor
+def measure(
+    trainer: Trainer, evals: dict[str, Eval], weights: Any, batch_done: Callable[[], object]
 ) -> dict[str, float]:
-    """The metrics, as NAME/METRIC, of every eval that is due after `step`; with the averaged weights if kept."""
-    weights = state.params if state.ema is None else state.ema
+    """The metrics of `evals`, as NAME/METRIC."""
 
     def predict(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        monitor.step_done(step)  # a long evaluation is no standstill
+        batch_done()
         return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch)))
 
-    scores = {}
-    for config in due_evals(trainer.config, step):
-        measured = evals[config.name].run(predict)
-        scores |= {f"{config.name}/{k}": v for k, v in measured.items()}
-    return scores
+    return {f"{name}/{k}": v for name, eval_ in evals.items() for k, v in eval_.run(predict).items()}
+
+
+def evaluate(config: Config) -> int:
+    """Run all evals on the newest weights of the run, or on those that the configuration starts from."""
+    host = jax.process_index()
+    config.validate_devices(jax.device_count(), jax.process_count())
+    trainer = Trainer(config, make_mesh(config.parallel.replicas))
+    evals = make_evals(config, host, jax.process_count())
+    if not evals:
+        raise ConfigError("config.evals = (): there is nothing to measure; name an eval in the configuration")
+    folder, field = config.folder, "workdir"
+    if config.checkpoint.weights and not Path(folder, SUBFOLDER).is_dir():
+        folder, field = config.checkpoint.weights, "checkpoint.weights"
+    with other_run(config.checkpoint, folder, field) as stored:
+        origin = f"the weights of step {stored.latest()} of {folder}"
+        weights = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
+    say(describe(trainer, origin, []))
+    with tqdm(desc="evaluating", unit=" batches", disable=host > 0 or not config.telemetry.progress) as bar:
+        scores = measure(trainer, evals, weights, bar.update)
+    if host == 0:
+        say(summary(Path(config.folder), config, evals, scores, curves=False))
+    return 0
 
 
 def describe(trainer: Trainer, origin: str, changes: list[str]) -> str:
@@ -192,21 +218,26 @@ def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.nda
     return ("samples " if len(rows) > 1 else "sample ") + ", ".join(names) + more
 
 
-def summary(folder: Path, config: Config, evals: dict[str, Eval]) -> str:
-    """Draw the pictures of a run; the last scores and where everything lies, for people."""
-    metrics = read_metrics(folder)
-    if not metrics:
-        return ""
-    pictures = [folder / "learning_curves.png"]
+def summary(folder: Path, config: Config, evals: dict[str, Eval], scores: dict[str, float], *, curves: bool) -> str:
+    """Draw the pictures and keep the details; the scores of the evals and where everything lies, for people."""
+    files = []
     try:
-        learning_curves(metrics, pictures[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        if curves:
+            files.append(folder / "learning_curves.png")
+            learning_curves(read_metrics(folder), files[-1])
         for name, eval_ in evals.items():
-            pictures += draw(eval_.pictured, eval_.source.class_names, folder, name, f"{config.name}: {name}")
+            files += draw(eval_.pictured, eval_.source.class_names, folder, name, f"{config.name}: {name}")
+            if eval_.details:
+                files.append(folder / f"eval_{name}.json")
+                files[-1].write_text(json.dumps(eval_.details, indent=1) + "\n")
     except OSError as error:  # the run itself is complete and saved
-        return f"  no picture: cannot write {error.filename or folder}: {error.strerror}; free space there, run again"
-    last = {k: v for record in metrics for k, v in record.items() if k.partition("/")[0] in evals}
-    scores = [f"  {k:{max(20, *map(len, last))}} {v:.4f}" for k, v in last.items()]
-    return "\n".join([*scores, *(f"  picture              {p}" for p in pictures)])
+        return f"  cannot write {error.filename or folder}: {error.strerror}; free space there, run again"
+    scores = {k: v for k, v in scores.items() if k.partition("/")[0] in evals}
+    width = max([20, *map(len, scores)])
+    lines = [f"  {k:{width}} {v:.4f}" for k, v in scores.items()]
+    lines += [f"  {name} is measured by protocol {e.protocol}" for name, e in evals.items() if e.protocol]
+    return "\n".join([*lines, *(f"  {file}" for file in files)])
 
 
 def say(text: str) -> None:
@@ -222,7 +253,8 @@ def main(argv: Sequence[str]) -> int:
     quiet_logs()
     config = load.from_flag(_CONFIG)
     _, processes = cluster.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    return run(config) if processes == 1 else run_among_others(config)
+    work = {"train": run, "evaluate": evaluate}[_MODE.value]
+    return work(config) if processes == 1 else run_among_others(work, config)
 
 
 def quiet_logs() -> None:
@@ -244,14 +276,14 @@ def quiet_logs() -> None:
     sys.unraisablehook = unraisable
 
 
-def run_among_others(config: Config) -> int:
-    """`run`, of which a failure ends this process at once.
+def run_among_others(work: Callable[[Config], int], config: Config) -> int:
+    """`work`, of which a failure ends this process at once.
 
     An ordinary end would wait minutes for the other processes, which wait in a collective for this one. Gone, it
     breaks their collectives, and they end the same way.
     """
     try:
-        return run(config)
+        return work(config)
     except UserError as error:
         text, code = str(error), error.exit_code
     except KeyboardInterrupt:
