@@ -246,7 +246,11 @@ def json_without_gpus(name: str, compiled: CompiledStep, cluster: Cluster) -> di
 def setting_json(setting: Setting, base: Setting, found: Estimate) -> dict[str, Any]:
     """A row of `print_settings`."""
     return {
-        **setting._asdict(),
+        "stage": setting.stage,
+        "replicas": setting.replicas,
+        "accumulate": setting.accumulate,
+        "remat": dict(zip(setting.towers, setting.remat, strict=True)),
+        "attention": dict(zip(setting.towers, setting.attention, strict=True)),
         "flags": setting.flags(base),
         "seconds": found.seconds,
         "images_per_s": found.images_per_s,

@@ -26,34 +26,51 @@ COMPILE_BYTES = 1.5e9  # host memory of one compile
 
 
 class Setting(NamedTuple):
-    """What may change without changing what is learnt."""
+    """What may change without changing what is learnt. A search changes all towers at once."""
 
     stage: int
     replicas: int
     accumulate: int
-    remat: str
-    attention: str
+    remat: tuple[str, ...]  # of each tower
+    attention: tuple[str, ...]  # of each tower
+    towers: tuple[str, ...]  # their fields in the configuration
+
+    @property
+    def fields(self) -> dict[str, int | str]:
+        """The configuration's fields and their values."""
+        of_towers = {
+            f"{tower}.{name}": value
+            for name in ("remat", "attention")
+            for tower, value in zip(self.towers, getattr(self, name), strict=True)
+        }
+        run = {"parallel.stage": self.stage, "parallel.replicas": self.replicas, "train.accumulate": self.accumulate}
+        return run | of_towers
 
     def flags(self, other: Setting) -> str:
         """The words of the command line that lead from `other` to this."""
-        changed = {name: value for name, value in self._asdict().items() if value != getattr(other, name)}
-        return " ".join(f"--config.{FIELDS[name]}={value}" for name, value in changed.items())
+        before = other.fields
+        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items() if value != before[name])
 
+    def with_remat(self, limit: Callable[..., int], policy: str) -> Setting:
+        """The same with `policy` for each tower, where it is the `limit` (max: the heavier) of it and its own."""
+        return self._replace(remat=tuple(REMAT[limit(REMAT.index(r), REMAT.index(policy))] for r in self.remat))
 
-FIELDS = {
-    "stage": "parallel.stage",
-    "replicas": "parallel.replicas",
-    "accumulate": "train.accumulate",
-    "remat": "model.remat",
-    "attention": "model.attention",
-}
+    def with_attention(self, kind: str) -> Setting:
+        """The same with this kernel for all towers."""
+        return self._replace(attention=(kind,) * len(self.towers))
+
+    @property
+    def recomputed(self) -> int:
+        """How much is recomputed, as steps through `REMAT`."""
+        return sum(map(REMAT.index, self.remat))
 
 
 def setting_of(config: Config) -> Setting:
     """The setting of a configuration."""
+    towers = config.towers
     return Setting(
-        config.parallel.stage, config.parallel.replicas, config.train.accumulate, config.model.remat,
-        config.model.attention,
+        config.parallel.stage, config.parallel.replicas, config.train.accumulate,
+        tuple(t.remat for t in towers.values()), tuple(t.attention for t in towers.values()), tuple(towers),
     )  # fmt: skip
 
 
@@ -62,14 +79,15 @@ def with_setting(config: Config, setting: Setting) -> Config:
     config = copy.deepcopy(config)
     config.parallel.stage, config.parallel.replicas = setting.stage, setting.replicas
     config.train.accumulate = setting.accumulate
-    config.model.remat, config.model.attention = setting.remat, setting.attention
+    for tower, remat, kind in zip(config.towers.values(), setting.remat, setting.attention, strict=True):
+        tower.remat, tower.attention = remat, kind
     return config
 
 
 def is_allowed(config: Config, setting: Setting, cluster: Cluster) -> bool:
     """Whether the rules of configurations and the packages at hand allow it."""
     changed = with_setting(config, setting)
-    if setting.attention == "cudnn" and (config.train.precision == "fp32" or missing_packages()):
+    if "cudnn" in setting.attention and (config.train.precision == "fp32" or missing_packages()):
         return False
     try:
         changed.validate()
@@ -136,9 +154,9 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
 
 def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:
     """Single changes that may save time: less recomputed, less exchanged, larger micro-batches, another kernel."""
-    lighter = REMAT[: REMAT.index(base.remat)]
-    yield base._replace(attention="xla" if base.attention == "cudnn" else "cudnn")
-    yield from (base._replace(remat=r) for r in reversed(lighter))
+    yield base.with_attention("xla" if "cudnn" in base.attention else "cudnn")
+    lighter = (base.with_remat(min, r) for r in reversed(REMAT))
+    yield from (s for s in dict.fromkeys(lighter) if s != base)
     if base.accumulate % 2 == 0:
         yield base._replace(accumulate=base.accumulate // 2)
     yield from (base._replace(stage=stage) for stage in range(base.stage - 1, 0, -1))
@@ -148,19 +166,19 @@ def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:
 
 def nearest_that_fits(planner: Planner, base: Setting) -> tuple[Setting, Estimate] | None:
     """The setting with the fewest and cheapest changes whose step fits; None if there is none."""
-    heavier = [r for r in REMAT if REMAT.index(r) >= REMAT.index(base.remat)]
+    heavier = dict.fromkeys(base.with_remat(max, r) for r in REMAT)
     most = planner.config.train.batch_size // planner.cluster.devices
     splits = [base.accumulate * 2**i for i in range(17) if base.accumulate * 2**i <= most]
     stages = [s for s in (base.stage, 1, 2, 3) if s >= base.stage]
-    attentions = [base.attention, "cudnn"]
-    found = itertools.product(dict.fromkeys(attentions), dict.fromkeys(stages), splits, heavier)
-    candidates = [Setting(stage, base.replicas, n, remat, kind) for kind, stage, n, remat in found]
+    attentions = dict.fromkeys([base.attention, base.with_attention("cudnn").attention])
+    found = itertools.product(attentions, dict.fromkeys(stages), splits, heavier)
+    candidates = [s._replace(attention=kind, stage=stage, accumulate=n) for kind, stage, n, s in found]
     candidates += [c._replace(replicas=1) for c in candidates if c.replicas > 1]
 
     def cost(setting: Setting) -> tuple[int, int]:
         """Changed fields, then how far each goes; a kernel costs nothing, a stage traffic, the others arithmetic."""
         steps = (setting.accumulate // base.accumulate).bit_length() - 1
-        steps += REMAT.index(setting.remat) - REMAT.index(base.remat) + 2 * (setting.stage - base.stage)
+        steps += setting.recomputed - base.recomputed + 2 * (setting.stage - base.stage)
         return sum(a != b for a, b in zip(setting, base, strict=True)), steps
 
     candidates = [c for c in dict.fromkeys(candidates) if c != base and is_allowed(planner.config, c, planner.cluster)]
@@ -187,7 +205,7 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
     base, cluster = setting_of(planner.config), planner.cluster
     splits = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
     families = [
-        base._replace(stage=stage, replicas=replicas, attention=kind)
+        base.with_attention(kind)._replace(stage=stage, replicas=replicas)
         for stage in range(4)
         for replicas in sorted(splits if stage else {1})
         for kind in ("cudnn", "xla")
@@ -208,7 +226,7 @@ def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
     too_large: dict[str, tuple[int, int, int]] = {}  # by remat: micro-batches, bytes that stay, bytes that shrink
     for accumulate in _splits(planner, family):
         for remat in remats:
-            setting = family._replace(accumulate=accumulate, remat=remat)
+            setting = family._replace(accumulate=accumulate, remat=(remat,) * len(family.towers))
             if remat in too_large:  # a smaller micro-batch is worth a compile only where it may fit
                 before, fixed, shrinking = too_large[remat]
                 if fixed + shrinking * before / accumulate > usable_bytes(planner.cluster):

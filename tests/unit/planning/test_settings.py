@@ -15,11 +15,15 @@ USABLE = settings.usable_bytes(find_cluster("h100:2x8"))
 KEPT = dict(zip(REMAT, (400, 200, 100, 4), strict=True))  # GB of activations of the whole batch on one GPU
 
 
+def vit(stage: int, replicas: int, accumulate: int, remat: str, attention: str) -> Setting:
+    return Setting(stage, replicas, accumulate, (remat,), (attention,), ("model",))
+
+
 class Planner:
     """As `settings.Planner`, with formulas for the compiler; `refused` are settings that it refuses."""
 
-    def __init__(self, cluster="h100:2x8", state=16, refused=lambda setting: False):
-        self.config, _ = load.from_arguments(["--config=configs/vit_huge.py"])
+    def __init__(self, cluster="h100:2x8", state=16, refused=lambda setting: False, config="configs/vit_huge.py"):
+        self.config, _ = load.from_arguments([f"--config={config}"])
         self.cluster, self.state, self.refused = find_cluster(cluster), state, refused
         self.asked: list[Setting] = []
 
@@ -31,9 +35,9 @@ class Planner:
 
     def formula(self, s: Setting):
         fixed = int(self.state * GB * (1, 0.5, 0.4, 0.1)[s.stage])
-        kept = int(KEPT[s.remat] * GB / s.accumulate * (1.1 if s.attention == "xla" else 1))
-        seconds = 1 + 0.1 * REMAT.index(s.remat) + 0.05 * s.stage + 0.02 * s.accumulate
-        seconds += 0.3 * (s.attention == "xla") + 0.01 * s.replicas
+        kept = int(KEPT[min(s.remat, key=REMAT.index)] * GB / s.accumulate * (1.1 if "xla" in s.attention else 1))
+        seconds = 1 + 0.1 * s.recomputed + 0.05 * s.stage + 0.02 * s.accumulate
+        seconds += 0.3 * ("xla" in s.attention) + 0.01 * s.replicas
         return SimpleNamespace(
             fits=fixed + kept <= USABLE,
             usable=USABLE,
@@ -54,7 +58,7 @@ def test_search_finds_what_trying_everything_would_find():
     assert [e.seconds for _, e in found] == sorted(e.seconds for _, e in found)
     assert all(e.fits for _, e in found)
     everything = [
-        Setting(stage, replicas, 2**i, remat, attention)
+        vit(stage, replicas, 2**i, remat, attention)
         for stage in range(4)
         for replicas in ((1, 2) if stage else (1,))
         for i in range(8)
@@ -75,10 +79,10 @@ def test_search_leaves_a_stage_whose_state_alone_is_too_large():
 
 
 def test_search_leaves_a_kernel_that_the_compiler_refuses():
-    planner = Planner(refused=lambda s: s.attention == "cudnn")
+    planner = Planner(refused=lambda s: "cudnn" in s.attention)
     found = search(planner)
-    assert {s.attention for s, _ in found} == {"xla"}
-    assert sum(s.attention == "cudnn" for s in planner.asked) == 7  # once a family
+    assert {s.attention for s, _ in found} == {("xla",)}
+    assert sum("cudnn" in s.attention for s in planner.asked) == 7  # once a family
 
 
 def test_search_says_nothing_fits():
@@ -87,43 +91,68 @@ def test_search_says_nothing_fits():
 
 def test_the_nearest_setting_changes_one_field_where_that_is_enough():
     planner = Planner()
-    base = Setting(stage=3, replicas=1, accumulate=1, remat="dots", attention="cudnn")
+    base = vit(stage=3, replicas=1, accumulate=1, remat="dots", attention="cudnn")
     setting, found = nearest_that_fits(planner, base)
     assert found.fits
-    assert setting == base._replace(remat="full") or setting == base._replace(accumulate=2)
+    assert setting == base._replace(remat=("full",)) or setting == base._replace(accumulate=2)
     assert setting.flags(base) in ("--config.model.remat=full", "--config.train.accumulate=2")
 
 
 def test_the_nearest_setting_changes_more_where_it_must():
     planner = Planner(state=110)  # only stages 1 and up leave room
-    setting, found = nearest_that_fits(planner, Setting(0, 1, 1, "none", "cudnn"))
+    setting, found = nearest_that_fits(planner, vit(0, 1, 1, "none", "cudnn"))
     assert found.fits
     assert setting.stage > 0
-    changed = sum(a != b for a, b in zip(setting, Setting(0, 1, 1, "none", "cudnn"), strict=True))
+    changed = sum(a != b for a, b in zip(setting, vit(0, 1, 1, "none", "cudnn"), strict=True))
     assert changed == 2
 
 
 def test_no_setting_fits():
-    assert nearest_that_fits(Planner(state=10_000), Setting(3, 1, 1, "dots", "cudnn")) is None
+    assert nearest_that_fits(Planner(state=10_000), vit(3, 1, 1, "dots", "cudnn")) is None
 
 
 def test_advice_is_single_changes_that_fit_and_save_time():
     planner = Planner()
-    base = Setting(stage=3, replicas=2, accumulate=4, remat="full", attention="xla")
+    base = vit(stage=3, replicas=2, accumulate=4, remat="full", attention="xla")
     found = advice(planner, base, planner.formula(base))
     assert 1 <= len(found) <= 3
     for setting, e in found:
         assert sum(a != b for a, b in zip(setting, base, strict=True)) == 1
         assert e.fits
         assert e.seconds < planner.formula(base).seconds
-    assert found[0][0] == base._replace(attention="cudnn")
+    assert found[0][0] == base.with_attention("cudnn")
 
 
 def test_advice_has_nothing_to_say_where_all_is_best():
     planner = Planner(state=1)
-    base = Setting(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
+    base = vit(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
     planner.formula = lambda s: SimpleNamespace(fits=True, seconds=1.0 if s == base else 1.5)
     assert advice(planner, base, planner.formula(base)) == []
+
+
+def test_settings_change_all_towers():
+    planner = Planner(config="configs/swinv2_g_clip.py")
+    base = setting_of(planner.config)._replace(remat=("full", "dots"), attention=("xla", "xla"))
+    assert base.towers == ("model.image", "model.text")
+    changed = settings.with_setting(planner.config, base)
+    assert (changed.model.image.remat, changed.model.text.remat) == ("full", "dots")
+    assert setting_of(changed) == base
+
+    words = {s.flags(base) for s in settings.neighbours(base, planner.cluster)}
+    assert "--config.model.image.attention=cudnn --config.model.text.attention=cudnn" in words
+    assert "--config.model.image.remat=dots" in words
+    assert "--config.model.image.remat=none --config.model.text.remat=none" in words
+    base = base.with_attention("cudnn")
+    setting, found = nearest_that_fits(planner, base)
+    assert found.fits
+    assert setting.flags(base) == "--config.model.text.remat=full"
+
+
+def test_a_contrastive_batch_is_never_split():
+    planner = Planner(config="configs/swinv2_g_clip.py")
+    found = search(planner)
+    assert found
+    assert {s.accumulate for s, _ in found} == {1}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +174,7 @@ def test_settings_keep_the_rules_of_configurations(change, allowed):
 
 def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
     planner = Planner()
-    cudnn = setting_of(planner.config)._replace(attention="cudnn")
+    cudnn = setting_of(planner.config).with_attention("cudnn")
     for precision in ("fp16", "bf16"):
         planner.config.train.precision = precision
         assert settings.is_allowed(planner.config, cudnn, planner.cluster)

@@ -1,0 +1,62 @@
+"""The model of `configs/swinv2_g_clip.py`, from its last checkpoint to 640 px and windows of 20.
+
+    python -m visionfm_jax.main --config=configs/swinv2_g_clip_640.py
+
+Weights alone are taken over: the position bias is evaluated for the new windows at the offsets of the old, and the
+schedule is its own. For 128 GPUs of 80 GB, 32 pairs on each: a global batch of 4,096, as an image at 640 px needs eight
+times the memory and arithmetic of one at 224. A twentieth of an epoch, 60 M pairs, is 5 % of the arithmetic of
+the run at 224; the learning rate is a fifth of that run's peak.
+"""
+
+from visionfm_jax.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    ClipConfig,
+    Config,
+    ContrastiveConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    ParallelConfig,
+    SourceConfig,
+    SwinV2Config,
+    TextConfig,
+    TrainConfig,
+)
+from visionfm_jax.config.load import variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    return {"": full}[variant_of((), variant)]()
+
+
+def full() -> Config:
+    imagenet = SourceConfig(kind="tfds", path="/data/imagenet2012", split="validation")
+    return Config(
+        name="swinv2_g_clip_640",
+        model=ClipConfig(
+            image=SwinV2Config(
+                size="G", image_size=640, window=20, pretrained_window=14, pretrained_image_size=224, drop_path=0.2,
+                remat="full",
+            ),
+            text=TextConfig(size="H", remat="full"),
+            embed_dim=1024,
+        ),
+        task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
+        data=DataConfig(
+            train=(SourceConfig(kind="tars", path="/data/laion5b", selection="/data/laion5b.selection"),),
+            num_examples=1_200_000_000,
+            augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=True, rand_augment=(2, 9.0)),
+            workers=12,
+        ),
+        optim=OptimConfig(lr=1e-4, warmup_steps=1_000, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=4_096, epochs=0.05, precision="fp16"),
+        checkpoint=CheckpointConfig(every_steps=1000, every_minutes=60, keep_last=2, weights="runs/swinv2_g_clip"),
+        evals=(
+            EvalConfig(
+                kind="zero_shot", name="imagenet", source=imagenet, every_steps=2_500, batch_size=2048,
+                classes="imagenet_classes", prompts="imagenet_prompts",
+            ),
+        ),
+    )  # fmt: skip
