@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,5 +207,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     FigureCanvasAgg(figure)
-    figure.savefig(temporary, format="png", facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # captions have signs of every script
+        figure.savefig(temporary, format="png", facecolor="white")
     os.replace(temporary, path)

@@ -1,0 +1,188 @@
+"""The retrieval eval over several sources, hosts and damaged records, against embeddings from a table."""
+
+import json
+
+import numpy as np
+import pytest
+from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
+from test_metrics import naive_ranks
+
+from visionfm_jax.config import ClassificationConfig, SourceConfig
+from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.evals import retrieval
+from visionfm_jax.evals.registry import make_evals
+
+COUNT, MORE, DIM = 19, 14, 5
+TEXTS = [f"picture of {i}" for i in range(COUNT + MORE)]
+LONG = " ".join(["very"] * CONTEXT)
+
+
+def make(monkeypatch, sources, hosts=1, **settings):
+    """The eval, one per host, of `sources` by path."""
+    monkeypatch.setattr(retrieval, "open_source", lambda config: sources[config.path])
+    gallery = tuple(SourceConfig(path=path, split="train") for path in list(sources)[1:])
+    run = contrastive_run(kind="retrieval", gallery=gallery, **settings)
+    return [make_evals(run, host, hosts)["pairs"] for host in range(hosts)]
+
+
+def known(texts=TEXTS, seed=0):
+    """A model that has learned a little: images near their captions."""
+    rng = np.random.default_rng(seed)
+    vectors = {text: unit(rng.normal(size=DIM)) for text in dict.fromkeys(texts)}
+    table = np.stack([vectors[text] for text in texts])
+    return Model(unit(table + 1.2 * unit(rng.normal(size=table.shape))), vectors), table
+
+
+def two_sources():
+    return {"numbers": Numbered(TEXTS[:COUNT]), "more": Numbered(TEXTS[COUNT:], first=COUNT)}
+
+
+def test_numbers_are_those_of_naive_loops(monkeypatch):
+    (evaluation,) = make(monkeypatch, two_sources())
+    model, texts = known()
+    got = evaluation.run(model)
+    ids = np.arange(COUNT + MORE)
+    for way, queries, candidates in (
+        ("image_to_text", model.images, texts),
+        ("text_to_image", texts, model.images),
+    ):
+        ranks = np.array(naive_ranks(queries[:COUNT], candidates, ids[:COUNT], ids))
+        for k in (1, 5, 10):
+            assert got[f"{way}_r{k}"] == pytest.approx((ranks <= k).mean())
+        assert got[f"{way}_median_rank"] == np.median(ranks)
+        assert 0 < got[f"{way}_r1"] < got[f"{way}_r10"]
+    assert (got["queries"], got["candidates"]) == (COUNT, COUNT + MORE)
+    assert set(evaluation.metrics) < set(got)
+    assert all(shapes["text"] == (BATCH, CONTEXT) for shapes in model.seen)  # one shape: compiled once
+    assert {tuple(shapes) for shapes in model.seen} == {("image", "text", "caption", "mask")}
+
+
+def test_two_hosts_agree_with_one(monkeypatch):
+    model, _ = known()
+    (alone,) = make(monkeypatch, two_sources())
+    wanted = alone.run(model)
+    two = make(monkeypatch, two_sources(), hosts=2)
+    assert on_hosts(two, model) == [wanted, wanted]
+    assert two[1].pictured == {}
+    np.testing.assert_equal(two[0].pictured, alone.pictured)
+    assert two[0].protocol == two[1].protocol == alone.protocol
+    assert two[0].details == two[1].details == alone.details
+
+
+def test_damaged_records_and_captions_are_no_queries_and_no_candidates(monkeypatch):
+    captions = [*TEXTS[:COUNT]]
+    captions[5] = " "
+    sources = {"numbers": Numbered(captions, damaged={2}), "more": Numbered(TEXTS[COUNT:], first=COUNT, damaged={0})}
+    (evaluation,) = make(monkeypatch, sources)
+    rng = np.random.default_rng(0)
+    table = unit(rng.normal(size=(COUNT + MORE, 30)))
+    got = evaluation.run(Model(table, dict(zip(TEXTS, table, strict=True))))
+    assert (got["queries"], got["candidates"]) == (COUNT - 2, COUNT + MORE - 3)
+    assert got["image_to_text_r1"] == got["text_to_image_r1"] == 1
+    for query in evaluation.pictured["captions"]:  # each picture stands beside its own caption
+        assert query["own"] == captions[query["query"][0, 0, 0]]
+        assert query["rank"] == 1
+        assert query["answers"][0] == query["own"]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1.0])
+def test_broken_and_constant_models_score_nothing(monkeypatch, bad):
+    (evaluation,) = make(monkeypatch, two_sources())
+    same = np.full((COUNT + MORE, DIM), bad / DIM**0.5)
+    got = evaluation.run(Model(same, dict(zip(TEXTS, same, strict=True))))
+    assert [got[name] for name in evaluation.metrics] == [0] * 6
+    assert got["text_to_image_median_rank"] == (COUNT + MORE if bad == 1 else np.inf)
+    json.dumps(evaluation.details, allow_nan=False)
+
+
+def test_equal_captions_are_right_for_each_other_and_no_others(monkeypatch):
+    texts = ["a cat", "a cat", b"a cat", "A cat", f"{LONG} one", f"{LONG} two"]
+    (evaluation,) = make(monkeypatch, {"numbers": Numbered(texts)})
+    eye = np.eye(4)
+    shared = {"a cat": eye[0], "A cat": eye[0], f"{LONG} one": eye[1], f"{LONG} two": eye[1]}
+    got = evaluation.run(Model(eye[[0, 0, 0, 0, 1, 1]], shared))
+    # "A cat" has the same tokens as "a cat", and the long ones too: to the model they are one, but not to us
+    (cats,) = [q["rank"] for q in evaluation.pictured["captions"] if q["query"][0, 0, 0] == 0]
+    assert cats == 2
+    assert got["image_to_text_r1"] == got["text_to_image_r1"] == 0
+    assert [q["rank"] for q in evaluation.pictured["images"]] == [2, 2, 2, 4, 2, 2]
+    assert evaluation.pictured["images"][0]["right"].sum() == 3
+    assert evaluation.pictured["images"][2]["query"] == "a cat"
+
+
+def test_pictured_are_queries_spread_over_the_source_with_their_best(monkeypatch):
+    (evaluation,) = make(monkeypatch, two_sources())
+    model, texts = known()
+    evaluation.run(model)
+    asked = [int(q["query"][0, 0, 0]) for q in evaluation.pictured["captions"]]
+    assert (asked[0], asked[-1], len(asked)) == (0, COUNT - 1, 6)
+    for query, number in zip(evaluation.pictured["captions"], asked, strict=True):
+        scores = texts @ model.images[number]
+        assert query["answers"] == [TEXTS[i] for i in np.argsort(-scores)[:5]]
+        np.testing.assert_allclose(query["scores"], -np.sort(-scores)[:5], rtol=1e-5)
+        assert query["right"].tolist() == [text == TEXTS[number] for text in query["answers"]]
+        assert query["own"] == TEXTS[number]
+    for query in evaluation.pictured["images"]:
+        scores = model.images @ texts[TEXTS.index(query["query"])]
+        assert [int(a[0, 0, 0]) for a in query["answers"]] == np.argsort(-scores)[:5].tolist()
+
+
+def test_protocol_tells_what_was_measured(monkeypatch):
+    (one,) = make(monkeypatch, two_sources())
+    (other,) = make(monkeypatch, {"numbers": Numbered(TEXTS[:COUNT])})
+    (again,) = make(monkeypatch, two_sources(), batch_size=16)
+    assert len(one.protocol) == 8
+    int(one.protocol, 16)
+    assert one.protocol == again.protocol != other.protocol
+    one.run(known()[0])
+    kept = json.loads(json.dumps(one.details, allow_nan=False))
+    assert kept["protocol"] == one.protocol
+    assert kept["settings"]["sources"][1] == {"dataset": "more", "split": "train", "records": MORE}
+
+
+def test_sources_without_captions_are_refused(monkeypatch):
+    sources = two_sources()
+    sources["more"] = Numbered(None, labels=[0, 1])
+    with pytest.raises(DataError, match=r"'pairs': numbers from 0 has no captions.*set caption_key") as caught:
+        make(monkeypatch, sources)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_another_task_is_refused():
+    run = contrastive_run(kind="retrieval")
+    run.task = ClassificationConfig()
+    with pytest.raises(
+        ConfigError, match=r"'pairs': kind 'retrieval' compares images with texts.*ClassificationConfig"
+    ):
+        make_evals(run, 0, 1)
+
+
+def test_best_metric_may_be_a_recall(monkeypatch):
+    monkeypatch.setattr(retrieval, "open_source", lambda config: Numbered(TEXTS))
+    run = contrastive_run(kind="retrieval")
+    run.checkpoint.best_metric = "pairs/image_to_text_r1"
+    make_evals(run, 0, 1)
+    run.checkpoint.best_metric = "pairs/image_to_text_median_rank"
+    with pytest.raises(ConfigError, match="pairs/image_to_text_r1"):
+        make_evals(run, 0, 1)
+
+
+def test_bundled_emoji_have_what_it_takes():
+    source = SourceConfig(kind="bundled", path="twemoji", split="combinations")
+    run = contrastive_run(kind="retrieval", source=source, batch_size=128)
+    run.model.text.context = 32  # some names are told apart by their last words
+    (evaluation,) = make_evals(run, 0, 1).values()
+    tokenizer, names = open_tokenizer("clip"), [evaluation.source[i]["caption"] for i in range(364)]
+    numbers = {tokenizer(name, 32).tobytes(): i for i, name in enumerate(names)}
+
+    def predict(batch):
+        rows = np.eye(len(names), dtype=np.float32)[[numbers.get(t.tobytes(), 0) for t in batch["text"]]]
+        return {k: v for k, v in batch.items() if k not in ("image", "text")} | {
+            "image_embedding": rows,
+            "text_embedding": rows,
+        }
+
+    got = evaluation.run(predict)
+    assert got["image_to_text_r1"] == got["text_to_image_r1"] == 1
+    assert got["queries"] == 364

@@ -1,0 +1,116 @@
+import matplotlib.colors
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionfm_jax.telemetry import pictures
+from visionfm_jax.telemetry.report import BLUE, GREEN, RED
+
+K, SIDE = 5, 12
+
+
+def pixels_of(path, colour):
+    """How many pixels have exactly this colour."""
+    image = np.asarray(Image.open(path).convert("RGB"), int)
+    wanted = np.round(np.array(matplotlib.colors.to_rgb(colour)) * 255)
+    return int((np.abs(image - wanted).max(-1) <= 1).sum())
+
+
+def grey(number=0):
+    return np.full((SIDE, SIDE, 3), 100 + number, np.uint8)
+
+
+def queries(ranks, count=K):
+    """Queries both ways, of which the right answer stands at the given ranks."""
+    captions, images = [], []
+    for rank in ranks:
+        right = np.arange(1, count + 1) == rank
+        shared = {"scores": np.linspace(0.7, -0.1, count, dtype=np.float32), "right": right, "rank": float(rank)}
+        texts = [f"a rather long caption with $dollars$ number {i} and more words to cut" for i in range(count)]
+        captions.append({"query": grey(), "answers": texts, "own": "the right one", **shared})
+        images.append({"query": texts[0], "answers": [grey(i) for i in range(count)], "own": grey(99), **shared})
+    return captions, images
+
+
+def test_right_answers_are_green_and_missed_ones_shown_in_red(tmp_path):
+    for name, ranks in (("right", [1, 1, 1]), ("second", [2, 2, 2]), ("missed", [37, np.inf, 1234])):
+        pictures.retrieval(*queries(ranks), tmp_path / f"{name}.png", "run: pairs")
+    assert pixels_of(tmp_path / "right.png", RED) == 0
+    assert pixels_of(tmp_path / "right.png", GREEN) > 1000
+    assert pixels_of(tmp_path / "right.png", pictures.PALE_GREEN) > 5000
+    assert pixels_of(tmp_path / "second.png", RED) > 1000  # the frame of the query
+    assert pixels_of(tmp_path / "second.png", GREEN) > 1000
+    assert pixels_of(tmp_path / "missed.png", GREEN) == pixels_of(tmp_path / "missed.png", pictures.PALE_GREEN) == 0
+    assert pixels_of(tmp_path / "missed.png", RED) > 1000
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".png"] == []
+
+
+@pytest.mark.parametrize(("ranks", "count"), [([1], 5), ([1, 2], 2), ([3], 1), ([1, 2, 3, 4, 5, 6, 7], 5)])
+def test_few_and_many_queries_and_answers_fit(tmp_path, ranks, count):
+    pictures.retrieval(*queries(ranks, count), tmp_path / "new" / "r.png", "t")
+    width, height = Image.open(tmp_path / "new" / "r.png").size
+    assert width > 1400
+    assert height > 250
+
+
+def test_scores_that_are_not_finite_are_drawn(tmp_path):
+    captions, images = queries([np.inf, 2])
+    for query in captions + images:
+        query["scores"] = np.full(K, np.nan)
+    pictures.retrieval(captions, images, tmp_path / "r.png")
+    assert pixels_of(tmp_path / "r.png", RED) > 1000
+
+
+@pytest.mark.parametrize("count", [1, 9, 20, 40])
+def test_a_matrix_is_dark_where_it_is_large(tmp_path, count):
+    pictures.confusion(np.eye(count, dtype=np.int32) * 3, [f"class {i}" for i in range(count)], tmp_path / "m.png", "t")
+    darkest = matplotlib.colormaps["Blues"](1.0)[:3]
+    assert pixels_of(tmp_path / "m.png", darkest) > 200 * count
+
+
+def test_empty_classes_and_guesses_and_no_names_are_drawn(tmp_path):
+    pictures.confusion(np.zeros((3, 3), np.int32), None, tmp_path / "m.png")
+    pictures.confusion(np.zeros((50, 50), np.int32), None, tmp_path / "l.png")
+    assert pixels_of(tmp_path / "l.png", BLUE) == 0
+
+
+def test_many_classes_give_the_largest_confusions():
+    matrix = np.eye(1000, dtype=np.int32) * 50
+    matrix[3, 4], matrix[7, 2], matrix[7, 5] = 17, 9, 20
+    figure = pictures._largest(matrix, [f"c{i}" for i in range(1000)], "t")
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["c7  →  c5", "c3  →  c4", "c7  →  c2"]
+    assert [text.get_text().strip() for text in ax.texts] == ["25%  (20 of 79)", "25%  (17 of 67)", "11%  (9 of 79)"]
+    matrix[:100, 100:200] = 1
+    assert len(pictures._largest(matrix, [str(i) for i in range(1000)], "").axes[0].texts) == pictures.LISTED
+
+
+def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
+    predicted = {"image": np.stack([grey()] * 4), "label": np.array([0, 1, 1, 0]), "guess": np.array([0, 1, 0, -1])}
+    captions, images = queries([1, 2])
+    assert pictures.draw({}, None, tmp_path, "none", "t") == []
+    got = pictures.draw(predicted, ("cat", "dog"), tmp_path, "val", "t")
+    assert got == [tmp_path / "predictions_val.png"]
+    named = {**predicted, "confusion": np.ones((2, 2), np.int32), "class_names": ("ant", "bee")}
+    got = pictures.draw(named, None, tmp_path, "groups", "t")
+    assert got == [tmp_path / "predictions_groups.png", tmp_path / "confusion_groups.png"]
+    got = pictures.draw({"captions": captions, "images": images}, None, tmp_path, "pairs", "t")
+    assert got == [tmp_path / "retrieval_pairs.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "confusion_groups.png",
+        "predictions_groups.png",
+        "predictions_val.png",
+        "retrieval_pairs.png",
+    ]
+
+
+def test_signs_that_the_font_lacks_are_no_warnings(tmp_path, recwarn):
+    captions, images = queries([1])
+    captions[0]["answers"][0] = images[0]["query"] = "猫 \U0001f600"
+    pictures.retrieval(captions, images, tmp_path / "r.png")
+    assert [w for w in recwarn if "Glyph" in str(w.message)] == []
+
+
+def test_captions_become_one_line_and_no_formula():
+    assert pictures._short("two\n  lines of $5", 40) == r"two lines of \$5"
+    assert pictures._short("abcdef", 4) == "abc…"
