@@ -20,7 +20,7 @@ from visionfm_jax.telemetry.report import BLUE, DPI, GREEN, GREY, INK, RED, pred
 MATRIX = 40  # classes up to which a confusion matrix is drawn; above, the largest confusions
 NUMBERS = 20  # classes up to which its cells hold numbers
 LISTED = 30  # confusions
-CELL, PICTURE, LINE, HEAD, GAP = 6.0, 0.84, 0.25, 0.5, 0.2  # inches; a cell holds one query, two cells lie side by side
+CELL, PICTURE, LINE, HEAD, GAP = 6.6, 0.94, 0.25, 0.5, 0.2  # inches; a cell holds one query, two cells lie side by side
 PALE = "#E5E7EB"
 PALE_GREEN = "#A7DCCB"
 
@@ -138,15 +138,15 @@ def _best_captions(ax: Axes, query: Mapping[str, Any], x: float, y: float) -> No
         weight = "bold" if right else "normal"
         ax.text(x + 0.06, y, "✓" if right else "", color=INK, fontsize=9, va="center", fontweight="bold")
         ax.text(x + 0.58, y, f"{score:.2f}", color=INK, fontsize=8.5, ha="right", va="center", fontweight=weight)
-        ax.text(x + 0.68, y, _short(text, 56), color=INK, fontsize=9, va="center")
+        _line(ax, text, x + 0.68, y, width - 0.68, INK)
         y += LINE
     if not any(query["right"]):
         ax.text(x + 0.06, y, f"✗ {_place(query['rank'])}", color=RED, fontsize=9, va="center", fontweight="bold")
-        ax.text(x + 1.05, y, _short(query["own"], 50), color=RED, fontsize=9, va="center")
+        _line(ax, query["own"], x + 1.05, y, width - 1.05, RED)
 
 
 def _best_images(ax: Axes, query: Mapping[str, Any], x: float, y: float) -> None:
-    ax.text(x, y + LINE / 2, f"“{_short(query['query'], 70)}”", color=INK, fontsize=9.5, va="center")
+    _line(ax, f"“{query['query']}”", x, y + LINE / 2, CELL, INK)
     y += LINE
     for image, score, right in zip(query["answers"], query["scores"], query["right"], strict=True):
         _picture(ax, image, x, y, PICTURE, GREEN if right else PALE, 3.0 if right else 1.0)
@@ -157,6 +157,14 @@ def _best_images(ax: Axes, query: Mapping[str, Any], x: float, y: float) -> None
         x += 0.15
         _picture(ax, query["own"], x, y, PICTURE, RED, 3.0, "--")
         _below(ax, f"✗ {_place(query['rank'])}", RED, x, y, True)
+
+
+def _line(ax: Axes, text: str, x: float, y: float, width: float, colour: str) -> None:
+    """A caption in `width` inches: smaller where it is long, cut where it is too long."""
+    text, size = " ".join(text.split()), 9.0
+    signs = width / 0.074  # of that size
+    size *= min(1, max(signs / max(len(text), 1), 0.78))
+    ax.text(x, y, _short(text, int(signs / 0.78)), color=colour, fontsize=size, va="center")
 
 
 def _below(ax: Axes, text: str, colour: str, x: float, y: float, bold: bool) -> None:
