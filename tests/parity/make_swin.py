@@ -29,6 +29,7 @@ import safetensors
 import timm
 import torch
 import transformers
+from gates import sample
 from make_vit import relative
 from safetensors.numpy import load_file
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -133,11 +134,6 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             else:
                 r = 0.1 * r + name.endswith("weight")  # norms: around one
             p.copy_(r.half())
-
-
-def sample(gradient: np.ndarray) -> np.ndarray:
-    """At most 511 elements, spread over rows and columns: the stride is odd, and sides are even."""
-    return gradient.ravel()[:: gradient.size // 256 | 1]
 
 
 def on_disk(model: torch.nn.Module) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from gates import FORWARD, FORWARD_MAX, GRADIENT, GRADIENT_TENSOR, relative
+from gates import FORWARD, check_forward, check_gradients, relative, tensors
 
 from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import UserError
@@ -47,11 +46,6 @@ class Reference(NamedTuple):
         return dict(zip(OUTPUTS, (*features.stages, features.pooled), strict=True))
 
 
-def sample(gradient: np.ndarray) -> np.ndarray:
-    """As in `make_swin.py`."""
-    return gradient.ravel()[:: gradient.size // 256 | 1]
-
-
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     with np.load(HERE / f"swin_{name}.npz") as file:
         data = dict(file)
@@ -62,9 +56,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
         size="parity", patch_size=about["patch"], window=about["window"],
         pretrained_window=about["pretrained_window"], pretrained_image_size=about["pretrained_image"],
     )  # fmt: skip
-    shapes = about["shapes"].values()
-    parts = np.split(data["params"].astype(np.float32), np.cumsum([math.prod(s) for s in shapes])[:-1])
-    state = {k: p.reshape(s) for (k, s), p in zip(about["shapes"].items(), parts, strict=True)}
+    state = tensors(data["params"], about["shapes"])
     return Reference(data, about, swin_v2.SwinV2(config), FROM[about["library"]](state))
 
 
@@ -90,28 +82,9 @@ def test_forward_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     tree, outputs = jax.jit(jax.grad(loss, has_aux=True))(reference.params)
     for key, ours in outputs.items():
-        theirs = reference.data[key]
-        assert ours.shape == theirs.shape
-        assert relative(ours, theirs) <= FORWARD, key
-        assert np.abs(ours - theirs).max() <= FORWARD_MAX * np.abs(theirs).max(), key
-    compare_gradients(tree, reference)
-
-
-def compare_gradients(tree: dict, reference: Reference) -> None:
-    ours = {k: sample(v) for k, v in in_names_of(reference.about["library"], tree).items()}
-    assert set(ours) == set(reference.about["shapes"])
-    sizes = [ours[key].size for key in reference.about["shapes"]]
-    parts = np.split(reference.data["gradients"], np.cumsum(sizes)[:-1])
-    theirs = dict(zip(reference.about["shapes"], parts, strict=True))
-    worst = {}
-    for key, gradient in theirs.items():
-        if gradient.any():
-            worst[key] = relative(ours[key], gradient)
-        else:  # in a window of one token nothing but the values counts
-            assert np.abs(ours[key]).max() < 1e-7, key
-    assert max(worst.values()) <= GRADIENT_TENSOR, max(worst.items(), key=lambda kv: kv[1])
-    together = [np.concatenate([grads[key] for key in theirs]) for grads in (ours, theirs)]
-    assert relative(*together) <= GRADIENT
+        check_forward(ours, reference.data[key], key)
+    gradients = in_names_of(reference.about["library"], tree)
+    check_gradients(gradients, reference.data["gradients"], reference.about["shapes"])
 
 
 @pytest.mark.parametrize("name", CASES)

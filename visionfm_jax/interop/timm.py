@@ -33,7 +33,7 @@ class Leaf(NamedTuple):
 
 # Torch's layout to ours, one tensor at a time.
 IMPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "vector": lambda x: x,
+    "vector": lambda x: x,  # and all else that both lay out alike
     "linear": lambda x: x.T,  # torch keeps (out, in)
     "patches": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # (D, 3, P, P) to (P*P*3, D), rows h, w, c
     "table": lambda x: x[0],  # (1, T, D) to (T, D)
@@ -131,7 +131,8 @@ def import_state(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...], what
         convert = IMPORT[leaf.kind]
 
         def joined(layer: int, leaf: Leaf = leaf, convert: Callable = convert) -> np.ndarray:
-            return np.concatenate([convert(np.asarray(state[name.format(layer)])) for name in leaf.theirs], -1)
+            parts = [convert(np.asarray(state[name.format(layer)])) for name in leaf.theirs]
+            return np.concatenate(parts, -1) if len(parts) > 1 else parts[0].copy()
 
         value = np.stack([joined(i) for i in range(depth)]) if _stacked(leaf) else joined(0)
         *parents, last = leaf.ours.split("/")
@@ -156,9 +157,9 @@ def export_tree(params: Params, leaves: tuple[Leaf, ...], what: str) -> dict[str
     for leaf in leaves:
         value = np.asarray(flat[leaf.ours])
         for i, layer in enumerate(value) if _stacked(leaf) else [(0, value)]:
-            parts = np.split(layer, len(leaf.theirs), axis=-1)
+            parts = np.split(layer, len(leaf.theirs), axis=-1) if len(leaf.theirs) > 1 else [layer]
             for name, part in zip(leaf.theirs, parts, strict=True):
-                state[name.format(i)] = np.ascontiguousarray(EXPORT[leaf.kind](part))
+                state[name.format(i)] = np.array(EXPORT[leaf.kind](part), order="C")
     return state
 
 
