@@ -47,15 +47,16 @@ def start(
     folder: Path,
     *arguments: str,
     devices: int = 2,
+    base: Sequence[str] = SMALL,
     prefix: Sequence[str] = (),
     env: dict[str, str] | None = None,
     log: Path | None = None,
 ) -> subprocess.Popen:
-    """A run in `folder`, behind the words `prefix`; output to LOG.out and LOG.err, by default beside the folder.
+    """A run of `base` in `folder`, behind the words `prefix`; output to LOG.out and LOG.err, else beside the folder.
 
     Later arguments win.
     """
-    command = [*prefix, sys.executable, "-m", "visionfm_jax.main", *SMALL, f"--config.workdir={folder}", *arguments]
+    command = [*prefix, sys.executable, "-m", "visionfm_jax.main", *base, f"--config.workdir={folder}", *arguments]
     with open(f"{log or folder}.out", "w") as out, open(f"{log or folder}.err", "w") as err:
         environ = {**environment(devices), **(env or {})}
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=err)

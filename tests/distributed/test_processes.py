@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import EVERY, STEPS, compiled_once, copy, finish, last_step, losses, once, run, start, steps, until
+from runs import EVERY, SMALL, STEPS, compiled_once, copy, finish, last_step, losses, once, run, start, steps, until
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,10 @@ def whole(tmp_path_factory) -> Iterator[Path]:
         yield once(shared / "whole", run)
 
 
-def start_two(folder: Path, *arguments: str, own: tuple[list[str], list[str]] = ([], [])) -> list[subprocess.Popen]:
-    """Two processes with one device each; `own` are the arguments of each."""
+def start_two(
+    folder: Path, *arguments: str, own: tuple[list[str], list[str]] = ([], []), base: Sequence[str] = SMALL
+) -> list[subprocess.Popen]:
+    """Two processes of `base` with one device each; `own` are the arguments of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,6 +36,7 @@ def start_two(folder: Path, *arguments: str, own: tuple[list[str], list[str]] = 
             *arguments,
             *own[i],
             devices=1,
+            base=base,
             log=Path(f"{folder}-{i}"),
             env={"VISIONFM_COORDINATOR": f"127.0.0.1:{port}", "VISIONFM_PROCESSES": "2", "VISIONFM_PROCESS": str(i)},
         )
@@ -41,9 +44,11 @@ def start_two(folder: Path, *arguments: str, own: tuple[list[str], list[str]] = 
     ]
 
 
-def finish_two(processes: list[subprocess.Popen], folder: Path, code: int) -> list[tuple[str, str]]:
+def finish_two(
+    processes: list[subprocess.Popen], folder: Path, code: int, seconds: float = 180
+) -> list[tuple[str, str]]:
     try:
-        return [finish(p, Path(f"{folder}-{i}"), code) for i, p in enumerate(processes)]
+        return [finish(p, Path(f"{folder}-{i}"), code, seconds) for i, p in enumerate(processes)]
     finally:
         for process in processes:
             process.kill()
