@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import fsspec
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tar_sets import caption, members, picture, tar_bytes, write_parquet, write_tars
 
-from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.config.schema import DataConfig, SourceConfig
 from visionfm_jax.data import select
+from visionfm_jax.data.fields import Texts
+from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
 
 CAPTIONS = ("a red flag", "Tür \N{HEAVY BLACK HEART}", b"caf\xe9", "")
@@ -123,6 +127,21 @@ def test_tfds_caption_key_chooses_the_text(written):
 )
 def test_tfds_without_what_is_asked_for(written, name, keys, message):
     assert message in error_of("tfds", written / name, **keys)
+
+
+def test_tfds_captions_that_are_no_text_count_as_damaged(written):
+    source, tokenizer = opened("tfds", written / "image+caption"), open_tokenizer("clip")
+    good = [source[i]["caption"] not in (b"caf\xe9", b"") for i in range(4)]
+    data = DataConfig(train=(SourceConfig(path="-"),), shuffle=False, threads=1)
+    with train_loader(
+        data, image_size=8, batch_size=4, seed=0, start_step=0, host=0, hosts=1, sources=[source],
+        fields=Texts(tokenizer, 12),
+    ) as loader:  # fmt: skip
+        batch = next(loader)
+    stepped = [next(n for n in range(4) if good[(i + n) % 4]) for i in range(4)]
+    assert batch["damaged"].tolist() == stepped
+    for i, n in enumerate(stepped):
+        np.testing.assert_array_equal(batch["text"][i], tokenizer(source[(i + n) % 4]["caption"].decode(), 12))
 
 
 # --- tars ---
