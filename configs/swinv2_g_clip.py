@@ -39,7 +39,7 @@ def full() -> Config:
     return Config(
         name="swinv2_g_clip",
         model=ClipConfig(
-            image=SwinV2Config(size="G", image_size=224, window=14, drop_path=0.2, remat="full"),
+            image=SwinV2Config(size="G", image_size=224, window=14, drop_path=0.2, attention="cudnn", remat="full"),
             text=TextConfig(size="H", remat="full"),
             embed_dim=1024,
         ),
@@ -63,32 +63,32 @@ def full() -> Config:
     )  # fmt: skip
 
 
-def emoji(path: str, split: str) -> SourceConfig:
-    return SourceConfig(kind="bundled", path=path, split=split)
+def emoji(split: str) -> SourceConfig:
+    return SourceConfig(kind="bundled", path="twemoji", split=split)
 
 
 def tiny() -> Config:
-    unseen, known = emoji("twemoji", "combinations"), (emoji("twemoji", "train"), emoji("twemoji", "test"))
+    unseen, known = emoji("combinations"), (emoji("train"), emoji("test"))
     return Config(
         name="swinv2_g_clip_tiny",
         model=ClipConfig(
-            image=SwinV2Config(size="P", image_size=48, patch_size=4, window=6, drop_path=0.0),
-            text=TextConfig(size="P", context=32),
+            image=SwinV2Config(size="P", image_size=64, patch_size=8, window=8, drop_path=0.1),
+            text=TextConfig(size="P", context=24),
             embed_dim=128,
         ),
-        task=ContrastiveConfig(tokenizer="clip", mixup=0.0),
+        task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
         data=DataConfig(
-            train=(emoji("twemoji", "train"),),
-            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(0, 9.0)),
+            train=(emoji("train"),),
+            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 3.0)),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=128, steps=600, precision="fp32"),
-        checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
+        train=TrainConfig(batch_size=128, steps=400, precision="fp16"),
+        checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known),
-            EvalConfig(kind="zero_shot", name="groups", source=unseen, prompts="{}"),
+            EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, batch_size=128, every_steps=100),
+            EvalConfig(kind="zero_shot", name="groups", source=emoji("test"), prompts="{}", batch_size=128),
         ),
         telemetry=TelemetryConfig(log_every=10),
     )

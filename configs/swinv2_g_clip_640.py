@@ -6,6 +6,10 @@ Weights alone are taken over: the position bias is evaluated for the new windows
 schedule is its own. For 128 GPUs of 80 GB, 32 pairs on each: a global batch of 4,096, as an image at 640 px needs eight
 times the memory and arithmetic of one at 224. A twentieth of an epoch, 60 M pairs, is 5 % of the arithmetic of
 the run at 224; the learning rate is a fifth of that run's peak.
+
+    python -m visionfm_jax.main --config=configs/swinv2_g_clip_640.py:tiny
+
+continues the tiny run of that file, which goes first, at twice its resolution and window.
 """
 
 from visionfm_jax.config import (
@@ -20,6 +24,7 @@ from visionfm_jax.config import (
     ParallelConfig,
     SourceConfig,
     SwinV2Config,
+    TelemetryConfig,
     TextConfig,
     TrainConfig,
 )
@@ -27,7 +32,7 @@ from visionfm_jax.config.load import variant_of
 
 
 def get_config(variant: str = "") -> Config:
-    return {"": full}[variant_of((), variant)]()
+    return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
 
 
 def full() -> Config:
@@ -59,4 +64,35 @@ def full() -> Config:
                 classes="imagenet_classes", prompts="imagenet_prompts",
             ),
         ),
+    )  # fmt: skip
+
+
+def emoji(split: str) -> SourceConfig:
+    return SourceConfig(kind="bundled", path="twemoji", split=split)
+
+
+def tiny() -> Config:
+    unseen, known = emoji("combinations"), (emoji("train"), emoji("test"))
+    return Config(
+        name="swinv2_g_clip_640_tiny",
+        model=ClipConfig(
+            image=SwinV2Config(
+                size="P", image_size=128, patch_size=8, window=16, pretrained_window=8, pretrained_image_size=64,
+                drop_path=0.1,
+            ),
+            text=TextConfig(size="P", context=24),
+            embed_dim=128,
+        ),
+        task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
+        data=DataConfig(
+            train=(emoji("train"),),
+            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 3.0)),
+            threads=2,
+        ),
+        optim=OptimConfig(lr=1e-4, warmup_steps=10, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=128, steps=60, precision="fp16"),
+        checkpoint=CheckpointConfig(every_steps=20, keep_last=2, weights="runs/swinv2_g_clip_tiny"),
+        evals=(EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, batch_size=128),),
+        telemetry=TelemetryConfig(log_every=5),
     )  # fmt: skip

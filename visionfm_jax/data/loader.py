@@ -195,7 +195,7 @@ class DamageLog:
 
 
 class _TrainRow:
-    """(source, record) -> a row with its image cropped, and resized where RandAugment follows; steps over damaged records."""
+    """(source, record) -> a row with its image cropped (resized, if augmented); steps over damaged records."""
 
     def __init__(self, sources: tuple[Source, ...], fields: Fields, size: int, augment: AugmentConfig):
         self._sources, self._fields, self._size = sources, fields, size
