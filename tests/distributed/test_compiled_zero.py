@@ -7,7 +7,6 @@ stage 3, times (N - 1)/N, as nobody sends its own share. Vectors, 1 % of the sma
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from compiled_step import Compiled, elements
 
 from visionfm_jax.config import (
     ClassificationConfig,
@@ -28,10 +28,9 @@ from visionfm_jax.config import (
     ViTConfig,
 )
 from visionfm_jax.config.load import from_arguments
-from visionfm_jax.parallel.hlo import Array, Collective, Module
 from visionfm_jax.parallel.mesh import make_mesh
-from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster, find_cluster
-from visionfm_jax.planning.compiled import GPU, CompiledStep, compile_step, describe_devices
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
+from visionfm_jax.planning.compiled import GPU, compile_step, describe_devices
 from visionfm_jax.planning.estimate import estimate
 
 CONFIG = Path(__file__).parents[2] / "configs" / "vit_huge.py"
@@ -58,68 +57,6 @@ VECTORS = LAYERS * (4 * WIDTH + 3 * WIDTH + WIDTH + MLP + WIDTH) + WIDTH + 2 * W
 METRICS = 4 * BATCH  # bytes: one fp32 number per image is the most that is reported of a step
 
 STEPS = [(0, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1), (1, 8, 1), (2, 8, 1), (3, 1, 2)]  # stage, accumulate, replicas
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A step, and what a test asks of it."""
-
-    step: CompiledStep
-    cluster: Cluster
-
-    @functools.cached_property
-    def module(self) -> Module:
-        return Module(self.step.hlo)
-
-    @functools.cached_property
-    def collectives(self) -> list[Collective]:
-        return self.module.collectives()
-
-    @property
-    def in_loops(self) -> list[Collective]:
-        entry = self.module.computations[self.module.entry]
-        found = (self.module.collective(*at) for at in self.module.instructions() if at[1] is not entry)
-        return [c for c in found if c is not None]
-
-    @property
-    def parameters(self) -> int:
-        return sum(self.step.parameters.values())
-
-    @property
-    def state_bytes(self) -> int:
-        """Of weights and moments on each GPU, as the program takes them: its arguments but for the batch."""
-        return self.step.arguments - self.step.state["batch"]
-
-    @property
-    def sent(self) -> float:
-        """16-bit elements that a GPU sends in a step, over (N - 1)/N."""
-        share = (self.cluster.devices - 1) / self.cluster.devices
-        return sum(c.count * c.wire_bytes for c in self.collectives) / 2 / share
-
-    def weights(self, kind: str) -> Counter:
-        """The 16-bit matrices that travel in collectives of this kind: (sorted shape of one layer's) -> how often."""
-        found: Counter = Counter()
-        for c in self.collectives:
-            for array in c.arrays if c.kind == kind else ():
-                if array.dtype == "bf16":
-                    *stack, short, long = sorted(array.shape)  # of a stack, the layers are the shortest dim
-                    found[short, long] += c.count * math.prod(stack)
-        return found
-
-    def elements(self, kind: str, dtype: str) -> int:
-        return sum(
-            c.count * elements(a) for c in self.collectives if c.kind == kind for a in c.arrays if a.dtype == dtype
-        )
-
-    def arrays(self) -> Iterator[Array]:
-        """Every array of the program, those inside fused kernels as well."""
-        for computation in self.module.computations.values():
-            for instruction in computation.values():
-                yield from instruction.outputs
-
-
-def elements(array: Array) -> int:
-    return math.prod(array.shape)
 
 
 def times(weights: Counter, n: int) -> Counter:

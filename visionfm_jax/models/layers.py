@@ -224,8 +224,9 @@ def scan_blocks(
             def one(x: jax.Array, p: Params, *own: Any, block: nn.Module = block) -> jax.Array:
                 return block.apply({"params": prepare(p)}, x, *own)
 
-            # prevent_cse is for code outside loops; a scan's body is its own computation already.
-            step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=False)
+            # The body of a loop is a computation of its own. XLA inlines that of a loop of one pass, finds its products
+            # in the forward pass and, unless it is told not to, keeps those instead of recomputing.
+            step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=repeats == 1)
             arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
             x = step(x, p if len(group) == 1 else p[str(i)], *arguments)
         return x, None

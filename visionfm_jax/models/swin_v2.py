@@ -157,11 +157,7 @@ class PositionBias(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Scaled cosine attention inside windows; (B, H, W, D) to (B, H, W, D).
-
-    Windows are folded into heads: one call over (B, T, windows * N, K), whose bias of (1, windows * N, T, T) carries
-    position and mask without a copy over the batch.
-    """
+    """Scaled cosine attention inside windows; (B, H, W, D) to (B, H, W, D)."""
 
     heads: int
     windows: Windows
@@ -170,25 +166,47 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        B, D = len(x), x.shape[-1]
-        N, T, count = self.heads, self.windows.tokens, self.windows.count
         x = partition(x, self.windows)
-        q, k, v = (
-            a.reshape(B, T, count * N, D // N)
-            for a in Qkv(self.dtype, key_bias=False, kernel_init=_init, name="qkv")(x)
-        )
-
-        scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (N,))
-        scale = jnp.tile(jnp.exp(jnp.minimum(scale, MAX_SCALE)), count)[:, None]
-        q, k = (unit(q) * scale).astype(self.dtype), unit(k).astype(self.dtype)
-
-        bias = PositionBias(N, name="bias")(self.windows)[None]
-        mask = neighbour_mask(self.windows)
-        bias = jnp.tile(bias, (count, 1, 1, 1)) if mask is None else bias + mask[:, None]
-        y = attention(q, k, v, self.implementation, bias=bias.reshape(1, count * N, T, T), scale=1.0)
-        y = checkpoint_name(y.reshape(B, T, count, D), "attention")
-        y = unpartition(dense(y, D, self.dtype, "out", kernel_init=_init), self.windows)
+        q, k, v = Qkv(self.dtype, key_bias=False, kernel_init=_init, name="qkv")(x)
+        scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (self.heads,))
+        bias = PositionBias(self.heads, name="bias")(self.windows)
+        y = folded_attention(q, k, v, scale, bias, neighbour_mask(self.windows), self.implementation)
+        y = checkpoint_name(y, "attention")
+        y = unpartition(dense(y, x.shape[-1], self.dtype, "out", kernel_init=_init), self.windows)
         return checkpoint_name(y, "projection")
+
+
+def folded_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    mask: np.ndarray | None,
+    implementation: str,
+) -> jax.Array:
+    """Scaled cosine attention inside windows, which are folded into heads.
+
+    One call over (B, T, windows * N, K), whose bias of (1, windows * N, T, T) carries position and mask without a copy
+    over the batch.
+
+    Args:
+      q, k, v: (B, T, windows, D).
+      scale: (N,), in logarithms.
+      bias: (N, T, T).
+      mask: (windows, T, T), as `neighbour_mask` gives it.
+      implementation: of `models.attention`.
+
+    Returns:
+      (B, T, windows, D).
+    """
+    B, T, count, D = q.shape
+    N = len(scale)
+    q, k, v = (a.reshape(B, T, count * N, D // N) for a in (q, k, v))
+    scale = jnp.tile(jnp.exp(jnp.minimum(scale, MAX_SCALE)), count)[:, None]
+    q, k = (unit(q) * scale).astype(q.dtype), unit(k).astype(k.dtype)
+    bias = jnp.tile(bias, (count, 1, 1, 1)) if mask is None else bias + mask[:, None]
+    return attention(q, k, v, implementation, bias=bias.reshape(1, count * N, T, T), scale=1.0).reshape(B, T, count, D)
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, miss
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
 
 REMAT = tuple(POLICIES)  # from most memory to most arithmetic
-COMPILE_BYTES = 1.5e9  # host memory of one compile
+COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
 class Setting(NamedTuple):
@@ -145,18 +145,30 @@ def jobs() -> int:
 
 def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> list[tuple[Setting, Estimate]]:
     """The `count` single changes that would save the most time, of those that fit, best first."""
-    candidates = [s for s in neighbours(base, planner.cluster) if is_allowed(planner.config, s, planner.cluster)]
-    known = [(s, planner.ask(s)) for s in candidates]
+
+    def allowed(settings: Iterator[Setting]) -> list[Setting]:
+        return [s for s in settings if is_allowed(planner.config, s, planner.cluster)]
+
+    known = [(s, planner.ask(s)) for s in allowed(neighbours(base, planner.cluster))]
+    for setting in allowed(lighter(base)):
+        known.append((setting, planner.ask(setting)))
+        found = known[-1][1].result()
+        if not (found and found.fits):  # then nothing lighter does
+            break
     better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
     better = [(s, e) for s, e in better if e.seconds < 0.99 * now.seconds]
     return sorted(better, key=lambda found: found[1].seconds)[:count]
 
 
+def lighter(base: Setting) -> Iterator[Setting]:
+    """Less and less recomputed."""
+    fewer = dict.fromkeys(base.with_remat(min, policy) for policy in reversed(REMAT))
+    yield from (s for s in fewer if s != base)
+
+
 def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:
-    """Single changes that may save time: less recomputed, less exchanged, larger micro-batches, another kernel."""
+    """Other single changes that may save time: less exchanged, larger micro-batches, another kernel."""
     yield base.with_attention("xla" if "cudnn" in base.attention else "cudnn")
-    lighter = (base.with_remat(min, r) for r in reversed(REMAT))
-    yield from (s for s in dict.fromkeys(lighter) if s != base)
     if base.accumulate % 2 == 0:
         yield base._replace(accumulate=base.accumulate // 2)
     yield from (base._replace(stage=stage) for stage in range(base.stage - 1, 0, -1))

@@ -123,6 +123,14 @@ def test_advice_is_single_changes_that_fit_and_save_time():
     assert found[0][0] == base.with_attention("cudnn")
 
 
+def test_advice_tries_nothing_lighter_than_what_does_not_fit():
+    planner = Planner()
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
+    advice(planner, base, planner.formula(base))
+    assert not planner.formula(base._replace(remat=("dots",))).fits
+    assert {s.remat for s in planner.asked} == {("full",), ("dots",)}
+
+
 def test_advice_has_nothing_to_say_where_all_is_best():
     planner = Planner(state=1)
     base = vit(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
@@ -138,7 +146,7 @@ def test_settings_change_all_towers():
     assert (changed.model.image.remat, changed.model.text.remat) == ("full", "dots")
     assert setting_of(changed) == base
 
-    words = {s.flags(base) for s in settings.neighbours(base, planner.cluster)}
+    words = {s.flags(base) for s in (*settings.neighbours(base, planner.cluster), *settings.lighter(base))}
     assert "--config.model.image.attention=cudnn --config.model.text.attention=cudnn" in words
     assert "--config.model.image.remat=dots" in words
     assert "--config.model.image.remat=none --config.model.text.remat=none" in words

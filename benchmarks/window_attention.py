@@ -1,0 +1,225 @@
+"""Three forms of SwinV2's window attention, by compiled memory and by time, at the stages of SwinV2-G.
+
+    python benchmarks/window_attention.py --batch=2 --repeats=5        # a laptop
+    python benchmarks/window_attention.py --batch=64 --dtype=float16 --forms=folded,cudnn,plain,naive     # a GPU
+    python benchmarks/window_attention.py --batch=64 --dtype=float16 --target=h100     # its memory, without the GPU
+
+folded is ours: windows folded into heads, the bias of position and mask shared by the batch; cudnn is the same through
+that kernel. plain has windows in the batch, as the references do, and a mask where they are shifted. naive gives every
+window of every image its own copy of the bias and writes softmax out over fp32 logits. Each runs forward and
+backward from queries, keys and values in its own layout; that all give the same result is checked first. Printed are
+temporary memory (the compiler's, beside inputs and outputs), milliseconds (medians of interleaved repetitions), their
+ratios to `folded`, and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from einops import rearrange
+
+from visionfm_jax.models import swin_v2
+from visionfm_jax.models.attention import attention
+from visionfm_jax.models.swin_v2 import Windows
+from visionfm_jax.parallel.targets import XLA_FLAGS, find_cluster
+from visionfm_jax.planning.compiled import ASSEMBLER, COMPILE_ONLY_FLAGS, describe_devices
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("batch", 2, "Images.", lower_bound=1)
+flags.DEFINE_integer("repeats", 5, "Timed repetitions of each form; 0: memory alone.", lower_bound=0)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of queries, keys and values.")
+flags.DEFINE_list("forms", ["folded", "plain", "naive"], "Of folded, cudnn, plain, naive; the first is compared with.")
+flags.DEFINE_list("cases", ["224:14", "640:20"], "Pixels:window.")
+flags.DEFINE_string("target", "", "Compile for this GPU (h100, a100-80gb, …) without it; needs visionfm_jax[plan].")
+flags.DEFINE_list("stages", ["0", "1", "2", "3"], "Stages, from 0.")
+
+SIZE = swin_v2.SIZES["G"]
+PATCH = 4
+Arrays = list[jax.Array]
+
+
+def folded(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, bias: jax.Array, mask: Any) -> jax.Array:
+    """Ours, (B, T, windows, D)."""
+    return swin_v2.folded_attention(q, k, v, scale, bias, mask, "xla")
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, bias: jax.Array, mask: Any) -> jax.Array:
+    """Ours through cuDNN."""
+    return swin_v2.folded_attention(q, k, v, scale, bias, mask, "cudnn")
+
+
+def _heads(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array) -> Arrays:
+    """(B * windows, T, D) to (B * windows, T, N, K), queries and keys as cosines."""
+    N = len(scale)
+    q, k, v = (rearrange(a, "b t (n k) -> b t n k", n=N) for a in (q, k, v))
+    scale = jnp.exp(jnp.minimum(scale, swin_v2.MAX_SCALE))[:, None]
+    return [(swin_v2.unit(q) * scale).astype(q.dtype), swin_v2.unit(k).astype(k.dtype), v]
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, bias: jax.Array, mask: Any) -> jax.Array:
+    """Windows in the batch, (B * windows, T, D)."""
+    q4, k4, v4 = _heads(q, k, v, scale)
+    if mask is None:
+        return attention(q4, k4, v4, "xla", bias=bias[None], scale=1.0).reshape(q.shape)
+    masked = jnp.tile(mask[:, None] == 0, (len(q) // len(mask), 1, 1, 1))
+    return jax.nn.dot_product_attention(q4, k4, v4, bias[None], masked, scale=1.0).reshape(q.shape)
+
+
+def naive(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, bias: jax.Array, mask: Any) -> jax.Array:
+    """Windows in the batch, and the bias with them."""
+    q4, k4, v4 = _heads(q, k, v, scale)
+    whole = bias[None] if mask is None else jnp.tile(bias + mask[:, None], (len(q) // len(mask), 1, 1, 1))
+    whole = jax.lax.optimization_barrier(jnp.broadcast_to(whole, (len(q), *bias.shape)))
+    logits = jnp.einsum("bqnk,btnk->bnqt", q4, k4, preferred_element_type=jnp.float32) + whole
+    weights = jax.nn.softmax(logits, -1).astype(v4.dtype)
+    return jnp.einsum("bnqt,btnk->bqnk", weights, v4).reshape(q.shape)
+
+
+FORMS: dict[str, Callable[..., jax.Array]] = {"folded": folded, "cudnn": cudnn, "plain": plain, "naive": naive}
+
+
+def windows_in_batch(x: jax.Array) -> jax.Array:
+    """(B, T, windows, D) to (B * windows, T, D)."""
+    return rearrange(x, "b t w d -> (b w) t d")
+
+
+def inputs(windows: Windows, stage: int, batch: int, dtype: str) -> Arrays:
+    """Queries, keys, values and the result's cotangent (B, T, windows, D), scale (N,), bias (N, T, T)."""
+    D, N, T = SIZE.width * 2**stage, SIZE.heads[stage], windows.tokens
+    keys = jax.random.split(jax.random.key(stage), 5)
+    maps = [jax.random.normal(key, (batch, T, windows.count, D)).astype(dtype) for key in keys[:4]]
+    return [*maps, jnp.full(N, np.log(10.0)), 16 * jax.nn.sigmoid(jax.random.normal(keys[4], (N, T, T)))]
+
+
+def both_ways(name: str, mask: Any) -> Callable[..., Any]:
+    """One form's result and gradients; (q, k, v, cotangent, scale, bias)."""
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+        y, backward = jax.vjp(lambda *a: FORMS[name](*a, mask), q, k, v, scale, bias)
+        return y, backward(g)
+
+    return both
+
+
+def laid_out(name: str, given: Arrays) -> Arrays:
+    """The inputs as a form takes them."""
+    return [*map(windows_in_batch, given[:4]), *given[4:]] if name in ("plain", "naive") else given
+
+
+def compiled(name: str, shapes: Arrays, mask: Any) -> Any:
+    """One form's program, for the device at hand or for `--target`."""
+    shapes = jax.eval_shape(lambda given: laid_out(name, given), shapes)
+    if not FLAGS.target:
+        return jax.jit(both_ways(name, mask)).lower(*shapes).compile()
+    at = jax.sharding.SingleDeviceSharding(describe_devices(find_cluster(FLAGS.target))[0])
+    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at) for s in shapes]
+    return jax.jit(both_ways(name, mask)).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+
+
+@contextlib.contextmanager
+def compiling_for_target() -> Iterator[None]:
+    """As `python -m visionfm_jax.plan` compiles: with its settings, and nothing that is ever run."""
+    with tempfile.TemporaryDirectory() as folder:
+        if FLAGS.target:
+            Path(folder, "ptxas").write_text(ASSEMBLER)
+            Path(folder, "ptxas").chmod(0o755)
+            os.environ["XLA_FLAGS"] = " ".join([*XLA_FLAGS, *COMPILE_ONLY_FLAGS])
+            jax.config.update("jax_platforms", "cpu")
+            os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        yield
+
+
+def check(outputs: dict[str, Any], dtype: str) -> None:
+    """All forms agree, in their results and in the gradients of queries, keys, values, scale and bias.
+
+    Raises:
+      SystemExit: they do not.
+    """
+    first = next(iter(outputs))
+    for name, out in outputs.items():
+        for a, b in zip(jax.tree.leaves(outputs[first]), jax.tree.leaves(out), strict=True):
+            in_batch = name in ("plain", "naive") and first not in ("plain", "naive") and a.ndim == 4
+            a = windows_in_batch(a) if in_batch else a
+            error = float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max() / jnp.abs(a).max())
+            if not error < (1e-4 if dtype == "float32" else 0.05):
+                raise SystemExit(f"{name} differs from {first} by {error:.1e} of its largest value")
+
+
+def measure(windows: Windows, stage: int) -> dict[str, dict[str, float | None]]:
+    """Per form: MiB of temporary memory, and milliseconds."""
+    mask = swin_v2.neighbour_mask(windows)
+    shapes = jax.eval_shape(lambda: inputs(windows, stage, FLAGS.batch, FLAGS.dtype))
+    programs = {name: compiled(name, shapes, mask) for name in FLAGS.forms}
+    found = {n: {"mib": p.memory_analysis().temp_size_in_bytes / 2**20, "ms": None} for n, p in programs.items()}
+    if not FLAGS.repeats or FLAGS.target:
+        return found
+    given = inputs(windows, stage, FLAGS.batch, FLAGS.dtype)
+    check({name: program(*laid_out(name, given)) for name, program in programs.items()}, FLAGS.dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(FLAGS.repeats):
+        for name, program in programs.items():
+            arrays = jax.block_until_ready(laid_out(name, given))
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arrays))
+            seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        found[name]["ms"] = 1e3 * statistics.median(times)
+    return found
+
+
+def measure_all() -> list[dict[str, Any]]:
+    """Every case, printed as it is known."""
+    rows, first = [], FLAGS.forms[0]
+    print(f"{'':24s}" + "".join(f"{name + ' MiB':>12s}{'ms':>9s}{'ratios':>14s}" for name in FLAGS.forms))
+    for case in FLAGS.cases:
+        pixels, window = map(int, case.split(":"))
+        for stage in map(int, FLAGS.stages):
+            side = pixels // PATCH // 2**stage
+            for shifted in (False, True) if side > window else (False,):
+                windows = swin_v2.windows_of((side, side), window, (0, 0), shifted)
+                found = measure(windows, stage)
+                rows.append({"pixels": pixels, "window": window, "stage": stage, "shifted": shifted, "forms": found})
+                line = f"{pixels}/{window} stage {stage}{' shifted' if shifted else '':8s}"
+                print(f"{line:24s}" + "".join(_cells(f, found[first]) for f in found.values()), flush=True)
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    if unknown := set(FLAGS.forms) - set(FORMS):
+        raise app.UsageError(f"--forms: no {', '.join(sorted(unknown))}; there is {', '.join(FORMS)}")
+    with compiling_for_target():
+        rows = measure_all()
+    names = ("batch", "repeats", "dtype", "forms", "cases", "stages")
+    summary: dict[str, Any] = {"benchmark": "window_attention", "rows": rows}
+    summary |= {"settings": {name: getattr(FLAGS, name) for name in names}}
+    summary |= {"compiled_for": FLAGS.target} if FLAGS.target else {"device": jax.devices()[0].device_kind}
+    summary["versions"] = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": version("jaxlib")}
+    print(json.dumps(summary | {"machine": platform.platform(), "date": datetime.date.today().isoformat()}))
+
+
+def _cells(form: dict[str, Any], first: dict[str, Any]) -> str:
+    ratios = f"{form['mib'] / first['mib']:.2f}x"
+    if form["ms"] is None:
+        return f"{form['mib']:12.1f}{'':9s}{ratios:>14s}"
+    ratios += f" {form['ms'] / first['ms']:.2f}x"
+    return f"{form['mib']:12.1f}{form['ms']:9.1f}{ratios:>14s}"
+
+
+if __name__ == "__main__":
+    app.run(main)

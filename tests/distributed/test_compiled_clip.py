@@ -1,0 +1,143 @@
+"""The contrastive step as XLA compiles it for GPUs: what a device holds of the global batch's logits; the full size."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from compiled_step import Compiled, elements
+
+from visionfm_jax.config import (
+    ClipConfig,
+    Config,
+    ContrastiveConfig,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    SourceConfig,
+    SwinV2Config,
+    TextConfig,
+    TrainConfig,
+)
+from visionfm_jax.config.load import from_arguments
+from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
+from visionfm_jax.parallel.zero import is_scanned, matrix_rank
+from visionfm_jax.planning.compiled import GPU, compile_step
+from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.train.step import Trainer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROWS, WIDTH = 10, 40  # pairs on a device, and of the joint space: no other dim is a multiple of the global batch
+CLUSTERS = {8: "h100:1x8", 32: "h100:4x8", 256: "h100:32x8"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def small(devices: int) -> Config:
+    config = Config(
+        name="small",
+        model=ClipConfig(
+            image=SwinV2Config(size="P", image_size=32, window=2, drop_path=0.0, remat="full"),
+            text=TextConfig(size="P", context=8),
+            embed_dim=WIDTH,
+        ),
+        task=ContrastiveConfig(mixup=0.2),
+        data=DataConfig(train=(SourceConfig(path="-", caption_key="caption"),)),
+        optim=OptimConfig(warmup_steps=2),
+        parallel=ParallelConfig(stage=0),
+        train=TrainConfig(batch_size=ROWS * devices, steps=20, precision="bf16"),
+    )
+    config.validate()
+    return config
+
+
+@functools.cache
+def compiled(devices: int) -> Compiled:
+    cluster = find_cluster(CLUSTERS[devices])
+    return Compiled(compile_step(small(devices), cluster, GPU), cluster)
+
+
+@pytest.mark.parametrize("devices", CLUSTERS)
+def test_logits_of_a_device_are_its_rows_against_all(devices):
+    everybody = ROWS * devices
+    shapes = {tuple(d for d in a.shape if d > 1) for a in compiled(devices).arrays()}
+    of_batch = [shape for shape in shapes if everybody in shape]
+    assert {(ROWS, everybody), (everybody, ROWS)} & set(of_batch)  # logits
+    assert (everybody, everybody) not in shapes
+    sizes = {elements(a) for a in compiled(devices).arrays()}
+    assert everybody**2 not in sizes  # nor under another shape
+    # Nothing with the batch as a dim is larger than everybody's embeddings and images' logits, side by side.
+    assert max(functools.reduce(int.__mul__, shape) for shape in of_batch) <= everybody * max(ROWS, WIDTH)
+
+
+def test_every_stage_recomputes_even_those_of_one_group():
+    """Products of the backward pass that XLA found in the forward pass would be kept, whatever `remat` says."""
+    module = compiled(8).module
+    products = [i.source for i, inside, _ in module.instructions() if module.flops(i, inside)]
+    again = [source for source in products if "rematted_computation" in source]
+    for stage in range(4):
+        assert any(f"stage{stage}/" in source and "mlp/fc1" in source for source in again)
+
+
+def test_memory_grows_linearly_with_the_global_batch():
+    def beside_state(devices: int) -> int:
+        return compiled(devices).step.peak - compiled(devices).step.arguments
+
+    per_row = [(beside_state(many) - beside_state(few)) / (ROWS * (many - few)) for few, many in ((8, 32), (32, 256))]
+    assert max(per_row) < 4 * (8 * ROWS + 8 * WIDTH)  # bytes: some logits and embeddings of each further pair
+
+
+@functools.cache
+def full(name: str) -> Compiled:
+    """A shipped configuration on the cluster that it is made for."""
+    config, _ = from_arguments([f"--config={CONFIGS / name}"])
+    cluster = find_cluster("a100-80gb:16x8")
+    return Compiled(compile_step(config, cluster, GPU), cluster)
+
+
+@functools.cache
+def sizes(name: str) -> dict[str, int]:
+    """Parameters: matrices of scanned blocks, other matrices, vectors."""
+    config, _ = from_arguments([f"--config={CONFIGS / name}"])
+    config.parallel.stage = 0
+    params = Trainer(config, make_mesh(1, jax.devices()[:1])).shapes.params
+    found = {"blocks": 0, "others": 0, "vectors": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        kind = "vectors" if matrix_rank(path, leaf) < 2 else "blocks" if is_scanned(path) else "others"
+        found[kind] += leaf.size
+    return found
+
+
+@pytest.mark.full_size
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("name", "pairs"), [("swinv2_g_clip.py", 256), ("swinv2_g_clip_640.py", 32)])
+def test_full_size_step(name, pairs):
+    step, count = full(name), sizes(name)
+    assert step.parameters == sum(count.values()) == pytest.approx(3.36e9, rel=2e-3)
+    assert step.step.batch_size == 128 * pairs
+    assert step.step.peak < MEMORY_FRACTION * step.cluster.target.memory_bytes
+    assert step.state_bytes - 12 * count["vectors"] == pytest.approx(12 * step.parameters / 128, rel=0.01)
+
+    matrices = count["blocks"] + count["others"]
+    assert step.elements("all-gather", "f16") == matrices + count["blocks"]
+    assert step.elements("reduce-scatter", "f16") == matrices
+    assert step.elements("all-reduce", "f16") == 0
+    weights = step.elements("all-gather", "f16") + step.elements("reduce-scatter", "f16")
+    assert weights == pytest.approx(3 * step.parameters, rel=0.05)
+
+    everybody = step.step.batch_size
+    arrays = list(step.arrays())
+    assert everybody**2 not in {elements(a) for a in arrays}
+    kept, _ = step.module.stacked_bytes()
+    assert kept < 0.25 * step.cluster.target.memory_bytes  # of the backward pass: a map a block, no logits
+    found = estimate(step.step, step.cluster)
+    assert found.exposed < 0.05 * found.seconds
