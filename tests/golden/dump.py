@@ -16,7 +16,15 @@ from visionfm_jax.train.state import init_state
 
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER.parents[1] / "configs"
-SHIPPED = ("quickstart", "vit_huge", "vit_huge:tiny")
+SHIPPED = (
+    "quickstart",
+    "swinv2_g_clip",
+    "swinv2_g_clip:tiny",
+    "swinv2_g_clip_640",
+    "swinv2_g_clip_640:tiny",
+    "vit_huge",
+    "vit_huge:tiny",
+)
 SHARDS = 8
 
 

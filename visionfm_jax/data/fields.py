@@ -52,7 +52,9 @@ class Labels:
 
     def check(self, source: Source) -> None:
         if not source.num_classes:
-            raise DataError(f"{source.name} has no labels, which this task learns from; set another source")
+            raise DataError(
+                f"{source.name} has no labels, which this task learns from; set label_key, or another source"
+            )
         if source.num_classes > self.num_classes:
             raise DataError(
                 f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "

@@ -4,7 +4,9 @@ import pytest
 
 from visionfm_jax.config import (
     CheckpointConfig,
+    ClipConfig,
     Config,
+    ContrastiveConfig,
     DataConfig,
     EvalConfig,
     OptimConfig,
@@ -55,11 +57,25 @@ def test_derived_quantities():
         ("checkpoint.keep_best", 1, ["checkpoint.best_metric"]),
         ("checkpoint.best_metric", "test/top1", ["['val']"]),
         ("task.label_smoothing", 1.0, ["[0, 1)"]),
+        ("data.augment.rand_augment", (2, 11.0), ["magnitude in [0, 10]", "(2, 9.0)"]),
+        (
+            "evals",
+            (EvalConfig(source=SourceConfig(path="y"), gallery=(SourceConfig(),)),),
+            ["evals[0].gallery[0].path"],
+        ),
+        (
+            "task",
+            ContrastiveConfig(),
+            ["ViTConfig", "no model for task = ContrastiveConfig", "set model to a ClipConfig"],
+        ),
         ("seed", -1, ["at least 0"]),
     ],
 )
 def test_a_broken_rule_names_field_value_rule_and_remedy(name, value, words):
-    config = good()
+    assert_refused(good(), name, value, words)
+
+
+def assert_refused(config, name, value, words):
     holder = config
     *parents, leaf = name.split(".")
     for part in parents:
@@ -72,6 +88,49 @@ def test_a_broken_rule_names_field_value_rule_and_remedy(name, value, words):
     for word in words:
         assert word in text
     assert ";" in text  # the remedy
+
+
+def pairs() -> Config:
+    config = good()
+    config.model, config.task = ClipConfig(), ContrastiveConfig(mixup=0.2)
+    config.train = TrainConfig(batch_size=64, epochs=2)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.image.window", 57, ["larger than the map, 56 x 56 tokens", "set it to 56 or less"]),
+        ("model.image.image_size", 226, ["multiple of model.image.patch_size = 4", "nearest is 224"]),
+        ("model.image.drop_path", 1.0, ["[0, 1)"]),
+        ("model.image.pretrained_window", 14, ["goes with pretrained_image_size"]),
+        ("model.text.remat", "some", ["model.text.remat", "none, attention, dots, full"]),
+        ("model.text.end_token", 49_408, ["below vocab_size = 49408", "the tokenizer's end token"]),
+        ("model.text.context", 2, ["at least 3"]),
+        ("task.loss", "hinge", ["softmax, sigmoid"]),
+        ("task.mixup", -1.0, ["at least 0"]),
+        ("train.accumulate", 2, ["within a micro-batch alone", "set it to 1"]),
+        ("optim.layer_decay", 0.9, ["models of one tower"]),
+    ],
+)
+def test_a_broken_rule_of_pairs(name, value, words):
+    pairs().validate()
+    assert_refused(pairs(), name, value, words)
+
+
+def test_towers_and_image_size():
+    assert list(good().towers) == ["model"]
+    assert list(pairs().towers) == ["model.image", "model.text"]
+    assert good().image_size == pairs().image_size == 224
+
+
+def test_images_are_mixed_two_by_two_on_a_device():
+    config = pairs()
+    config.validate_devices(32)
+    with pytest.raises(ConfigError, match=r"64: must be a multiple of 128 \(64 devices x 2 images to mix\)"):
+        config.validate_devices(64)
+    config.task.mixup = 0.0
+    config.validate_devices(64)
 
 
 def test_all_problems_are_told_at_once():
