@@ -58,16 +58,6 @@ def test_derived_quantities():
         ("checkpoint.best_metric", "test/top1", ["['val']"]),
         ("task.label_smoothing", 1.0, ["[0, 1)"]),
         ("data.augment.rand_augment", (2, 11.0), ["magnitude in [0, 10]", "(2, 9.0)"]),
-        (
-            "evals",
-            (EvalConfig(source=SourceConfig(path="y"), gallery=(SourceConfig(),)),),
-            ["evals[0].gallery[0].path"],
-        ),
-        (
-            "task",
-            ContrastiveConfig(),
-            ["ViTConfig", "no model for task = ContrastiveConfig", "set model to a ClipConfig"],
-        ),
         ("seed", -1, ["at least 0"]),
     ],
 )
@@ -88,6 +78,18 @@ def assert_refused(config, name, value, words):
     for word in words:
         assert word in text
     assert ";" in text  # the remedy
+
+
+def test_a_task_needs_its_model_and_a_gallery_paths():
+    config = good()
+    config.task = ContrastiveConfig()
+    config.evals[0].gallery = (SourceConfig(),)
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    assert "config.model = 'ViTConfig': is no model for task = ContrastiveConfig; set model to a Clip" in str(
+        error.value
+    )
+    assert "config.evals[0].gallery[0].path" in str(error.value)
 
 
 def pairs() -> Config:
