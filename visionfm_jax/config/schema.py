@@ -174,7 +174,7 @@ class EvalConfig:
     batch_size: int = 0  # 0: the training batch size
     every_steps: int = 0  # 0: only at the end
     classes: str = ""  # of `zero_shot`: a shipped list or a file of names, one a line; empty: those of the source
-    prompts: str = ""  # of `zero_shot`: a shipped list or a file with {} for the name; empty: imagenet_prompts_short
+    prompts: str = ""  # of `zero_shot`: likewise, or one prompt, {} for the name; empty: imagenet_prompts_short
     gallery: tuple[SourceConfig, ...] = ()  # of `retrieval`: more pairs to choose from
 
 

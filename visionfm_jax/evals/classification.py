@@ -10,8 +10,7 @@ from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.errors import ConfigError
-from visionfm_jax.evals.subject import Predict
+from visionfm_jax.evals.subject import Predict, require_task
 
 PICTURED = 64
 
@@ -28,10 +27,7 @@ class ClassificationEval:
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        if not isinstance(run.task, ClassificationConfig):
-            raise ConfigError(
-                f"config.evals {config.name!r}: kind {config.kind!r} is for classification tasks; set kind to zero_shot"
-            )
+        require_task(config, run, ClassificationConfig)
         self.source, self.labels = open_source(config.source), Labels(run.task.num_classes)
         self.labels.check(self.source)
         self.pictured: dict[str, np.ndarray] = {}

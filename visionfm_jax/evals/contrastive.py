@@ -11,25 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.tokenizer import Tokenizer
 from visionfm_jax.data.transforms import eval_image
-from visionfm_jax.errors import ConfigError
 from visionfm_jax.evals.subject import Predict
-
-
-def require_contrastive(config: EvalConfig, run: Config) -> None:
-    """Refuse a run without a joint space of images and texts.
-
-    Raises:
-      ConfigError: its task is another.
-    """
-    if not isinstance(run.task, ContrastiveConfig):
-        raise ConfigError(
-            f"config.evals {config.name!r}: kind {config.kind!r} compares images with texts, but config.task is a "
-            f"{type(run.task).__name__}; remove the eval, or train by a ContrastiveConfig"
-        )
 
 
 def protocol_of(settings: dict[str, Any]) -> str:

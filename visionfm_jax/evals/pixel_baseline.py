@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.subject import Predict
+from visionfm_jax.evals.subject import Predict, require_task
 
 MAX_PIXELS = 2**30  # of training images, held in memory as fp32: 4 GiB
 ITERATIONS = 200
@@ -33,6 +33,7 @@ class PixelBaseline:
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         del host, hosts  # every host computes the same
+        require_task(config, run, ClassificationConfig)
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
         self.source = open_source(config.source)

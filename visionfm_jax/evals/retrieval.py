@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig
 from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader
@@ -22,11 +22,10 @@ from visionfm_jax.evals.contrastive import (
     measured_on,
     plain,
     protocol_of,
-    require_contrastive,
     sample,
 )
 from visionfm_jax.evals.metrics import best, ranks, recall
-from visionfm_jax.evals.subject import Predict
+from visionfm_jax.evals.subject import Predict, require_task
 
 KS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
@@ -78,7 +77,7 @@ class RetrievalEval:
     metrics = tuple(f"{way}_r{k}" for way in WAYS for k in KS)
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_contrastive(config, run)
+        require_task(config, run, ContrastiveConfig)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         configs = (config.source, *config.gallery)
         self.sources = [open_source(s) for s in configs]

@@ -1,4 +1,4 @@
-"""What an eval is given of the model it measures."""
+"""What an eval needs to know, and is given, of the model it measures."""
 
 from __future__ import annotations
 
@@ -6,5 +6,21 @@ from collections.abc import Callable
 
 import numpy as np
 
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.errors import ConfigError
+
 # This host's rows of an evaluation batch -> the task's `predict` for all hosts' rows, with `label` and `mask`.
 Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def require_task(config: EvalConfig, run: Config, task: type) -> None:
+    """Refuse a run of another task.
+
+    Raises:
+      ConfigError: that the eval's kind cannot measure.
+    """
+    if not isinstance(run.task, task):
+        raise ConfigError(
+            f"config.evals {config.name!r}: kind {config.kind!r} is for a task of {task.__name__}, not of "
+            f"{type(run.task).__name__}; set another kind, or remove the eval"
+        )

@@ -12,6 +12,7 @@ from visionfm_jax.evals.pixel_baseline import fit, scores
 from visionfm_jax.evals.registry import make_evals
 
 QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.py")
+PAIRS = str(Path(__file__).parents[3] / "configs" / "swinv2_g_clip.py")
 
 
 def quickstart(*words: str):
@@ -76,3 +77,10 @@ def test_logistic_regression_separates_blobs_and_reaches_a_stationary_point():
     assert (scores(weights, x).argmax(-1) == labels).mean() > 0.99
     residual = jax.nn.softmax(scores(weights, x)) - np.eye(3)[labels]
     np.testing.assert_allclose(residual.sum(0), 0, atol=0.05)  # the gradient of the biases
+
+
+@pytest.mark.parametrize("kind", ["classification", "pixel_baseline"])
+def test_evals_of_classification_refuse_a_contrastive_run(kind):
+    config, _ = load.from_arguments([f"--config={PAIRS}:tiny", "--config.evals[1].kind=" + kind])
+    with pytest.raises(ConfigError, match=rf"'groups': kind '{kind}' is for a task of ClassificationConfig"):
+        make_evals(config, 0, 1)

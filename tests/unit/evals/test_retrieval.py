@@ -153,7 +153,7 @@ def test_a_run_of_another_task_is_refused():
     run = contrastive_run(kind="retrieval")
     run.task = ClassificationConfig()
     with pytest.raises(
-        ConfigError, match=r"'pairs': kind 'retrieval' compares images with texts.*ClassificationConfig"
+        ConfigError, match=r"'pairs': kind 'retrieval' is for a task of ContrastiveConfig, not of ClassificationConfig"
     ):
         make_evals(run, 0, 1)
 

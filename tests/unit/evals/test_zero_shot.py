@@ -162,5 +162,5 @@ def test_prompts_need_one_place_for_the_name(monkeypatch, files, tmp_path, line)
 def test_a_run_of_another_task_is_refused():
     run = contrastive_run(kind="zero_shot")
     run.task = ClassificationConfig()
-    with pytest.raises(ConfigError, match=r"kind 'zero_shot' compares images with texts"):
+    with pytest.raises(ConfigError, match=r"kind 'zero_shot' is for a task of ContrastiveConfig"):
         make_evals(run, 0, 1)
