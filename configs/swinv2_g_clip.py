@@ -40,7 +40,7 @@ def full() -> Config:
         name="swinv2_g_clip",
         model=ClipConfig(
             image=SwinV2Config(size="G", image_size=224, window=14, drop_path=0.2, attention="cudnn", remat="full"),
-            text=TextConfig(size="H", remat="full"),
+            text=TextConfig(size="H", remat="dots"),
             embed_dim=1024,
         ),
         task=ContrastiveConfig(tokenizer="clip", mixup=0.2),

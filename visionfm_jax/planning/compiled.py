@@ -35,6 +35,10 @@ COMPILE_ONLY_FLAGS = (
     "--xla_backend_optimization_level=0",
     "--xla_gpu_enable_libnvjitlink=false",
     "--xla_gpu_enable_libnvptxcompiler=false",
+    # Minutes of a large model's compile: generating each fused kernel in turn to choose who generates it, and a new
+    # analysis of tiles by which fusions are judged; the former one is as good.
+    "--xla_gpu_experimental_enable_fusion_autotuner=false",
+    "--xla_gpu_experimental_enable_tiling_propagation=false",
 )
 # Stands in for NVIDIA's assembler on the PATH, which laptops lack and which may take minutes for one kernel.
 ASSEMBLER = """#!/bin/sh
