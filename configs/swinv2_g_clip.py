@@ -72,14 +72,14 @@ def tiny() -> Config:
     return Config(
         name="swinv2_g_clip_tiny",
         model=ClipConfig(
-            image=SwinV2Config(size="P", image_size=64, patch_size=8, window=8, drop_path=0.1),
+            image=SwinV2Config(size="P", image_size=64, patch_size=8, window=8, drop_path=0.05),
             text=TextConfig(size="P", context=24),
             embed_dim=128,
         ),
-        task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
+        task=ContrastiveConfig(tokenizer="clip", mixup=0.1),
         data=DataConfig(
             train=(emoji("train"),),
-            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 3.0)),
+            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 2.0)),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),

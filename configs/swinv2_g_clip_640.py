@@ -78,15 +78,15 @@ def tiny() -> Config:
         model=ClipConfig(
             image=SwinV2Config(
                 size="P", image_size=128, patch_size=8, window=16, pretrained_window=8, pretrained_image_size=64,
-                drop_path=0.1,
+                drop_path=0.05,
             ),
             text=TextConfig(size="P", context=24),
             embed_dim=128,
         ),
-        task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
+        task=ContrastiveConfig(tokenizer="clip", mixup=0.1),
         data=DataConfig(
             train=(emoji("train"),),
-            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 3.0)),
+            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 2.0)),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-4, warmup_steps=10, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),

@@ -17,6 +17,7 @@ SMALL = [
     "--config.data.augment.rand_augment=(2,9.0)",
     "--config.train.batch_size=16",
     f"--config.train.steps={STEPS}",
+    "--config.train.precision=fp32",
     "--config.optim.warmup_steps=2",
     "--config.optim.lr=1e-4",
     "--config.evals=()",

@@ -195,12 +195,13 @@ def test_tars_in_a_store(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["twemoji", "noto"])
-def test_the_caption_of_an_emoji_is_its_name(name):
+def test_the_caption_of_an_emoji_is_its_name_and_group(name):
     source = opened("bundled", name, split="combinations")
     captions = [source[i]["caption"] for i in range(len(source))]
-    assert captions == [source.record(i)["name"] for i in range(len(source))]
+    about = [source.record(i) for i in range(len(source))]
+    assert captions == [f"{record['name']}, {record['group']}" for record in about]
     assert len(set(captions)) == len(captions)
-    assert any(text.endswith(": dark skin tone") for text in captions)
+    assert any(text.endswith(": dark skin tone, People & Body") for text in captions)
 
 
 def test_digits_have_no_captions():

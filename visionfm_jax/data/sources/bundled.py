@@ -55,12 +55,15 @@ class BundledSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The record's "image" (encoded bytes) and "label"; of emoji also their name, "caption"."""
+        """The record's "image" (encoded bytes) and "label"; of emoji also "caption": name and group."""
         row = self._row(index)
         arrays, _ = read_set(self._set)
         start, stop = arrays["offsets"][row], arrays["offsets"][row + 1]
         record = {"image": arrays["blob"][start:stop].tobytes(), "label": int(arrays["label"][row])}
-        return record | {"caption": self._describe(row)["name"]} if self.has_captions else record
+        if not self.has_captions:
+            return record
+        about = self._describe(row)
+        return record | {"caption": f"{about['name']}, {about['group']}"}
 
     def key(self, index: int) -> str:
         """The picture's name in the package that it came from."""

@@ -1,0 +1,105 @@
+"""SwinV2-G-CLIP's tiny runs, made smaller: killed and continued, evaluated alone, continued at twice the resolution."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import assert_identical, finish, losses, once, signal_after, start, state, steps
+
+from visionfm_jax.telemetry.writers import read_metrics
+
+STEPS, EVERY, BATCH = 40, 10, 32
+COMMON = [
+    f"--config.train.batch_size={BATCH}",
+    "--config.optim.warmup_steps=4",
+    "--config.telemetry.log_every=1",
+    "--config.telemetry.tensorboard=false",
+]
+SMALL = [
+    "--config=configs/swinv2_g_clip.py:tiny",
+    "--config.model.image.image_size=32",
+    "--config.model.image.window=4",
+    f"--config.train.steps={STEPS}",
+    f"--config.checkpoint.every_steps={EVERY}",
+    "--config.checkpoint.keep_last=4",
+    "--config.evals[0].every_steps=0",
+    *COMMON,
+]
+LARGER = [
+    "--config=configs/swinv2_g_clip_640.py:tiny",
+    "--config.model.image.image_size=64",
+    "--config.model.image.window=8",
+    "--config.model.image.pretrained_window=4",
+    "--config.model.image.pretrained_image_size=32",
+    "--config.train.steps=5",
+    "--config.evals=()",
+    *COMMON,
+]
+
+
+def run_pairs(folder: Path, *arguments: str, base: list[str] = SMALL, log: Path | None = None) -> tuple[str, str]:
+    log = log or folder
+    return finish(start(folder, *arguments, base=base, log=log), log, seconds=400)
+
+
+@pytest.fixture(scope="session")
+def pairs(shared) -> Path:
+    """The folder of a run that nothing disturbed; not to be changed."""
+    return once(shared / "pairs", run_pairs)
+
+
+def printed(folder: Path) -> str:
+    return Path(f"{folder}.out").read_text()
+
+
+def test_killed_and_continued_is_the_same_run_with_its_loss_scale(tmp_path, pairs):
+    folder = tmp_path / "run"
+    process = start(folder, base=SMALL)
+    signal_after(process, folder, EVERY + 3, signal.SIGKILL)
+    finish(process, folder, code=-signal.SIGKILL)
+    saved = steps(folder)[-1]
+    assert saved < STEPS
+    out, _ = run_pairs(folder)
+    assert f"starts from      step {saved} of its own folder" in out
+    mine, theirs = state(folder), state(pairs)
+    assert any("loss_scale" in name for name in theirs)
+    assert_identical(mine, theirs)
+    assert list(losses(folder)) == list(losses(pairs))
+    np.testing.assert_array_equal(list(losses(folder).values()), list(losses(pairs).values()))  # NaN of skipped steps
+
+
+def test_it_learns_and_reports_retrieval_and_groups(pairs):
+    out = printed(pairs)
+    values = list(losses(pairs).values())
+    assert np.nanmean(values[-5:]) < 0.9 * np.log(BATCH)
+    scores = {k: v for row in read_metrics(pairs) for k, v in row.items()}
+    assert scores["unseen/candidates"] == 3949
+    assert scores["unseen/image_to_text_r10"] > 4 * 10 / 3949  # four times chance
+    assert 0 <= scores["groups/top1"] <= 1
+    for name in ("retrieval_unseen.png", "predictions_groups.png", "confusion_groups.png"):
+        assert (pairs / name).stat().st_size > 10_000
+        assert name in out
+    kept = json.loads((pairs / "eval_groups.json").read_text())
+    assert f"groups is measured by protocol {kept['protocol']}" in out
+
+
+def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
+    alone, _ = run_pairs(pairs, "--mode=evaluate", log=tmp_path / "alone")
+    assert f"the weights of step {STEPS} of {pairs}" in alone
+
+    def scores(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.strip().startswith(("unseen", "groups"))]
+
+    assert len(scores(alone)) > 10
+    assert scores(alone) == scores(printed(pairs))
+
+
+def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs):
+    before = np.mean(list(losses(pairs).values())[-5:])
+    folder = tmp_path / "larger"
+    out, _ = run_pairs(folder, f"--config.checkpoint.weights={pairs}", base=LARGER)
+    assert f"starts from      the weights of {pairs}" in out
+    after = losses(folder)
+    assert after[1] < before + 0.25 * (np.log(BATCH) - before)  # other pictures, and larger
