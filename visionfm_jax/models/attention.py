@@ -50,7 +50,7 @@ def attention(
     q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
     if bias is not None:
         bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 1)))
-    lengths = jnp.full(q.shape[:1], T, jnp.int32)
+    lengths = T + 0 * q[:, 0, 0, 0].astype(jnp.int32)  # of q, as jax 0.10's rule for vmap wants them batched like it
     y = attend(q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     return y[:, :T]
 
