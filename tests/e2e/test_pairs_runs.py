@@ -6,21 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import assert_identical, finish, losses, once, signal_after, start, state, steps
+from runs import assert_identical, finish, losses, once, start, state, steps, until
 
 from visionfm_jax.telemetry.writers import read_metrics
 
-STEPS, EVERY, BATCH = 40, 10, 32
+STEPS, EVERY, BATCH = 200, 80, 64
+CHANCE = np.log(BATCH)  # the loss of a model that knows nothing
 COMMON = [
     f"--config.train.batch_size={BATCH}",
-    "--config.optim.warmup_steps=4",
+    "--config.optim.warmup_steps=3",
     "--config.telemetry.log_every=1",
     "--config.telemetry.tensorboard=false",
 ]
 SMALL = [
     "--config=configs/swinv2_g_clip.py:tiny",
-    "--config.model.image.image_size=32",
-    "--config.model.image.window=4",
+    "--config.data.augment.crop_scale=(0.2, 0.4)",
     f"--config.train.steps={STEPS}",
     f"--config.checkpoint.every_steps={EVERY}",
     "--config.checkpoint.keep_last=4",
@@ -29,11 +29,9 @@ SMALL = [
 ]
 LARGER = [
     "--config=configs/swinv2_g_clip_640.py:tiny",
-    "--config.model.image.image_size=64",
-    "--config.model.image.window=8",
-    "--config.model.image.pretrained_window=4",
-    "--config.model.image.pretrained_image_size=32",
-    "--config.train.steps=5",
+    "--config.train.precision=fp32",
+    "--config.train.steps=4",
+    "--config.optim.lr=1e-6",
     "--config.evals=()",
     *COMMON,
 ]
@@ -57,7 +55,8 @@ def printed(folder: Path) -> str:
 def test_killed_and_continued_is_the_same_run_with_its_loss_scale(tmp_path, pairs):
     folder = tmp_path / "run"
     process = start(folder, base=SMALL)
-    signal_after(process, folder, EVERY + 3, signal.SIGKILL)
+    until(lambda: (folder / "checkpoints" / str(EVERY)).is_dir(), process, seconds=300)
+    process.send_signal(signal.SIGKILL)
     finish(process, folder, code=-signal.SIGKILL)
     saved = steps(folder)[-1]
     assert saved < STEPS
@@ -73,7 +72,7 @@ def test_killed_and_continued_is_the_same_run_with_its_loss_scale(tmp_path, pair
 def test_it_learns_and_reports_retrieval_and_groups(pairs):
     out = printed(pairs)
     values = list(losses(pairs).values())
-    assert np.nanmean(values[-5:]) < 0.9 * np.log(BATCH)
+    assert np.nanmean(values[-5:]) < 0.9 * CHANCE
     scores = {k: v for row in read_metrics(pairs) for k, v in row.items()}
     assert scores["unseen/candidates"] == 3949
     assert scores["unseen/image_to_text_r10"] > 4 * 10 / 3949  # four times chance
@@ -97,9 +96,13 @@ def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
 
 
 def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs):
-    before = np.mean(list(losses(pairs).values())[-5:])
+    """Whole pictures at twice the size show things as large as the crops did from which the model has learnt.
+
+    Touvron et al. 2019, "Fixing the train-test resolution discrepancy".
+    """
+    before = np.mean(list(losses(pairs).values())[-10:])
     folder = tmp_path / "larger"
     out, _ = run_pairs(folder, f"--config.checkpoint.weights={pairs}", base=LARGER)
     assert f"starts from      the weights of {pairs}" in out
-    after = losses(folder)
-    assert after[1] < before + 0.25 * (np.log(BATCH) - before)  # other pictures, and larger
+    after = np.mean(list(losses(folder).values()))
+    assert after < before + 0.35 * (CHANCE - before)
