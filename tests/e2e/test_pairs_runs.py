@@ -105,4 +105,4 @@ def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs):
     out, _ = run_pairs(folder, f"--config.checkpoint.weights={pairs}", base=LARGER)
     assert f"starts from      the weights of {pairs}" in out
     after = np.mean(list(losses(folder).values()))
-    assert after < before + 0.35 * (CHANCE - before)
+    assert after < before + 0.5 * (CHANCE - before)
