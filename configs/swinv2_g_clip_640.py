@@ -89,10 +89,10 @@ def tiny() -> Config:
             augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 2.0)),
             threads=2,
         ),
-        optim=OptimConfig(lr=5e-4, warmup_steps=15, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=15, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=128, steps=150, precision="fp16"),
-        checkpoint=CheckpointConfig(every_steps=50, keep_last=2, weights="runs/swinv2_g_clip_tiny"),
+        train=TrainConfig(batch_size=128, steps=240, precision="fp16"),
+        checkpoint=CheckpointConfig(every_steps=80, keep_last=2, weights="runs/swinv2_g_clip_tiny"),
         evals=(EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, batch_size=128),),
         telemetry=TelemetryConfig(log_every=5),
     )  # fmt: skip
