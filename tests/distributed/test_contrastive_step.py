@@ -99,7 +99,7 @@ def losses(trainer: Trainer, steps: int) -> tuple[list[float], list[float]]:
     return jax.device_get(out), jax.device_get(norms)
 
 
-@pytest.mark.parametrize(("stage", "replicas"), [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "replicas"), [(1, 1), (2, 1), (3, 1), (3, 2)])
 def test_losses_equal_those_of_one_device(stage, replicas):
     """Every device holds 2 of 16 rows, contrasts them with all, and mixes, jitters and drops blocks by sample."""
     expected, norms = losses(trainer_on(1, stage=0), STEPS)

@@ -95,11 +95,12 @@ def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
     assert scores(alone) == scores(printed(pairs))
 
 
-def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs):
+def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs, monkeypatch):
     """Whole pictures at twice the size show things as large as the crops did from which the model has learnt.
 
     Touvron et al. 2019, "Fixing the train-test resolution discrepancy".
     """
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes nearly all the time
     before = np.mean(list(losses(pairs).values())[-10:])
     folder = tmp_path / "larger"
     out, _ = run_pairs(folder, f"--config.checkpoint.weights={pairs}", base=LARGER)
