@@ -8,6 +8,7 @@ from runs import ROOT, SMALL, only_error, run
 
 from visionfm_jax import main
 from visionfm_jax.config import load
+from visionfm_jax.data.fields import fields_of
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import door
 
@@ -18,7 +19,7 @@ def check(arguments: list[str], devices: int) -> int:
     """What a start does before it touches a device, in its order."""
     config, _ = load.from_arguments(arguments)
     config.validate_devices(devices)
-    main.check_sources(config, [open_source(s) for s in config.data.train])
+    main.check_sources(config, [open_source(s) for s in config.data.train], fields_of(config))
     return 0
 
 
@@ -58,6 +59,27 @@ def test_one_line_names_the_cause_and_the_remedy(tmp_path, monkeypatch, capsys, 
     assert code == 2
     for part in parts:
         assert part.format(**names) in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.data.train[0].path=digits"], ["bundled digits/train has no captions", "another source"]),
+        (["--config.model.image.window=9"], ["model.image.window = 9", "8 x 8 tokens", "set it to 8"]),
+        (["--config.model.text.vocab_size=30000", "--config.model.text.end_token=9"], ["49408 entries", "vocab_size"]),
+        (["--config.task.tokenizer=/no/tokenizer.json"], ["/no/tokenizer.json"]),
+        (["--config.train.accumulate=2"], ["train.accumulate = 2", "micro-batch alone"]),
+        (["--config.data.train[0].kind=tars", "--config.data.train[0].path={tmp}"], ["{tmp}", "tar"]),
+    ],
+)
+def test_one_line_for_runs_of_pairs(tmp_path, monkeypatch, capsys, arguments, parts):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "notes.txt").write_text("-")
+    pairs = ["--config=configs/swinv2_g_clip.py:tiny", *(a.format(tmp=tmp_path) for a in arguments)]
+    assert door(check)(pairs, devices=1) == 2
+    line = only_error(capsys.readouterr().err)
+    for part in parts:
+        assert part.format(tmp=tmp_path) in line
 
 
 @pytest.mark.parametrize("spec", ["configs/vit_hug.py", "configs/vit_huge.py:small", "{tmp}/broken.py"])
