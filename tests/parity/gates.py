@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 FORWARD, FORWARD_MAX = 3e-6, 1e-5  # ||a - b|| / ||b||, max |a - b| / max |b|
@@ -26,6 +28,18 @@ def tensors(row: np.ndarray, shapes: Mapping[str, Sequence[int]]) -> dict[str, n
     """What was written one after the other, in float32, by its names."""
     parts = np.split(row.astype(np.float32), np.cumsum([math.prod(s) for s in shapes.values()])[:-1])
     return {k: p.reshape(s) for (k, s), p in zip(shapes.items(), parts, strict=True)}
+
+
+def gradients_of_squares(
+    forward: Callable[[dict], dict[str, jax.Array]], params: dict
+) -> tuple[dict, dict[str, jax.Array]]:
+    """The gradient of the sum of all outputs' mean squares, and the outputs; the scripts take the peer's likewise."""
+
+    def loss(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        outputs = forward(params)
+        return sum(jnp.mean(out**2) for out in outputs.values()), outputs
+
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
 
 
 def check_forward(ours: np.ndarray, theirs: np.ndarray, what: str) -> None:
