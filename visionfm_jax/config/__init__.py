@@ -5,13 +5,16 @@ Config files import from here and from nowhere else, so they load wherever Pytho
 
 from visionfm_jax.config.schema import (
     AugmentConfig,
+    AuroraConfig,
     CheckpointConfig,
     ClassificationConfig,
     ClipConfig,
     Config,
     ContrastiveConfig,
     DataConfig,
+    DecoderConfig,
     EvalConfig,
+    MultimodalConfig,
     OptimConfig,
     ParallelConfig,
     SourceConfig,
@@ -24,13 +27,16 @@ from visionfm_jax.config.schema import (
 
 __all__ = [
     "AugmentConfig",
+    "AuroraConfig",
     "CheckpointConfig",
     "ClassificationConfig",
     "ClipConfig",
     "Config",
     "ContrastiveConfig",
     "DataConfig",
+    "DecoderConfig",
     "EvalConfig",
+    "MultimodalConfig",
     "OptimConfig",
     "ParallelConfig",
     "SourceConfig",

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from visionfm_jax.config.schema import (
+    AuroraConfig,
     ClassificationConfig,
     ClipConfig,
     Config,
     ContrastiveConfig,
+    DecoderConfig,
+    MultimodalConfig,
     SwinV2Config,
     TextConfig,
     ViTConfig,
@@ -142,6 +145,15 @@ def _text_problems(c: Config, name: str) -> list[Problem]:
     return out
 
 
+def _decoder_problems(c: Config, name: str) -> list[Problem]:
+    out, tower = _least(c, {f"{name}.context": 3}), _get(c, name)
+    special = {f"{name}.{leaf}": getattr(tower, leaf) for leaf in ("begin_token", "end_token", "mask_token")}
+    if len({0, *special.values()}) < 4 or not all(0 < i < tower.vocab_size for i in special.values()):
+        rule = f"must differ from each other and from 0, padding, and be below vocab_size = {tower.vocab_size}"
+        out.append((", ".join(special), tuple(special.values()), rule, "set the tokenizer's, e.g. 1, 2 and 4"))
+    return out
+
+
 def _image_size_problems(c: Config, name: str) -> list[Problem]:
     out = _least(c, {f"{name}.patch_size": 1, f"{name}.image_size": 1})
     tower = _get(c, name)
@@ -158,22 +170,44 @@ def _classification_problems(c: Config) -> list[Problem]:
 
 
 def _contrastive_problems(c: Config) -> list[Problem]:
-    out = _choice(c, "task.loss", ("softmax", "sigmoid")) + _least(c, {"task.mixup": 0, "model.embed_dim": 1})
-    if c.train.accumulate > 1:
-        rule = "would compare pairs within a micro-batch alone"
-        out.append(("train.accumulate", c.train.accumulate, rule, "set it to 1; more memory comes from remat"))
+    return _choice(c, "task.loss", ("softmax", "sigmoid")) + _least(c, {"task.mixup": 0, "model.embed_dim": 1})
+
+
+def _multimodal_problems(c: Config) -> list[Problem]:
+    task, image = c.task, c.model.image
+    weights = ("masked_image", "contrastive", "captioning", "masked_language")
+    out = _least(c, {f"task.{name}": 0 for name in weights} | {"model.embed_dim": 1, "task.mask_unit": 1})
+    out += _shares(c, "task.mask_ratio", "task.word_mask_ratio", "task.blind")
+    if not out and not sum(getattr(task, name) for name in weights):
+        out.append(("task", {name: 0.0 for name in weights}, "the weights sum to nothing", "set one, e.g. captioning"))
+    if not task.tokenizer:
+        out.append(("task.tokenizer", "", "is needed for captions", "set the path of a SentencePiece model"))
+    if min(task.split) < 1:
+        rule = "needs samples with captions and without"
+        out.append(("task.split", task.split, rule, "set (3, 1)"))
+    unit = task.mask_unit
+    if unit > 0 < image.patch_size and (unit % image.patch_size or image.image_size % unit):
+        rule = f"must be a multiple of model.image.patch_size = {image.patch_size} and divide image_size"
+        out.append(("task.mask_unit", unit, f"{rule} = {image.image_size}", f"set it to {image.patch_size}"))
+    stride = 8 * image.patch_size
+    if stride > 0 and image.image_size % stride:
+        rule = f"must be a multiple of {stride}, what a token of the last stage paints"
+        near = max(1, round(image.image_size / stride)) * stride
+        out.append(("model.image.image_size", image.image_size, rule, f"the nearest is {near}"))
     return out
 
 
-MODELS = {ClassificationConfig: ViTConfig, ContrastiveConfig: ClipConfig}
+MODELS = {ClassificationConfig: ViTConfig, ContrastiveConfig: ClipConfig, MultimodalConfig: AuroraConfig}
 TASKS: dict[type, Callable[[Config], list[Problem]]] = {
     ClassificationConfig: _classification_problems,
     ContrastiveConfig: _contrastive_problems,
+    MultimodalConfig: _multimodal_problems,
 }
 TOWERS: dict[type, Callable[[Config, str], list[Problem]]] = {
     ViTConfig: _vit_problems,
     SwinV2Config: _swin_problems,
     TextConfig: _text_problems,
+    DecoderConfig: _decoder_problems,
 }
 
 
@@ -240,6 +274,11 @@ def _eval_problems(c: Config) -> list[Problem]:
             for leaf in ("batch_size", "every_steps")
             if getattr(e, leaf) < 0
         ]
+        if e.decoding not in ("greedy", "beam", "nucleus"):
+            out.append((f"evals[{i}].decoding", e.decoding, "must be one of greedy, beam, nucleus", "set greedy"))
+        if e.beams < 1 or not 0 < e.top_p <= 1:
+            rule = "needs beams >= 1 and top_p in (0, 1]"
+            out.append((f"evals[{i}].beams, top_p", (e.beams, e.top_p), rule, "set 4 and 0.9"))
         if "/" in e.name or not e.name:
             out.append((f"evals[{i}].name", e.name, "must be a word without /", 'set e.g. "val"'))
     names = [e.name for e in c.evals]
@@ -275,8 +314,13 @@ def device_problems(c: Config, devices: int, hosts: int) -> list[Problem]:
         (f"evals[{i}].batch_size", e.batch_size or c.train.batch_size, devices, f"{devices} devices")
         for i, e in enumerate(c.evals)
     ]
+    rows, why = 1, ""  # that must be in one micro-batch of a device
     if isinstance(c.task, ContrastiveConfig) and c.task.mixup:
-        batches[0] = ("train.batch_size", c.train.batch_size, 2 * devices, f"{devices} devices x 2 images to mix")
+        rows, why = 2, " x 2 images to mix"
+    if isinstance(c.task, MultimodalConfig):
+        rows, why = sum(c.task.split), f" x {sum(c.task.split)} samples of task.split = {c.task.split}"
+    name, size, unit, what = batches[0]
+    batches[0] = (name, size, unit * rows, what + why)
     for name, size, unit, what in batches:
         if size % unit:
             near = max(1, round(size / unit)) * unit

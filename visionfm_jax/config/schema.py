@@ -58,6 +58,32 @@ class ClipConfig:
 
 
 @dataclass(kw_only=True)
+class DecoderConfig:
+    """A text transformer whose upper half looks at an image; sizes in `models.decoder.SIZES`.
+
+    Token ids are those of the tokenizer; 0 is padding.
+    """
+
+    size: str = "XL"
+    vocab_size: int = 32_000
+    context: int = 64  # tokens, with those of begin and end
+    begin_token: int = 1
+    end_token: int = 2  # where the lower half's embedding of a text is read off: the first token with this id
+    mask_token: int = 4  # stands for a word to guess
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+
+
+@dataclass(kw_only=True)
+class AuroraConfig:
+    """An image encoder, a text decoder that looks at its tokens, a joint space, and a head that paints pixels."""
+
+    image: SwinV2Config = field(default_factory=SwinV2Config)
+    text: DecoderConfig = field(default_factory=DecoderConfig)
+    embed_dim: int = 1024  # of the joint space
+
+
+@dataclass(kw_only=True)
 class ClassificationConfig:
     """One label per image."""
 
@@ -73,6 +99,27 @@ class ContrastiveConfig:
     loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
     tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model
     mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the shares of two mixed images come; 0: none
+    cached: bool = True  # micro-batches are contrasted with all of the batch (Gao et al. 2021); False: each alone
+
+
+@dataclass(kw_only=True)
+class MultimodalConfig:
+    """Masked images, and pairs that are contrasted, captioned, and whose captions' masked words are guessed.
+
+    Every image passes the encoder once: of `split[0] + split[1]` samples the first have captions, the others none.
+    """
+
+    tokenizer: str = ""  # path of a SentencePiece model with a mask token, or the name of a shipped one
+    split: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
+    masked_image: float = 1.0  # weight of the loss; so are the next three
+    contrastive: float = 1.0
+    captioning: float = 2.0
+    masked_language: float = 1.0
+    mask_unit: int = 32  # pixels, side of what is hidden of an image at a time
+    mask_ratio: float = 0.6  # of an image's units
+    word_mask_ratio: float = 0.4  # of a text's tokens (Wettig et al. 2023), at least one
+    blind: float = 0.1  # share of texts whose words are guessed without the image
+    cached: bool = True  # as for `ContrastiveConfig`
 
 
 @dataclass(kw_only=True)
@@ -85,7 +132,7 @@ class SourceConfig:
     weight: float = 1.0  # share of this source in a mixture, relative to the others'
     image_key: str = "image"
     label_key: str = "label"
-    caption_key: str = "caption"  # of `tars`: the .txt beside each picture, or another suffix
+    caption_key: str = "caption"  # of `tars`: the .txt beside each picture, or another suffix; empty: no captions
     selection: str = ""  # of `tars`: file written by `python -m visionfm_jax.data.select`; empty: all pairs
 
 
@@ -176,6 +223,9 @@ class EvalConfig:
     classes: str = ""  # of `zero_shot`: a shipped list or a file of names, one a line; empty: those of the source
     prompts: str = ""  # of `zero_shot`: likewise, or one prompt, {} for the name; empty: imagenet_prompts_short
     gallery: tuple[SourceConfig, ...] = ()  # of `retrieval`: more pairs to choose from
+    decoding: str = "greedy"  # of `captioning`: greedy | beam | nucleus
+    beams: int = 4  # of `beam`
+    top_p: float = 0.9  # of `nucleus`
 
 
 @dataclass(kw_only=True)
@@ -195,8 +245,8 @@ class Config:
     name: str
     seed: int = 0
     workdir: str = ""  # the run folder; empty: runs/NAME
-    model: ViTConfig | ClipConfig = field(default_factory=ViTConfig)
-    task: ClassificationConfig | ContrastiveConfig = field(default_factory=ClassificationConfig)
+    model: ViTConfig | ClipConfig | AuroraConfig = field(default_factory=ViTConfig)
+    task: ClassificationConfig | ContrastiveConfig | MultimodalConfig = field(default_factory=ClassificationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -210,11 +260,16 @@ class Config:
         return self.workdir or f"runs/{self.name}"
 
     @property
-    def towers(self) -> dict[str, ViTConfig | SwinV2Config | TextConfig]:
+    def towers(self) -> dict[str, ViTConfig | SwinV2Config | TextConfig | DecoderConfig]:
         """The networks of the model, by the names of their fields."""
-        if isinstance(self.model, ClipConfig):
-            return {"model.image": self.model.image, "model.text": self.model.text}
-        return {"model": self.model}
+        if isinstance(self.model, ViTConfig):
+            return {"model": self.model}
+        return {"model.image": self.model.image, "model.text": self.model.text}
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """Samples in turn with caption and without; (0, 0): the task does not tell them apart."""
+        return self.task.split if isinstance(self.task, MultimodalConfig) else (0, 0)
 
     @property
     def image_size(self) -> int:
