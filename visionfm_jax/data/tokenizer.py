@@ -1,4 +1,4 @@
-"""Captions to token ids: CLIP's tokenizer, a Hugging Face `tokenizer.json`, or a SentencePiece model.
+"""Captions to token ids and back: CLIP's tokenizer, a Hugging Face `tokenizer.json`, or a SentencePiece model.
 
 `clip` gives the ids of OpenCLIP's `SimpleTokenizer` (open_clip_torch 3.3): ftfy mends the text, HTML entities are
 resolved twice, runs of blanks become one, letters become small, then byte pairs (Radford et al. 2021). One difference:
@@ -6,6 +6,10 @@ the words `<start_of_text>` and `<end_of_text>` in a caption are text like any o
 
 The text tower reads a text off at its first end token, so no text may hold that id itself: a file's special tokens are
 not recognised inside of captions, and an unknown word that a file maps to its end token is dropped.
+
+    python -m visionfm_jax.data.tokenizer train --config=configs/NAME.py --vocab_size=32000
+
+makes a SentencePiece model of a configuration's captions, see `data.train_tokenizer`.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ from __future__ import annotations
 import functools
 import gzip
 import html
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.errors import ConfigError, DataError, door
 
 if TYPE_CHECKING:  # imported where they are used: bare GPU images, which train on no captions, lack them
     import tokenizers
@@ -34,9 +39,14 @@ BEGIN_END = (
     ("<s>", "</s>"),
     ("[CLS]", "[SEP]"),
 )
+MASKS = ("<mask>", "[MASK]")
+PADS = ("<pad>", "[PAD]")
+SHIPPED = ("emoji",)  # SentencePiece models beside CLIP's vocabulary; data/text/CREDITS.md
 CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 CLIP_MERGES = 49_152 - 256 - 2
 CLIP_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_TEXTS = "visionfm_jax.data.text"
+_NAMES = ", ".join(map(repr, ("clip", *SHIPPED)))
 SHORTEST = 3  # tokens: begin, one of the text, end
 
 
@@ -46,7 +56,10 @@ class Model(NamedTuple):
     vocab_size: int  # one more than the largest id
     begin: int
     end: int
+    mask: int | None  # stands for a token to guess
+    pad: int | None
     encode: Callable[[str], list[int]]  # a text's ids, without begin and end
+    decode: Callable[[list[int]], str]
 
 
 class Tokenizer:
@@ -54,7 +67,7 @@ class Tokenizer:
 
     def __init__(self, name: str, model: Model):
         self.name = name
-        self.vocab_size, self.begin, self.end, self._encode = model
+        self.vocab_size, self.begin, self.end, self.mask, self._pad, self._encode, self._decode = model
 
     def __call__(self, text: str, length: int) -> np.ndarray:
         """int32 (length,): begin, as many tokens as leave room for the end, end, zeros.
@@ -66,10 +79,21 @@ class Tokenizer:
             raise ConfigError(
                 f"model.text.context = {length}: a text needs {SHORTEST} tokens (begin, one of its own, end); raise it"
             )
-        ids = [i for i in self._encode(text) if i != self.end][: length - 2]
+        ids = self.encode(text)[: length - 2]
         row = np.zeros(length, np.int32)
         row[: len(ids) + 2] = (self.begin, *ids, self.end)
         return row
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, however long, without begin and end; none of them is that of the end."""
+        return [i for i in self._encode(text) if i != self.end]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids (L,) up to the first end; begin, padding, mask and ids past the vocabulary are left out."""
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        silent = (self.begin, self.mask, self._pad)
+        return self._decode([i for i in ids if i not in silent and 0 <= i < self.vocab_size]).strip()
 
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return open_tokenizer, (self.name,)
@@ -77,7 +101,7 @@ class Tokenizer:
 
 @functools.cache  # a process opens a name once
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer `name`: "clip", or the path of a file whose name ends in .json or .model.
+    """The tokenizer `name`: "clip", "emoji", or the path of a file whose name ends in .json or .model.
 
     Raises:
       ConfigError: another name.
@@ -85,23 +109,26 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name == "clip":
         return Tokenizer(name, _clip())
+    if name in SHIPPED:
+        return Tokenizer(name, _sentencepiece(str(resources.files(_TEXTS) / f"{name}.model")))
     opener = {".json": _huggingface, ".model": _sentencepiece}.get(Path(name).suffix)
     if opener is None:
-        raise ConfigError(f"tokenizer {name!r}: neither 'clip' nor a file .json or .model; give one of them")
+        raise ConfigError(f"tokenizer {name!r}: neither {_NAMES} nor a file .json or .model; give one of them")
     if not Path(name).is_file():
-        raise DataError(f"tokenizer {name}: no such file; give 'clip', or the path of a tokenizer.json or .model file")
+        raise DataError(f"tokenizer {name}: no such file; give {_NAMES}, or the path of a .json or .model file")
     return Tokenizer(name, opener(name))
 
 
 def _clip() -> Model:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    file = resources.files("visionfm_jax.data.text") / CLIP_VOCABULARY
+    file = resources.files(_TEXTS) / CLIP_VOCABULARY
     lines = gzip.decompress(file.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 1 + CLIP_MERGES]]
     # A byte's sign: itself where that can be seen; the others follow in order, as signs from 256 on.
     seen = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
-    signs = [chr(b) for b in seen] + [chr(256 + i) for i in range(256 - len(seen))]
+    unseen = [b for b in range(256) if b not in seen]
+    signs = [chr(b) for b in seen] + [chr(256 + i) for i in range(len(unseen))]
     words = signs + [sign + "</w>" for sign in signs] + ["".join(pair) for pair in merges]
     vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
@@ -110,7 +137,13 @@ def _clip() -> Model:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     begin, end = len(words), len(words) + 1
-    return Model(end + 1, begin, end, lambda text: core.encode(_cleaned(text)).ids)
+    byte_of = dict(zip([*signs, " "], [*seen, *unseen, ord(" ")], strict=True))
+
+    def decode(ids: list[int]) -> str:
+        text = "".join(words[i] for i in ids if i < begin).replace("</w>", " ")
+        return bytes(byte_of[sign] for sign in text).decode(errors="replace")
+
+    return Model(end + 1, begin, end, None, None, lambda text: core.encode(_cleaned(text)).ids, decode)
 
 
 def _cleaned(text: str) -> str:
@@ -135,7 +168,11 @@ def _huggingface(path: str) -> Model:
     def encode(text: str) -> list[int]:
         return core.encode(_whole(text), add_special_tokens=False).ids
 
-    return Model(1 + max(core.get_vocab().values()), begin, end, encode)
+    def first(tokens: Sequence[str]) -> int | None:
+        return next((i for i in map(core.token_to_id, tokens) if i is not None), None)
+
+    size = 1 + max(core.get_vocab().values())
+    return Model(size, begin, end, first(MASKS), first(PADS), encode, core.decode)
 
 
 def _begin_and_end(core: tokenizers.Tokenizer, path: str) -> tuple[int, int]:
@@ -167,7 +204,14 @@ def _sentencepiece(path: str) -> Model:
             f"tokenizer {path}: the model has no token of {' and no token of '.join(lacking)}; train it with bos_id "
             "and eos_id, or take another"
         )
-    return Model(core.get_piece_size(), core.bos_id(), core.eos_id(), lambda text: core.encode(_whole(text)))
+    found = (core.piece_to_id(piece) for piece in MASKS)  # the id of the unknown where there is none
+    mask = next((i for i in found if not core.is_unknown(i)), None)
+    pad = core.pad_id() if core.pad_id() >= 0 else None
+
+    def encode(text: str) -> list[int]:
+        return core.encode(_whole(text))
+
+    return Model(core.get_piece_size(), core.bos_id(), core.eos_id(), mask, pad, encode, core.decode)
 
 
 def _whole(text: str) -> str:
@@ -177,3 +221,9 @@ def _whole(text: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    from visionfm_jax.data.train_tokenizer import main
+
+    sys.exit(door(main)(sys.argv[1:]))

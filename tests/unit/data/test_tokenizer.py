@@ -10,6 +10,8 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
+from visionfm_jax.config import SourceConfig
+from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 
@@ -143,6 +145,58 @@ def test_sentencepiece_without_begin_or_end(train_sentencepiece):
         open_tokenizer(train_sentencepiece("neither", bos_id=-1, eos_id=-1))
 
 
+def test_ids_and_back(name: str):
+    tokenizer = open_tokenizer(name)
+    ids = tokenizer.encode("a cat of  3")
+    assert tokenizer(TEXT, 99).tolist()[: 2 + len(tokenizer.encode(TEXT))] == [
+        tokenizer.begin, *tokenizer.encode(TEXT), tokenizer.end
+    ]  # fmt: skip
+    assert tokenizer.decode([tokenizer.begin, *ids, tokenizer.end, *ids]) == tokenizer.decode(np.int32(ids))
+    assert "cat" in tokenizer.decode(ids)
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 7, -1]) == tokenizer.decode(ids)
+    assert tokenizer.decode([]) == tokenizer.decode([tokenizer.begin, tokenizer.end]) == ""
+
+
+def test_clip_and_back():
+    tokenizer = open_tokenizer("clip")
+    text = "ein Café für 3 😀 & <b>!"
+    assert tokenizer.decode(tokenizer(text, 60)) == "ein café für 3 😀 & < b >!"
+    assert tokenizer.decode(tokenizer.encode("😀")[:1]) == "�"
+    assert tokenizer.mask is None
+
+
+@pytest.mark.parametrize("mask", ["<mask>", "[MASK]"])
+def test_json_mask(tmp_path: Path, mask: str):
+    tokenizer = open_tokenizer(write_json(tmp_path / "tokenizer.json", ("<s>", "</s>", mask)))
+    assert tokenizer.mask == 4
+    assert tokenizer.decode([2, 5, 4, 6, 0, 3]) == "a cat"
+    assert open_tokenizer(write_json(tmp_path / "without.json", ("<s>", "</s>"))).mask is None
+
+
+def test_sentencepiece_mask(train_sentencepiece):
+    assert open_tokenizer(train_sentencepiece("maskless")).mask is None
+    tokenizer = open_tokenizer(train_sentencepiece("masked", pad_id=9, control_symbols=["<mask>"]))
+    core = sentencepiece.SentencePieceProcessor(model_file=tokenizer.name)
+    assert core.id_to_piece(tokenizer.mask) == "<mask>"
+    assert tokenizer.mask not in tokenizer.encode("a <mask> of")
+    ids = tokenizer.encode("photo of cats")
+    assert tokenizer.decode([tokenizer.begin, 9, tokenizer.mask, *ids, 9]) == "photo of cats"
+
+
+def test_emoji():
+    tokenizer = open_tokenizer("emoji")
+    assert (tokenizer.vocab_size, tokenizer.begin, tokenizer.end, tokenizer.mask) == (1024, 1, 2, 4)
+    for split in ("train", "combinations"):
+        source = open_source(SourceConfig(kind="bundled", path="twemoji", split=split))
+        captions = [source[i]["caption"] for i in range(len(source))]
+        rows = np.stack([tokenizer(caption, 32) for caption in captions])
+        assert [tokenizer.decode(row) for row in rows] == captions
+        assert not np.isin(rows, (3, 4)).any()
+        assert (rows[:, -1] == 0).all()  # none was cut
+    assert tokenizer.decode(tokenizer.encode("ein Ҩ")) == "ein Ҩ"
+    assert pickle.loads(pickle.dumps(tokenizer)) is tokenizer
+
+
 @pytest.mark.parametrize("suffix", ["json", "model"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff\x13 no tokenizer", b'{"version": "1.0"\n'])
 def test_unreadable_file(tmp_path: Path, suffix: str, content: bytes):
@@ -154,11 +208,11 @@ def test_unreadable_file(tmp_path: Path, suffix: str, content: bytes):
 
 
 def test_no_such_file_or_kind(tmp_path: Path):
-    with pytest.raises(DataError, match=r"missing.json: no such file; give 'clip'"):
+    with pytest.raises(DataError, match=r"missing.json: no such file; give 'clip', 'emoji', or"):
         open_tokenizer(str(tmp_path / "missing.json"))
     (tmp_path / "folder.model").mkdir()
     with pytest.raises(DataError, match="no such file"):
         open_tokenizer(str(tmp_path / "folder.model"))
     for name in ("t5", "", "vocab.txt"):
-        with pytest.raises(ConfigError, match=r"neither 'clip' nor a file .json or .model"):
+        with pytest.raises(ConfigError, match=r"neither 'clip', 'emoji' nor a file .json or .model"):
             open_tokenizer(name)
