@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from visionfm_jax.config import ClipConfig, Config
+from visionfm_jax.config import ClassificationConfig, Config, DecoderConfig
 from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -23,8 +23,8 @@ class Fields(Protocol):
 
     spec: Spec  # of a row
 
-    def __call__(self, record: Mapping[str, Any]) -> Row:
-        """The fields of `spec`.
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        """The fields of `spec`; what is drawn, is drawn by `rng`, the sample's own; None: nothing is.
 
         Raises:
           DamagedCaption: the record must be left out.
@@ -47,7 +47,7 @@ class Labels:
         self.spec: Spec = {"label": ((), np.int32)}
         self.num_classes = num_classes
 
-    def __call__(self, record: Mapping[str, Any]) -> Row:
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         return {"label": record["label"]}
 
     def check(self, source: Source) -> None:
@@ -63,21 +63,31 @@ class Labels:
 
 
 class Texts:
-    """`text`, int32 (L,): the caption's tokens between those of begin and end, then zeros."""
+    """A caption: its tokens between those of begin and end, then zeros; of several captions of an image, one.
+
+    `text`, int32 (L,); `truncated`, int32, 1 where the caption has more tokens than fit.
+    """
 
     def __init__(self, tokenizer: Tokenizer, length: int):
-        self.spec: Spec = {"text": ((length,), np.int32)}
+        self.spec: Spec = {"text": ((length,), np.int32), "truncated": ((), np.int32)}
         self.tokenizer, self.length = tokenizer, length
 
-    def __call__(self, record: Mapping[str, Any]) -> Row:
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        """The row; `rng` draws one of several captions, without it the first is taken."""
         caption = record["caption"]
+        if isinstance(caption, tuple):
+            if not caption:
+                raise DamagedCaption("there is no caption")
+            caption = caption[0 if rng is None else rng.integers(len(caption))]
         try:
             caption = caption.decode() if isinstance(caption, bytes) else caption
         except UnicodeDecodeError as error:
             raise DamagedCaption("the caption is not UTF-8") from error
         if not caption.strip():
             raise DamagedCaption("the caption is empty")
-        return {"text": self.tokenizer(caption, self.length)}
+        text = self.tokenizer(caption, self.length)
+        full = text[-1] == self.tokenizer.end  # only then can something be cut: most captions are tokenised once
+        return {"text": text, "truncated": int(full and len(self.tokenizer.encode(caption)) > self.length - 2)}
 
     def check(self, source: Source) -> None:
         if not source.has_captions:
@@ -86,24 +96,62 @@ class Texts:
             )
 
 
+class OptionalTexts(Texts):
+    """As `Texts`; zeros where the source has no captions."""
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        if "caption" not in record:
+            return {"text": np.zeros(self.length, np.int32), "truncated": 0}
+        return super().__call__(record, rng)
+
+    def check(self, source: Source) -> None:
+        """Every source serves; which ones a run needs together, `loader.check_split` says."""
+
+
 def fields_of(config: Config) -> Fields:
     """What the run's task wants.
 
     Raises:
-      ConfigError: the tokenizer's vocabulary is not the text tower's.
+      ConfigError: the tokenizer's vocabulary or special tokens are not the text tower's.
       DataError: no such tokenizer.
     """
-    if not isinstance(config.model, ClipConfig):
+    if isinstance(config.task, ClassificationConfig):
         return Labels(config.task.num_classes)
     text, tokenizer = config.model.text, open_tokenizer(config.task.tokenizer)
+    if isinstance(text, DecoderConfig):
+        _check_decoder(text, tokenizer)
+        return OptionalTexts(tokenizer, text.context)
     if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
             f"config.model.text.vocab_size = {text.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} entries; "
             f"set it to {tokenizer.vocab_size} or more"
         )
-    if tokenizer.end != text.end_token:
-        raise ConfigError(
-            f"config.model.text.end_token = {text.end_token}: {tokenizer.name} ends a text by {tokenizer.end}; set "
-            f"it to {tokenizer.end}"
-        )
+    _check_token("end", text.end_token, tokenizer.end, tokenizer)
     return Texts(tokenizer, text.context)
+
+
+def _check_decoder(text: DecoderConfig, tokenizer: Tokenizer) -> None:
+    """A decoder writes texts: it must know every entry, have no others, and mean the same by its special tokens."""
+    if tokenizer.mask is None:
+        raise ConfigError(
+            f"config.task.tokenizer = {tokenizer.name!r}: has no mask token, which stands for the words to guess; "
+            "make one that has by `python -m visionfm_jax.data.tokenizer train`"
+        )
+    if tokenizer.vocab_size != text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.vocab_size = {text.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} entries; "
+            f"set it to {tokenizer.vocab_size}"
+        )
+    _check_token("begin", text.begin_token, tokenizer.begin, tokenizer)
+    _check_token("end", text.end_token, tokenizer.end, tokenizer)
+    _check_token("mask", text.mask_token, tokenizer.mask, tokenizer)
+
+
+_SAYS = {"begin": "begins a text by", "end": "ends a text by", "mask": "masks a word by"}
+
+
+def _check_token(use: str, configured: int, actual: int, tokenizer: Tokenizer) -> None:
+    if configured != actual:
+        raise ConfigError(
+            f"config.model.text.{use}_token = {configured}: {tokenizer.name} {_SAYS[use]} {actual}; set it to {actual}"
+        )

@@ -3,6 +3,9 @@
     record ids of each source -> shuffled by (seed, source, epoch) -> mixed by weight         sample i of the run
     -> read, decoded and cropped with the random numbers of (seed, i) -> rows of this host    batch of step s
 
+A task of pairs and bare images takes p samples in turn from the mixture of the sources with captions, then q from the
+mixture of the others.
+
 Grain does the order, the mixture and the random numbers by index arithmetic; nothing is materialised, and the
 position in the data is the step, nothing else. `data.batches` fills the batches and holds them ready.
 
@@ -12,6 +15,7 @@ Shapes: B rows of this host in a batch; S side of an image.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +46,7 @@ def train_loader(
     hosts: int,
     sources: Sequence[Source],
     fields: Fields,
+    split: tuple[int, int] = (0, 0),
 ) -> Loader:
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
@@ -54,6 +59,7 @@ def train_loader(
       host, hosts: this process and their number; host p gets rows [p B, (p + 1) B) with B = batch_size / hosts.
       sources: opened datasets.
       fields: what a row holds beside its image.
+      split: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all sources.
 
     Returns:
       An iterator of {"image": uint8 (B, S, S, 3), the fields' own, "source": int32 (B,), "record": int64 (B,),
@@ -61,15 +67,24 @@ def train_loader(
       had to be stepped over (the next ones of the same source) until one could be read.
 
     Raises:
-      DataError: the sources do not fit the configuration; while iterating: a dataset that cannot be read.
+      DataError: the sources do not fit the configuration or the split; while iterating: a dataset that cannot be read.
     """
     _check(data, batch_size, hosts, sources)
+    check_split(sources, split)
     if not data.shuffle and host == 0:
         logging.warning(
             "data.shuffle is False: the records come in the order of the files, which is often sorted by class; "
             "set data.shuffle to True to train"
         )
-    order = sample_order([len(s) for s in sources], [s.weight for s in data.train], seed, data.shuffle)
+    lengths, weights = [len(s) for s in sources], [s.weight for s in data.train]
+    if any(split):
+        pools = [
+            [w * (s.has_captions == captions) for w, s in zip(weights, sources, strict=True)]
+            for captions in (True, False)
+        ]
+        order = InTurn(*(sample_order(lengths, pool, seed, data.shuffle) for pool in pools), split)
+    else:
+        order = sample_order(lengths, weights, seed, data.shuffle)
     rows = order.random_map(_TrainRow(tuple(sources), fields, image_size, data.augment), seed=derive_seed(seed, "crop"))
     spec = {**_image_spec(image_size), **fields.spec}
     spec |= {"source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
@@ -128,8 +143,28 @@ def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, sh
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=shares)
 
 
+class InTurn(grain.MapDataset):
+    """Endless: p elements of one sequence, q of another, p of the first again, and so on."""
+
+    def __init__(self, first: grain.MapDataset, second: grain.MapDataset, split: tuple[int, int]):
+        super().__init__([first, second])
+        self._split = split
+
+    def __len__(self) -> int:
+        turns = min(len(parent) // share for parent, share in zip(self._parents, self._split, strict=True))
+        return min(sys.maxsize, turns * sum(self._split))
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        p, q = self._split
+        turn, place = divmod(index, p + q)
+        first, second = self._parents
+        return first[turn * p + place] if place < p else second[turn * q + place - p]
+
+
 class DamageLog:
-    """Counts the damaged records that the training loop meets, and stops the run when they are too many.
+    """Counts damaged records and cut captions that the training loop meets; stops it when too many are damaged.
 
     Args:
       sources: as given to `train_loader`.
@@ -153,6 +188,9 @@ class DamageLog:
         self._known: set[tuple[int, int]] = set()
         self.seen = 0  # samples
         self.damaged = 0  # samples whose record was unreadable
+        self.captions = 0
+        self.truncated = 0  # captions that were longer than the text tower reads
+        self._tell = 1  # truncated captions, from which on the next line is due
 
     @property
     def records(self) -> int:
@@ -173,6 +211,8 @@ class DamageLog:
         self._next += self._global
         self.seen += len(batch["damaged"])
         self.damaged += len(damaged)
+        if "truncated" in batch:
+            self._see_captions(batch["text"], batch["truncated"])
         # A clear excess stops the run, not chance: one and four standard deviations above what is allowed.
         allowed = self._max * self.seen
         if self.damaged > allowed + (4 * allowed**0.5 + 1 if self._max else 0):
@@ -181,6 +221,17 @@ class DamageLog:
                 f"than data.max_damaged = {self._max:g} allows; the log names the records: repair them, or raise the "
                 "limit"
             )
+
+    def _see_captions(self, text: np.ndarray, truncated: np.ndarray) -> None:
+        self.captions += int(text.any(axis=1).sum())
+        self.truncated += int(truncated.sum())
+        if self.truncated >= self._tell:
+            self._tell = 10 ** len(str(self.truncated))
+            logging.warning(
+                "%d of %d captions so far were longer than %d tokens and lost their ends; model.text.context sets how "
+                "many are read",
+                self.truncated, self.captions, text.shape[1],
+            )  # fmt: skip
 
     def _log(self, source: int, record: int, count: int, sample: int) -> None:
         dataset = self._sources[source]
@@ -207,7 +258,7 @@ class _TrainRow:
         for damaged in range(STEP_OVER + 1):
             example = _example(source, (record + damaged) % len(source))
             try:
-                row = self._fields(example)
+                row = self._fields(example, rng)
                 row["image"] = self._image(example["image"], rng)
             except DAMAGED as error:
                 reason = error
@@ -272,6 +323,26 @@ def _pair(source: int, record: int) -> tuple[int, int]:
 def derive_seed(seed: int, use: str) -> int:
     """A 32-bit seed of its own for every use of the run's seed; Grain adds the epoch to it."""
     return int(np.random.SeedSequence([seed, *use.encode()]).generate_state(1)[0])
+
+
+def check_split(sources: Sequence[Source], split: tuple[int, int]) -> None:
+    """Refuse sources from which no such split can be drawn.
+
+    Raises:
+      DataError: all of them have captions, or none has.
+    """
+    kinds = {source.has_captions for source in sources} if any(split) else {True, False}
+    share = "{} of " + f"{sum(split)} samples of task.split = {split}"
+    if True not in kinds:
+        raise DataError(
+            f"data.train has no source with captions, from which {share.format(split[0])} come; add one, or set the "
+            "caption_key of a source whose captions are not used"
+        )
+    if False not in kinds:
+        raise DataError(
+            f"data.train has no source without captions, from which {share.format(split[1])} come; add one, or set "
+            "caption_key='' for a source whose captions are not to be used"
+        )
 
 
 def _check(data: DataConfig, batch_size: int, hosts: int, sources: Sequence[Source]) -> None:

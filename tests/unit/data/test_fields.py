@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 
 from visionfm_jax.config import (
+    AuroraConfig,
     ClassificationConfig,
     ClipConfig,
     Config,
     ContrastiveConfig,
+    DecoderConfig,
+    MultimodalConfig,
     SourceConfig,
     TextConfig,
 )
-from visionfm_jax.data.fields import DamagedCaption, Labels, Texts, fields_of
+from visionfm_jax.data import fields
+from visionfm_jax.data.fields import DamagedCaption, Labels, OptionalTexts, Texts, fields_of
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
@@ -33,9 +37,10 @@ def test_the_task_decides():
     assert labels({"image": b"", "label": 3}) == {"label": 3}
     texts = fields_of(pairs(context=8))
     assert isinstance(texts, Texts)
-    assert texts.spec == {"text": ((8,), np.int32)}
+    assert texts.spec == {"text": ((8,), np.int32), "truncated": ((), np.int32)}
     row = texts({"image": b"", "caption": " a cat "})
     assert row["text"].tolist() == [49406, 320, 2368, 49407, 0, 0, 0, 0]
+    assert row["truncated"] == 0
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(texts))({"caption": b"a cat"})["text"], row["text"])
 
 
@@ -45,6 +50,68 @@ def test_the_task_decides():
 def test_captions_that_cannot_serve(caption, words):
     with pytest.raises(DamagedCaption, match=words):
         Texts(open_tokenizer("clip"), 8)({"caption": caption})
+
+
+@pytest.mark.parametrize(("caption", "truncated"), [("a b c d e", 0), ("a b c d e f", 0), ("a b c d e f g", 1)])
+def test_captions_that_do_not_fit_are_marked(caption, truncated):
+    assert Texts(open_tokenizer("clip"), 8)({"caption": caption})["truncated"] == truncated
+
+
+def test_one_of_several_captions_is_drawn():
+    tokenizer = open_tokenizer("clip")
+    texts, captions = Texts(tokenizer, 8), ("one", b"two", "three")
+    own = [tokenizer(text, 8).tolist() for text in ("one", "two", "three")]
+    assert texts({"caption": captions})["text"].tolist() == own[0]
+    drawn = [texts({"caption": captions}, np.random.default_rng(i))["text"].tolist() for i in range(60)]
+    counts = [drawn.count(text) for text in own]
+    assert sum(counts) == 60
+    assert min(counts) > 8
+    assert texts({"caption": captions}, np.random.default_rng(7))["text"].tolist() == drawn[7]
+    with pytest.raises(DamagedCaption, match="no caption"):
+        texts({"caption": ()})
+
+
+def test_captions_may_be_optional():
+    texts = OptionalTexts(open_tokenizer("clip"), 8)
+    assert texts.spec == Texts(texts.tokenizer, 8).spec
+    row = texts({"image": b""}, np.random.default_rng(0))
+    assert (row["text"].tolist(), row["truncated"]) == ([0] * 8, 0)
+    assert texts({"caption": "a cat"})["text"].tolist() == [49406, 320, 2368, 49407, 0, 0, 0, 0]
+    texts.check(open_source(DIGITS))
+    texts.check(open_source(EMOJI))
+
+
+def multimodal(monkeypatch, mask: int | None = 4, **text) -> Config:
+    """A run whose tokenizer has 100 entries, and 1, 2 and `mask` for begin, end and mask."""
+    found = SimpleNamespace(name="words.model", vocab_size=100, begin=1, end=2, mask=mask)
+    monkeypatch.setattr(fields, "open_tokenizer", {"words.model": found}.__getitem__)
+    return Config(
+        name="t",
+        model=AuroraConfig(text=DecoderConfig(**{"vocab_size": 100, "context": 8, **text})),
+        task=MultimodalConfig(tokenizer="words.model"),
+    )
+
+
+def test_a_multimodal_task_takes_captions_where_there_are_any(monkeypatch):
+    texts = fields_of(multimodal(monkeypatch))
+    assert isinstance(texts, OptionalTexts)
+    assert texts.length == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": None}, "config.task.tokenizer = 'words.model': has no mask token.*data.tokenizer train`"),
+        ({"vocab_size": 101}, "vocab_size = 101: words.model has 100 entries; set it to 100$"),
+        ({"vocab_size": 99}, "vocab_size = 99: words.model has 100 entries; set it to 100$"),
+        ({"begin_token": 5}, "begin_token = 5: words.model begins a text by 1; set it to 1"),
+        ({"end_token": 5}, "end_token = 5: words.model ends a text by 2; set it to 2"),
+        ({"mask": 5}, "mask_token = 4: words.model masks a word by 5; set it to 5"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_decoders(monkeypatch, change, message):
+    with pytest.raises(ConfigError, match=message):
+        fields_of(multimodal(monkeypatch, **change))
 
 
 def test_sources_without_what_the_task_learns_from():

@@ -225,6 +225,20 @@ def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
         DamageLog(sources, 0.0, batch_size=8).see(next(b for b in steps if b["damaged"].any()))
 
 
+def test_cut_captions_are_counted_and_told_at_powers_of_ten(caplog):
+    logging.use_python_logging(quiet=True)
+    log = DamageLog([Pictures(5)], 0.0, batch_size=8)
+    batch = {"damaged": np.zeros(8), "text": np.array([[1, 5, 2]] * 6 + [[0, 0, 0]] * 2)}
+    with caplog.at_level("WARNING"):
+        for cut in (0, 1, 3, 4, 4, 0):
+            log.see(batch | {"truncated": np.arange(8) < cut})
+    assert [r.message.partition(";")[0] for r in caplog.records] == [
+        "1 of 12 captions so far were longer than 3 tokens and lost their ends",
+        "12 of 30 captions so far were longer than 3 tokens and lost their ends",
+    ]
+    assert (log.truncated, log.captions, log.seen) == (12, 36, 48)
+
+
 def test_the_sample_index_in_the_log_is_that_of_the_whole_run(caplog):
     logging.use_python_logging(quiet=True)
     batch = {"damaged": np.array([0, 1]), "source": np.array([0, 0]), "record": np.array([1, 2])}
@@ -420,7 +434,7 @@ class Captioned:
 
     spec: typing.ClassVar = {"text": ((2,), np.int32)}
 
-    def __call__(self, record: dict) -> dict:
+    def __call__(self, record: dict, rng: np.random.Generator | None = None) -> dict:
         if record["label"] % 3 == 0:
             raise DamagedCaption("the caption is empty")
         return {"text": np.full(2, record["label"])}

@@ -21,7 +21,7 @@ from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
 
 CAPTIONS = ("a red flag", "Tür \N{HEAVY BLACK HEART}", b"caf\xe9", "")
-TEXTS = ("caption", "text", "alt")  # features; others are classes
+TEXTS = ("caption", "text", "alt")  # features; others are classes, or several captions
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,10 @@ class Described(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [
         tfds.core.BuilderConfig(name=name)
-        for name in ("image+caption", "image+caption+label", "image+text+alt", "image+text+kind", "image")
-    ]
+        for name in (
+            "image+caption", "image+caption+label", "image+text+alt", "image+text+kind", "image", "image+several",
+        )
+    ]  # fmt: skip
 
     def __init__(self, **kwargs):
         super().__init__(file_format="array_record", **kwargs)
@@ -45,6 +47,8 @@ class Described(tfds.core.GeneratorBasedBuilder):
         features = {"image": tfds.features.Image(encoding_format="png")}
         for name in self.builder_config.name.split("+")[1:]:
             features[name] = tfds.features.Text() if name in TEXTS else tfds.features.ClassLabel(names=["cat", "dog"])
+            if name == "several":
+                features[name] = tfds.features.Sequence(tfds.features.Text())
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -53,6 +57,8 @@ class Described(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i, text in enumerate(CAPTIONS):
             record = {name: text if name in TEXTS else i % 2 for name in self.builder_config.name.split("+")}
+            if "several" in record:
+                record["several"] = CAPTIONS[:i]
             yield i, record | {"image": io.BytesIO(picture(i))}
 
 
@@ -107,6 +113,20 @@ def test_tfds_caption_key_chooses_the_text(written):
     assert (source.num_classes, source.has_captions, set(source[0])) == (2, False, {"image", "label"})
 
 
+def test_tfds_lists_of_captions(written):
+    source = opened("tfds", written / "image+several", caption_key="several")
+    assert (source.has_captions, source.most_captions) == (True, 3)
+    expected = [t if isinstance(t, bytes) else t.encode() for t in CAPTIONS]
+    assert {r["image"]: r["caption"] for r in source} == {picture(i): tuple(expected[:i]) for i in range(4)}
+
+
+@pytest.mark.parametrize("name", ["image+caption", "image+caption+label", "image"])
+def test_tfds_without_its_captions(written, name):
+    source = opened("tfds", written / name, caption_key="")
+    assert (source.has_captions, source.most_captions) == (False, 0)
+    assert set(source[0]) == {"image"} | ({"label"} if "label" in name else set())
+
+
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
@@ -117,7 +137,7 @@ def test_tfds_caption_key_chooses_the_text(written):
             "set label_key to one of kind or caption_key to one of text",
         ),
         ("image+text+alt", {}, "of type Text; set caption_key to one of alt, text"),
-        ("image", {}, "no feature 'caption' of type Text; use another dataset"),
+        ("image", {}, "no feature 'caption' of type Text; use another dataset, or caption_key='' for its images alone"),
         # A key that was set must be there, though another would do.
         ("image+caption+label", {"label_key": "kind"}, "no feature 'kind' of type ClassLabel; set label_key to one of"),
         ("image+caption+label", {"caption_key": "label"}, "'label' of type Text; set caption_key to one of caption"),
@@ -166,6 +186,20 @@ def test_tars_take_a_selection_and_another_member(tmp_path):
     assert [source[i] for i in range(len(source))] == [{"image": picture(2), "caption": "two"}]
 
 
+def test_tars_without_their_captions(tmp_path):
+    files = {"1.jpg": picture(1), "1.txt": b"alt", "2.jpg": picture(2), "3": b"no suffix", "4.txt": b"no picture"}
+    (tmp_path / "00000.tar").write_bytes(tar_bytes(files))
+    source = opened("tars", tmp_path, caption_key="")
+    assert (source.has_captions, source.most_captions) == (False, 0)
+    assert list(source) == [{"image": picture(1)}, {"image": picture(2)}]
+    assert source.report()["skipped"] == {}
+    assert len(opened("tars", tmp_path)) == 1  # an index of its own
+    message = error_of("tars", tmp_path, caption_key="", selection="good.pairs")
+    assert "a selection chooses among pairs, but caption_key is empty; set selection=''" in message
+    (tmp_path / "00000.tar").write_bytes(tar_bytes({"4.txt": b"no picture"}))
+    assert error_of("tars", tmp_path, caption_key="").endswith("holds no picture; set path")
+
+
 def test_tars_that_do_not_fit(tmp_path):
     folder = write_tars(tmp_path / "tars", tars=1)
     assert "tars have no splits; set split='', and give held-out pairs a path or a selection" in error_of(
@@ -202,6 +236,11 @@ def test_the_caption_of_an_emoji_is_its_name_and_group(name):
     assert captions == [f"{record['name']}, {record['group']}" for record in about]
     assert len(set(captions)) == len(captions)
     assert any(text.endswith(": dark skin tone, People & Body") for text in captions)
+
+
+def test_emoji_without_their_captions():
+    source = opened("bundled", "twemoji", caption_key="")
+    assert (source.has_captions, source.most_captions, set(source[0])) == (False, 0, {"image", "label"})
 
 
 def test_digits_have_no_captions():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from caption_sets import write_coco, write_visual_genome
 from PIL import Image
 from tar_sets import write_tars
 
@@ -320,7 +321,8 @@ def test_archive_that_is_damaged(tmp_path):
 
 def test_unknown_kind_lists_the_kinds():
     assert error_of("webdataset", Path("x")) == (
-        "source kind 'webdataset' does not exist; the kinds are tfds, folder, numpy, bundled, tars"
+        "source kind 'webdataset' does not exist; the kinds are tfds, folder, numpy, bundled, tars, "
+        "coco_captions, visual_genome"
     )
 
 
@@ -363,6 +365,8 @@ def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_p
     sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
     sources.append(open_source(SourceConfig(kind="bundled", path="digits")))
     sources.append(opened("tars", write_tars(tmp_path / "tars")))
+    sources.append(opened("coco_captions", write_coco(tmp_path / "coco", [["a"], ["b", "c"]], "train")))
+    sources.append(opened("visual_genome", write_visual_genome(tmp_path / "genome", [["a"], ["b", "c"]])))
     assert len(sources) == len(SOURCES)
     expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -373,8 +377,9 @@ def test_every_kind_says_whether_records_have_labels_and_captions(written, folde
     sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
     sources += [open_source(SourceConfig(kind="bundled", path=name)) for name in ("digits", "noto", "twemoji")]
     sources.append(opened("tars", write_tars(tmp_path / "tars")))
-    said = [(source.num_classes > 0, source.has_captions) for source in sources]
-    assert said == [(True, False)] * 4 + [(True, True)] * 2 + [(False, True)]
+    said = [(source.num_classes > 0, source.most_captions) for source in sources]
+    assert said == [(True, 0)] * 4 + [(True, 1)] * 2 + [(False, 1)]
+    assert [source.has_captions for source in sources] == [captions > 0 for _, captions in said]
     for source, (label, caption) in zip(sources, said, strict=True):
         assert set(source[0]) == {"image"} | ({"label"} if label else set()) | ({"caption"} if caption else set())
 

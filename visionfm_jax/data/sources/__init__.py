@@ -20,6 +20,7 @@ class Source(Protocol):
     num_classes: int  # 0: no labels
     class_names: tuple[str, ...] | None  # None: the dataset does not say
     has_captions: bool
+    most_captions: int  # that one image has; 0: no captions
 
     def __len__(self) -> int:
         """Number of records."""
@@ -30,7 +31,7 @@ class Source(Protocol):
 
         Returns:
           "image", encoded bytes or uint8 (H, W, C); where there are classes, "label", int; where there are captions,
-          "caption", str, or bytes as they are stored.
+          "caption", str, or bytes as they are stored, or a tuple of those, several captions of the image.
 
         Raises:
           IndexError: no such record.
@@ -49,6 +50,8 @@ SOURCES: dict[str, str] = {  # kind -> "module:name" below this package; what ma
     "numpy": "archive:ArchiveSource",
     "bundled": "bundled:BundledSource",
     "tars": "tars:open_tars",
+    "coco_captions": "captioned:open_coco",
+    "visual_genome": "captioned:open_visual_genome",
 }
 
 

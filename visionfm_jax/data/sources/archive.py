@@ -25,6 +25,7 @@ class ArchiveSource:
     """Images in memory: a process reads them on first use, and they do not travel when the source is pickled."""
 
     has_captions = False
+    most_captions = 0
 
     def __init__(self, config: SourceConfig):
         self.name = describe(config)

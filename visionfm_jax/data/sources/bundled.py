@@ -49,7 +49,9 @@ class BundledSource:
         self._rows = np.flatnonzero(arrays["split"] == meta["splits"].index(config.split))
         self.class_names: tuple[str, ...] | None = tuple(meta["class_names"])
         self.num_classes = len(self.class_names)
-        self.has_captions = len(meta["concepts"]) > self.num_classes  # a digit's name says what its class says
+        known = len(meta["concepts"]) > self.num_classes  # a digit's name says what its class says
+        self.has_captions = known and bool(config.caption_key)
+        self.most_captions = int(self.has_captions)
 
     def __len__(self) -> int:
         return len(self._rows)

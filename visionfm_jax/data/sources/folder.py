@@ -20,6 +20,7 @@ class FolderSource:
     """Image files, in order of class and name: shuffle them."""
 
     has_captions = False
+    most_captions = 0
 
     def __init__(self, config: SourceConfig):
         self.name = describe(config)

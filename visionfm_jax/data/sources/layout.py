@@ -10,6 +10,7 @@ from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+VISUAL_GENOME = "region_descriptions.json"  # its captions
 _LOOK = 1000  # entries of a folder that are looked at to guess its format
 
 
@@ -59,6 +60,11 @@ def tfds_versions(path: Path) -> list[Path]:
     return []
 
 
+def coco_splits(path: Path) -> list[str]:
+    """Splits of which `path` holds captions as COCO's annotations/captions_SPLIT.json, sorted."""
+    return sorted(p.stem.removeprefix("captions_") for p in path.glob("annotations/captions_*.json"))
+
+
 def class_splits(path: Path) -> list[str]:
     """Names of the folders in `path` that hold class folders with images, sorted."""
     return sorted(e.name for e in _entries(path) if any(_has_image(c) for c in _entries(e)[:20]))
@@ -77,6 +83,10 @@ def _guess(path: Path) -> tuple[str, str]:
         return "a folder of .npz files", "set kind='numpy' and split to a file's name without .npz"
     if tfds_versions(path):
         return "a TFDS directory", "set kind='tfds'"
+    if splits := coco_splits(path):
+        return "COCO's captions", f"set kind='coco_captions' and split to one of {', '.join(splits)}"
+    if (path / VISUAL_GENOME).is_file():
+        return "Visual Genome", "set kind='visual_genome' and split=''"
     if any(_has_image(e) for e in entries):
         return "class folders of images", "set kind='folder' and split=''"
     if splits := class_splits(path):

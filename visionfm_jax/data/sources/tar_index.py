@@ -29,7 +29,7 @@ from visionfm_jax.errors import DataError
 
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
 RECORD = np.dtype([("image", "<u4"), ("image_size", "<u4"), ("caption", "<u4"), ("caption_size", "<u4")])
-"""Of a pair: where its contents begin, in blocks, and how many bytes they have."""
+"""Of a pair: where its contents begin, in blocks, and how many bytes they have; no caption is 0 and 0."""
 
 NO_CAPTION, EMPTY, NOT_UTF8 = "no caption", "an empty caption", "a caption that is not UTF-8"
 _NAMED = 3  # keys of skipped pictures that are kept, per tar and reason
@@ -73,7 +73,7 @@ def open_index(store: Store, suffix: str) -> Index:
 
     Args:
       store: the folder.
-      suffix: of the members with captions, such as "txt".
+      suffix: of the members with captions, such as "txt"; empty: all pictures, without captions.
 
     Raises:
       DataError: no tar, a folder or tar that cannot be read, or no place for the index.
@@ -81,7 +81,7 @@ def open_index(store: Store, suffix: str) -> Index:
     tars = {name: stat for name, stat in store.files().items() if name.endswith(".tar") and not name.startswith(".")}
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
-    name = f"visionfm_pairs_{suffix}.index"
+    name = f"visionfm_pairs_{suffix}.index" if suffix else "visionfm_pictures.index"
     beside, cache = Path(store.path(name)), store.cache(name)
     places = [beside, cache] if store.local else [cache]
     known = _best(places, tars)
@@ -191,7 +191,7 @@ def _scan(
                 place = member.offset_data // BLOCK, member.size
                 if not member.isfile() or max(place) >= 2**32:
                     continue
-                if kind == suffix:
+                if suffix and kind == suffix:
                     captions[key] = place
                     file.seek(member.offset_data)
                     bad[key] = _caption_error(file.read(member.size))
@@ -205,9 +205,9 @@ def _scan(
         cut = key
     pairs, skipped = {}, {}
     for key, image in images.items():
-        reason = bad.get(key, NO_CAPTION)
+        reason = bad.get(key, NO_CAPTION) if suffix else ""
         if not reason:
-            pairs[key] = (*image, *captions[key])
+            pairs[key] = (*image, *captions.get(key, (0, 0)))
         elif key != cut or key in captions:
             skipped.setdefault(reason, []).append(key)
     return pairs, cut, skipped

@@ -28,19 +28,26 @@ _NAMED = 5  # keys in a line of the log
 def open_tars(config: SourceConfig) -> TarPairs:
     """All pairs of the folder `config.path`, or its `selection`; `caption_key` "caption" stands for the .txt members.
 
+    With `caption_key` "" all pictures, those without caption too.
+
     Raises:
-      DataError: as `TarPairs`; or another split than "" and the default, "train", is asked for, or there is no pair.
+      DataError: as `TarPairs`; or another split than "" and the default, "train", is asked for, there is no pair, or
+        a selection among pairs is to be used without captions.
     """
     if config.split not in ("", SourceConfig().split):
         rule = "set split='', and give held-out pairs a path or a selection of their own"
         raise DataError(f"{describe(config)}: tars have no splits; {rule}")
     if "://" not in config.path and not any(check_path(config).glob("*.tar")):
         raise misfit(config, "a folder of .tar files")
+    if config.selection and not config.caption_key:
+        rule = "set selection='', or the caption_key that it was made with"
+        raise DataError(f"{describe(config)}: a selection chooses among pairs, but caption_key is empty; {rule}")
     suffix = "txt" if config.caption_key == SourceConfig().caption_key else config.caption_key.lower().lstrip(".")
     source = TarPairs(config.path, selection=config.selection, caption_key=suffix)
     if not len(source):
         why = "".join(f"; {line}" for line in source.report_lines())
-        raise DataError(f"{source.name}: holds no picture with a caption .{suffix}{why}; set caption_key or path")
+        what, rule = (f" with a caption .{suffix}", "caption_key or path") if suffix else ("", "path")
+        raise DataError(f"{source.name}: holds no picture{what}{why}; set {rule}")
     return source
 
 
@@ -50,7 +57,7 @@ class TarPairs:
     Args:
       path: folder or URL with the tars.
       selection: file that `python -m visionfm_jax.data.select` wrote; empty: all pairs.
-      caption_key: suffix of the members with captions.
+      caption_key: suffix of the members with captions; empty: pictures alone, all that there are.
 
     Attributes:
       store, index: where the tars are, and all pairs in them.
@@ -60,12 +67,13 @@ class TarPairs:
     """
 
     num_classes = 0
-    has_captions = True
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, path: str, *, selection: str = "", caption_key: str = "txt"):
         self.name = f"tars {path}"
         self.store = Store(path)
+        self.has_captions = bool(caption_key)
+        self.most_captions = int(self.has_captions)
         self._selected = selection
         self._open(tar_index.open_index(self.store, caption_key))
         for line in self.report_lines():
@@ -75,11 +83,13 @@ class TarPairs:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded picture, bytes, and its caption, str without white space around it."""
+        """The encoded picture, bytes, and its caption, if wanted, str without white space around it."""
         tar, row = self._locate(index)
         name, record = self.index.tars[tar]["name"], self.index.records[row].tolist()
         image, image_size, caption, caption_size = record
         image, caption = image * BLOCK, caption * BLOCK
+        if not self.has_captions:
+            return {"image": self.store.read(name, image, image + image_size)}
         low, high = min(image, caption), max(image + image_size, caption + caption_size)
         if high - low <= image_size + caption_size + _NEAR:
             data = self.store.read(name, low, high)

@@ -2,11 +2,13 @@
 
 PATH is the version directory, or a directory above it that holds one version only. `split` may be a slice in TFDS's
 language: "train[:90%]". A record has a label, a caption, or both: what the dataset has under `label_key` (a ClassLabel)
-and `caption_key` (a Text). A key that is not the default's must be there.
+and `caption_key` (a Text, or a Sequence of Text: several captions of an image). A key that is not the default's must be
+there; with `caption_key` "" there are no captions, and there need not be a label.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -38,6 +40,7 @@ class TfdsSource:
             raise self._lacks(features, image_key=config.image_key)
         self._image, (self._label, self._caption) = config.image_key, self._label_and_caption(config, features)
         self.has_captions = self._caption is not None
+        self._several = self.has_captions and isinstance(features[self._caption], tfds.features.Sequence)
         self.num_classes = 0
         self.class_names: tuple[str, ...] | None = None
         if self._label is not None:
@@ -58,7 +61,7 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded image, its class, an int, and its caption, the bytes that are stored; as far as there are any."""
+        """The encoded image, its class, an int, and its caption or captions, stored bytes; as far as there are any."""
         self._check(index)
         keys = {"image": self._image, "label": self._label, "caption": self._caption}
         try:
@@ -70,7 +73,16 @@ class TfdsSource:
             raise OSError(f"{self.key(index)}: the record is empty; the file is damaged")
         if self._label is not None:
             record["label"] = int(record["label"])
+        if self._several:
+            record["caption"] = tuple(record["caption"])
         return record
+
+    @functools.cached_property
+    def most_captions(self) -> int:
+        """Most captions that one image has; where there are several, all records are read for it, once."""
+        if not self._several:
+            return int(self.has_captions)
+        return max(len(self[i]["caption"]) for i in range(len(self)))
 
     def key(self, index: int) -> str:
         """Record file and position in it."""
@@ -83,14 +95,14 @@ class TfdsSource:
         """Names of the two features; None for one that the dataset lacks.
 
         Raises:
-          DataError: it lacks both, or one that was asked for.
+          DataError: it lacks both, though captions are wanted, or one that was asked for.
         """
         keys = {"label_key": config.label_key, "caption_key": config.caption_key}
         lacking = {field: key for field, key in keys.items() if not _has(features, key, _KINDS[field])}
         for field, key in lacking.items():
-            if key != getattr(_DEFAULT, field):
+            if key and key != getattr(_DEFAULT, field):
                 raise self._lacks(features, **{field: key})
-        if lacking == keys:
+        if lacking == keys and config.caption_key:
             raise self._lacks(features, **keys)
         return tuple(None if field in lacking else key for field, key in keys.items())
 
@@ -98,7 +110,8 @@ class TfdsSource:
         what = " and ".join(f"no feature {key!r} of type {_KINDS[field].__name__}" for field, key in keys.items())
         fit = {field: sorted(k for k in features if _has(features, k, _KINDS[field])) for field in keys}
         rule = " or ".join(f"{field} to one of {', '.join(names)}" for field, names in fit.items() if names)
-        return DataError(f"{self.name}: {what}; {f'set {rule}' if rule else 'use another dataset'}")
+        bare = ", or caption_key='' for its images alone" if "caption_key" in keys else ""
+        return DataError(f"{self.name}: {what}; {f'set {rule}' if rule else 'use another dataset'}{bare}")
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._records):
@@ -106,7 +119,12 @@ class TfdsSource:
 
 
 def _has(features: Any, key: str, kind: type) -> bool:
-    return key in features and isinstance(features[key], kind)
+    if key not in features:
+        return False
+    feature = features[key]
+    if kind is tfds.features.Text and isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+    return isinstance(feature, kind)
 
 
 def _builder(config: SourceConfig) -> Any:
