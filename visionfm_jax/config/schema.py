@@ -64,7 +64,7 @@ class DecoderConfig:
     Token ids are those of the tokenizer; 0 is padding.
     """
 
-    size: str = "XL"
+    size: str = "L"
     vocab_size: int = 32_000
     context: int = 64  # tokens, with those of begin and end
     begin_token: int = 1

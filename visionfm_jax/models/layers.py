@@ -8,8 +8,9 @@ them. Networks do not know how; they are given a `Prepare` function and call it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,18 @@ class Qkv(nn.Module):
         return [checkpoint_name((rows @ k + b).reshape(x.shape), "qkv") for k, b in parts]
 
 
+class Past(NamedTuple):
+    """Keys and values of the tokens so far, in arrays with room for all that may follow."""
+
+    keys: jax.Array  # (B, S, N, K)
+    values: jax.Array  # (B, S, N, K)
+
+    def put(self, key: jax.Array, value: jax.Array, position: jax.Array) -> Past:
+        """With those of the token at `position`, (B, 1, N, K)."""
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
+        return Past(put(self.keys, key), put(self.values, value))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D)."""
 
@@ -116,12 +129,26 @@ class Attention(nn.Module):
     causal: bool = False  # a token sees itself and those before it
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None = None,
+        past: Past | None = None,
+        position: jax.Array | None = None,
+    ) -> Any:
+        """With `past`, x (B, 1, D) is the token at `position`, and the second result the past with it.
+
+        `lengths` (B,): only the first tokens are seen; None: all.
+        """
         B, T, D = x.shape
         q, k, v = (a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, name="qkv")(x))
-
-        y = checkpoint_name(attention(q, k, v, self.implementation, causal=self.causal).reshape(B, T, D), "attention")
-        return checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
+        if past is not None:
+            past = past.put(k, v, position)
+            k, v, lengths = past.keys, past.values, jnp.full(B, position + 1)
+        y = attention(q, k, v, self.implementation, causal=self.causal and past is None, lengths=lengths)
+        y = checkpoint_name(y.reshape(B, T, D), "attention")
+        y = checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
+        return y if past is None else (y, past)
 
 
 class Mlp(nn.Module):
@@ -190,7 +217,8 @@ def scan_blocks(
     prepare: Prepare,
     remat: str,
     each: Any = None,
-) -> jax.Array:
+    outputs: bool = False,
+) -> Any:
     """Apply the blocks of `group` in turn, `repeats` times, as one loop, with parameters stacked under "blocks".
 
     The loop is compiled once whatever the depth. Each block is made whole and recomputed on its own.
@@ -204,12 +232,16 @@ def scan_blocks(
       prepare: applied to one block's parameters inside the loop, so that a weight is whole for one block only.
       remat: a key of `POLICIES`.
       each: arrays (L * len(group), …) of which each block gets its own as a second argument; None: no such argument.
+      outputs: the one block of `group` returns a pair: x, and what is to be kept of it.
+
+    Returns:
+      x, or with `outputs` a pair: x, and all that was kept, (L, …).
     """
 
     def init_one(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(group)) if len(group) > 1 else [key]
         own = [() if each is None else (jax.tree.map(lambda a: a[0], each),)] * len(group)
-        stacks = [b.init(k, x[:1], *e)["params"] for b, k, e in zip(group, keys, own, strict=True)]
+        stacks = [b.init(k, x, *e)["params"] for b, k, e in zip(group, keys, own, strict=True)]
         return stacks[0] if len(group) == 1 else {str(i): p for i, p in enumerate(stacks)}
 
     if module.is_initializing():
@@ -217,8 +249,9 @@ def scan_blocks(
     else:  # not `module.param`: that would compare the shapes of shards with those of whole weights
         params = module.get_variable("params", "blocks")
 
-    def body(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, None]:
+    def body(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         p, own = inputs
+        kept = None
         for i, block in enumerate(group):
 
             def one(x: jax.Array, p: Params, *own: Any, block: nn.Module = block) -> jax.Array:
@@ -229,10 +262,12 @@ def scan_blocks(
             step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=repeats == 1)
             arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
             x = step(x, p if len(group) == 1 else p[str(i)], *arguments)
-        return x, None
+            x, kept = x if outputs else (x, None)
+        return x, kept
 
     own = jax.tree.map(lambda a: a.reshape(repeats, len(group), *a.shape[1:]), each)
-    return jax.lax.scan(body, x, (params, own))[0]
+    x, kept = jax.lax.scan(body, x, (params, own))
+    return (x, kept) if outputs else x
 
 
 def drop_path(x: jax.Array, keys: jax.Array | None, index: jax.Array, rate: jax.Array) -> jax.Array:

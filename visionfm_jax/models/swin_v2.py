@@ -304,7 +304,19 @@ class Features(NamedTuple):
     """What the network sees: for heads that look at places, and for heads that look at the whole."""
 
     stages: tuple[jax.Array, ...]  # the map of each stage, (B, H, W, D), fine to coarse
-    pooled: jax.Array  # (B, D), the mean of the normed last map, fp32
+    normed: jax.Array  # (B, H, W, D), the last map after the last norm, fp32
+
+    @property
+    def pooled(self) -> jax.Array:
+        """(B, D), the mean of the normed last map, fp32."""
+        return self.normed.mean((1, 2))
+
+
+class Hidden(NamedTuple):
+    """What is kept from the network of an image, to be guessed (Xie et al. 2022, "SimMIM")."""
+
+    token: jax.Array  # (D,), stands for a hidden patch
+    where: jax.Array  # (B, H, W) bool, in patches
 
 
 class SwinV2(nn.Module):
@@ -315,20 +327,23 @@ class SwinV2(nn.Module):
     prepare: Prepare = as_is
 
     @nn.compact
-    def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> Features:
+    def __call__(
+        self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None
+    ) -> Features:
         """`keys` (B,) draw which blocks a sample leaves out; None: none (evaluation)."""
         P, maps = self.config.patch_size, []
         pad = [(0, -side % P) for side in images.shape[1:3]]
         x = rearrange(jnp.pad(images, ((0, 0), *pad, (0, 0))), "b (h p) (w q) c -> b h w (p q c)", p=P, q=P)
         x = dense(x, size_of(self.config).width, self.dtype, "embed", kernel_init=_init)
         x = layer_norm(self.dtype, "embed_norm", epsilon=EPS)(x)
+        if hidden is not None:
+            x = jnp.where(hidden.where[..., None], hidden.token.astype(self.dtype), x)
         for i in range(4):
             x = Stage(self.config, i, self.dtype, self.prepare, name=f"stage{i}")(x, keys)
             maps.append(x)
             if i < 3:
                 x = Merging(self.dtype, name=f"merging{i}")(x)
-        pooled = layer_norm(jnp.float32, "norm", epsilon=EPS)(x).mean((1, 2))
-        return Features(tuple(maps), pooled)
+        return Features(tuple(maps), layer_norm(jnp.float32, "norm", epsilon=EPS)(x))
 
 
 def forward_flops(config: SwinV2Config) -> float:

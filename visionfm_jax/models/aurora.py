@@ -1,0 +1,170 @@
+"""Aurora: one hierarchical encoder for masked images, image-text contrast and captions.
+
+    image (B, H, W, 3) -> SwinV2 -> map (B, h, w, D) -> painter: pixels of what was hidden (Xie et al. 2022, "SimMIM")
+                                                     -> pool, projection: the image in the joint space
+                                                     -> projection: tokens that the decoder's upper half looks at
+    text (B, T) -> lower half -> at its end token, projection: the text in the joint space
+                              -> upper half: the next word, or a hidden one
+
+Shapes: B batch, H W image, h w map, S = h w image tokens, T text tokens, D width of the map, E width of the joint space,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from visionfm_jax.config import AuroraConfig
+from visionfm_jax.models import decoder, swin_v2
+from visionfm_jax.models.decoder import CrossAttention, View
+from visionfm_jax.models.layers import Mlp, Prepare, as_is, dense, layer_norm
+from visionfm_jax.models.swin_v2 import Hidden
+
+EPS = 1e-5
+POOL_HEAD = 128  # width of a head of the pool; narrower maps have one
+PIXELS = 3
+
+
+class Pool(nn.Module):
+    """One learned query that looks at the whole map (Zhai et al. 2022, "Scaling Vision Transformers"); (B, S, D) to (B, D)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        D = x.shape[-1]
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, D)).astype(self.dtype)
+        heads = max(D // POOL_HEAD, 1)
+        y, _ = CrossAttention(heads, self.dtype, "xla", name="attn")(jnp.tile(probe, (len(x), 1, 1)), x)
+        return (y + Mlp(4 * D, self.dtype, name="mlp")(layer_norm(self.dtype, "norm", epsilon=EPS)(y)))[:, 0]
+
+
+class Projection(nn.Module):
+    """A two-layer head, (…, M) to (…, features) through `hidden`."""
+
+    hidden: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.gelu(dense(x, self.hidden, self.dtype, "fc1"), approximate=False)
+        return dense(x, self.features, self.dtype, "fc2", use_bias=False)
+
+
+class Aurora(nn.Module):
+    """Encoder, decoder and heads; used by its methods, of which each is a way through the picture above."""
+
+    config: AuroraConfig
+    dtype: jnp.dtype = jnp.float32
+    prepare: Prepare = as_is
+
+    def setup(self) -> None:
+        config = self.config
+        width, text = 8 * swin_v2.size_of(config.image).width, decoder.size_of(config.text).width
+        self.image = swin_v2.SwinV2(config.image, self.dtype, self.prepare)
+        self.mask_token = self.param(
+            "mask_token", nn.initializers.truncated_normal(0.02), (swin_v2.size_of(config.image).width,)
+        )
+        self.painter = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
+        self.pool = Pool(self.dtype)
+        self.image_projection = Projection(width, config.embed_dim, self.dtype)
+        self.token_projection = Projection(2 * width, text, self.dtype)
+        self.lower = decoder.Lower(config.text, self.dtype, self.prepare)
+        self.lower_norm = layer_norm(self.dtype, None, epsilon=EPS)
+        self.text_projection = Projection(4 * text, config.embed_dim, self.dtype)
+        self.upper = decoder.Upper(config.text, self.dtype, self.prepare)
+        self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two tokens of the last map."""
+        return 8 * self.config.image.patch_size
+
+    def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple:
+        """Everything once, to make parameters: images (B, H, W, 3), normalised, and token ids (B, T)."""
+        x = self.encode(images)
+        text = self.read(tokens, view := self.view(tokens, causal=True))
+        return self.paint(x), self.embed_image(x), self.embed_text(text, tokens), self.write(text, view, self.look(x))
+
+    def encode(self, images: jax.Array, keys: jax.Array | None = None, hidden: jax.Array | None = None) -> jax.Array:
+        """The normed last map (B, h, w, D); `keys` as for `SwinV2`, `hidden` (B, …) bool of patches not shown."""
+        kept = None if hidden is None else Hidden(self.mask_token, hidden)
+        return self.image(images, keys, kept).normed.astype(self.dtype)
+
+    def paint(self, x: jax.Array) -> jax.Array:
+        """The map to pixels (B, H, W, 3), fp32, normalised like the images."""
+        y = self.painter(x).astype(jnp.float32)
+        return rearrange(y, "b h w (c p q) -> b (h p) (w q) c", p=self.stride, q=self.stride)
+
+    def look(self, x: jax.Array) -> jax.Array:
+        """The map to the decoder's image tokens (B, S, width of the text)."""
+        return self.token_projection(rearrange(x, "b h w d -> b (h w) d"))
+
+    def embed_image(self, x: jax.Array) -> jax.Array:
+        """The map to the joint space, (B, E), fp32, not normalised."""
+        return self.image_projection(self.pool(rearrange(x, "b h w d -> b (h w) d"))).astype(jnp.float32)
+
+    def view(self, tokens: jax.Array, *, causal: bool) -> View:
+        """How token ids (B, T) are read: up to their end token."""
+        return View(causal, jnp.argmax(tokens == self.config.text.end_token, 1) + 1)
+
+    def read(self, tokens: jax.Array, view: View) -> jax.Array:
+        """The lower half."""
+        return self.lower(tokens, view)
+
+    def embed_text(self, text: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Features of the lower half, read causally, to the joint space, (B, E), fp32, not normalised."""
+        end = jnp.argmax(tokens == self.config.text.end_token, 1)
+        return self.text_projection(self.lower_norm(text[jnp.arange(len(text)), end])).astype(jnp.float32)
+
+    def write(self, text: jax.Array, view: View, image: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+        """The upper half: logits (B, T, V), fp32."""
+        return self.upper(text, view, image, seen)
+
+    def begin(self, image: jax.Array) -> dict[str, Any]:
+        """The cache before the first token of a caption of image tokens (B, S, …); leaves are (L, B, …)."""
+        text, rows = self.config.text, len(image)
+        past = [decoder.empty_past(text, half, rows, self.dtype) for half in (0, 1)]
+        tokens = jnp.full((rows, 1), text.begin_token, jnp.int32)
+        first = jnp.zeros((), jnp.int32)  # read here for what the layers make of the image; it is read again as it comes
+        x, _ = self.lower(tokens, None, {"past": past[0]}, first)
+        _, after = self.upper(x, None, image, before={"past": past[1]}, position=first)
+        return {"lower": {"past": past[0]}, "upper": {"past": past[1], "memory": after["memory"]}}
+
+    def next(
+        self, cache: dict[str, Any], tokens: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits (B, V) of what follows the tokens (B,) at `position`, and the cache with them."""
+        x, lower = self.lower(tokens[:, None], None, cache["lower"], position)
+        words, upper = self.upper(x, None, None, before=cache["upper"], position=position)
+        return words[:, 0], {"lower": lower, "upper": upper}
+
+
+
+
+def forward_flops(config: AuroraConfig) -> dict[str, float]:
+    """FLOPs of one sample's forward pass by part: matrix products alone, two per multiply-add.
+
+    Returns:
+      encoder and painter, of an image; pool, of an image, with its projection; look, of an image's tokens; lower and
+      upper, of a text; text_projection.
+    """
+    image, text = config.image, decoder.size_of(config.text).width
+    D, S = 8 * swin_v2.size_of(image).width, (image.image_size // (8 * image.patch_size)) ** 2
+    lower, upper = decoder.forward_flops(config.text, S, text)
+    return {
+        "encoder": swin_v2.forward_flops(image),
+        "painter": 2.0 * S * D * (8 * image.patch_size) ** 2 * PIXELS,
+        "pool": 2.0 * (2 * S * D * D + 2 * S * D + 10 * D * D + D * D + D * config.embed_dim),
+        "look": 2.0 * S * 2 * D * (D + text),
+        "lower": lower,
+        "upper": upper,
+        "text_projection": 2.0 * 4 * text * (text + config.embed_dim),
+    }

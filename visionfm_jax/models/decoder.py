@@ -1,0 +1,206 @@
+"""A text transformer in two halves: the lower sees text alone, the upper looks at an image (Yu et al. 2022, "CoCa").
+
+Both run causally, to caption, and with every word in sight, to guess hidden ones, on the same weights. Every layer is
+self-attention, then in the upper half cross-attention, then an MLP, each behind a norm of its own.
+
+Shapes: B batch, T tokens, S image tokens, D width, M width of the image tokens, V vocabulary, L layers of a half.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from visionfm_jax.config import DecoderConfig
+from visionfm_jax.models.attention import attention
+from visionfm_jax.models.layers import (
+    Attention,
+    Mlp,
+    Past,
+    Prepare,
+    as_is,
+    dense,
+    layer_norm,
+    logits,
+    named_size,
+    scan_blocks,
+)
+
+
+class Size(NamedTuple):
+    """Width D, layers of the lower and of the upper half, heads N."""
+
+    width: int
+    depths: tuple[int, int]
+    heads: int
+
+
+# Halves as Yu et al. 2022, table 1, has them for CoCa-L, here of width 1024. P ("pico") is ours.
+SIZES = {
+    "P": Size(128, (2, 2), 4),
+    "L": Size(1024, (12, 12), 16),
+}
+EPS = 1e-5
+
+
+def size_of(config: DecoderConfig) -> Size:
+    """The row of `SIZES`.
+
+    Raises:
+      ConfigError: no such size.
+    """
+    return named_size(SIZES, config.size, "model.text.size")
+
+
+class View(NamedTuple):
+    """What a text is read by."""
+
+    causal: bool  # a token sees itself and those before it; else all of the text
+    lengths: jax.Array  # (B,), tokens of each text, with that of the end
+
+
+class Memory(NamedTuple):
+    """An image's keys and values in one layer."""
+
+    keys: jax.Array  # (B, S, N, K)
+    values: jax.Array  # (B, S, N, K)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x (B, T, D) to others (B, S, M), or to what was made of them; (B, T, D), and that."""
+
+    heads: int
+    dtype: jnp.dtype
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, others: jax.Array | Memory) -> tuple[jax.Array, Memory]:
+        B, T, D = x.shape
+
+        def heads(a: jax.Array) -> jax.Array:
+            return checkpoint_name(a, "qkv").reshape(*a.shape[:-1], self.heads, -1)
+
+        q = heads(dense(x, D, self.dtype, "query"))
+        if not isinstance(others, Memory):
+            others = Memory(*(heads(dense(others, D, self.dtype, name)) for name in ("key", "value")))
+        y = checkpoint_name(attention(q, *others, self.implementation).reshape(B, T, D), "attention")
+        return checkpoint_name(dense(y, D, self.dtype, "out"), "projection"), others
+
+
+class Layer(nn.Module):
+    """Pre-norm layer of either half; (B, T, D) to (B, T, D).
+
+    Attributes:
+      view: of x; None where x is one token, at `position` after its past.
+      image: tokens (B, S, M) for the upper half.
+      seen: (B,), 1 where the image is looked at, 0 where it is not; None: everywhere.
+    """
+
+    heads: int
+    dtype: jnp.dtype
+    implementation: str
+    view: View | None
+    image: jax.Array | None = None
+    seen: jax.Array | None = None
+    position: jax.Array | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, before: dict | None = None) -> Any:
+        """With `before`, its `past` and, in the upper half, its `memory`, a pair: x, and the same after this token."""
+        norm, after = partial(layer_norm, self.dtype, epsilon=EPS), {}
+        causal, lengths = (True, None) if before else self.view
+        y = Attention(self.heads, self.dtype, self.implementation, causal, name="attn")
+        y = y(norm(name="ln1")(x), lengths, before and before["past"], self.position)
+        if before:
+            y, after["past"] = y
+        x = x + y
+        others = before["memory"] if before and "memory" in before else self.image
+        if others is not None:
+            if not isinstance(others, Memory):
+                others = norm(name="ln_image")(others)
+            y, after["memory"] = CrossAttention(self.heads, self.dtype, self.implementation, name="cross")(
+                norm(name="ln_cross")(x), others
+            )
+            x = x + (y if self.seen is None else y * self.seen[:, None, None].astype(y.dtype))
+        x = x + Mlp(4 * x.shape[-1], self.dtype, name="mlp")(norm(name="ln2")(x))
+        return (x, after) if before else x
+
+
+class Lower(nn.Module):
+    """Token ids (B, T) to features (B, T, D) of the text alone."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    prepare: Prepare = as_is
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, view: View | None, before: dict | None = None, position: jax.Array | None = None
+    ) -> Any:
+        """With `before`, tokens (B, 1) at `position`, and a pair as `Layer` gives it; leaves of both are (L, B, …)."""
+        config, size = self.config, size_of(self.config)
+        table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
+        places = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
+        start = 0 if position is None else position
+        x = (table[tokens] + jax.lax.dynamic_slice_in_dim(places, start, tokens.shape[1])).astype(self.dtype)
+        layer = Layer(size.heads, self.dtype, config.attention, view, position=position, parent=None)
+        return scan_blocks(
+            self, [layer], size.depths[0], x,
+            prepare=self.prepare, remat=config.remat, each=before, outputs=before is not None,
+        )  # fmt: skip
+
+
+class Upper(nn.Module):
+    """Features (B, T, D) of a text, and an image's tokens (B, S, M), to logits (B, T, V) of tokens, fp32."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    prepare: Prepare = as_is
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        view: View | None,
+        image: jax.Array | None,
+        seen: jax.Array | None = None,
+        before: dict | None = None,
+        position: jax.Array | None = None,
+    ) -> Any:
+        """With `before`, as for `Lower`; without an image, `before` holds what was made of it."""
+        config, size = self.config, size_of(self.config)
+        layer = Layer(size.heads, self.dtype, config.attention, view, image, seen, position, parent=None)
+        x = scan_blocks(
+            self, [layer], size.depths[1], x,
+            prepare=self.prepare, remat=config.remat, each=before, outputs=before is not None,
+        )  # fmt: skip
+        x, after = x if before is not None else (x, None)
+        x = layer_norm(self.dtype, "norm", epsilon=EPS)(x)
+        kernel = self.param("vocabulary", nn.initializers.normal(size.width**-0.5), (size.width, config.vocab_size))
+        words = logits(x.reshape(-1, size.width), kernel.astype(self.dtype)).reshape(*x.shape[:2], -1)
+        return words if before is None else (words, after)
+
+
+def empty_past(config: DecoderConfig, half: int, rows: int, dtype: jnp.dtype) -> Past:
+    """That of a half, 0 lower or 1 upper, before the first token; leaves are (L, B, …)."""
+    size = size_of(config)
+    room = jnp.zeros((size.depths[half], rows, config.context, size.heads, size.width // size.heads), dtype)
+    return Past(room, room)
+
+
+def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int) -> tuple[float, float]:
+    """FLOPs of a text's forward pass through the lower and the upper half, its logits included.
+
+    Matrix products alone, two per multiply-add; attention counted whole.
+    """
+    size = size_of(config)
+    T, D, S = config.context, size.width, image_tokens
+    layer = T * 12 * D * D + 2 * T * T * D
+    cross = T * 2 * D * D + 2 * S * image_width * D + 2 * T * S * D
+    lower, upper = size.depths
+    return 2.0 * lower * layer, 2.0 * (upper * (layer + cross) + T * D * config.vocab_size)
