@@ -55,7 +55,7 @@ def test_numbers_are_those_of_naive_loops(monkeypatch):
     assert (got["queries"], got["candidates"]) == (COUNT, COUNT + MORE)
     assert set(evaluation.metrics) < set(got)
     assert all(shapes["text"] == (BATCH, CONTEXT) for shapes in model.seen)  # one shape: compiled once
-    assert {tuple(shapes) for shapes in model.seen} == {("image", "text", "caption", "mask")}
+    assert {tuple(shapes) for shapes in model.seen} == {("image", "text", "truncated", "caption", "mask")}
 
 
 def test_two_hosts_agree_with_one(monkeypatch):
