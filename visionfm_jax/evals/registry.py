@@ -7,8 +7,11 @@ from typing import Any, Protocol
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.evals.captioning import CaptioningEval
 from visionfm_jax.evals.classification import ClassificationEval
+from visionfm_jax.evals.perplexity import PerplexityEval
 from visionfm_jax.evals.pixel_baseline import PixelBaseline
+from visionfm_jax.evals.reconstruction import ReconstructionEval
 from visionfm_jax.evals.retrieval import RetrievalEval
 from visionfm_jax.evals.subject import Predict
 from visionfm_jax.evals.zero_shot import ZeroShotEval
@@ -28,8 +31,11 @@ class Eval(Protocol):
 
 
 EVALS: dict[str, type[Eval]] = {
+    "captioning": CaptioningEval,
     "classification": ClassificationEval,
+    "perplexity": PerplexityEval,
     "pixel_baseline": PixelBaseline,
+    "reconstruction": ReconstructionEval,
     "retrieval": RetrievalEval,
     "zero_shot": ZeroShotEval,
 }

@@ -21,7 +21,7 @@ CONTEXT, SIDE, BATCH = 16, 4, 8
 
 
 class Numbered:
-    """Record i: a picture of the number `first + i` in its pixels, a caption, a label; None is a damaged picture."""
+    """Record i: a picture of the number `first + i` in its pixels, its caption or captions, a label."""
 
     def __init__(self, captions, labels=None, first=0, class_names=None, damaged=()):
         self.captions, self.labels, self.first, self.damaged = captions, labels, first, damaged
@@ -29,6 +29,7 @@ class Numbered:
         self.class_names = class_names
         self.num_classes = 0 if labels is None else max(labels) + 1
         self.has_captions = captions is not None
+        self.most_captions = max((len(c) if isinstance(c, tuple) else 1 for c in captions or ()), default=0)
 
     def __len__(self):
         return len(self.captions or self.labels)
@@ -83,12 +84,12 @@ def on_hosts(evals, model):
     barrier, rows, results, errors = threading.Barrier(len(evals), timeout=60), {}, {}, []
 
     def work(host):
-        def predict(batch):
+        def predict(batch, *what):
             rows[host] = batch
             barrier.wait()
             whole = {k: np.concatenate([rows[h][k] for h in range(len(evals))]) for k in batch}
             barrier.wait()
-            return model(whole)
+            return model(whole, *what)
 
         try:
             results[host] = evals[host].run(predict)

@@ -1,0 +1,120 @@
+"""Perplexity of masked words against a loop, over hosts, damaged records and numbers that are not finite."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+from multimodal_fakes import Tables, make, multimodal_run
+from pair_fakes import BATCH, CONTEXT, SIDE, Numbered, on_hosts
+
+from visionfm_jax.config import ClassificationConfig
+from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.evals.registry import make_evals
+
+COUNT = 19
+TEXTS = [f"cat {i}" for i in range(COUNT)]
+
+
+def known(seed=0):
+    rng = np.random.default_rng(seed)
+    words = rng.integers(1, 9, COUNT)
+    nll = (words * rng.uniform(0.5, 1.5, COUNT)).astype(np.float32)
+    return Tables(nll=nll, blind_nll=nll + words.astype(np.float32), words=words.astype(np.int32))
+
+
+def by_hand(model, rows):
+    nll, blind, words = (sum(float(model.tables[k][i]) for i in rows) for k in ("nll", "blind_nll", "words"))
+    return math.exp(nll / words), math.exp(blind / words), words
+
+
+def test_numbers_are_those_of_a_loop(monkeypatch):
+    (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    model = known()
+    got = evaluation.run(model)
+    perplexity, blind, words = by_hand(model, range(COUNT))
+    assert got["perplexity"] == pytest.approx(perplexity)
+    assert got["perplexity_blind"] == pytest.approx(blind)
+    assert got["image_gain"] == pytest.approx(blind / perplexity) == pytest.approx(math.e)  # one nat a word
+    assert (got["words"], got["texts"]) == (words, COUNT)
+    assert evaluation.metrics == ("image_gain",)
+    shapes = {"image": (BATCH, SIDE, SIDE, 3), "text": (BATCH, CONTEXT), "record": (BATCH,), "mask": (BATCH,)}
+    for what, seen in model.asked:
+        assert what == "masked_language"
+        assert seen.items() >= shapes.items()
+
+
+def test_two_hosts_agree_with_one(monkeypatch):
+    model = known()
+    (alone,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    wanted = alone.run(model)
+    two = make(monkeypatch, Numbered(TEXTS), 2, kind="perplexity")
+    assert on_hosts(two, model) == [wanted, wanted]
+    assert two[0].details == two[1].details == alone.details
+
+
+def test_damaged_records_and_captions_are_left_out(monkeypatch):
+    captions = [*TEXTS]
+    captions[5], captions[7] = " ", (b"cat 7", "another")
+    (evaluation,) = make(monkeypatch, Numbered(captions, damaged={2}), kind="perplexity")
+    model = known()
+    got = evaluation.run(model)
+    perplexity, _, words = by_hand(model, set(range(COUNT)) - {2, 5})
+    assert got["perplexity"] == pytest.approx(perplexity)
+    assert (got["words"], got["texts"]) == (words, COUNT - 2)
+
+
+def test_numbers_that_are_not_finite_show(monkeypatch):
+    (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = known()
+        model.tables["nll"][3] = np.nan
+        got = evaluation.run(model)
+        assert math.isnan(got["perplexity"])
+        assert math.isnan(got["image_gain"])
+        assert math.isfinite(got["perplexity_blind"])
+        assert json.loads(json.dumps(evaluation.details, allow_nan=False))["metrics"]["perplexity"] == "nan"
+        model = known()
+        for name in ("nll", "blind_nll"):
+            model.tables[name] += 1000 * model.tables["words"]
+        got = evaluation.run(model)
+        assert got["perplexity"] == got["perplexity_blind"] == math.inf
+        assert got["image_gain"] == pytest.approx(math.e, rel=1e-3)  # of inf and inf, as the sums are finite
+        none = evaluation.run(Tables(nll=[0.0], blind_nll=[0.0], words=[0]))
+        assert math.isnan(none["perplexity"])
+        assert math.isnan(none["image_gain"])
+
+
+def test_protocol_tells_what_was_measured(monkeypatch):
+    (one,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    (again,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity", batch_size=16)
+    (other,) = make(monkeypatch, Numbered(TEXTS[1:]), kind="perplexity")
+    int(one.protocol, 16)
+    assert one.protocol == again.protocol != other.protocol
+    assert one.settings["tokenizer"] == "emoji"
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "captioning"])
+def test_sources_without_captions_are_refused(monkeypatch, kind):
+    with pytest.raises(DataError, match=rf"'held_out': numbers from 0 has no captions, which {kind}.*set caption_key"):
+        make(monkeypatch, Numbered(None, labels=[0, 1]), kind=kind)
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "captioning", "reconstruction"])
+def test_a_run_of_another_task_is_refused(kind):
+    run = multimodal_run(kind=kind)
+    run.task = ClassificationConfig()
+    with pytest.raises(ConfigError, match=rf"kind '{kind}' is for a task of MultimodalConfig, not of Classification"):
+        make_evals(run, 0, 1)
+
+
+def test_best_metric_is_one_of_which_higher_is_better(monkeypatch):
+    make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    run = multimodal_run(kind="perplexity")
+    run.checkpoint.best_metric = "held_out/image_gain"
+    make_evals(run, 0, 1)
+    run.checkpoint.best_metric = "held_out/perplexity"
+    with pytest.raises(ConfigError, match="set held_out/image_gain"):
+        make_evals(run, 0, 1)

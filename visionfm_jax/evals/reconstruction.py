@@ -1,0 +1,111 @@
+"""How well hidden parts of images are painted. Shapes: B batch, S side of an image, U units along it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from visionfm_jax.evals.contrastive import image_of, sample
+from visionfm_jax.evals.multimodal import Images, MultimodalEval
+from visionfm_jax.evals.subject import Predict
+
+PICTURED = 8
+SAMPLE = 64  # images that are painted for the pictures, and compared with flat colour
+GREY = 128
+
+
+class ReconstructionEval(MultimodalEval):
+    """The `evals.registry.Eval` of images with hidden units: `pixel_error`, the mean |difference| over hidden pixels.
+
+    Its unit is that of the loss, a channel's standard deviation (`data.augment.std`). On up to 64 images spread over
+    the source, `mean_colour_error` is that of painting the mean colour of what is seen of an image, and `colour_gain`
+    how many times larger it is than the model's own: above 1, more than a colour has been learned. What is hidden
+    depends on the record's number alone.
+
+    Attributes:
+      pictured: `reconstructed`: `image`, `seen` (the image with its hidden units grey) and `reconstruction`, uint8
+        (8, S, S, 3), and `error` (8,).
+    """
+
+    metrics = ("colour_gain",)
+    needs_captions = False
+
+    def more_settings(self) -> dict[str, Any]:
+        """What is hidden, and the unit of the error."""
+        task = self.run_config.task
+        return {
+            "mask_unit": task.mask_unit,
+            "mask_ratio": task.mask_ratio,
+            "std": list(self.run_config.data.augment.std),
+        }
+
+    def run(self, predict: Predict) -> dict[str, float]:
+        """Each image once, and the sample once more."""
+        total, records = np.float64(0), []
+        for batch in self.batches(Images()):
+            out = predict(batch, "masked_image")
+            keep = out["mask"] > 0
+            total += out["pixel_error"][keep].sum(dtype=np.float64)
+            records.append(out["record"][keep])
+        images, out = self._painted(predict, np.concatenate(records))
+        flat = mean_colour_error(images, out["hidden"], self.run_config.data.augment.std)
+        with np.errstate(all="ignore"):  # nothing hidden is no error: nan
+            scores = {
+                "pixel_error": float(total / sum(map(len, records))),
+                "mean_colour_error": float(flat.mean()),
+                "colour_gain": float(flat.mean() / out["pixel_error"].mean(dtype=np.float64)),
+                "images": float(sum(map(len, records))),
+            }
+        self.describe(scores)
+        if self.host == 0:
+            rows = sample(np.arange(len(images)), PICTURED)
+            hidden = whole_units(out["hidden"][rows], images.shape[1])[..., None]
+            self.pictured = {
+                "reconstructed": {
+                    "image": images[rows],
+                    "seen": np.where(hidden, np.uint8(GREY), images[rows]),
+                    "reconstruction": out["reconstruction"][rows],
+                    "error": out["pixel_error"][rows],
+                }
+            }
+        return scores
+
+    def _painted(self, predict: Predict, records: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The sample's images (B, S, S, 3) and their predictions; the same on every host, each of which computes its
+        rows of one batch: small, as whole images come back.
+        """
+        devices = jax.device_count()
+        size = min(self.batch_size, -(-SAMPLE // devices) * devices)
+        chosen = sample(records, size)
+        images = np.stack([image_of(self.source, int(r), self.run_config.image_size) for r in chosen])
+        own = slice(self.host * size // self.hosts, (self.host + 1) * size // self.hosts)
+        fill = size - len(chosen)
+        batch = {
+            "image": np.pad(images, [(0, fill), (0, 0), (0, 0), (0, 0)])[own],
+            "record": np.pad(chosen.astype(np.int32), (0, fill))[own],
+        }
+        out = predict(batch, "reconstruct")
+        return images, {k: out[k][: len(chosen)] for k in ("reconstruction", "hidden", "pixel_error")}
+
+
+def whole_units(hidden: np.ndarray, side: int) -> np.ndarray:
+    """bool (B, U, U) of units to bool (B, S, S) of pixels."""
+    unit = side // hidden.shape[1]
+    return hidden.astype(bool).repeat(unit, 1).repeat(unit, 2)
+
+
+def mean_colour_error(images: np.ndarray, hidden: np.ndarray, std: tuple[float, float, float]) -> np.ndarray:
+    """The error (B,) of painting what is hidden in the mean colour of what is seen; nan where either is nothing.
+
+    Args:
+      images: uint8 (B, S, S, 3).
+      hidden: bool (B, U, U).
+      std: of a channel of values in [0, 1]: the unit.
+    """
+    errors = []
+    for image, where in zip(images, whole_units(hidden, images.shape[1]), strict=True):
+        seen, rest = image[~where] / (255 * np.array(std)), image[where] / (255 * np.array(std))
+        errors.append(np.abs(rest - seen.mean(0)).mean() if len(seen) and len(rest) else np.nan)
+    return np.array(errors)
