@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def image_of(source: Source, record: int, size: int) -> np.ndarray:
     return eval_image(source[record]["image"], size)
 
 
-def caption_of(source: Source, record: int) -> str:
-    """A record's caption."""
-    caption = source[record]["caption"]
-    return caption.decode() if isinstance(caption, bytes) else caption
+def captions_of(record: Mapping[str, Any]) -> list[str]:
+    """A record's captions in order, without those that are empty or no UTF-8."""
+    captions = record["caption"] if isinstance(record["caption"], tuple) else (record["caption"],)
+    texts = []
+    for caption in captions:
+        with contextlib.suppress(UnicodeDecodeError):
+            texts.append(caption.decode() if isinstance(caption, bytes) else caption)
+    return [text for text in texts if text.strip()]

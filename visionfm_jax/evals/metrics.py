@@ -5,7 +5,8 @@ tie with the right one, to fp32 rounding, stand before it; embeddings that are n
 wrong answers stand before everything. So constant embeddings and NaN score nothing (a mere `score > right` is false
 for NaN, and finds all of them perfect).
 
-Shapes: Q queries, N candidates, E embedding, C classes, K the best ones, B texts of a batch.
+Shapes: Q queries, N candidates, E embedding, A ids of a query or candidate, C classes, K the best ones, B texts of a
+batch.
 """
 
 from __future__ import annotations
@@ -25,18 +26,25 @@ def ranks(queries: np.ndarray, candidates: np.ndarray, query_ids: np.ndarray, ca
     Args:
       queries: (Q, E) fp32.
       candidates: (N, E) fp32.
-      query_ids: (Q,) integers.
-      candidate_ids: (N,) integers; the candidates of a query's id are its right answers.
+      query_ids: (Q,) or (Q, A) integers; one that has fewer than A repeats some.
+      candidate_ids: (N,) or (N, A) integers, as many as there are; right for a query are those that share an id.
 
     Returns:
       (Q,) float64; inf where the query or all its right answers are not finite, or there is none.
     """
     queries, usable = _cleaned(queries)
     candidates, known = _cleaned(candidates)
+    ids = candidate_ids.reshape(len(candidates), -1)
+    order = np.argsort(ids, axis=None, kind="stable")
+    sorted_ids, query_ids = ids.ravel()[order], query_ids.reshape(len(queries), -1)
+    first, last = (np.searchsorted(sorted_ids, query_ids, side) for side in ("left", "right"))
     out = np.full(len(queries), np.inf)
     for rows, scores in _scores(queries, candidates):
-        right = query_ids[rows, None] == candidate_ids
-        best = np.where(right & known, scores, -np.inf).max(1)
+        right = np.zeros(scores.shape, bool)
+        for row, starts, stops in zip(right, first[rows], last[rows], strict=True):
+            for start, stop in zip(starts, stops, strict=True):
+                row[order[start:stop] // ids.shape[1]] = True
+        best = scores.max(1, where=right & known, initial=-np.inf)
         behind = (scores < best[:, None] - TIE) & known  # false for NaN
         place = 1 + (~behind & ~right).sum(1)
         out[rows] = np.where(usable[rows] & np.isfinite(best), place, np.inf)
@@ -142,9 +150,10 @@ def _scores(queries: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[slice
 
 
 def _cleaned(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (N, E) with zeros for those that are not finite, and which (N,) are finite."""
+    """Rows (N, E) fp32 with zeros for those that are not finite, and which (N,) are finite."""
     finite = np.isfinite(rows).all(1)
-    return np.where(finite[:, None], rows, np.float32(0)), finite
+    clean = rows if finite.all() else np.where(finite[:, None], rows, np.float32(0))  # gigabytes: no copy for nothing
+    return clean.astype(np.float32, copy=False), finite
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -1,23 +1,26 @@
-"""Retrieval of captions by image and of images by caption. Shapes: B batch, N pairs, E embedding, L tokens."""
+"""Retrieval of captions by image and of images by caption.
+
+Shapes: B batch, N images, C captions an image at most, T captions, E embedding, L tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig
+from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig, MultimodalConfig
 from visionfm_jax.data.batches import Row, Spec
-from visionfm_jax.data.fields import Texts
+from visionfm_jax.data.fields import DamagedCaption, Texts
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
-from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.contrastive import (
-    caption_of,
+    captions_of,
     image_of,
     measured_on,
     plain,
@@ -34,39 +37,53 @@ ANSWERS = 5
 
 
 class Pairs(Texts):
-    """`text` as `Texts`, and `caption`, int32 (2,): a hash of the caption itself, which may be longer than L tokens.
+    """All captions of an image: `text` int32 (C, L), `captions` int32, how many there are, and `caption` int32 (C, 2).
 
-    The hash travels with the rows: no host has the captions of the others, and all must know which are the same.
+    That is a hash of each caption itself, which may be longer than L tokens. It travels with the rows: no host has the
+    captions of the others, and all must know which are the same.
     """
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.spec: Spec = {**self.spec, "caption": ((2,), np.int32)}
+    def __init__(self, tokenizer: Tokenizer, length: int, most: int):
+        super().__init__(tokenizer, length)
+        self.most = most
+        self.spec: Spec = {
+            "text": ((most, length), np.int32),
+            "caption": ((most, 2), np.int32),
+            "captions": ((), np.int32),
+        }
 
-    def __call__(self, record: Mapping[str, Any]) -> Row:
-        row = super().__call__(record)
-        caption = record["caption"]
-        caption = caption if isinstance(caption, bytes) else caption.encode("utf-8", "surrogatepass")
-        return {**row, "caption": np.frombuffer(hashlib.blake2b(caption, digest_size=8).digest(), np.int32)}
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        captions = captions_of(record)
+        if not captions:
+            raise DamagedCaption("there is no caption that is neither empty nor damaged")
+        row: Row = {key: np.zeros(shape, dtype) for key, (shape, dtype) in self.spec.items()}
+        for i, caption in enumerate(captions):
+            row["text"][i] = self.tokenizer(caption, self.length)
+            digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            row["caption"][i] = np.frombuffer(digest, np.int32)
+        return {**row, "captions": len(captions)}
 
 
 class Embedded(NamedTuple):
-    """Readable pairs of one or more sources, of all hosts, in order."""
+    """Readable records of one or more sources, of all hosts, in order."""
 
     image: np.ndarray  # (N, E)
-    text: np.ndarray  # (N, E)
-    caption: np.ndarray  # (N,) int64, equal where the captions are
+    ids: np.ndarray  # (N, C) int64, those of the image's captions; some repeated where it has fewer
     source: np.ndarray  # (N,) number of the source: 0 the eval's own, then the gallery's
     record: np.ndarray  # (N,) number of the record in it
+    text: np.ndarray  # (T, E)
+    caption: np.ndarray  # (T,) int64, equal where the captions are
+    owner: np.ndarray  # (T,) the caption's image
+    place: np.ndarray  # (T,) among the captions of its record
 
 
 class RetrievalEval:
     """The `evals.registry.Eval` of captioned images and a contrastive model: R@1, 5 and 10 as shares, both ways.
 
-    Queries are the source's images and captions; candidates are its captions and images and those of the gallery.
-    Right is every candidate whose caption is the same text as the query's: of several records with one caption, each
-    is as good an answer as the others. Ties and embeddings that are not finite count against the model, see
-    `evals.metrics`.
+    Queries are the source's images and captions; candidates are its captions and images and those of the gallery. Each
+    of several captions of an image is a query and a candidate (Lin et al. 2014). Right for an image is any of its
+    captions, and for a caption its image; and likewise where another image has the very same caption: each is as good
+    an answer as the other. Ties and embeddings that are not finite count against the model, see `evals.metrics`.
 
     Attributes:
       protocol: 8 hex digits of what was measured: source, gallery, image size, tokenizer.
@@ -77,7 +94,7 @@ class RetrievalEval:
     metrics = tuple(f"{way}_r{k}" for way in WAYS for k in KS)
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_task(config, run, ContrastiveConfig)
+        require_task(config, run, ContrastiveConfig, MultimodalConfig)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         configs = (config.source, *config.gallery)
         self.sources = [open_source(s) for s in configs]
@@ -95,6 +112,8 @@ class RetrievalEval:
             "tokenizer": Path(self.tokenizer.name).name,
             "context": run.model.text.context,
         }
+        if (most := max(s.most_captions for s in self.sources)) > 1:
+            self.settings["captions"] = most
         self.protocol = protocol_of(self.settings)
         self.details: dict[str, Any] = {}
         self.pictured: dict[str, Any] = {}
@@ -102,61 +121,103 @@ class RetrievalEval:
     def run(self, predict: Predict) -> dict[str, float]:
         """Recalls and median ranks over all queries, each once."""
         parts = [self._embed(predict, number, source) for number, source in enumerate(self.sources)]
-        pairs = Embedded(*map(np.concatenate, zip(*parts, strict=True)))
-        count = len(parts[0].image)
-        ids = pairs.caption[:count], pairs.caption
+        images, texts = len(parts[0].image), len(parts[0].text)
+        pairs = _joined(parts)
         places = {
-            "image_to_text": ranks(pairs.image[:count], pairs.text, *ids),
-            "text_to_image": ranks(pairs.text[:count], pairs.image, *ids),
+            "image_to_text": ranks(pairs.image[:images], pairs.text, pairs.ids[:images], pairs.caption),
+            "text_to_image": ranks(pairs.text[:texts], pairs.image, pairs.caption[:texts], pairs.ids),
         }
         scores = {f"{way}_r{k}": recall(places[way], k) for way in WAYS for k in KS}
         scores |= {f"{way}_median_rank": float(np.median(places[way])) for way in WAYS}
-        scores |= {"queries": float(count), "candidates": float(len(pairs.image))}
+        scores |= {"queries": float(images), "candidates": float(len(pairs.image))}
+        if pairs.ids.shape[1] > 1:
+            scores |= {"caption_queries": float(texts), "caption_candidates": float(len(pairs.text))}
         self.details = {"protocol": self.protocol, "settings": self.settings, "metrics": plain(scores)}
         if self.host == 0:
-            self.pictured = self._pictured(pairs, count, places)
+            self.pictured = self._pictured(pairs, images, texts, places)
         return scores
 
     def _embed(self, predict: Predict, number: int, source: Source) -> Embedded:
-        size = self.config.batch_size or self.run_config.train.batch_size
+        size, most = self.config.batch_size or self.run_config.train.batch_size, source.most_captions
         batches = eval_loader(
-            source, Pairs(self.tokenizer, self.run_config.model.text.context), image_size=self.run_config.image_size,
-            batch_size=size, host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
+            source, Pairs(self.tokenizer, self.run_config.model.text.context, most),
+            image_size=self.run_config.image_size, batch_size=size, host=self.host, hosts=self.hosts,
+            threads=self.run_config.data.threads,
         )  # fmt: skip
-        parts = []
+        parts, images = [], 0
         for step, batch in enumerate(batches):
-            out = predict(batch)
+            texts = batch.pop("text")
+            out = predict({**batch, "text": texts[:, 0]})
+            embeddings = [out["text_embedding"]]
+            for i in range(1, most):  # one after another: the memory of a batch is that of training's
+                embeddings.append(predict({"text": texts[:, i]})["text_embedding"])
             keep = np.flatnonzero(out["mask"])
-            caption = np.ascontiguousarray(out["caption"][keep], np.int32).view(np.int64)[:, 0]
-            parts.append((out["image_embedding"][keep], out["text_embedding"][keep], caption, step * size + keep))
-        image, text, caption, record = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return Embedded(image, text, caption, np.full(len(record), number), record)
+            there = np.arange(most) < out["captions"][keep, None]
+            ids = np.ascontiguousarray(out["caption"][keep], np.int32).view(np.int64)[..., 0]
+            row, place = np.nonzero(there)
+            parts.append(
+                Embedded(
+                    image=out["image_embedding"][keep],
+                    ids=np.where(there, ids, ids[:, :1]),
+                    source=np.full(len(keep), number),
+                    record=step * size + keep,
+                    text=np.stack(embeddings, 1)[keep][there],
+                    caption=ids[there],
+                    owner=images + row,
+                    place=place,
+                )
+            )
+            images += len(keep)
+        return Embedded(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _pictured(self, pairs: Embedded, count: int, places: dict[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
+    def _pictured(
+        self, pairs: Embedded, images: int, texts: int, places: dict[str, np.ndarray]
+    ) -> dict[str, list[dict[str, Any]]]:
         """Queries spread over the source, with the best candidates, their scores, and which of them are right."""
 
-        def caption(row: int) -> str:
-            return caption_of(self.sources[pairs.source[row]], int(pairs.record[row]))
+        def caption(text: int) -> str:
+            row = pairs.owner[text]
+            return captions_of(self.sources[pairs.source[row]][int(pairs.record[row])])[pairs.place[text]]
 
         def image(row: int) -> np.ndarray:
             return image_of(self.sources[pairs.source[row]], int(pairs.record[row]), self.run_config.image_size)
 
-        out = {}
-        for name, way, queries, candidates, ask, answer in (
-            ("captions", "image_to_text", pairs.image, pairs.text, image, caption),
-            ("images", "text_to_image", pairs.text, pairs.image, caption, image),
-        ):
-            rows = sample(np.arange(count), PICTURED)
-            found, scores = best(queries[rows], candidates, ANSWERS)
-            out[name] = [
+        captions = []
+        asked = sample(np.arange(images), PICTURED)
+        found, scores = best(pairs.image[asked], pairs.text, ANSWERS)
+        for row, answers, values in zip(asked, found, scores, strict=True):
+            captions.append(
                 {
-                    "query": ask(row),
-                    "answers": [answer(i) for i in indices],
+                    "query": image(row),
+                    "answers": [caption(i) for i in answers],
                     "scores": values,
-                    "right": pairs.caption[indices] == pairs.caption[row],
-                    "own": answer(row),
-                    "rank": places[way][row],
+                    "right": np.isin(pairs.caption[answers], pairs.ids[row]),
+                    "own": caption(np.searchsorted(pairs.owner, row)),
+                    "rank": places["image_to_text"][row],
                 }
-                for row, indices, values in zip(rows, found, scores, strict=True)
-            ]
-        return out
+            )
+        pictures = []
+        asked = sample(np.arange(texts), PICTURED)
+        found, scores = best(pairs.text[asked], pairs.image, ANSWERS)
+        for text, answers, values in zip(asked, found, scores, strict=True):
+            pictures.append(
+                {
+                    "query": caption(text),
+                    "answers": [image(i) for i in answers],
+                    "scores": values,
+                    "right": (pairs.ids[answers] == pairs.caption[text]).any(1),
+                    "own": image(pairs.owner[text]),
+                    "rank": places["text_to_image"][text],
+                }
+            )
+        return {"captions": captions, "images": pictures}
+
+
+def _joined(parts: Sequence[Embedded]) -> Embedded:
+    """The records of all sources as one; one source after another."""
+    most, before, out = max(part.ids.shape[1] for part in parts), 0, []
+    for part in parts:
+        ids = np.pad(part.ids, ((0, 0), (0, most - part.ids.shape[1])), mode="edge")  # repeats one of its own
+        out.append(part._replace(ids=ids, owner=before + part.owner))
+        before += len(part.image)
+    return Embedded(*map(np.concatenate, zip(*out, strict=True)))

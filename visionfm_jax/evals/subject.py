@@ -13,14 +13,15 @@ from visionfm_jax.errors import ConfigError
 Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def require_task(config: EvalConfig, run: Config, task: type) -> None:
-    """Refuse a run of another task.
+def require_task(config: EvalConfig, run: Config, *tasks: type) -> None:
+    """Refuse a run of another task than one of `tasks`, classes of `config.schema`.
 
     Raises:
       ConfigError: that the eval's kind cannot measure.
     """
-    if not isinstance(run.task, task):
+    if not isinstance(run.task, tasks):
         raise ConfigError(
-            f"config.evals {config.name!r}: kind {config.kind!r} is for a task of {task.__name__}, not of "
+            f"config.evals {config.name!r}: kind {config.kind!r} is for a task of "
+            f"{' or '.join(task.__name__ for task in tasks)}, not of "
             f"{type(run.task).__name__}; set another kind, or remove the eval"
         )

@@ -37,6 +37,25 @@ def test_ranks_are_those_of_a_naive_loop(monkeypatch, block):
     assert got.max() > 5
 
 
+@pytest.mark.parametrize("block", [1, 97, 2**24])
+def test_several_ids_of_a_query_or_a_candidate(monkeypatch, block):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    images, texts = pairs(30)
+    image_ids = RNG(1).integers(-9, 9, (30, 3))  # any integers, some twice in a row
+    text_ids = RNG(2).integers(-9, 9, 30)
+
+    def naive(queries, candidates, right):
+        out = []
+        for scores, own in zip(queries.astype(float) @ candidates.T, right, strict=True):
+            best = scores[own].max(initial=-np.inf)
+            out.append(1 + (scores[~own] >= best).sum() if own.any() else np.inf)
+        return out
+
+    right = (image_ids[:, :, None] == text_ids).any(1)
+    np.testing.assert_array_equal(metrics.ranks(images, texts, image_ids, text_ids), naive(images, texts, right))
+    np.testing.assert_array_equal(metrics.ranks(texts, images, text_ids, image_ids), naive(texts, images, right.T))
+
+
 def test_recall_counts_ranks_up_to_k():
     assert [metrics.recall(np.array([1, 2, 6, np.inf]), k) for k in (1, 5, 10)] == [0.25, 0.5, 0.75]
 
@@ -85,9 +104,11 @@ def test_equal_captions_are_right_for_each_other():
 def test_memory_does_not_grow_with_the_square(monkeypatch):
     monkeypatch.setattr(metrics, "BLOCK", 2**16)
     images, texts = pairs(4000, 8)
-    ids = np.arange(4000)
+    ids, of_images = np.arange(4000), np.arange(4000)[:, None] // 5 + np.arange(5)  # five captions an image
     tracemalloc.start()
     metrics.ranks(images, texts, ids, ids)
+    metrics.ranks(images, texts, of_images, ids)
+    metrics.ranks(texts, images, ids, of_images)
     metrics.best(images, texts, 5)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

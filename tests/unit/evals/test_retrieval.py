@@ -7,7 +7,7 @@ import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 from test_metrics import naive_ranks
 
-from visionfm_jax.config import ClassificationConfig, SourceConfig
+from visionfm_jax.config import AuroraConfig, ClassificationConfig, DecoderConfig, MultimodalConfig, SourceConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import retrieval
@@ -55,7 +55,7 @@ def test_numbers_are_those_of_naive_loops(monkeypatch):
     assert (got["queries"], got["candidates"]) == (COUNT, COUNT + MORE)
     assert set(evaluation.metrics) < set(got)
     assert all(shapes["text"] == (BATCH, CONTEXT) for shapes in model.seen)  # one shape: compiled once
-    assert {tuple(shapes) for shapes in model.seen} == {("image", "text", "truncated", "caption", "mask")}
+    assert {tuple(sorted(shapes)) for shapes in model.seen} == {("caption", "captions", "image", "mask", "text")}
 
 
 def test_two_hosts_agree_with_one(monkeypatch):
@@ -111,6 +111,91 @@ def test_equal_captions_are_right_for_each_other_and_no_others(monkeypatch):
     assert evaluation.pictured["images"][2]["query"] == "a cat"
 
 
+SEVERAL = (  # of record i; one caption is of two records, one is damaged, some are empty
+    ("a cat", "a red cat", "an animal"),
+    ("a dog", b"an animal"),
+    "a bird",
+    (b"\xff", "  ", "a fish", "it swims"),
+    ("", " "),
+    ("a car", "it rolls", "a car"),
+)
+TEXT_OF = ("a cat", "a red cat", "an animal", "a dog", "an animal", "a bird", "a fish", "it swims", "a car", "it rolls")
+
+
+def several(seed):
+    """Random embeddings of two sources that hold `SEVERAL`, and of each of their captions."""
+    rng = np.random.default_rng(seed)
+    texts = {text: unit(rng.normal(size=DIM)) for text in dict.fromkeys((*TEXT_OF, "far away", "farther"))}
+    return Model(unit(rng.normal(size=(8, DIM))), texts), texts
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_every_caption_is_a_query_and_a_candidate(monkeypatch, seed, hosts):
+    sources = {"numbers": Numbered(SEVERAL), "more": Numbered(("far away", "farther"), first=6)}
+    evals = make(monkeypatch, sources, hosts=hosts)
+    model, texts = several(seed)
+    results = on_hosts(evals, model)
+    got = results[0]
+    assert all(result == got for result in results)
+    captions = [(0, 1, 2), (3, 4), (5,), (6, 7), (8, 9, 8)]  # in TEXT_OF, of the readable records
+    queries = [TEXT_OF[i] for own in captions for i in own]
+    owners = [i for i, own in enumerate(captions) for _ in own]
+    own = [{TEXT_OF[i] for i in c} for c in captions] + [{"far away"}, {"farther"}]
+    images = model.images[[0, 1, 2, 3, 5, 6, 7]]
+
+    def rank(scores, right):
+        best = max(s for s, r in zip(scores, right, strict=True) if r)
+        return 1 + sum(s >= best for s, r in zip(scores, right, strict=True) if not r)
+
+    candidates = [*queries, "far away", "farther"]
+    table = np.stack([texts[c] for c in candidates])
+    to_text = [rank(table @ images[i], [c in own[i] for c in candidates]) for i in range(len(captions))]
+    to_image = [rank(images @ texts[c], [c in o for o in own]) for c in queries]
+    for way, places in (("image_to_text", to_text), ("text_to_image", to_image)):
+        for k in (1, 5, 10):
+            assert got[f"{way}_r{k}"] == pytest.approx(np.mean(np.array(places) <= k))
+        assert got[f"{way}_median_rank"] == np.median(places)
+    assert (got["queries"], got["candidates"]) == (5, 7)
+    assert (got["caption_queries"], got["caption_candidates"]) == (11, 13)
+    assert all(shapes["text"] == (BATCH, CONTEXT) for shapes in model.seen)
+    asked = [int(q["query"][0, 0, 0]) for q in evals[0].pictured["captions"]]
+    assert asked == [0, 1, 2, 3, 5]
+    assert [q["own"] for q in evals[0].pictured["captions"]] == [TEXT_OF[c[0]] for c in captions]
+    assert [q["rank"] for q in evals[0].pictured["captions"]] == to_text
+    for query, right in zip(evals[0].pictured["captions"], own, strict=False):
+        assert query["right"].tolist() == [answer in right for answer in query["answers"]]
+    shown = np.linspace(0, len(queries) - 1, 6).astype(int)
+    for query, i in zip(evals[0].pictured["images"], shown, strict=True):
+        assert (query["query"], query["rank"]) == (queries[i], to_image[i])
+        assert query["own"][0, 0, 0] == (0, 1, 2, 3, 5)[owners[i]]
+        numbers = [(0, 1, 2, 3, 5, 6, 7).index(answer[0, 0, 0]) for answer in query["answers"]]
+        assert query["right"].tolist() == [queries[i] in own[n] for n in numbers]
+
+
+def test_any_caption_of_an_image_is_right_for_it(monkeypatch):
+    (evaluation,) = make(monkeypatch, {"numbers": Numbered((("near", "off"), ("other", "far")))})
+    eye = np.eye(3)
+    model = Model(eye[:2], {"near": eye[0], "off": eye[2], "other": eye[0] + eye[1], "far": eye[2]})
+    got = evaluation.run(model)
+    # the first image finds "near" tied with "other", the second "other" alone; "off" and "far" are near no image
+    assert [q["rank"] for q in evaluation.pictured["captions"]] == [2, 1]
+    assert (got["image_to_text_r1"], got["text_to_image_r1"]) == (0.5, 0.25)
+    assert evaluation.settings["captions"] == 2
+    with np.errstate(invalid="ignore"):
+        nothing = evaluation.run(Model(eye[:2] * np.nan, {}))
+    assert [nothing[name] for name in evaluation.metrics] == [0] * 6
+
+
+def test_runs_of_the_multimodal_task_are_measured(monkeypatch):
+    monkeypatch.setattr(retrieval, "open_source", lambda config: Numbered(TEXTS))
+    run = contrastive_run(kind="retrieval")
+    run.task = MultimodalConfig(tokenizer="emoji")
+    run.model = AuroraConfig(image=run.model.image, text=DecoderConfig(context=9))
+    (evaluation,) = make_evals(run, 0, 1).values()
+    assert (evaluation.settings["tokenizer"], evaluation.settings["context"]) == ("emoji", 9)
+
+
 def test_pictured_are_queries_spread_over_the_source_with_their_best(monkeypatch):
     (evaluation,) = make(monkeypatch, two_sources())
     model, texts = known()
@@ -153,7 +238,8 @@ def test_a_run_of_another_task_is_refused():
     run = contrastive_run(kind="retrieval")
     run.task = ClassificationConfig()
     with pytest.raises(
-        ConfigError, match=r"'pairs': kind 'retrieval' is for a task of ContrastiveConfig, not of ClassificationConfig"
+        ConfigError,
+        match=r"'pairs': kind 'retrieval' is for a task of ContrastiveConfig or MultimodalConfig, not of Cl",
     ):
         make_evals(run, 0, 1)
 
