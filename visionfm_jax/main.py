@@ -14,7 +14,7 @@ import logging as standard_logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.data.fields import Fields, fields_of
-from visionfm_jax.data.loader import DamageLog, train_loader
+from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
@@ -76,7 +76,7 @@ def run(config: Config) -> int:
             RunMonitor(config, folder.path, start) as monitor,
             train_loader(
                 config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
-                start_step=start, host=host, hosts=hosts, sources=sources, fields=fields,
+                start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.split,
             ) as batches,
         ):  # fmt: skip
             hooks = Hooks(
@@ -94,6 +94,8 @@ def run(config: Config) -> int:
                 batch_seen=damage.see,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks)
+        if damage.truncated:
+            say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
         if host == 0 and (metrics := read_metrics(folder.path)):
             last = {k: v for line in metrics for k, v in line.items()}
             say(summary(folder.path, config, evals, last, curves=True))
@@ -108,6 +110,7 @@ def check_sources(config: Config, sources: Sequence[Source], fields: Fields) -> 
     """
     for source in sources:
         fields.check(source)
+    check_split(sources, config.split)
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
         raise DataError(f"{sources[0].name} has {records} records; set config.data.num_examples={records}")
@@ -159,9 +162,9 @@ def measure(
 ) -> dict[str, float]:
     """The metrics of `evals`, as NAME/METRIC."""
 
-    def predict(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def predict(batch: dict[str, np.ndarray], *what: Hashable) -> dict[str, np.ndarray]:
         batch_done()
-        return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch)))
+        return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch), *what))
 
     return {f"{name}/{k}": v for name, eval_ in evals.items() for k, v in eval_.run(predict).items()}
 

@@ -179,7 +179,7 @@ def _multimodal_problems(c: Config) -> list[Problem]:
     out = _least(c, {f"task.{name}": 0 for name in weights} | {"model.embed_dim": 1, "task.mask_unit": 1})
     out += _shares(c, "task.mask_ratio", "task.word_mask_ratio", "task.blind")
     if not out and not sum(getattr(task, name) for name in weights):
-        out.append(("task", {name: 0.0 for name in weights}, "the weights sum to nothing", "set one, e.g. captioning"))
+        out.append(("task", dict.fromkeys(weights, 0.0), "the weights sum to nothing", "set one, e.g. captioning"))
     if not task.tokenizer:
         out.append(("task.tokenizer", "", "is needed for captions", "set the path of a SentencePiece model"))
     if min(task.split) < 1:

@@ -277,6 +277,11 @@ class Config:
         return next(iter(self.towers.values())).image_size
 
     @property
+    def contrasts_whole_batch(self) -> bool:
+        """Whether micro-batches are contrasted with all of the batch."""
+        return not isinstance(self.task, ClassificationConfig) and self.task.cached
+
+    @property
     def total_steps(self) -> int:
         return self.train.steps or round(self.train.epochs * self.steps_per_epoch)
 

@@ -45,7 +45,7 @@ def clip_loss(
     Args:
       images, texts: (B, D), of length 1.
       all_images, all_texts: (G, D), all devices' rows in the order of the global batch.
-      scale: (), the inverse temperature, positive.
+      scale: (), or (B, 1) of equal values, the inverse temperature, positive.
       targets: which of the G rows belong to the B.
 
     Returns:
@@ -64,7 +64,7 @@ def sigmoid_loss(
     Args:
       images: (B, D), of length 1.
       all_texts: (G, D), of length 1.
-      scale, bias: (), of the logits.
+      scale, bias: (), or (B, 1) of equal values, of the logits.
       targets: as for `clip_loss`.
 
     Returns:

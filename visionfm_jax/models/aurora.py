@@ -6,8 +6,8 @@
     text (B, T) -> lower half -> at its end token, projection: the text in the joint space
                               -> upper half: the next word, or a hidden one
 
-Shapes: B batch, H W image, h w map, S = h w image tokens, T text tokens, D width of the map, E width of the joint space,
-V vocabulary.
+Shapes: B batch, H W image, h w map, S = h w image tokens, T text tokens, D width of the map, E width of the joint
+space, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from visionfm_jax.config import AuroraConfig
 from visionfm_jax.models import decoder, swin_v2
-from visionfm_jax.models.decoder import CrossAttention, View
+from visionfm_jax.models.decoder import CrossAttention, View, view_of
 from visionfm_jax.models.layers import Mlp, Prepare, as_is, dense, layer_norm
 from visionfm_jax.models.swin_v2 import Hidden
 
@@ -32,7 +32,7 @@ PIXELS = 3
 
 
 class Pool(nn.Module):
-    """One learned query that looks at the whole map (Zhai et al. 2022, "Scaling Vision Transformers"); (B, S, D) to (B, D)."""
+    """One learned query that looks at a map (Zhai et al. 2022, section 3.1); (B, S, D) to (B, D)."""
 
     dtype: jnp.dtype
 
@@ -90,7 +90,7 @@ class Aurora(nn.Module):
     def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple:
         """Everything once, to make parameters: images (B, H, W, 3), normalised, and token ids (B, T)."""
         x = self.encode(images)
-        text = self.read(tokens, view := self.view(tokens, causal=True))
+        text = self.read(tokens, view := view_of(tokens, self.config.text, causal=True))
         return self.paint(x), self.embed_image(x), self.embed_text(text, tokens), self.write(text, view, self.look(x))
 
     def encode(self, images: jax.Array, keys: jax.Array | None = None, hidden: jax.Array | None = None) -> jax.Array:
@@ -111,10 +111,6 @@ class Aurora(nn.Module):
         """The map to the joint space, (B, E), fp32, not normalised."""
         return self.image_projection(self.pool(rearrange(x, "b h w d -> b (h w) d"))).astype(jnp.float32)
 
-    def view(self, tokens: jax.Array, *, causal: bool) -> View:
-        """How token ids (B, T) are read: up to their end token."""
-        return View(causal, jnp.argmax(tokens == self.config.text.end_token, 1) + 1)
-
     def read(self, tokens: jax.Array, view: View) -> jax.Array:
         """The lower half."""
         return self.lower(tokens, view)
@@ -133,20 +129,16 @@ class Aurora(nn.Module):
         text, rows = self.config.text, len(image)
         past = [decoder.empty_past(text, half, rows, self.dtype) for half in (0, 1)]
         tokens = jnp.full((rows, 1), text.begin_token, jnp.int32)
-        first = jnp.zeros((), jnp.int32)  # read here for what the layers make of the image; it is read again as it comes
+        first = jnp.zeros((), jnp.int32)  # only what the layers make of the image is kept of this
         x, _ = self.lower(tokens, None, {"past": past[0]}, first)
         _, after = self.upper(x, None, image, before={"past": past[1]}, position=first)
         return {"lower": {"past": past[0]}, "upper": {"past": past[1], "memory": after["memory"]}}
 
-    def next(
-        self, cache: dict[str, Any], tokens: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, dict[str, Any]]:
+    def next(self, cache: dict[str, Any], tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Logits (B, V) of what follows the tokens (B,) at `position`, and the cache with them."""
         x, lower = self.lower(tokens[:, None], None, cache["lower"], position)
         words, upper = self.upper(x, None, None, before=cache["upper"], position=position)
         return words[:, 0], {"lower": lower, "upper": upper}
-
-
 
 
 def forward_flops(config: AuroraConfig) -> dict[str, float]:

@@ -64,6 +64,11 @@ class View(NamedTuple):
     lengths: jax.Array  # (B,), tokens of each text, with that of the end
 
 
+def view_of(tokens: jax.Array, config: DecoderConfig, *, causal: bool) -> View:
+    """How token ids (B, T) are read: up to their end token."""
+    return View(causal, jnp.argmax(tokens == config.end_token, 1) + 1)
+
+
 class Memory(NamedTuple):
     """An image's keys and values in one layer."""
 

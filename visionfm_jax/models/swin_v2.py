@@ -327,9 +327,7 @@ class SwinV2(nn.Module):
     prepare: Prepare = as_is
 
     @nn.compact
-    def __call__(
-        self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None
-    ) -> Features:
+    def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
         """`keys` (B,) draw which blocks a sample leaves out; None: none (evaluation)."""
         P, maps = self.config.patch_size, []
         pad = [(0, -side % P) for side in images.shape[1:3]]

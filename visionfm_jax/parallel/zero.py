@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.parallel.accumulate import Contrast, LossFn, accumulate_gradients, with_contrast
 from visionfm_jax.parallel.mesh import BATCH, FSDP, REPLICA, WHOLE
 
 Tree = Any
@@ -153,9 +154,6 @@ def _dims_of(dims: Tree) -> list[list[int | None]]:
     return jax.tree.leaves(dims, is_leaf=lambda d: isinstance(d, list))
 
 
-LossFn = Callable[[Tree, dict], tuple[jax.Array, dict]]  # (params, local batch) -> mean loss, per-sample arrays
-
-
 class Zero:
     """One stage on one mesh, for the parameters of one model.
 
@@ -243,12 +241,13 @@ class Zero:
         return held[0], held[1]
 
     def loss_and_grads(
-        self, loss_fn: LossFn, params: Tree, batch: dict, accumulate: int, scale: jax.Array | None = None
+        self, loss_fn: LossFn | Contrast, params: Tree, batch: dict, accumulate: int, scale: jax.Array | None = None
     ) -> tuple[dict, Tree]:
         """The gradient of the mean loss over the global batch, in `accumulate` micro-batches.
 
         Args:
-          loss_fn: from usable parameters and local rows to their mean loss and a dict of per-sample arrays (B, …).
+          loss_fn: from usable parameters and local rows to their mean loss and a dict of per-sample arrays (B, …); or
+            one that compares all rows of the batch, whatever the micro-batches.
           params: stored parameters, sharded by `state_specs`.
           batch: rows over all devices. Each device splits its own rows, in order: nothing travels.
           accumulate: micro-batches.
@@ -265,9 +264,13 @@ class Zero:
         def local(params: Tree, batch: dict, scale: jax.Array | None) -> tuple[dict, Tree]:
             shards = self._cast(params)
             whole = self._whole(shards)
+            row_loss, join = loss_fn, None
+            if isinstance(loss_fn, Contrast):
+                usable = self._usable(shards, whole, sum_replicas=False)
+                batch, row_loss, join = with_contrast(loss_fn, usable, batch, accumulate)
 
             def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, dict]:
-                loss, per_sample = loss_fn(params, rows)
+                loss, per_sample = row_loss(params, rows)
                 # fp16 sums of every device's mean would overflow early. So each adds its part of the whole batch's
                 # mean: sums need no more range than the gradient itself, nothing is divided on the way, and a
                 # sample's gradients, so also the scale that fits them, are the same on every mesh and for every split.
@@ -284,6 +287,7 @@ class Zero:
             per_sample, grads = accumulate_gradients(micro, batch, accumulate)
             reduce = functools.partial(self._reduce, summed=sum_replicas)
             grads = self._map(reduce, grads, self._is_matrix)
+            per_sample = per_sample if join is None else join(per_sample)
             return per_sample, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
 
         specs = (self.state_specs, BATCH, WHOLE), (BATCH, self.state_specs)
@@ -306,25 +310,3 @@ class Zero:
     def _shard_map(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         # check_vma off: gradients are taken per device on purpose, and summed above where the table says.
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict, accumulate: int) -> tuple[dict, Tree]:
-    """Per-sample outputs in batch order and the fp32 sum of gradients over `accumulate` micro-batches.
-
-    Args:
-      micro: from rows (B / accumulate, …) to per-sample outputs and gradients.
-      batch: rows (B, …).
-      accumulate: divides B.
-    """
-    if accumulate == 1:
-        return micro(batch)
-    batches = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
-    shapes = jax.eval_shape(lambda b: micro(jax.tree.map(lambda a: a[0], b))[1], batches)
-
-    def body(total: Tree, rows: dict) -> tuple[Tree, dict]:
-        per_sample, grads = micro(rows)
-        return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), per_sample
-
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    total, per_sample = jax.lax.scan(body, zeros, batches)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), per_sample), total

@@ -5,6 +5,7 @@ Shapes: B batch, H W image, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ class Classification:
         """Any parameters will do."""
         return params
 
-    def predict(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+    def predict(self, params: Any, batch: dict, what: Hashable = "labels") -> dict[str, jax.Array]:
         """Per sample: `loss` without smoothing (B,), `probability` (B, k) and `top` (B, k), the k <= 5 best ids."""
         logits = self._logits(params, normalize(batch["image"], self.config.data.augment))
         probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))

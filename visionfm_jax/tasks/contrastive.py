@@ -5,6 +5,7 @@ Shapes: B rows of this device, H W image, L tokens, E width of the joint space.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ from visionfm_jax.parallel.mesh import all_rows, first_row
 
 
 class Contrastive:
-    """The `tasks.registry.Task` of image-text pairs."""
+    """The `tasks.registry.ContrastTask` of image-text pairs."""
+
+    contrast_weight = 1.0
 
     def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
         self.config = config
@@ -47,38 +50,57 @@ class Contrastive:
           batch: as `batch_spec`.
           keys: (B,), one for each sample.
         """
+        embedded, own = self.forward(params, batch, keys)
+        per_sample = self.join(own, self.contrast(embedded))
+        return per_sample["loss"].mean(), per_sample
+
+    def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
+        """What `contrast` compares, row by row: embeddings, logit scale and, if images are mixed, their shares."""
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # (B, 3)
         images = augment(batch["image"], keys[:, 0], self.config.data.augment)
-        own = jnp.arange(len(images))
-        mixed = None, None
+        share = None
         if self.config.task.mixup:
             share = pair_shares(keys[:, 1], self.config.task.mixup)
-            images, mixed = mix_pairs(images, share), (own ^ 1, share)
+            images = mix_pairs(images, share)
         out: Embeddings = self.model.apply({"params": params}, images, batch["text"], keys[:, 2])
-        loss = self._loss(out, Targets(own, *mixed))
-        return loss.mean(), {"loss": loss, "logit_scale": jnp.broadcast_to(jnp.exp(out.scale), loss.shape)}
+        rows = {"image": out.image, "text": out.text, "scale": jnp.broadcast_to(out.scale, len(images))}
+        rows |= {} if out.bias is None else {"bias": jnp.broadcast_to(out.bias, len(images))}
+        return rows | ({} if share is None else {"share": share})
 
-    def _loss(self, out: Embeddings, targets: Targets) -> jax.Array:
-        images, texts = contrastive.normalize(out.image), contrastive.normalize(out.text)
+    def forward(self, params: Any, batch: dict, keys: jax.Array) -> tuple[dict, dict]:
+        """`embed`'s, and per-sample arrays (B,): `loss`, of which there is none but the contrast, and `logit_scale`."""
+        embedded = self.embed(params, batch, keys)
+        return embedded, {"loss": jnp.zeros(len(keys)), "logit_scale": jnp.exp(embedded["scale"])}
+
+    def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
+        """Loss (B,) of this device's rows against all; `embedded` as `embed` gives it."""
+        images, texts = contrastive.normalize(embedded["image"]), contrastive.normalize(embedded["text"])
+        own = jnp.arange(len(images))
+        mixed = (own ^ 1, embedded["share"]) if "share" in embedded else (None, None)
         first = first_row(len(images))
-        targets = jax.tree.map(lambda row: first + row if row.dtype == jnp.int32 else row, targets)
-        all_texts, scale = all_rows(texts), jnp.exp(out.scale)
+        targets = jax.tree.map(lambda row: first + row if row.dtype == jnp.int32 else row, Targets(own, *mixed))
+        all_texts, scale = all_rows(texts), jnp.exp(embedded["scale"])[:, None]
         if self.config.task.loss == "sigmoid":
-            return contrastive.sigmoid_loss(images, all_texts, scale, out.bias, targets)
+            return contrastive.sigmoid_loss(images, all_texts, scale, embedded["bias"][:, None], targets)
         return contrastive.clip_loss(images, texts, all_rows(images), all_texts, scale, targets)
+
+    def join(self, own: dict[str, jax.Array], contrast: jax.Array) -> dict[str, jax.Array]:
+        """Per-sample arrays with the contrast."""
+        return {**own, "loss": own["loss"] + contrast}
 
     def constrain(self, params: Any) -> Any:
         """The logarithm of the logit scale in [0, ln 100]."""
         return {**params, "scale": jnp.clip(params["scale"], 0, MAX_SCALE)}
 
-    def predict(self, params: Any, batch: dict) -> dict[str, jax.Array]:
-        """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""
+    def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
+        """`image_embedding` (B, E) and `text_embedding` (B, …, E), of length 1, of what the batch holds of the two."""
         out = {}
         if "image" in batch:
             images = normalize(batch["image"], self.config.data.augment)
             out["image_embedding"] = self._embed(params, images, Clip.embed_images)
         if "text" in batch:
-            out["text_embedding"] = self._embed(params, batch["text"], Clip.embed_texts)
+            text = self._embed(params, batch["text"].reshape(-1, batch["text"].shape[-1]), Clip.embed_texts)
+            out["text_embedding"] = text.reshape(*batch["text"].shape[:-1], -1)
         return out
 
     def _embed(self, params: Any, x: jax.Array, method: Any) -> jax.Array:

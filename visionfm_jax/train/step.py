@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from visionfm_jax.config import Config
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
+from visionfm_jax.parallel.accumulate import Contrast
 from visionfm_jax.parallel.mesh import BATCH, WHOLE
 from visionfm_jax.parallel.zero import Zero, prepare
 from visionfm_jax.tasks.registry import DTYPES, Task, make_task
@@ -31,8 +33,8 @@ class Trainer:
       shardings: where each part of the state is stored.
       init: () -> state, laid out.
       step: (state, batch) -> (state, metrics); consumes the state it is given.
-      predict: (params, evaluation batch) -> the task's predictions, and all of the batch but images and texts, for
-        all rows on every host.
+      predict: (params, evaluation batch, and which of the task's predictions, if it has several) -> these, and all of
+        the batch but images and texts, for all rows on every host.
     """
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -53,13 +55,14 @@ class Trainer:
 
         fields = ("image", "text")  # what embeddings are of: large, and known to the host that has loaded them
 
-        def predict(params: Any, rows: dict) -> dict:
-            return {k: v for k, v in rows.items() if k not in fields} | self.task.predict(params, rows)
+        def predict(what: tuple, params: Any, rows: dict) -> dict:
+            return {k: v for k, v in rows.items() if k not in fields} | self.task.predict(params, rows, *what)
 
         self.predict = jax.jit(
-            lambda params, batch: self.zero.apply(predict, params, batch),
+            lambda params, batch, *what: self.zero.apply(functools.partial(predict, what), params, batch),
             in_shardings=(self.shardings.params, rows),
             out_shardings=NamedSharding(mesh, WHOLE),
+            static_argnums=2,
         )
 
 
@@ -76,8 +79,13 @@ def make_step(
     lr = schedule(config.optim, config.total_steps)
     seed = jax.random.fold_in(jax.random.key(config.seed), AUGMENT)
 
-    def loss_fn(params: Any, rows: dict) -> tuple[jax.Array, dict]:
-        return task.loss(params, {k: v for k, v in rows.items() if k != "key"}, rows["key"])
+    def of_rows(f: Callable) -> Callable[[Any, dict], Any]:
+        return lambda params, rows: f(params, {k: v for k, v in rows.items() if k != "key"}, rows["key"])
+
+    loss_fn = of_rows(task.loss)
+    if config.train.accumulate > 1 and config.contrasts_whole_batch:
+        embed, forward = of_rows(task.embed), of_rows(task.forward)
+        loss_fn = Contrast(embed, forward, task.contrast, task.contrast_weight, task.join)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         keys = sample_keys(seed, state.step, config.train.batch_size)

@@ -1,0 +1,109 @@
+"""Aurora-Vision-XL, 3.70 B parameters: masked images, image-text contrast and captions at 448 px.
+
+    python -m visionfm_jax.data.tokenizer train --config=configs/aurora_xl.py --vocab_size=32000
+    python -m visionfm_jax.main --config=configs/aurora_xl.py
+    python -m visionfm_jax.main --config=configs/aurora_xl.py:tiny
+
+For 64 GPUs of 80 GB: ZeRO-2, bf16, global batch 2048 in 8 micro-batches whose pairs are contrasted with all others of
+the batch. Three samples of four are pairs: of LAION-5B, COCO and Visual Genome; the fourth is an image alone. 2 B
+samples make an epoch.
+
+`tiny` is the same recipe on the bundled emoji, small enough for two CPU cores: pairs are those of one drawing style,
+images without caption those of both. Held out are combinations of concept and skin tone of which each part is known,
+but not the two together.
+"""
+
+from visionfm_jax.config import (
+    AugmentConfig,
+    AuroraConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EvalConfig,
+    MultimodalConfig,
+    OptimConfig,
+    ParallelConfig,
+    SourceConfig,
+    SwinV2Config,
+    TelemetryConfig,
+    TrainConfig,
+)
+from visionfm_jax.config.load import variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
+
+
+def full() -> Config:
+    held_out = SourceConfig(kind="coco_captions", path="/data/coco", split="val2017")
+    return Config(
+        name="aurora_xl",
+        model=AuroraConfig(
+            image=SwinV2Config(size="G", image_size=448, window=14, drop_path=0.2, attention="cudnn", remat="dots"),
+            text=DecoderConfig(size="L", vocab_size=32_000, context=64, remat="none"),
+            embed_dim=1024,
+        ),
+        task=MultimodalConfig(tokenizer="/data/aurora.model", split=(3, 1)),
+        data=DataConfig(
+            train=(
+                SourceConfig(kind="tars", path="/data/laion5b", weight=0.97),
+                SourceConfig(kind="coco_captions", path="/data/coco", split="train2017", weight=0.02),
+                SourceConfig(kind="visual_genome", path="/data/visual_genome", weight=0.01),
+                SourceConfig(kind="tars", path="/data/images", caption_key=""),
+            ),
+            num_examples=2_000_000_000,
+            augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=True),
+            workers=12,
+        ),
+        optim=OptimConfig(
+            lr=1.5e-4, final_lr=1e-6, warmup_steps=5000, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0
+        ),
+        parallel=ParallelConfig(stage=2),
+        train=TrainConfig(batch_size=2048, accumulate=8, epochs=1, precision="bf16"),
+        checkpoint=CheckpointConfig(every_steps=2000, every_minutes=60, keep_last=2),
+        evals=(
+            EvalConfig(kind="retrieval", name="coco", source=held_out, every_steps=10_000),
+            EvalConfig(kind="perplexity", name="words", source=held_out, every_steps=10_000),
+            EvalConfig(kind="captioning", name="captions", source=held_out, decoding="beam", every_steps=50_000),
+            EvalConfig(kind="reconstruction", name="pixels", source=held_out, batch_size=256, every_steps=50_000),
+        ),
+    )
+
+
+def emoji(split: str, style: str = "twemoji", caption_key: str = "caption", **more: float) -> SourceConfig:
+    return SourceConfig(kind="bundled", path=style, split=split, caption_key=caption_key, **more)
+
+
+def tiny() -> Config:
+    unseen, known = emoji("combinations"), (emoji("train"), emoji("test"))
+    return Config(
+        name="aurora_xl_tiny",
+        model=AuroraConfig(
+            image=SwinV2Config(size="P", image_size=64, patch_size=4, window=8, drop_path=0.05),
+            text=DecoderConfig(size="P", vocab_size=1024, context=24),
+            embed_dim=128,
+        ),
+        task=MultimodalConfig(tokenizer="emoji", split=(3, 1), mask_unit=8),
+        data=DataConfig(
+            train=(
+                emoji("train"),
+                emoji("train", caption_key=""),
+                emoji("train", style="noto", caption_key=""),
+            ),
+            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False),
+            threads=2,
+        ),
+        optim=OptimConfig(lr=1e-3, final_lr=1e-6, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
+        parallel=ParallelConfig(stage=2),
+        train=TrainConfig(batch_size=128, accumulate=2, steps=400, precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
+        evals=(
+            EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, every_steps=100),
+            EvalConfig(kind="perplexity", name="words", source=unseen, every_steps=100),
+            EvalConfig(kind="captioning", name="captions", source=unseen),
+            EvalConfig(kind="reconstruction", name="pixels", source=unseen),
+        ),
+        telemetry=TelemetryConfig(log_every=10),
+    )

@@ -1,0 +1,56 @@
+"""What is hidden of images and texts, and the loss of guessing it.
+
+Shapes: B batch, H W image, U units on a side, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def hide_units(keys: jax.Array, side: int, ratio: float) -> jax.Array:
+    """Which of U x U units of an image are hidden, (B, U, U) bool: the same number of each, rounded up.
+
+    By keys (B,), as Xie et al. 2022 ("SimMIM") draw them; U = `side`.
+    """
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (side * side,)))(keys)
+    return (_places(draws) < math.ceil(ratio * side * side)).reshape(-1, side, side)
+
+
+def hide_words(keys: jax.Array, lengths: jax.Array, width: int, ratio: float) -> jax.Array:
+    """Which tokens of texts are hidden, (B, T) bool: of each text the share `ratio`, but one at least.
+
+    Tokens of begin (the first) and end (the last of `lengths` (B,)) never are; T = `width`.
+    """
+    words = jnp.arange(width)[None] < lengths[:, None] - 1
+    words = words & (jnp.arange(width) > 0)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys)
+    count = jnp.maximum(jnp.round(ratio * words.sum(1)), 1)
+    return words & (_places(jnp.where(words, draws, 2)) < count[:, None])
+
+
+def _places(draws: jax.Array) -> jax.Array:
+    """The place of each draw among those of its row, from 0."""
+    return jnp.argsort(jnp.argsort(draws, 1), 1)
+
+
+def enlarge(units: jax.Array, times: int) -> jax.Array:
+    """(B, U, U) to (B, times U, times U)."""
+    return jnp.repeat(jnp.repeat(units, times, 1), times, 2)
+
+
+def pixel_loss(painted: jax.Array, images: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Mean absolute difference over the hidden pixels (Xie et al. 2022, equation 1).
+
+    Args:
+      painted, images: (B, H, W, 3), fp32.
+      hidden: (B, H, W) bool.
+
+    Returns:
+      (B,), fp32.
+    """
+    difference = jnp.abs(painted - images).mean(-1) * hidden
+    return difference.sum((1, 2)) / jnp.maximum(hidden.sum((1, 2)), 1)

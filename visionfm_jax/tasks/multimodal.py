@@ -1,0 +1,260 @@
+"""Masked images, image-text contrast, captions and masked words, with one pass of the encoder over every image.
+
+Of every p + q samples the first p are pairs and the others bare images (`MultimodalConfig.split`). Bare images are
+shown in part and painted whole; pairs are contrasted with all others of the batch, captioned, and their captions'
+hidden words guessed.
+
+Shapes: B rows of this device, P pairs among them, H W image, U units on a side, L tokens, E width of the joint space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from visionfm_jax.config import Config
+from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.losses import contrastive
+from visionfm_jax.losses.captioning import caption_loss, mean_over, word_losses
+from visionfm_jax.losses.contrastive import Targets
+from visionfm_jax.losses.masked import enlarge, hide_units, hide_words, pixel_loss
+from visionfm_jax.models.aurora import Aurora, forward_flops
+from visionfm_jax.models.clip import MAX_SCALE
+from visionfm_jax.models.decoder import view_of
+from visionfm_jax.models.generate import Decoding, generate
+from visionfm_jax.models.layers import Prepare
+from visionfm_jax.parallel.mesh import all_rows, first_row
+
+EVAL_SEED = 20  # of what evaluations hide: the same in every run
+
+
+class Draws(NamedTuple):
+    """The random keys of rows, (B,) each."""
+
+    augment: jax.Array
+    drop_path: jax.Array
+    hide: jax.Array  # units of the image
+    words: jax.Array
+    blind: jax.Array
+
+
+class Multimodal:
+    """The `tasks.registry.ContrastTask` of images with and without captions."""
+
+    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+        self.config, self.task = config, config.task
+        self.model = Aurora(config.model, dtype, prepare)
+        self.contrast_weight = config.task.contrastive
+
+    def init(self, key: jax.Array) -> Any:
+        """Fresh parameters, fp32."""
+        images, texts = (jnp.zeros(s.shape, jnp.int32) for s in self.batch_spec(1).values())
+        return self.model.init(key, images.astype(jnp.float32), texts)["params"]
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the loader gives: uint8 images (B, H, W, 3) and int32 token ids (B, L), of bare images zeros."""
+        size, length = self.config.image_size, self.config.model.text.context
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
+        }
+
+    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean loss of this device's rows, and per-sample arrays: see `forward` and `join`.
+
+        Args:
+          params: usable parameters (`parallel.zero`).
+          batch: as `batch_spec`.
+          keys: (B,), one for each sample.
+        """
+        embedded, own = self.forward(params, batch, keys)
+        per_sample = self.join(own, self.contrast(embedded))
+        return per_sample["loss"].mean(), per_sample
+
+    def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
+        """What `contrast` compares, of the pairs alone."""
+        draws = self._draws(keys)
+        images = augment(self._pairs(batch["image"]), self._pairs(draws.augment), self.config.data.augment)
+        features = self._run(params, "encode", images, self._pairs(draws.drop_path))
+        tokens = self._pairs(batch["text"])
+        text = self._run(params, "read", tokens, view_of(tokens, self.config.model.text, causal=True))
+        return self._embedded(params, features, text, tokens)
+
+    def forward(self, params: Any, batch: dict, keys: jax.Array) -> tuple[dict, dict]:
+        """All but the contrast.
+
+        Returns:
+          `image` and `text` (P, E) and `scale` (P,) for `contrast`; and per-sample arrays: `loss` (B,), whose mean is
+          the weighted sum of the means of `masked_image` (B - P,), `captioning` (P,) and `masked_language` (P,).
+        """
+        draws, task = self._draws(keys), self.task
+        images = augment(batch["image"], draws.augment, self.config.data.augment)
+        units = hide_units(draws.hide, self._units, task.mask_ratio) & self._is_bare(len(images))[:, None, None]
+        features = self._run(params, "encode", images, draws.drop_path, self._patches(units))
+
+        painted = self._run(params, "paint", self._bare(features))
+        hidden = enlarge(self._bare(units), task.mask_unit)
+        own = {"masked_image": pixel_loss(painted, self._bare(images), hidden)}
+
+        tokens, features = self._pairs(batch["text"]), self._pairs(features)
+        view = view_of(tokens, self.config.model.text, causal=True)
+        text, look = self._run(params, "read", tokens, view), self._run(params, "look", features)
+        own["captioning"] = caption_loss(self._run(params, "write", text, view, look), tokens, view.lengths)
+        seen = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - task.blind))(self._pairs(draws.blind))
+        nll, words = self._guess(params, tokens, look, self._pairs(draws.words), seen)
+        own["masked_language"] = mean_over(nll, words)
+
+        texts = task.captioning * own["captioning"] + task.masked_language * own["masked_language"]
+        own["loss"] = self._rows(texts, task.masked_image * own["masked_image"])
+        return self._embedded(params, features, text, tokens), own
+
+    def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
+        """Loss (P,) of this device's pairs among those of all; `embedded` as `embed` gives it."""
+        images, texts = contrastive.normalize(embedded["image"]), contrastive.normalize(embedded["text"])
+        targets = Targets(first_row(len(images)) + jnp.arange(len(images)))
+        scale = jnp.exp(embedded["scale"])[:, None]
+        return contrastive.clip_loss(images, texts, all_rows(images), all_rows(texts), scale, targets)
+
+    def join(self, own: dict[str, jax.Array], contrast: jax.Array) -> dict[str, jax.Array]:
+        """Per-sample arrays with the contrast: `contrastive` (P,), and `loss` (B,) with its share."""
+        bare = jnp.zeros_like(own["masked_image"])
+        loss = own["loss"] + self._rows(self.contrast_weight * contrast, bare)
+        return {**own, "loss": loss, "contrastive": contrast}
+
+    def constrain(self, params: Any) -> Any:
+        """The logarithm of the logit scale in [0, ln 100]."""
+        return {**params, "scale": jnp.clip(params["scale"], 0, MAX_SCALE)}
+
+    def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
+        """One of the kinds of `evals.subject.Predict`; random draws come from the rows' `record`."""
+        if isinstance(what, Decoding):
+            return {"generated": self._caption(params, batch, what)}
+        kinds = {
+            "embeddings": self._embeddings, "masked_language": self._guessed,
+            "masked_image": self._painted, "reconstruct": self._painted,
+        }  # fmt: skip
+        out = kinds[what](params, batch)
+        return {k: v for k, v in out.items() if what == "reconstruct" or k not in ("reconstruction", "hidden")}
+
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of one optimiser step on the global batch: 3 x forward, nothing done twice counted twice."""
+        part = forward_flops(self.config.model)
+        pairs, bare = (n / sum(self.task.split) for n in self.task.split)
+        texts = part["pool"] + part["look"] + part["text_projection"] + 2 * (part["lower"] + part["upper"])
+        return 3 * (part["encoder"] + pairs * texts + bare * part["painter"]) * self.config.train.batch_size
+
+    # Rows: every p + q of them are p pairs, then q bare images.
+
+    def _pairs(self, rows: Any) -> Any:
+        return rows.reshape(-1, sum(self.task.split), *rows.shape[1:])[:, : self.task.split[0]].reshape(
+            -1, *rows.shape[1:]
+        )
+
+    def _bare(self, rows: Any) -> Any:
+        return rows.reshape(-1, sum(self.task.split), *rows.shape[1:])[:, self.task.split[0] :].reshape(
+            -1, *rows.shape[1:]
+        )
+
+    def _is_bare(self, rows: int) -> jax.Array:
+        return jnp.arange(rows) % sum(self.task.split) >= self.task.split[0]
+
+    def _rows(self, pairs: jax.Array, bare: jax.Array) -> jax.Array:
+        """Losses (P,) and (B - P,) to (B,), whose mean is the sum of their means."""
+        p, q = self.task.split
+        both = (p + q) / p * pairs.reshape(-1, p), (p + q) / q * bare.reshape(-1, q)
+        return jnp.concatenate(both, 1).reshape(-1)
+
+    # Steps of the model.
+
+    def _run(self, params: Any, method: str, *arguments: Any) -> Any:
+        return self.model.apply({"params": params}, *arguments, method=method)
+
+    def _draws(self, keys: jax.Array) -> Draws:
+        keys = jax.vmap(lambda key: jax.random.split(key, len(Draws._fields)))(keys)
+        return Draws(*(keys[:, i] for i in range(keys.shape[1])))
+
+    @property
+    def _units(self) -> int:
+        return self.config.image_size // self.task.mask_unit
+
+    def _patches(self, units: jax.Array) -> jax.Array:
+        return enlarge(units, self.task.mask_unit // self.config.model.image.patch_size)
+
+    def _embedded(self, params: Any, features: jax.Array, text: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
+        image = self._run(params, "embed_image", features)
+        text = self._run(params, "embed_text", text, tokens)
+        return {"image": image, "text": text, "scale": jnp.broadcast_to(params["scale"], len(image))}
+
+    def _guess(
+        self, params: Any, tokens: jax.Array, look: jax.Array, keys: jax.Array, seen: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """-log p of every token (P, L) where some are hidden, and which these are."""
+        view = view_of(tokens, self.config.model.text, causal=False)
+        hidden = hide_words(keys, view.lengths, tokens.shape[1], self.task.word_mask_ratio)
+        shown = jnp.where(hidden, self.config.model.text.mask_token, tokens)
+        logits = self._run(params, "write", self._run(params, "read", shown, view), view, look, seen)
+        return word_losses(logits, tokens), hidden
+
+    # What evaluations ask for.
+
+    def _shown(self, params: Any, batch: dict) -> jax.Array:
+        return self._run(params, "encode", normalize(batch["image"], self.config.data.augment))
+
+    def _eval_draws(self, batch: dict) -> Draws:
+        fold = jax.vmap(lambda record: jax.random.fold_in(jax.random.key(EVAL_SEED), record))
+        return self._draws(fold(batch["record"]))
+
+    def _embeddings(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """`image_embedding` (B, E) and `text_embedding` (B, …, E), of length 1, of what the batch holds of the two."""
+        out = {}
+        if "image" in batch:
+            image = self._run(params, "embed_image", self._shown(params, batch))
+            out["image_embedding"] = contrastive.normalize(image)
+        if "text" in batch:
+            tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
+            text = self._run(params, "read", tokens, view_of(tokens, self.config.model.text, causal=True))
+            text = contrastive.normalize(self._run(params, "embed_text", text, tokens))
+            out["text_embedding"] = text.reshape(*batch["text"].shape[:-1], -1)
+        return out
+
+    def _guessed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """Sums over the hidden words (B,): `nll`, `blind_nll`, without the image, and `words`, their number."""
+        look, keys = self._run(params, "look", self._shown(params, batch)), self._eval_draws(batch).words
+        out = {}
+        for name, seen in (("nll", jnp.ones), ("blind_nll", jnp.zeros)):
+            nll, words = self._guess(params, batch["text"], look, keys, seen(len(look)))
+            out[name] = jnp.where(words, nll, 0).sum(1)
+        return {**out, "words": words.sum(1)}
+
+    def _painted(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """`reconstruction` uint8 (B, H, W, 3), hidden units painted; `hidden` (B, U, U); `pixel_error` (B,)."""
+        config = self.config.data.augment
+        images = normalize(batch["image"], config)
+        units = hide_units(self._eval_draws(batch).hide, self._units, self.task.mask_ratio)
+        painted = self._run(params, "paint", self._run(params, "encode", images, None, self._patches(units)))
+        hidden = enlarge(units, self.task.mask_unit)
+        pixels = (painted * jnp.array(config.std) + jnp.array(config.mean)) * 255
+        pixels = jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+        return {
+            "reconstruction": jnp.where(hidden[..., None], pixels, batch["image"]),
+            "hidden": units,
+            "pixel_error": pixel_loss(painted, images, hidden),
+        }
+
+    def _caption(self, params: Any, batch: dict, decoding: Decoding) -> jax.Array:
+        """Texts (B, L)."""
+        text = self.config.model.text
+        cache = self._run(params, "begin", self._run(params, "look", self._shown(params, batch)))
+
+        def step(cache: Any, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
+            return self._run(params, "next", cache, tokens, position)
+
+        keys = self._eval_draws(batch).words if decoding.method == "nucleus" else None
+        return generate(
+            step, cache, decoding,
+            begin=text.begin_token, end=text.end_token, length=text.context, keys=keys, banned=(text.mask_token,),
+        )  # fmt: skip
