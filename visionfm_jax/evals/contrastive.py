@@ -73,11 +73,11 @@ def image_of(source: Source, record: int, size: int) -> np.ndarray:
     return eval_image(source[record]["image"], size)
 
 
-def captions_of(record: Mapping[str, Any]) -> list[str]:
+def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     """A record's captions in order, without those that are empty or no UTF-8."""
     captions = record["caption"] if isinstance(record["caption"], tuple) else (record["caption"],)
     texts = []
     for caption in captions:
         with contextlib.suppress(UnicodeDecodeError):
             texts.append(caption.decode() if isinstance(caption, bytes) else caption)
-    return [text for text in texts if text.strip()]
+    return tuple(text for text in texts if text.strip())

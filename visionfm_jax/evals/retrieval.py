@@ -123,6 +123,7 @@ class RetrievalEval:
         parts = [self._embed(predict, number, source) for number, source in enumerate(self.sources)]
         images, texts = len(parts[0].image), len(parts[0].text)
         pairs = _joined(parts)
+        del parts  # gigabytes
         places = {
             "image_to_text": ranks(pairs.image[:images], pairs.text, pairs.ids[:images], pairs.caption),
             "text_to_image": ranks(pairs.text[:texts], pairs.image, pairs.caption[:texts], pairs.ids),
@@ -148,20 +149,21 @@ class RetrievalEval:
         for step, batch in enumerate(batches):
             texts = batch.pop("text")
             out = predict({**batch, "text": texts[:, 0]})
-            embeddings = [out["text_embedding"]]
-            for i in range(1, most):  # one after another: the memory of a batch is that of training's
-                embeddings.append(predict({"text": texts[:, i]})["text_embedding"])
             keep = np.flatnonzero(out["mask"])
             there = np.arange(most) < out["captions"][keep, None]
             ids = np.ascontiguousarray(out["caption"][keep], np.int32).view(np.int64)[..., 0]
             row, place = np.nonzero(there)
+            text = np.empty((len(row), out["text_embedding"].shape[1]), np.float32)
+            for i in range(most):  # one after another: the memory of a batch is that of training's
+                found = out if i == 0 else predict({"text": texts[:, i]})
+                text[place == i] = found["text_embedding"][keep[row[place == i]]]
             parts.append(
                 Embedded(
                     image=out["image_embedding"][keep],
                     ids=np.where(there, ids, ids[:, :1]),
                     source=np.full(len(keep), number),
                     record=step * size + keep,
-                    text=np.stack(embeddings, 1)[keep][there],
+                    text=text,
                     caption=ids[there],
                     owner=images + row,
                     place=place,
