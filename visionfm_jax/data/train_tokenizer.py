@@ -29,7 +29,7 @@ from visionfm_jax.errors import ConfigError, DataError, UserError
 COVERAGE = 0.9999  # share of the captions' characters that get a piece of their own
 LONGEST = 1000  # characters of a caption that are read; SentencePiece skips lines of more than 4,192 bytes
 RESERVED = 5 + 256  # pieces: padding, begin, end, unknown, mask, and the bytes
-SENTENCES = 10_000_000  # captions, more than which teach a vocabulary of 32,000 nothing new
+SENTENCES = 10_000_000  # captions; SentencePiece holds them in memory
 MEASURED = 100_000  # captions on which the model is tried
 CHUNK = 1024  # records that the threads read before the trainer gets them
 TOO_HIGH = re.compile(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)")
