@@ -1,4 +1,4 @@
-"""Pictures of what an eval found: retrieved captions and images, and which classes are taken for which.
+"""Pictures of what an eval found: retrieved, written and painted things, and which classes are taken for which.
 
 Shapes: S side of an image, C classes, K answers to a query.
 """
@@ -6,6 +6,7 @@ Shapes: S side of an image, C classes, K answers to a query.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,16 @@ def draw(
 
     Args:
       pictured: an eval's: `image`, `label` and `guess` as `report.predictions` takes them; `captions` and `images` as
-        `retrieval` takes them; `confusion` as `confusion` takes it; `class_names`, where they are not the dataset's.
+        `retrieval` takes them; `generated` as `captions` does; `reconstructed` as `reconstructions` does; `confusion`
+        as `confusion` does; `class_names`, where they are not the dataset's.
       class_names: the dataset's, by class; None: the numbers.
       folder: the run's.
       name: the eval's.
       title: above every picture.
 
     Returns:
-      The files: predictions_NAME.png, confusion_NAME.png, retrieval_NAME.png.
+      The files: predictions_NAME.png, confusion_NAME.png, retrieval_NAME.png, captions_NAME.png,
+      reconstructions_NAME.png.
 
     Raises:
       OSError: one cannot be written.
@@ -55,6 +58,12 @@ def draw(
     if "captions" in pictured:
         drawn.append(folder / f"retrieval_{name}.png")
         retrieval(pictured["captions"], pictured["images"], drawn[-1], title)
+    if "generated" in pictured:
+        drawn.append(folder / f"captions_{name}.png")
+        captions(pictured["generated"], drawn[-1], title)
+    if "reconstructed" in pictured:
+        drawn.append(folder / f"reconstructions_{name}.png")
+        reconstructions(pictured["reconstructed"], drawn[-1], title)
     return drawn
 
 
@@ -99,6 +108,63 @@ def retrieval(
     save(figure, path)
 
 
+def captions(generated: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw images beside the captions that a model wrote for them, and the true ones below where they differ.
+
+    Args:
+      generated: of each, `image`, uint8 (S, S, 3); `generated` and `caption`, the model's and the true one; `right`.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    columns, side, width = 3, 1.55, 4.9  # inches, of the image and of the cell that it begins
+    rows = -(-len(generated) // columns)
+    figure = Figure(figsize=(columns * width + GAP, 0.85 + rows * (side + 1.5 * GAP)), dpi=DPI)
+    ax = _canvas(figure)
+    hits = sum(bool(one["right"]) for one in generated)
+    _heading(ax, title, f"{hits} of the {len(generated)} shown are a true caption of their image, letter by letter")
+    for i, one in enumerate(generated):
+        x, y = GAP + i % columns * width, 0.85 + i // columns * (side + 1.5 * GAP)
+        sign, colour = ("✓", GREEN) if one["right"] else ("✗", RED)
+        _picture(ax, one["image"], x, y, side, colour, 3.0)
+        x, room = x + side + 0.15, width - side - 0.35
+        ax.text(x, y + 0.12, sign, color=colour, fontsize=11, fontweight="bold", va="center")
+        text, most = one["generated"] or "(no word)", 6 if one["right"] else 3
+        used = _paragraph(ax, text, x + 0.22, y, room - 0.22, most, colour, bold=True)
+        if not one["right"]:
+            y += used * LINE + 0.06
+            ax.text(x, y + LINE / 2, "true", color=GREY, fontsize=9, va="center")
+            _paragraph(ax, one["caption"], x + 0.42, y, room - 0.42, 6 - used, INK)
+    save(figure, path)
+
+
+def reconstructions(reconstructed: Mapping[str, Any], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw images, below them what the model saw of each, and below that what it painted.
+
+    Args:
+      reconstructed: `image`, `seen`, `reconstruction`, uint8 (B, S, S, 3); `error` (B,).
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    side, gap, left, top = 1.6, 0.1, 1.25, 0.85  # inches
+    rows = {"image": "image", "what the\nmodel saw": "seen", "what it\npainted": "reconstruction"}
+    count = len(reconstructed["image"])
+    wide = max(left + count * (side + gap) + GAP, 6)
+    figure = Figure(figsize=(wide, top + len(rows) * (side + gap) + 2 * LINE), dpi=DPI)
+    ax = _canvas(figure)
+    _heading(ax, title, "what is grey was hidden: the model painted that, the rest is the image's own")
+    for row, (label, key) in enumerate(rows.items()):
+        y = top + row * (side + gap)
+        ax.text(left - 0.15, y + side / 2, label, color=INK, fontsize=11, ha="right", va="center", linespacing=1.4)
+        for column, image in enumerate(reconstructed[key]):
+            _picture(ax, image, left + column * (side + gap), y, side, PALE, 1.0)
+    y = top + len(rows) * (side + gap) + LINE / 2
+    ax.text(left - 0.15, y, "mean error", color=INK, fontsize=11, ha="right", va="center")
+    for column, error in enumerate(reconstructed["error"]):
+        x = left + column * (side + gap) + side / 2
+        ax.text(x, y, f"{error:.3f}", color=GREY, fontsize=11, ha="center", va="center")
+    save(figure, path)
+
+
 def confusion(
     matrix: np.ndarray, class_names: Sequence[str] | None, path: str | os.PathLike[str], title: str = ""
 ) -> None:
@@ -121,6 +187,28 @@ def _canvas(figure: Figure) -> Axes:
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
     return ax
+
+
+def _heading(ax: Axes, title: str, text: str) -> None:
+    ax.text(GAP, 0.3, title, color=INK, fontsize=13, fontweight="bold", va="center")
+    ax.text(GAP, 0.6, text, color=GREY, fontsize=10.5, va="center")
+
+
+def _paragraph(
+    ax: Axes, text: str, x: float, y: float, width: float, most: int, colour: str, bold: bool = False
+) -> int:
+    """A text in at most `most` lines of `width` inches; returns in how many."""
+    sign = 0.09 if bold else 0.081  # inches, of the usual one
+    lines = textwrap.wrap(" ".join(text.split()), int(width / sign), max_lines=most, placeholder=" …")
+    for line in lines:
+        shown = line.replace("$", r"\$")  # no formula
+        weight = "bold" if bold else "normal"
+        drawn = ax.text(
+            x, y + LINE / 2, shown, color=colour, fontsize=10.5, va="center", fontweight=weight, clip_on=True
+        )
+        drawn.set_clip_path(Rectangle((x, y), width + 0.15, LINE, transform=ax.transData))  # capitals are wider
+        y += LINE
+    return len(lines)
 
 
 def _best_captions(ax: Axes, query: Mapping[str, Any], x: float, y: float) -> None:

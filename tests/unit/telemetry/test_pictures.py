@@ -85,6 +85,46 @@ def test_many_classes_give_the_largest_confusions():
     assert len(pictures._largest(matrix, [str(i) for i in range(1000)], "").axes[0].texts) == pictures.LISTED
 
 
+def written(right, text="a rather long caption with $dollars$ and words to cut " * 5):
+    return {"image": grey(), "generated": text, "caption": "the true one", "right": right}
+
+
+def test_captions_are_green_where_right_and_red_where_not(tmp_path):
+    for name, rights in (("right", [True] * 4), ("wrong", [False] * 7)):
+        pictures.captions([written(right) for right in rights], tmp_path / f"{name}.png", "run: held out")
+    assert pixels_of(tmp_path / "right.png", RED) == pixels_of(tmp_path / "wrong.png", GREEN) == 0
+    assert pixels_of(tmp_path / "right.png", GREEN) > 4000
+    assert pixels_of(tmp_path / "wrong.png", RED) > 4000
+    heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("right", "wrong")]
+    assert heights[0] < heights[1]  # two rows, three rows
+
+
+def test_the_true_caption_stands_where_it_differs_and_no_text_leaves_its_cell(tmp_path):
+    figures = []
+    for right, text in ((True, "W" * 300), (False, "W " * 150), (False, "")):
+        path = tmp_path / f"{len(figures)}.png"
+        pictures.captions([written(right, text)], path)
+        figures.append(np.asarray(Image.open(path).convert("L"), int))
+    width = figures[0].shape[1]
+    for figure in figures:
+        assert (figure[120:, width // 3 + 30 :] > 250).all()  # the two other cells, which are empty
+    assert (figures[2] < 100).sum() > 300  # ink of the true one
+
+
+def test_reconstructions_stand_in_three_rows(tmp_path):
+    images = {"image": (250, 0, 0), "seen": (0, 250, 0), "reconstruction": (0, 0, 250)}
+    for count in (1, 8):
+        shown = {k: np.full((count, SIDE, SIDE, 3), colour, np.uint8) for k, colour in images.items()}
+        path = tmp_path / f"{count}.png"
+        pictures.reconstructions(shown | {"error": np.full(count, np.nan)}, path, "t")
+        pixels = np.asarray(Image.open(path).convert("RGB"), int)
+        rows = [np.flatnonzero((pixels == colour).all(-1).any(1)) for colour in images.values()]
+        assert rows[0].max() < rows[1].min() <= rows[1].max() < rows[2].min()
+        for colour in images.values():
+            found = pixels_of(path, np.array(colour) / 255)
+            assert found > 30_000 * count
+
+
 def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
     predicted = {"image": np.stack([grey()] * 4), "label": np.array([0, 1, 1, 0]), "guess": np.array([0, 1, 0, -1])}
     captions, images = queries([1, 2])
@@ -96,10 +136,17 @@ def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
     assert got == [tmp_path / "predictions_groups.png", tmp_path / "confusion_groups.png"]
     got = pictures.draw({"captions": captions, "images": images}, None, tmp_path, "pairs", "t")
     assert got == [tmp_path / "retrieval_pairs.png"]
+    got = pictures.draw({"generated": [written(True)]}, None, tmp_path, "pairs", "t")
+    assert got == [tmp_path / "captions_pairs.png"]
+    painted = {k: np.stack([grey()] * 2) for k in ("image", "seen", "reconstruction")} | {"error": [0.1, 0.2]}
+    got = pictures.draw({"reconstructed": painted}, None, tmp_path, "bare", "t")
+    assert got == [tmp_path / "reconstructions_bare.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "captions_pairs.png",
         "confusion_groups.png",
         "predictions_groups.png",
         "predictions_val.png",
+        "reconstructions_bare.png",
         "retrieval_pairs.png",
     ]
 
