@@ -53,6 +53,6 @@ class Tables:
         assert (numbers[real] == batch["record"][real]).all()
         for key, table in self.tables.items():
             rows = table[np.minimum(batch["record"], len(table) - 1)]
-            garbage = 999 if rows.dtype.kind in "iu" else np.nan
+            garbage = 99 if rows.dtype.kind in "iu" else np.nan
             out[key] = np.where(real.reshape(-1, *[1] * (rows.ndim - 1)), rows, garbage).astype(rows.dtype)
         return out
