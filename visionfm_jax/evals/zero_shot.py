@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig
+from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig, MultimodalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
@@ -42,7 +42,7 @@ class ZeroShotEval:
     metrics = ("top1", "top5", "mean_class")
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_task(config, run, ContrastiveConfig)
+        require_task(config, run, ContrastiveConfig, MultimodalConfig)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
         self.classes, self.prompts = self._classes(), self._prompts()

@@ -93,14 +93,13 @@ class Contrastive:
         return {**params, "scale": jnp.clip(params["scale"], 0, MAX_SCALE)}
 
     def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
-        """`image_embedding` (B, E) and `text_embedding` (B, …, E), of length 1, of what the batch holds of the two."""
+        """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""
         out = {}
         if "image" in batch:
             images = normalize(batch["image"], self.config.data.augment)
             out["image_embedding"] = self._embed(params, images, Clip.embed_images)
         if "text" in batch:
-            text = self._embed(params, batch["text"].reshape(-1, batch["text"].shape[-1]), Clip.embed_texts)
-            out["text_embedding"] = text.reshape(*batch["text"].shape[:-1], -1)
+            out["text_embedding"] = self._embed(params, batch["text"], Clip.embed_texts)
         return out
 
     def _embed(self, params: Any, x: jax.Array, method: Any) -> jax.Array:

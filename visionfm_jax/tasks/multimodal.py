@@ -209,16 +209,15 @@ class Multimodal:
         return self._draws(fold(batch["record"]))
 
     def _embeddings(self, params: Any, batch: dict) -> dict[str, jax.Array]:
-        """`image_embedding` (B, E) and `text_embedding` (B, …, E), of length 1, of what the batch holds of the two."""
+        """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""
         out = {}
         if "image" in batch:
             image = self._run(params, "embed_image", self._shown(params, batch))
             out["image_embedding"] = contrastive.normalize(image)
         if "text" in batch:
-            tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
+            tokens = batch["text"]
             text = self._run(params, "read", tokens, view_of(tokens, self.config.model.text, causal=True))
-            text = contrastive.normalize(self._run(params, "embed_text", text, tokens))
-            out["text_embedding"] = text.reshape(*batch["text"].shape[:-1], -1)
+            out["text_embedding"] = contrastive.normalize(self._run(params, "embed_text", text, tokens))
         return out
 
     def _guessed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
