@@ -24,6 +24,7 @@ RUNS = {  # the words of a command, and the clusters to plan it for
     "configs/vit_huge.py:tiny": ("h100:1x1", "h100:1x8"),
     "configs/swinv2_g_clip.py": ("a100-80gb:16x8",),
     "configs/swinv2_g_clip_640.py": ("a100-80gb:16x8",),
+    "configs/aurora_xl.py": ("a100-80gb:8x8",),
     "configs/quickstart.py": ("h100:1x1",),
 }
 HEAD = "| cluster | peak GiB | of it activations | step ms | waits ms | images/s | MFU | days | GPU-hours |"

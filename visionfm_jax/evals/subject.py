@@ -9,8 +9,8 @@ import numpy as np
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.errors import ConfigError
 
-# This host's rows of an evaluation batch, and which of the task's predictions, if it has several -> the task's `predict`
-# for all hosts' rows, and all else of the batch but images and texts: `label`, `mask`, `record`, ….
+# This host's rows of an evaluation batch, and which of the task's predictions, if it has several -> the task's
+# `predict` for all hosts' rows, and all else of the batch but images and texts: `label`, `mask`, `record`, ….
 Predict = Callable[..., dict[str, np.ndarray]]
 
 
