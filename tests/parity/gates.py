@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 FORWARD, FORWARD_MAX = 3e-6, 1e-5  # ||a - b|| / ||b||, max |a - b| / max |b|
 GRADIENT, GRADIENT_TENSOR = 1e-5, 5e-5  # over all parameters, over the worst one
@@ -34,6 +36,8 @@ def gradients_of_squares(
     forward: Callable[[dict], dict[str, jax.Array]], params: dict
 ) -> tuple[dict, dict[str, jax.Array]]:
     """The gradient of the sum of all outputs' mean squares, and the outputs; the scripts take the peer's likewise."""
+    import jax  # here alone: the scripts run where JAX is not
+    import jax.numpy as jnp
 
     def loss(params: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs = forward(params)
