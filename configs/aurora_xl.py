@@ -37,7 +37,6 @@ def get_config(variant: str = "") -> Config:
 
 
 def full() -> Config:
-    held_out = SourceConfig(kind="coco_captions", path="/data/coco", split="val2017")
     return Config(
         name="aurora_xl",
         model=AuroraConfig(
@@ -64,12 +63,16 @@ def full() -> Config:
         train=TrainConfig(batch_size=2048, accumulate=8, epochs=1, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=2000, every_minutes=60, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="coco", source=held_out, every_steps=10_000),
-            EvalConfig(kind="perplexity", name="words", source=held_out, every_steps=10_000),
-            EvalConfig(kind="captioning", name="captions", source=held_out, decoding="beam", every_steps=50_000),
-            EvalConfig(kind="reconstruction", name="pixels", source=held_out, batch_size=256, every_steps=50_000),
+            EvalConfig(kind="retrieval", name="coco", source=held_out(), every_steps=10_000),
+            EvalConfig(kind="perplexity", name="words", source=held_out(), every_steps=10_000),
+            EvalConfig(kind="captioning", name="captions", source=held_out(), decoding="beam", every_steps=50_000),
+            EvalConfig(kind="reconstruction", name="pixels", source=held_out(), batch_size=256, every_steps=50_000),
         ),
     )
+
+
+def held_out() -> SourceConfig:
+    return SourceConfig(kind="coco_captions", path="/data/coco", split="val2017")
 
 
 def emoji(split: str, style: str = "twemoji", caption_key: str = "caption", **more: float) -> SourceConfig:
@@ -77,7 +80,7 @@ def emoji(split: str, style: str = "twemoji", caption_key: str = "caption", **mo
 
 
 def tiny() -> Config:
-    unseen, known = emoji("combinations"), (emoji("train"), emoji("test"))
+    known = emoji("train"), emoji("test")
     return Config(
         name="aurora_xl_tiny",
         model=AuroraConfig(
@@ -100,10 +103,10 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, accumulate=2, steps=400, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, every_steps=100),
-            EvalConfig(kind="perplexity", name="words", source=unseen, every_steps=100),
-            EvalConfig(kind="captioning", name="captions", source=unseen),
-            EvalConfig(kind="reconstruction", name="pixels", source=unseen),
+            EvalConfig(kind="retrieval", name="unseen", source=emoji("combinations"), gallery=known, every_steps=100),
+            EvalConfig(kind="perplexity", name="words", source=emoji("combinations"), every_steps=100),
+            EvalConfig(kind="captioning", name="captions", source=emoji("combinations")),
+            EvalConfig(kind="reconstruction", name="pixels", source=emoji("combinations")),
         ),
         telemetry=TelemetryConfig(log_every=10),
     )

@@ -1,0 +1,94 @@
+"""Aurora-Vision-XL's tiny run, made smaller: killed and continued on another number of devices, evaluated, pictured."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import finish, losses, once, start, steps, until
+
+from visionfm_jax.telemetry.writers import read_metrics
+
+STEPS, EVERY = 12, 3
+PARTS = ("masked_image", "contrastive", "captioning", "masked_language")
+SMALL = [
+    "--config=configs/aurora_xl.py:tiny",
+    "--config.model.image.image_size=32",
+    "--config.model.image.window=4",
+    "--config.train.batch_size=32",
+    f"--config.train.steps={STEPS}",
+    "--config.optim.warmup_steps=2",
+    "--config.optim.lr=1e-5",  # Adam multiplies rounding by the rate; a loss shall tell of its batch
+    f"--config.checkpoint.every_steps={EVERY}",
+    "--config.checkpoint.keep_last=4",
+    *(f"--config.evals[{i}].every_steps=0" for i in range(4)),
+    *(f"--config.evals[{i}].batch_size=128" for i in range(4)),
+    "--config.telemetry.log_every=1",
+    "--config.telemetry.tensorboard=false",
+]
+WITHOUT_OPTIMIZATIONS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes nearly all the time
+
+
+def run_aurora(folder: Path, *arguments: str, devices: int = 2) -> tuple[str, str]:
+    process = start(folder, *arguments, devices=devices, base=SMALL, env=WITHOUT_OPTIMIZATIONS)
+    return finish(process, folder, seconds=500)
+
+
+@pytest.fixture(scope="session")
+def aurora(shared) -> Path:
+    """The folder of a run that nothing disturbed; not to be changed."""
+    return once(shared / "aurora", run_aurora)
+
+
+def test_killed_and_continued_on_other_devices_it_sees_the_same_samples(tmp_path, aurora):
+    folder = tmp_path / "run"
+    process = start(folder, "--config.evals=()", base=SMALL, env=WITHOUT_OPTIMIZATIONS)
+    step = random.randint(EVERY, STEPS - EVERY)
+    until(lambda: folder.is_dir() and steps_of(folder) and last(folder) >= step, process, seconds=300)
+    process.send_signal(signal.SIGKILL)
+    finish(process, folder, code=-signal.SIGKILL)
+    saved = steps(folder)[-1]
+    assert saved < STEPS
+    out, _ = run_aurora(folder, "--config.evals=()", devices=1)
+    assert f"starts from      step {saved} of its own folder" in out
+    expected, got = losses(aurora), losses(folder)
+    assert list(got) == list(expected) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=2e-5)
+    assert np.ptp(list(got.values())) > 1e-2  # so other samples would show
+
+
+def steps_of(folder: Path) -> list[int]:
+    return steps(folder) if (folder / "checkpoints").is_dir() else []
+
+
+def last(folder: Path) -> int:
+    rows = read_metrics(folder)
+    return rows[-1]["step"] if rows else 0
+
+
+def test_every_loss_is_logged_apart_and_their_weighted_sum_is_the_loss(aurora):
+    rows = [row for row in read_metrics(aurora) if "loss" in row]
+    assert len(rows) == STEPS
+    for row in rows:
+        assert all(np.isfinite(row[part]) and row[part] > 0 for part in PARTS)
+        weighted = row["masked_image"] + row["contrastive"] + 2 * row["captioning"] + row["masked_language"]
+        np.testing.assert_allclose(row["loss"], weighted, rtol=1e-5)
+    assert abs(rows[0]["contrastive"] - np.log(24)) < 0.7  # of 24 pairs in 32 samples, in two micro-batches
+    assert abs(rows[0]["captioning"] - np.log(1024)) < 0.7
+
+
+def test_all_evals_report_and_leave_pictures(aurora):
+    out = Path(f"{aurora}.out").read_text()
+    scores = {k: v for row in read_metrics(aurora) for k, v in row.items()}
+    assert scores["unseen/candidates"] == 3949
+    assert 300 < scores["words/perplexity"] < 2000  # it has learnt nothing: near the 1,024 of the vocabulary
+    assert 300 < scores["words/perplexity_blind"] < 2000
+    assert 0 <= scores["captions/exact"] <= scores["captions/bleu4"] + 1
+    assert scores["pixels/pixel_error"] > 0
+    for name in ("retrieval_unseen.png", "captions_captions.png", "reconstructions_pixels.png"):
+        assert (aurora / name).stat().st_size > 10_000
+        assert name in out
+    kept = json.loads((aurora / "eval_captions.json").read_text())
+    assert f"captions is measured by protocol {kept['protocol']}" in out
