@@ -17,6 +17,8 @@ from visionfm_jax.train.state import init_state
 FOLDER = Path(__file__).parent
 CONFIGS = FOLDER.parents[1] / "configs"
 SHIPPED = (
+    "aurora_xl",
+    "aurora_xl:tiny",
     "quickstart",
     "swinv2_g_clip",
     "swinv2_g_clip:tiny",
