@@ -65,7 +65,7 @@ def test_best_metric_must_be_one_of_which_higher_is_better(metric):
 
 
 def test_unknown_kind_lists_the_known():
-    with pytest.raises(ConfigError, match="classification, pixel_baseline"):
+    with pytest.raises(ConfigError, match="captioning, classification, perplexity"):
         make_evals(quickstart("--config.evals[0].kind=guess"), 0, 1)
 
 
