@@ -21,6 +21,8 @@ SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 INK = "#1F2937"
 DPI = 120
 
+PARTS = ("masked_image", "contrastive", "captioning", "masked_language")  # losses of a task that has several
+
 
 def learning_curves(
     metrics: Sequence[Mapping[str, Any]],
@@ -35,12 +37,12 @@ def learning_curves(
       metrics: lines of `writers.read_metrics`: "step" and named numbers; a line may hold any of them.
       path: PNG to write; its folder is made.
       title: above the picture.
-      panels: panel title -> names of its series; None: "loss", "lr" and "grad_norm" as the training
-        loop logs them, and in the fourth every share in [0, 1] with an EVAL/METRIC name.
+      panels: panel title -> names of its series; None: "loss", and its parts where it has any, "lr" and "grad_norm"
+        as the training loop logs them, and in the fourth every share in [0, 1] with an EVAL/METRIC name.
     """
     if panels is None:
         panels = {
-            "training loss": ["loss"],
+            "training loss": ["loss", *(part for part in PARTS if any(part in row for row in metrics))],
             "learning rate": ["lr"],
             "gradient norm": ["grad_norm"],
             "evaluation": _shares(metrics),
