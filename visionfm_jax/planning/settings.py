@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import ClassificationConfig, Config
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.layers import POLICIES
 from visionfm_jax.parallel.targets import Cluster
@@ -87,6 +87,9 @@ def with_setting(config: Config, setting: Setting) -> Config:
 def is_allowed(config: Config, setting: Setting, cluster: Cluster) -> bool:
     """Whether the rules of configurations and the packages at hand allow it."""
     changed = with_setting(config, setting)
+    alone = not isinstance(config.task, ClassificationConfig) and not config.task.cached
+    if alone and setting.accumulate != config.train.accumulate:  # that would contrast other pairs
+        return False
     if "cudnn" in setting.attention and (config.train.precision == "fp32" or missing_packages()):
         return False
     try:

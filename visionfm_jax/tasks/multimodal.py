@@ -88,7 +88,8 @@ class Multimodal:
 
         Returns:
           `image` and `text` (P, E) and `scale` (P,) for `contrast`; and per-sample arrays: `loss` (B,), whose mean is
-          the weighted sum of the means of `masked_image` (B - P,), `captioning` (P,) and `masked_language` (P,).
+          the weighted sum of the means of `masked_image` (B - P,), `captioning` (P,) and `masked_language` (P,); and
+          `logit_scale` (P,).
         """
         draws, task = self._draws(keys), self.task
         images = augment(batch["image"], draws.augment, self.config.data.augment)
@@ -109,7 +110,8 @@ class Multimodal:
 
         texts = task.captioning * own["captioning"] + task.masked_language * own["masked_language"]
         own["loss"] = self._rows(texts, task.masked_image * own["masked_image"])
-        return self._embedded(params, features, text, tokens), own
+        embedded = self._embedded(params, features, text, tokens)
+        return embedded, {**own, "logit_scale": jnp.exp(embedded["scale"])}
 
     def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
         """Loss (P,) of this device's pairs among those of all; `embedded` as `embed` gives it."""
