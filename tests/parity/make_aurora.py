@@ -4,9 +4,9 @@
 
 needs what `make_clip.py` needs. `coca.npz` holds
 
-    params        float16, exact: weights in our names and layout, random in every tensor, one after the other
+    params        float16, exact: weights in our names and layout, random in every tensor, one after the other; and
+                  `image_tokens` (B, S, D), whose gradient is that of the encoder
     tokens        (B, T) int32: begin, words, end, zeros
-    image         (B, S, D) float16, exact: the tokens of images
     causal/…, bidirectional/…   what either view makes of the texts: `text` (B, T, D), features of the lower half,
                   and `logits` (B, T, V) of the upper
     caption_loss  (B,), CoCaLoss of each text alone
@@ -78,12 +78,13 @@ class Coca(torch.nn.Module):
         self.lower = TextTransformer(case.context, case.vocab, case.width, case.heads, case.depths[0])
         self.upper = MultimodalTransformer(case.width, case.depths[1], case.heads, case.context, output_dim=case.vocab)
         self.lengths = case.lengths
+        self.image_tokens = torch.nn.Parameter(torch.empty(len(case.lengths), case.image_tokens, case.width))
         randomise(self, seed=0)
         for block in self.upper.resblocks:
             torch.nn.init.zeros_(block.mlp.c_proj.weight)
             torch.nn.init.zeros_(block.mlp.c_proj.bias)
 
-    def view(self, tokens: torch.Tensor, image: torch.Tensor, *, causal: bool) -> Tensors:
+    def view(self, tokens: torch.Tensor, *, causal: bool) -> Tensors:
         """Features and logits; text by text, since each has a mask of its own."""
         texts, logits = [], []
         x = self.lower.token_embedding(tokens) + self.lower.positional_embedding
@@ -93,13 +94,13 @@ class Coca(torch.nn.Module):
             mask = torch.zeros(unseen.shape, dtype=x.dtype).masked_fill(unseen, -torch.inf)
             texts.append(self.lower.transformer(x[i : i + 1], attn_mask=mask))
             self.upper.attn_mask = mask
-            logits.append(self.upper(image[i : i + 1], texts[-1]))
+            logits.append(self.upper(self.image_tokens[i : i + 1], texts[-1]))
         return {"text": torch.cat(texts), "logits": torch.cat(logits)}
 
-    def forward(self, tokens: torch.Tensor, image: torch.Tensor) -> Tensors:
+    def forward(self, tokens: torch.Tensor) -> Tensors:
         out = {}
         for name in ("causal", "bidirectional"):
-            out |= {f"{name}/{k}": v for k, v in self.view(tokens, image, causal=name == "causal").items()}
+            out |= {f"{name}/{k}": v for k, v in self.view(tokens, causal=name == "causal").items()}
         caption = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=0.0, pad_id=0)
         rows = zip(out["causal/logits"].split(1), tokens.split(1), strict=True)
         losses = [caption(None, None, words[:, :-1], text[:, 1:], None)[1] for words, text in rows]
@@ -142,6 +143,7 @@ def ours(state: Tensors, depths: tuple[int, int]) -> dict[str, np.ndarray]:
         "lower/token_embed": state["lower.token_embedding.weight"],
         "lower/pos_embed": state["lower.positional_embedding"],
         "upper/vocabulary": state["upper.text_projection"],
+        "image_tokens": state["image_tokens"],
     }
     out |= {f"upper/norm/{k}": v for k, v in norm("upper.ln_final").items()}
     for half, layers in stacks.items():
@@ -200,17 +202,15 @@ def make_coca() -> None:
     for row, length in zip(tokens, case.lengths, strict=True):
         row[:length] = torch.randint(3, case.vocab, (length,), generator=generator)
         row[0], row[length - 1] = 1, 2
-    image = torch.randn(len(tokens), case.image_tokens, case.width, generator=generator).half().float()
     params = ours(dict(model.named_parameters()), case.depths)
-    rounded = differentiate(model, lambda: model(tokens, image))
+    rounded = differentiate(model, lambda: model(tokens))
     params = {k: v.copy() for k, v in params.items()}
     model.double()
-    exact, gradients = differentiate(model, lambda: model(tokens, image.double()))
+    exact, gradients = differentiate(model, lambda: model(tokens))
     about = case._asdict() | {"peer_error": errors(*rounded, exact, gradients)}
     unused = {k: torch.zeros_like(p) for k, p in model.named_parameters() if k not in gradients}
     arrays = packed(params, ours(gradients | unused, case.depths), exact)
-    arrays |= {"tokens": tokens.numpy().astype(np.int32), "image": image.numpy().astype(np.float16)}
-    write("coca", about, params, arrays)
+    write("coca", about, params, arrays | {"tokens": tokens.numpy().astype(np.int32)})
 
 
 def make_simmim() -> None:

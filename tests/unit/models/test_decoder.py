@@ -187,8 +187,8 @@ def test_rematerialisation_changes_no_gradient(params):
     gradients = {}
     for remat in ("none", "dots"):
 
-        def loss(params, remat=remat):
-            return (both(params, TOKENS, LENGTHS, IMAGE_TOKENS, None, True, remat)[1] ** 2).mean()
+        def loss(params, image, remat=remat):
+            return (both(params, TOKENS, LENGTHS, image, None, True, remat)[1] ** 2).mean()
 
-        gradients[remat] = jax.jit(jax.grad(loss))(params)
+        gradients[remat] = jax.jit(jax.grad(loss, (0, 1)))(params, IMAGE_TOKENS)
     chex.assert_trees_all_close(gradients["dots"], gradients["none"], rtol=1e-4, atol=1e-5)

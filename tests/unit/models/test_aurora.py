@@ -1,0 +1,241 @@
+"""Aurora's parameters by part, what its embeddings depend on, and captions against loops without a cache."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from visionfm_jax.config import AuroraConfig, DecoderConfig, SwinV2Config
+from visionfm_jax.models import decoder, swin_v2
+from visionfm_jax.models.aurora import Aurora, forward_flops
+from visionfm_jax.models.decoder import View
+from visionfm_jax.models.generate import Decoding, generate
+
+LENGTH, VOCAB, BEGIN, END, EMBED, PIXELS = 8, 32, 1, 2, 24, 32
+TOKENS = np.array([[1, 9, 5, 6, 30, 3, 7, 2], [1, 2, 0, 0, 0, 0, 0, 0], [1, 11, 8, 31, 2, 0, 0, 0]], np.int32)
+IMAGES = np.random.default_rng(0).normal(size=(3, PIXELS, PIXELS, 3)).astype(np.float32)
+# A map of 2 x 3 for the parts behind the encoder.
+MAP = np.random.default_rng(1).normal(size=(3, 2, 3, 128)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small():
+    """And quickly compiled, which takes nearly all the time."""
+    swin_v2.SIZES["small"] = swin_v2.Size(16, (1, 1, 1, 1), (1, 1, 2, 2))
+    decoder.SIZES["small"] = decoder.Size(32, (2, 2), 4)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    for sizes in (swin_v2.SIZES, decoder.SIZES):
+        del sizes["small"]
+
+
+def small(dtype: jnp.dtype = jnp.float32) -> Aurora:
+    image = SwinV2Config(size="small", image_size=PIXELS, patch_size=4, window=4)
+    text = DecoderConfig(size="small", vocab_size=VOCAB, context=LENGTH)
+    return Aurora(AuroraConfig(image=image, text=text, embed_dim=EMBED), dtype)
+
+
+def shapes(model: Aurora) -> dict:
+    side, context = model.config.image.image_size, model.config.text.context
+    inputs = jnp.zeros((1, side, side, 3)), jnp.zeros((1, context), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    """Every one random: fresh blocks of the encoder are the identity. Captions are of the image, and of any length."""
+    rng = np.random.default_rng(7)
+
+    def value(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return 0.3 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path[-1].key == "scale")
+
+    params = jax.tree.map_with_path(value, shapes(small()))
+    params["upper"]["blocks"]["cross"]["out"]["kernel"] *= 4
+    bias = params["upper"]["norm"]["bias"]
+    params["upper"]["vocabulary"][:, END] += 0.6 * bias / np.linalg.norm(bias)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def run(params: dict, method: str, *arguments):
+    return small().apply({"params": params}, *arguments, method=method)
+
+
+def count(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# Size
+
+
+@pytest.mark.full_size
+def test_full_size_counts():
+    parts = {name: count(tree) for name, tree in shapes(Aurora(AuroraConfig())).items()}
+    assert parts == {
+        "image": 2_997_843_680, "mask_token": 512,
+        "painter": 12_585_984, "pool": 201_375_744, "image_projection": 20_975_616, "token_projection": 41_951_232,
+        "lower": 183_988_224, "lower_norm": 2048, "text_projection": 8_392_704, "upper": 234_354_688, "scale": 1,
+    }  # fmt: skip
+    total = sum(parts.values())
+    assert total == 3_701_470_433
+    assert total == pytest.approx(3.7e9, rel=0.01)
+    heads = ("painter", "pool", "image_projection", "token_projection", "text_projection")
+    assert parts["image"] + sum(parts[name] for name in heads) > 0.88 * total
+
+
+def test_forward_flops_by_hand():
+    # A map of one token, 128 wide; the pool has one head, and MLPs of 4 D.
+    D, T = 128, 32
+    own = forward_flops(small().config)
+    lower, upper = decoder.forward_flops(small().config.text, 1, T)
+    assert own == {
+        "encoder": swin_v2.forward_flops(small().config.image), "painter": 2 * D * 32 * 32 * 3,
+        "pool": 2 * ((2 + 2 + 8) * D * D + 2 * D + D * D + D * EMBED), "look": 2 * (D * 2 * D + 2 * D * T),
+        "lower": lower, "upper": upper, "text_projection": 2 * (T * 4 * T + 4 * T * EMBED),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes(dtype):
+    model = small(dtype)
+    out = jax.eval_shape(lambda key: model.init_with_output(key, IMAGES, TOKENS)[0], jax.random.key(0))
+    painted, image, text, logits = out
+    assert painted.shape == IMAGES.shape
+    assert image.shape == text.shape == (3, EMBED)
+    assert logits.shape == (3, LENGTH, VOCAB)
+    assert {o.dtype for o in out} == {jnp.dtype("float32")}  # whatever the activations have
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_word_leaves_the_cache_in_its_shape(dtype):
+    def word(key):
+        params = small(dtype).init(key, IMAGES, TOKENS)
+        cache = small(dtype).apply(params, jnp.zeros((3, 6, 32), dtype), method="begin")
+        return cache, small(dtype).apply(params, cache, TOKENS[:, 0], jnp.int32(0), method="next")
+
+    cache, (logits, after) = jax.eval_shape(word, jax.random.key(0))
+    assert cache == after
+    assert cache["upper"]["memory"].keys == jax.ShapeDtypeStruct((2, 3, 6, 4, 8), dtype)
+    assert {leaf.shape[:2] for leaf in jax.tree.leaves(cache)} == {(2, 3)}  # layers and rows
+    assert logits == jax.ShapeDtypeStruct((3, VOCAB), jnp.float32)
+
+
+def test_the_scale_starts_as_clips():
+    scale = small().init(jax.random.key(0), MAP, method="look")["params"]["scale"]
+    assert math.exp(scale) == pytest.approx(1 / 0.07)
+
+
+# Images
+
+
+def test_hidden_patches_are_not_seen(params):
+    hidden = np.zeros((3, 8, 8), bool)
+    hidden[0, 2:4, 5] = hidden[1] = True
+    pixels = hidden.repeat(4, 1).repeat(4, 2)[..., None]
+    features = run(params, "encode", IMAGES, None, hidden)
+    np.testing.assert_array_equal(run(params, "encode", np.where(pixels, 9, IMAGES), None, hidden), features)
+    whole = run(params, "encode", IMAGES, None, np.zeros_like(hidden))
+    changed = np.abs(whole - features).max((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [True, True, False]
+    token = run(params | {"mask_token": -params["mask_token"]}, "encode", IMAGES, None, hidden)
+    changed = np.abs(token - features).max((1, 2, 3)) > 1e-3
+    assert changed.tolist() == [True, True, False]
+
+
+def test_the_pool_looks_at_all_places_in_no_order(params):
+    image = run(params, "embed_image", MAP)
+    np.testing.assert_allclose(run(params, "embed_image", MAP[:, ::-1, ::-1]), image, rtol=1e-4, atol=1e-4)
+    for place in np.ndindex(2, 3):
+        other = MAP.copy()
+        other[(slice(None), *place)] *= -1
+        assert (np.abs(run(params, "embed_image", other) - image).max(1) > 1e-3).all()
+
+
+# Texts
+
+
+def test_a_texts_embedding_is_read_at_its_end(params):
+    tokens = np.where(np.arange(LENGTH)[None] <= (TOKENS == END).argmax(1)[:, None], TOKENS, 17)
+
+    @jax.jit
+    def embed(params, tokens):
+        view = decoder.view_of(tokens, small().config.text, causal=True)
+        text = small().apply({"params": params}, tokens, view, method="read")
+        return small().apply({"params": params}, text, tokens, method="embed_text")
+
+    whole = embed(params, TOKENS)
+    np.testing.assert_array_equal(embed(params, tokens), whole)  # whatever follows
+    other = TOKENS.copy()
+    other[:, 0] = 20
+    assert (np.abs(embed(params, other) - whole).max(1) > 1e-3).all()
+
+
+# Captions
+
+
+def whole_text(params: dict, image: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Logits (R, T, V), nothing kept of earlier ones. Texts that have no end yet: none are cut."""
+    view = View(True, jnp.full(len(tokens), tokens.shape[1]))
+    text = small().apply({"params": params}, tokens, view, method="read")
+    return small().apply({"params": params}, text, view, image, method="write")
+
+
+def cached(params: dict):
+    def step(cache, tokens, position):
+        return small().apply({"params": params}, cache, tokens, position, method="next")
+
+    return step
+
+
+def uncached(params: dict):
+    """All of the text at every word."""
+
+    def step(cache, tokens, position):
+        texts = cache["texts"][0].at[:, position].set(tokens)
+        logits = whole_text(params, cache["image"][0], texts)[:, position]
+        return logits, cache | {"texts": texts[None]}
+
+    return step
+
+
+@functools.partial(jax.jit, static_argnames=("decoding", "keep"))
+def captions(params: dict, image: jax.Array, decoding: Decoding, keep: bool = True) -> jax.Array:
+    if keep:
+        step, cache = cached(params), small().apply({"params": params}, image, method="begin")
+    else:
+        step, cache = uncached(params), {"texts": jnp.zeros((1, len(image), LENGTH), jnp.int32), "image": image[None]}
+    return generate(step, cache, decoding, begin=BEGIN, end=END, length=LENGTH, banned=(4,))
+
+
+@pytest.fixture(scope="module")
+def looks(params) -> np.ndarray:
+    """Image tokens of twelve maps."""
+    maps = np.random.default_rng(2).normal(size=(12, 2, 3, 128)).astype(np.float32)
+    return np.asarray(run(params, "look", maps))
+
+
+def test_greedy_captions_are_those_of_a_loop_over_whole_texts(params, looks):
+    logits, texts = jax.jit(whole_text), np.zeros((len(looks), LENGTH), np.int32)
+    texts[:, 0] = BEGIN
+    ended = np.zeros(len(looks), bool)
+    for place in range(LENGTH - 1):
+        words = np.array(logits(params, looks, texts)[:, place])
+        words[:, [0, BEGIN, 4]] = -np.inf
+        chosen = words.argmax(1) if place < LENGTH - 2 else END
+        texts[:, place + 1] = np.where(ended, 0, chosen)
+        ended |= texts[:, place + 1] == END
+    np.testing.assert_array_equal(captions(params, looks, Decoding()), texts)
+    assert len(set((texts == END).argmax(1))) > 3  # lengths
+    assert len(np.unique(texts, axis=0)) > 6
+
+
+def test_beams_are_those_of_whole_texts(params, looks):
+    decoding = Decoding("beam", beams=3)
+    texts = captions(params, looks, decoding)
+    np.testing.assert_array_equal(texts, captions(params, looks, decoding, keep=False))
+    other = np.asarray(texts != captions(params, looks, Decoding())).any(1)
+    assert other.sum() > 3
