@@ -151,15 +151,15 @@ class Multimodal:
 
     # Rows: every p + q of them are p pairs, then q bare images.
 
-    def _pairs(self, rows: Any) -> Any:
-        return rows.reshape(-1, sum(self.task.split), *rows.shape[1:])[:, : self.task.split[0]].reshape(
-            -1, *rows.shape[1:]
-        )
+    def _pairs(self, rows: jax.Array) -> jax.Array:
+        return self._some(rows, slice(self.task.split[0]))
 
-    def _bare(self, rows: Any) -> Any:
-        return rows.reshape(-1, sum(self.task.split), *rows.shape[1:])[:, self.task.split[0] :].reshape(
-            -1, *rows.shape[1:]
-        )
+    def _bare(self, rows: jax.Array) -> jax.Array:
+        return self._some(rows, slice(self.task.split[0], None))
+
+    def _some(self, rows: jax.Array, which: slice) -> jax.Array:
+        turns = rows.reshape(-1, sum(self.task.split), *rows.shape[1:])
+        return turns[:, which].reshape(-1, *rows.shape[1:])
 
     def _is_bare(self, rows: int) -> jax.Array:
         return jnp.arange(rows) % sum(self.task.split) >= self.task.split[0]
