@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_generate
 
 from visionfm_jax.config import AuroraConfig, DecoderConfig, SwinV2Config
 from visionfm_jax.models import decoder, swin_v2
@@ -14,7 +15,7 @@ from visionfm_jax.models.aurora import Aurora, forward_flops
 from visionfm_jax.models.decoder import View
 from visionfm_jax.models.generate import Decoding, generate
 
-LENGTH, VOCAB, BEGIN, END, EMBED, PIXELS = 8, 32, 1, 2, 24, 32
+LENGTH, VOCAB, BEGIN, END, MASK, EMBED, PIXELS = 8, 32, 1, 2, 4, 24, 32
 TOKENS = np.array([[1, 9, 5, 6, 30, 3, 7, 2], [1, 2, 0, 0, 0, 0, 0, 0], [1, 11, 8, 31, 2, 0, 0, 0]], np.int32)
 IMAGES = np.random.default_rng(0).normal(size=(3, PIXELS, PIXELS, 3)).astype(np.float32)
 # A map of 2 x 3 for the parts behind the encoder.
@@ -178,37 +179,19 @@ def test_a_texts_embedding_is_read_at_its_end(params):
 
 
 def whole_text(params: dict, image: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Logits (R, T, V), nothing kept of earlier ones. Texts that have no end yet: none are cut."""
+    """Logits (R, T, V) of texts that have no end yet: none is cut."""
     view = View(True, jnp.full(len(tokens), tokens.shape[1]))
     text = small().apply({"params": params}, tokens, view, method="read")
     return small().apply({"params": params}, text, view, image, method="write")
 
 
-def cached(params: dict):
+@functools.partial(jax.jit, static_argnames="decoding")
+def captions(params: dict, image: jax.Array, decoding: Decoding) -> jax.Array:
     def step(cache, tokens, position):
         return small().apply({"params": params}, cache, tokens, position, method="next")
 
-    return step
-
-
-def uncached(params: dict):
-    """All of the text at every word."""
-
-    def step(cache, tokens, position):
-        texts = cache["texts"][0].at[:, position].set(tokens)
-        logits = whole_text(params, cache["image"][0], texts)[:, position]
-        return logits, cache | {"texts": texts[None]}
-
-    return step
-
-
-@functools.partial(jax.jit, static_argnames=("decoding", "keep"))
-def captions(params: dict, image: jax.Array, decoding: Decoding, keep: bool = True) -> jax.Array:
-    if keep:
-        step, cache = cached(params), small().apply({"params": params}, image, method="begin")
-    else:
-        step, cache = uncached(params), {"texts": jnp.zeros((1, len(image), LENGTH), jnp.int32), "image": image[None]}
-    return generate(step, cache, decoding, begin=BEGIN, end=END, length=LENGTH, banned=(4,))
+    cache = small().apply({"params": params}, image, method="begin")
+    return generate(step, cache, decoding, begin=BEGIN, end=END, length=LENGTH, banned=(MASK,))
 
 
 @pytest.fixture(scope="module")
@@ -218,24 +201,34 @@ def looks(params) -> np.ndarray:
     return np.asarray(run(params, "look", maps))
 
 
-def test_greedy_captions_are_those_of_a_loop_over_whole_texts(params, looks):
-    logits, texts = jax.jit(whole_text), np.zeros((len(looks), LENGTH), np.int32)
-    texts[:, 0] = BEGIN
-    ended = np.zeros(len(looks), bool)
-    for place in range(LENGTH - 1):
-        words = np.array(logits(params, looks, texts)[:, place])
-        words[:, [0, BEGIN, 4]] = -np.inf
-        chosen = words.argmax(1) if place < LENGTH - 2 else END
-        texts[:, place + 1] = np.where(ended, 0, chosen)
-        ended |= texts[:, place + 1] == END
+@pytest.fixture
+def by_hand(params, looks, monkeypatch):
+    """The plain loops that `generate` is tested by, on the model: the whole text anew for every word."""
+    logits = jax.jit(whole_text)
+
+    def log_p(text: list[int], image: int, length: int) -> np.ndarray:
+        tokens = np.array([[*text, *[0] * (length - len(text))]])
+        words = np.array(logits(params, looks[[image]], tokens)[0, len(text) - 1], np.float64)
+        words[[0, BEGIN, MASK]] = -np.inf
+        out = words - np.log(np.exp(words).sum())
+        return np.where(np.arange(VOCAB) == END, out, -np.inf) if len(text) == length - 1 else out
+
+    monkeypatch.setattr(test_generate, "log_p", log_p)
+
+    def texts(loop, *arguments):
+        return test_generate.padded([loop(i, *arguments, length=LENGTH) for i in range(len(looks))], LENGTH)
+
+    return texts
+
+
+def test_greedy_captions_are_those_of_a_loop_over_whole_texts(params, looks, by_hand):
+    texts = by_hand(test_generate.greedy_by_hand)
     np.testing.assert_array_equal(captions(params, looks, Decoding()), texts)
     assert len(set((texts == END).argmax(1))) > 3  # lengths
     assert len(np.unique(texts, axis=0)) > 6
 
 
-def test_beams_are_those_of_whole_texts(params, looks):
-    decoding = Decoding("beam", beams=3)
-    texts = captions(params, looks, decoding)
-    np.testing.assert_array_equal(texts, captions(params, looks, decoding, keep=False))
-    other = np.asarray(texts != captions(params, looks, Decoding())).any(1)
-    assert other.sum() > 3
+def test_beams_are_those_of_a_loop_over_whole_texts(params, looks, by_hand):
+    texts = by_hand(test_generate.beam_by_hand, 3, 0.6)
+    np.testing.assert_array_equal(captions(params, looks, Decoding("beam", beams=3)), texts)
+    assert (texts != by_hand(test_generate.greedy_by_hand)).any(1).sum() > 3
