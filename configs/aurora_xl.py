@@ -88,7 +88,7 @@ def tiny() -> Config:
             text=DecoderConfig(size="P", vocab_size=1024, context=24),
             embed_dim=128,
         ),
-        task=MultimodalConfig(tokenizer="emoji", split=(3, 1), mask_unit=8),
+        task=MultimodalConfig(tokenizer="emoji", split=(3, 1), masked_image=2.0, mask_unit=8),
         data=DataConfig(
             train=(
                 emoji("train"),
@@ -98,13 +98,13 @@ def tiny() -> Config:
             augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, final_lr=1e-6, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
+        optim=OptimConfig(lr=1.5e-3, final_lr=1e-6, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
         parallel=ParallelConfig(stage=2),
-        train=TrainConfig(batch_size=128, accumulate=2, steps=400, precision="fp32"),
-        checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
+        train=TrainConfig(batch_size=128, accumulate=2, steps=480, precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=120, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="unseen", source=emoji("combinations"), gallery=known, every_steps=100),
-            EvalConfig(kind="perplexity", name="words", source=emoji("combinations"), every_steps=100),
+            EvalConfig(kind="retrieval", name="unseen", source=emoji("combinations"), gallery=known, every_steps=120),
+            EvalConfig(kind="perplexity", name="words", source=emoji("combinations"), every_steps=120),
             EvalConfig(kind="captioning", name="captions", source=emoji("combinations")),
             EvalConfig(kind="reconstruction", name="pixels", source=emoji("combinations")),
         ),

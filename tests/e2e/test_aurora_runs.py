@@ -73,7 +73,7 @@ def test_every_loss_is_logged_apart_and_their_weighted_sum_is_the_loss(aurora):
     assert len(rows) == STEPS
     for row in rows:
         assert all(np.isfinite(row[part]) and row[part] > 0 for part in PARTS)
-        weighted = row["masked_image"] + row["contrastive"] + 2 * row["captioning"] + row["masked_language"]
+        weighted = 2 * row["masked_image"] + row["contrastive"] + 2 * row["captioning"] + row["masked_language"]
         np.testing.assert_allclose(row["loss"], weighted, rtol=1e-5)
     assert abs(rows[0]["contrastive"] - np.log(24)) < 0.7  # of 24 pairs in 32 samples, in two micro-batches
     assert abs(rows[0]["captioning"] - np.log(1024)) < 0.7
