@@ -68,7 +68,6 @@ def test_one_line_names_the_cause_and_the_remedy(tmp_path, monkeypatch, capsys, 
         (["--config.model.image.window=9"], ["model.image.window = 9", "8 x 8 tokens", "set it to 8"]),
         (["--config.model.text.vocab_size=30000", "--config.model.text.end_token=9"], ["49408 entries", "vocab_size"]),
         (["--config.task.tokenizer=/no/tokenizer.json"], ["/no/tokenizer.json"]),
-        (["--config.train.accumulate=2"], ["train.accumulate = 2", "micro-batch alone"]),
         (["--config.data.train[0].kind=tars", "--config.data.train[0].path={tmp}"], ["{tmp}", "tar"]),
     ],
 )
@@ -80,6 +79,34 @@ def test_one_line_for_runs_of_pairs(tmp_path, monkeypatch, capsys, arguments, pa
     line = only_error(capsys.readouterr().err)
     for part in parts:
         assert part.format(tmp=tmp_path) in line
+
+
+NO_LOSS = [f"--config.task.{name}=0" for name in ("masked_image", "contrastive", "captioning", "masked_language")]
+ALL_PAIRS = [f"--config.data.train[{i}].caption_key=caption" for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (NO_LOSS, ["config.task = ", "sum to nothing", "set one"]),
+        (["--config.task.split=(3, 0)"], ["task.split = (3, 0)", "with captions and without", "set (3, 1)"]),
+        (["--config.task.mask_unit=12"], ["task.mask_unit = 12", "patch_size = 4", "image_size = 64", "set it to 4"]),
+        (["--config.train.batch_size=4"], ["multiple of 8", "2 micro-batches x 4 samples", "(3, 1)", "nearest is 8"]),
+        (["--config.model.text.end_token=1"], ["end_token", "(1, 1, 4)", "differ from each other", "1, 2 and 4"]),
+        (["--config.model.text.mask_token=5"], ["model.text.mask_token = 5", "masks a word by 4", "set it to 4"]),
+        (["--config.model.text.vocab_size=2048"], ["vocab_size = 2048", "1024 entries", "set it to 1024"]),
+        (["--config.task.tokenizer=clip"], ["task.tokenizer", "no mask token", "data.tokenizer train"]),
+        (["--config.task.tokenizer="], ["task.tokenizer = ''", "needed for captions"]),
+        (["--config.data.train[0].caption_key="], ["no source with captions", "3 of 4 samples", "add one"]),
+        (ALL_PAIRS, ["no source without captions", "1 of 4 samples", "caption_key=''"]),
+    ],
+)
+def test_one_line_for_runs_of_pairs_and_bare_images(monkeypatch, capsys, arguments, parts):
+    monkeypatch.chdir(ROOT)
+    assert door(check)(["--config=configs/aurora_xl.py:tiny", *arguments], devices=1) == 2
+    line = only_error(capsys.readouterr().err)
+    for part in parts:
+        assert part in line
 
 
 @pytest.mark.parametrize("spec", ["configs/vit_hug.py", "configs/vit_huge.py:small", "{tmp}/broken.py"])

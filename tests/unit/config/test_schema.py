@@ -3,12 +3,14 @@ import dataclasses
 import pytest
 
 from visionfm_jax.config import (
+    AuroraConfig,
     CheckpointConfig,
     ClipConfig,
     Config,
     ContrastiveConfig,
     DataConfig,
     EvalConfig,
+    MultimodalConfig,
     OptimConfig,
     SourceConfig,
     TrainConfig,
@@ -111,13 +113,65 @@ def pairs() -> Config:
         ("model.text.context", 2, ["at least 3"]),
         ("task.loss", "hinge", ["softmax, sigmoid"]),
         ("task.mixup", -1.0, ["at least 0"]),
-        ("train.accumulate", 2, ["within a micro-batch alone", "set it to 1"]),
         ("optim.layer_decay", 0.9, ["models of one tower"]),
     ],
 )
 def test_a_broken_rule_of_pairs(name, value, words):
     pairs().validate()
     assert_refused(pairs(), name, value, words)
+
+
+def aurora() -> Config:
+    config = good()
+    config.model, config.task = AuroraConfig(), MultimodalConfig(tokenizer="x")
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("task.masked_image", -1.0, ["task.masked_image", "at least 0"]),
+        ("task.word_mask_ratio", 1.0, ["task.word_mask_ratio", "[0, 1)"]),
+        ("task.split", (0, 1), ["task.split = (0, 1)", "set (3, 1)"]),
+        ("task.mask_unit", 30, ["multiple of model.image.patch_size = 4", "image_size = 224"]),
+        ("task.mask_unit", 48, ["divide image_size = 224", "set it to 4"]),
+        ("task.tokenizer", "", ["task.tokenizer", "set the path"]),
+        ("model.image.image_size", 208, ["multiple of 32", "nearest is 192"]),
+        ("model.text.begin_token", 0, ["model.text.begin_token", "(0, 2, 4)", "0, padding"]),
+        ("model.text.mask_token", 32_000, ["(1, 2, 32000)", "below vocab_size = 32000"]),
+    ],
+)
+def test_a_broken_rule_of_pairs_and_bare_images(name, value, words):
+    aurora().validate()
+    assert_refused(aurora(), name, value, words)
+
+
+def test_some_loss_has_weight():
+    config = aurora()
+    config.task.masked_image = config.task.contrastive = config.task.captioning = 0.0
+    config.validate()
+    config.task.masked_language = 0.0
+    with pytest.raises(ConfigError, match="the weights sum to nothing; set one"):
+        config.validate()
+
+
+def test_micro_batches_hold_whole_splits():
+    config = aurora()
+    config.validate_devices(8)
+    with pytest.raises(
+        ConfigError, match=r"multiple of 128 \(16 devices x 2 micro-batches x 4 samples .*nearest is 128"
+    ):
+        config.validate_devices(16)
+    assert config.split == (3, 1)
+    assert good().split == pairs().split == (0, 0)
+
+
+def test_micro_batches_are_contrasted_with_all_of_the_batch():
+    assert [c.contrasts_whole_batch for c in (good(), pairs(), aurora())] == [False, True, True]
+    config = pairs()
+    config.train.accumulate, config.task.cached = 2, False
+    config.validate()
+    assert not config.contrasts_whole_batch
 
 
 def test_towers_and_image_size():
@@ -129,7 +183,9 @@ def test_towers_and_image_size():
 def test_images_are_mixed_two_by_two_on_a_device():
     config = pairs()
     config.validate_devices(32)
-    with pytest.raises(ConfigError, match=r"64: must be a multiple of 128 \(64 devices x 2 images to mix\)"):
+    with pytest.raises(
+        ConfigError, match=r"64: must be a multiple of 128 \(64 devices x 1 micro-batches x 2 images to mix\)"
+    ):
         config.validate_devices(64)
     config.task.mixup = 0.0
     config.validate_devices(64)
