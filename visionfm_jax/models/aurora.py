@@ -141,8 +141,10 @@ class Aurora(nn.Module):
         return words[:, 0], {"lower": lower, "upper": upper}
 
 
-def forward_flops(config: AuroraConfig) -> dict[str, float]:
+def forward_flops(config: AuroraConfig, readings: int = 1) -> dict[str, float]:
     """FLOPs of one sample's forward pass by part: matrix products alone, two per multiply-add.
+
+    `readings`: how often a text is read in one pass (`decoder.View`).
 
     Returns:
       encoder and painter, of an image; pool, of an image, with its projection; look, of an image's tokens; lower and
@@ -150,7 +152,7 @@ def forward_flops(config: AuroraConfig) -> dict[str, float]:
     """
     image, text = config.image, decoder.size_of(config.text).width
     D, S = 8 * swin_v2.size_of(image).width, (image.image_size // (8 * image.patch_size)) ** 2
-    lower, upper = decoder.forward_flops(config.text, S, text)
+    lower, upper = decoder.forward_flops(config.text, S, text, readings)
     return {
         "encoder": swin_v2.forward_flops(image),
         "painter": 2.0 * S * D * (8 * image.patch_size) ** 2 * PIXELS,

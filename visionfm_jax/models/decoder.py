@@ -58,9 +58,13 @@ def size_of(config: DecoderConfig) -> Size:
 
 
 class View(NamedTuple):
-    """What a text is read by."""
+    """How a text is read.
 
-    causal: bool  # a token sees itself and those before it; else all of the text
+    Several ways in one pass, on texts (B, V T) that stand V times one behind another, need the weights and the image's
+    keys and values once.
+    """
+
+    causal: bool | tuple[bool, ...]  # a token sees itself and those before it; else all of the text. Several: V
     lengths: jax.Array  # (B,), tokens of each text, with that of the end
 
 
@@ -103,7 +107,7 @@ class Layer(nn.Module):
     Attributes:
       view: of x; None where x is one token, at `position` after its past.
       image: tokens (B, S, M) for the upper half.
-      seen: (B,), 1 where the image is looked at, 0 where it is not; None: everywhere.
+      seen: (B,), or of several readings (B, V), 1 where the image is looked at, 0 where it is not; None: everywhere.
     """
 
     heads: int
@@ -131,7 +135,10 @@ class Layer(nn.Module):
             y, after["memory"] = CrossAttention(self.heads, self.dtype, self.implementation, name="cross")(
                 norm(name="ln_cross")(x), others
             )
-            x = x + (y if self.seen is None else y * self.seen[:, None, None].astype(y.dtype))
+            if self.seen is not None:
+                seen = self.seen.reshape(len(y), -1)
+                y = y * jnp.repeat(seen, y.shape[1] // seen.shape[1], 1)[..., None].astype(y.dtype)
+            x = x + y
         x = x + Mlp(4 * x.shape[-1], self.dtype, name="mlp")(norm(name="ln2")(x))
         return (x, after) if before else x
 
@@ -152,7 +159,9 @@ class Lower(nn.Module):
         table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
         places = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
         start = 0 if position is None else position
-        x = (table[tokens] + jax.lax.dynamic_slice_in_dim(places, start, tokens.shape[1])).astype(self.dtype)
+        readings = len(view.causal) if view is not None and isinstance(view.causal, tuple) else 1
+        places = jax.lax.dynamic_slice_in_dim(places, start, tokens.shape[1] // readings)
+        x = (table[tokens] + jnp.tile(places, (readings, 1))).astype(self.dtype)
         layer = Layer(size.heads, self.dtype, config.attention, view, position=position, parent=None)
         return scan_blocks(
             self, [layer], size.depths[0], x,
@@ -198,14 +207,16 @@ def empty_past(config: DecoderConfig, half: int, rows: int, dtype: jnp.dtype) ->
     return Past(room, room)
 
 
-def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int) -> tuple[float, float]:
+def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int, readings: int = 1) -> tuple[float, float]:
     """FLOPs of a text's forward pass through the lower and the upper half, its logits included.
 
-    Matrix products alone, two per multiply-add; attention counted whole.
+    `readings`: V, in one pass. Matrix products alone, two per multiply-add; attention counted whole.
     """
     size = size_of(config)
     T, D, S = config.context, size.width, image_tokens
     layer = T * 12 * D * D + 2 * T * T * D
-    cross = T * 2 * D * D + 2 * S * image_width * D + 2 * T * S * D
+    cross = T * 2 * D * D + 2 * T * S * D
+    image = 2 * S * image_width * D
     lower, upper = size.depths
-    return 2.0 * lower * layer, 2.0 * (upper * (layer + cross) + T * D * config.vocab_size)
+    once = upper * (layer + cross) + T * D * config.vocab_size
+    return 2.0 * readings * lower * layer, 2.0 * (readings * once + upper * image)

@@ -121,12 +121,17 @@ class Past(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D)."""
+    """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D).
+
+    Attributes:
+      causal: a token sees itself and those before it. Several: x holds so many sequences of equal length one behind
+        another, of which each sees itself alone, causally or not.
+    """
 
     heads: int
     dtype: jnp.dtype
     implementation: str
-    causal: bool = False  # a token sees itself and those before it
+    causal: bool | tuple[bool, ...] = False
 
     @nn.compact
     def __call__(
@@ -138,14 +143,18 @@ class Attention(nn.Module):
     ) -> Any:
         """With `past`, x (B, 1, D) is the token at `position`, and the second result the past with it.
 
-        `lengths` (B,): only the first tokens are seen; None: all.
+        `lengths` (B,): only the first tokens of a sequence are seen; None: all.
         """
         B, T, D = x.shape
-        q, k, v = (a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, name="qkv")(x))
+        qkv = [a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, name="qkv")(x)]
         if past is not None:
-            past = past.put(k, v, position)
-            k, v, lengths = past.keys, past.values, jnp.full(B, position + 1)
-        y = attention(q, k, v, self.implementation, causal=self.causal and past is None, lengths=lengths)
+            past = past.put(*qkv[1:], position)
+            y = attention(qkv[0], *past, self.implementation, lengths=jnp.full(B, position + 1))
+        else:
+            causal = self.causal if isinstance(self.causal, tuple) else (self.causal,)
+            parts = zip(*(jnp.split(a, len(causal), axis=1) for a in qkv), causal, strict=True)
+            each = [attention(*part, self.implementation, causal=c, lengths=lengths) for *part, c in parts]
+            y = jnp.concatenate(each, axis=1)
         y = checkpoint_name(y.reshape(B, T, D), "attention")
         y = checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
         return y if past is None else (y, past)

@@ -101,16 +101,20 @@ class Multimodal:
         own = {"masked_image": pixel_loss(painted, self._bare(images), hidden)}
 
         tokens, features = self._pairs(batch["text"]), self._pairs(features)
-        view = view_of(tokens, self.config.model.text, causal=True)
-        text, look = self._run(params, "read", tokens, view), self._run(params, "look", features)
-        own["captioning"] = caption_loss(self._run(params, "write", text, view, look), tokens, view.lengths)
+        view, length = view_of(tokens, self.config.model.text, causal=True), tokens.shape[1]
+        words = hide_words(self._pairs(draws.words), view.lengths, length, task.word_mask_ratio)
+        both = jnp.concatenate([tokens, self._without(words, tokens)], 1)
         seen = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - task.blind))(self._pairs(draws.blind))
-        nll, words = self._guess(params, tokens, look, self._pairs(draws.words), seen)
-        own["masked_language"] = mean_over(nll, words)
+        seen = jnp.stack([jnp.ones_like(seen), seen], 1)
+        view = view._replace(causal=(True, False))
+        text = self._run(params, "read", both, view)
+        logits = self._run(params, "write", text, view, self._run(params, "look", features), seen)
+        own["captioning"] = caption_loss(logits[:, :length], tokens, view.lengths)
+        own["masked_language"] = mean_over(word_losses(logits[:, length:], tokens), words)
 
         texts = task.captioning * own["captioning"] + task.masked_language * own["masked_language"]
         own["loss"] = self._rows(texts, task.masked_image * own["masked_image"])
-        embedded = self._embedded(params, features, text, tokens)
+        embedded = self._embedded(params, features, text[:, :length], tokens)
         return embedded, {**own, "logit_scale": jnp.exp(embedded["scale"])}
 
     def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
@@ -144,9 +148,9 @@ class Multimodal:
     @property
     def step_flops(self) -> float:
         """FLOPs of one optimiser step on the global batch: 3 x forward, nothing done twice counted twice."""
-        part = forward_flops(self.config.model)
+        part = forward_flops(self.config.model, readings=2)  # to caption, and to guess
         pairs, bare = (n / sum(self.task.split) for n in self.task.split)
-        texts = part["pool"] + part["look"] + part["text_projection"] + 2 * (part["lower"] + part["upper"])
+        texts = sum(part[name] for name in ("pool", "look", "text_projection", "lower", "upper"))
         return 3 * (part["encoder"] + pairs * texts + bare * part["painter"]) * self.config.train.batch_size
 
     # Rows: every p + q of them are p pairs, then q bare images.
@@ -191,15 +195,8 @@ class Multimodal:
         text = self._run(params, "embed_text", text, tokens)
         return {"image": image, "text": text, "scale": jnp.broadcast_to(params["scale"], len(image))}
 
-    def _guess(
-        self, params: Any, tokens: jax.Array, look: jax.Array, keys: jax.Array, seen: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """-log p of every token (P, L) where some are hidden, and which these are."""
-        view = view_of(tokens, self.config.model.text, causal=False)
-        hidden = hide_words(keys, view.lengths, tokens.shape[1], self.task.word_mask_ratio)
-        shown = jnp.where(hidden, self.config.model.text.mask_token, tokens)
-        logits = self._run(params, "write", self._run(params, "read", shown, view), view, look, seen)
-        return word_losses(logits, tokens), hidden
+    def _without(self, words: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jnp.where(words, self.config.model.text.mask_token, tokens)
 
     # What evaluations ask for.
 
@@ -224,11 +221,14 @@ class Multimodal:
 
     def _guessed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
         """Sums over the hidden words (B,): `nll`, `blind_nll`, without the image, and `words`, their number."""
-        look, keys = self._run(params, "look", self._shown(params, batch)), self._eval_draws(batch).words
+        tokens, look = batch["text"], self._run(params, "look", self._shown(params, batch))
+        view = view_of(tokens, self.config.model.text, causal=False)
+        words = hide_words(self._eval_draws(batch).words, view.lengths, tokens.shape[1], self.task.word_mask_ratio)
+        text = self._run(params, "read", self._without(words, tokens), view)
         out = {}
         for name, seen in (("nll", jnp.ones), ("blind_nll", jnp.zeros)):
-            nll, words = self._guess(params, batch["text"], look, keys, seen(len(look)))
-            out[name] = jnp.where(words, nll, 0).sum(1)
+            losses = word_losses(self._run(params, "write", text, view, look, seen(len(look))), tokens)
+            out[name] = jnp.where(words, losses, 0).sum(1)
         return {**out, "words": words.sum(1)}
 
     def _painted(self, params: Any, batch: dict) -> dict[str, jax.Array]:
