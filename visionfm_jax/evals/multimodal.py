@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from visionfm_jax.data.fields import DamagedCaption, Fields
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.contrastive import measured_on, plain, protocol_of
+from visionfm_jax.evals.contrastive import captions_of, measured_on, plain, protocol_of
 from visionfm_jax.evals.subject import require_task
 
 
@@ -91,13 +90,3 @@ class CaptionedImages(Images):
         if not captions_of(record):
             raise DamagedCaption("there is no caption that is UTF-8 and not empty")
         return {}
-
-
-def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """All captions of a record that can be read and are not empty."""
-    captions = record["caption"] if isinstance(record["caption"], tuple) else (record["caption"],)
-    texts = []
-    for caption in captions:
-        with contextlib.suppress(UnicodeDecodeError):
-            texts.append(caption.decode() if isinstance(caption, bytes) else caption)
-    return tuple(text for text in texts if text.strip())
