@@ -156,11 +156,11 @@ def test_settings_change_all_towers():
     assert setting.flags(base) == "--config.model.text.remat=full"
 
 
-def test_a_contrastive_batch_is_never_split():
+@pytest.mark.parametrize(("cached", "splits"), [(True, {1, 2, 4, 8}), (False, {1})])
+def test_micro_batches_that_are_contrasted_alone_stay_as_they_are(cached, splits):
     planner = Planner(config="configs/swinv2_g_clip.py")
-    found = search(planner)
-    assert found
-    assert {s.accumulate for s, _ in found} == {1}
+    planner.config.task.cached = cached
+    assert {s.accumulate for s, _ in search(planner)} == splits
 
 
 @pytest.mark.parametrize(
