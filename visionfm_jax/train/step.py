@@ -79,13 +79,20 @@ def make_step(
     lr = schedule(config.optim, config.total_steps)
     seed = jax.random.fold_in(jax.random.key(config.seed), AUGMENT)
 
-    def of_rows(f: Callable) -> Callable[[Any, dict], Any]:
-        return lambda params, rows: f(params, {k: v for k, v in rows.items() if k != "key"}, rows["key"])
+    def parts(rows: dict) -> tuple[dict, jax.Array]:
+        return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
 
-    loss_fn = of_rows(task.loss)
+    def loss_fn(params: Any, rows: dict) -> tuple[jax.Array, dict]:
+        return task.loss(params, *parts(rows))
+
     if config.train.accumulate > 1 and config.contrasts_whole_batch:
-        embed, forward = of_rows(task.embed), of_rows(task.forward)
-        loss_fn = Contrast(embed, forward, task.contrast, task.contrast_weight, task.join)
+        loss_fn = Contrast(
+            embed=lambda params, rows: task.embed(params, *parts(rows)),
+            forward=lambda params, rows: task.forward(params, *parts(rows)),
+            contrast=task.contrast,
+            weight=task.contrast_weight,
+            join=task.join,
+        )
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         keys = sample_keys(seed, state.step, config.train.batch_size)
