@@ -114,6 +114,7 @@ def _quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    compiled.cache_clear()
 
 
 @functools.cache
