@@ -15,12 +15,13 @@ from visionfm_jax.config import Config
 from visionfm_jax.data.augment import augment, normalize
 from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.contrastive import Targets
-from visionfm_jax.models.clip import MAX_SCALE, Clip, Embeddings, forward_flops
+from visionfm_jax.models.clip import Clip, Embeddings, forward_flops
 from visionfm_jax.models.layers import Prepare
 from visionfm_jax.parallel.mesh import all_rows, first_row
+from visionfm_jax.tasks.pairs import Pairs
 
 
-class Contrastive:
+class Contrastive(Pairs):
     """The `tasks.registry.ContrastTask` of image-text pairs."""
 
     contrast_weight = 1.0
@@ -28,31 +29,6 @@ class Contrastive:
     def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
         self.config = config
         self.model = Clip(config.model, dtype, prepare, sigmoid=config.task.loss == "sigmoid")
-
-    def init(self, key: jax.Array) -> Any:
-        """Fresh parameters, fp32."""
-        images, texts = (jnp.zeros(s.shape, jnp.int32) for s in self.batch_spec(1).values())
-        return self.model.init(key, images.astype(jnp.float32), texts)["params"]
-
-    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What the loader gives: uint8 images (B, H, W, 3) and int32 token ids (B, L)."""
-        size, length = self.config.image_size, self.config.model.text.context
-        return {
-            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-            "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-        }
-
-    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of this device's rows against all and, per sample (B,), `loss` and `logit_scale`.
-
-        Args:
-          params: usable parameters (`parallel.zero`).
-          batch: as `batch_spec`.
-          keys: (B,), one for each sample.
-        """
-        embedded, own = self.forward(params, batch, keys)
-        per_sample = self.join(own, self.contrast(embedded))
-        return per_sample["loss"].mean(), per_sample
 
     def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """What `contrast` compares, row by row: embeddings, logit scale and, if images are mixed, their shares."""
@@ -87,10 +63,6 @@ class Contrastive:
     def join(self, own: dict[str, jax.Array], contrast: jax.Array) -> dict[str, jax.Array]:
         """Per-sample arrays with the contrast."""
         return {**own, "loss": own["loss"] + contrast}
-
-    def constrain(self, params: Any) -> Any:
-        """The logarithm of the logit scale in [0, ln 100]."""
-        return {**params, "scale": jnp.clip(params["scale"], 0, MAX_SCALE)}
 
     def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
         """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""

@@ -22,11 +22,11 @@ from visionfm_jax.losses.captioning import caption_loss, mean_over, word_losses
 from visionfm_jax.losses.contrastive import Targets
 from visionfm_jax.losses.masked import enlarge, hide_units, hide_words, pixel_loss
 from visionfm_jax.models.aurora import Aurora, forward_flops
-from visionfm_jax.models.clip import MAX_SCALE
 from visionfm_jax.models.decoder import view_of
 from visionfm_jax.models.generate import Decoding, generate
 from visionfm_jax.models.layers import Prepare
 from visionfm_jax.parallel.mesh import all_rows, first_row
+from visionfm_jax.tasks.pairs import Pairs
 
 EVAL_SEED = 20  # of what evaluations hide: the same in every run
 
@@ -41,38 +41,13 @@ class Draws(NamedTuple):
     blind: jax.Array
 
 
-class Multimodal:
+class Multimodal(Pairs):
     """The `tasks.registry.ContrastTask` of images with and without captions."""
 
     def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
         self.config, self.task = config, config.task
         self.model = Aurora(config.model, dtype, prepare)
         self.contrast_weight = config.task.contrastive
-
-    def init(self, key: jax.Array) -> Any:
-        """Fresh parameters, fp32."""
-        images, texts = (jnp.zeros(s.shape, jnp.int32) for s in self.batch_spec(1).values())
-        return self.model.init(key, images.astype(jnp.float32), texts)["params"]
-
-    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What the loader gives: uint8 images (B, H, W, 3) and int32 token ids (B, L), of bare images zeros."""
-        size, length = self.config.image_size, self.config.model.text.context
-        return {
-            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-            "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-        }
-
-    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of this device's rows, and per-sample arrays: see `forward` and `join`.
-
-        Args:
-          params: usable parameters (`parallel.zero`).
-          batch: as `batch_spec`.
-          keys: (B,), one for each sample.
-        """
-        embedded, own = self.forward(params, batch, keys)
-        per_sample = self.join(own, self.contrast(embedded))
-        return per_sample["loss"].mean(), per_sample
 
     def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """What `contrast` compares, of the pairs alone."""
@@ -129,10 +104,6 @@ class Multimodal:
         bare = jnp.zeros_like(own["masked_image"])
         loss = own["loss"] + self._rows(self.contrast_weight * contrast, bare)
         return {**own, "loss": loss, "contrastive": contrast}
-
-    def constrain(self, params: Any) -> Any:
-        """The logarithm of the logit scale in [0, ln 100]."""
-        return {**params, "scale": jnp.clip(params["scale"], 0, MAX_SCALE)}
 
     def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
         """One of the kinds of `evals.subject.Predict`; random draws come from the rows' `record`."""
