@@ -1,0 +1,77 @@
+"""The figures of the README: the quick start and every `:tiny` recipe, trained once for each of several seeds.
+
+    python benchmarks/recipes.py --folder=recipes --seeds=0,1,2
+
+Each run is the command that a person would type, with a seed and a folder of its own. A run that is complete already
+is not repeated, so that the program can be stopped and started again. Prints a table of what the evals of the last
+step measured: mean over the seeds, then the least and the greatest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from visionfm_jax.telemetry.writers import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = {  # name -> configuration, and the recipe whose weights it starts from
+    "quickstart": ("configs/quickstart.py", ""),
+    "vit_huge": ("configs/vit_huge.py:tiny", ""),
+    "swinv2_g_clip": ("configs/swinv2_g_clip.py:tiny", ""),
+    "swinv2_g_clip_640": ("configs/swinv2_g_clip_640.py:tiny", "swinv2_g_clip"),
+    "aurora_xl": ("configs/aurora_xl.py:tiny", ""),
+}
+
+
+def train(name: str, seed: int, folder: Path) -> float:
+    """Run one recipe to its end; seconds that it took, of a run that was complete before those of the restart."""
+    config, before = RECIPES[name]
+    words = [f"--config={config}", f"--config.seed={seed}", f"--config.workdir={folder / f'{name}_{seed}'}"]
+    if before:
+        words.append(f"--config.checkpoint.weights={folder / f'{before}_{seed}'}")
+    began = time.monotonic()
+    with open(folder / f"{name}_{seed}.log", "a") as log:
+        command = [sys.executable, "-m", "visionfm_jax.main", *words]
+        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return time.monotonic() - began
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """NAME/METRIC of the evals of the last step."""
+    rows = read_metrics(folder)
+    last = rows[-1]["step"]
+    named = {k: v for row in rows if row["step"] == last for k, v in row.items() if "/" in k}
+    return {k: v for k, v in named.items() if not k.startswith(("update_ratio/", "loss/"))}
+
+
+def main() -> None:
+    """Train what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="where the runs go (%(default)s)")
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas (%(default)s)")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="separated by commas (%(default)s)")
+    args = parser.parse_args()
+    names, seeds = args.recipes.split(","), [int(s) for s in args.seeds.split(",")]
+    if unknown := set(names) - set(RECIPES):
+        parser.error(f"--recipes: no {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for seed in seeds:
+            print(f"{name}, seed {seed}: {train(name, seed, folder):.0f} s", file=sys.stderr, flush=True)
+    print(f"| recipe | metric | mean of seeds {args.seeds} | least | greatest |\n|---|---|--:|--:|--:|")
+    for name in names:
+        found = [scores(folder / f"{name}_{seed}") for seed in seeds]
+        for metric in found[0]:
+            values = [f[metric] for f in found]
+            row = f"{statistics.mean(values):.4g} | {min(values):.4g} | {max(values):.4g}"
+            print(f"| {name} | {metric} | {row} |")
+
+
+if __name__ == "__main__":
+    main()
