@@ -172,7 +172,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float = 0.1  # on matrices; not on position tables, position biases, pooling probes
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     layer_decay: float = 1.0  # factor of the learning rate per layer below the head; 1: none
     ema: float = 0.0  # decay per step of the averaged weights; 0: none

@@ -23,15 +23,17 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     )
 
 
-# A table of vectors that are added, not multiplied: no decay, as for biases.
-_POSITIONS = "pos_embed"
+# Not decayed whatever their shape: tables and vectors that are added or looked up by a query, not multiplied, and all
+# below "bias", which in SwinV2 is also a network: as in the authors' lists (`no_weight_decay` of timm's ViT and of
+# Swin-Transformer, where it is `cpb_mlp`; the kernels alone in big_vision, whose attention pooling has the probe).
+_NOT_DECAYED = {"bias", "pos_embed", "probe"}
 
 
 def decay_mask(params: Any) -> Any:
-    """True for parameters under weight decay: matrices."""
+    """True for parameters under weight decay: matrices, but for position tables, position biases and pooling probes."""
 
     def decays(path: tuple, leaf: Any) -> bool:
-        return matrix_rank(path, leaf) >= 2 and path[-1].key != _POSITIONS
+        return matrix_rank(path, leaf) >= 2 and _NOT_DECAYED.isdisjoint(key.key for key in path)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -4,7 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from visionfm_jax.config import OptimConfig
+from visionfm_jax.config import OptimConfig, SwinV2Config
+from visionfm_jax.models.aurora import Pool
+from visionfm_jax.models.swin_v2 import SwinV2
 from visionfm_jax.optim.adamw import decay_mask, layer_scales, make_optimizer, schedule, update_count
 
 PARAMS = {
@@ -34,6 +36,20 @@ def test_decay_acts_on_matrices_alone():
         "norm": {"scale": False},
         "head": {"kernel": True, "bias": False},
     }
+
+
+def test_position_bias_and_probe_are_not_decayed():
+    """As in the lists of SwinV2's authors and of big_vision, with the names and shapes of our modules."""
+    swin = SwinV2(SwinV2Config(size="P", image_size=64, patch_size=8), jnp.float32)
+    pool = Pool(jnp.float32)
+    init = jax.eval_shape(swin.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    stage = decay_mask(init)["stage0"]["blocks"]["attn"]
+    assert not any(jax.tree.leaves(stage["bias"]))
+    assert len(jax.tree.leaves(stage["bias"])) == 3
+    assert stage["qkv"] == stage["out"] == {"kernel": True, "bias": False}
+    init = jax.eval_shape(pool.init, jax.random.key(0), jnp.zeros((1, 4, 8)))["params"]
+    assert decay_mask(init)["probe"] is False
+    assert decay_mask(init)["mlp"]["fc1"]["kernel"] is True
 
 
 def test_layer_scales_fall_towards_the_embedding():
