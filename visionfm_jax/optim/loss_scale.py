@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018), by DeepSpeed's rule.
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018), by the rule of DeepSpeed up to 0.17.0.
 
 The loss is multiplied by a scale before the backward pass, so that small gradients do not vanish in fp16, and gradients
 are divided by it afterwards. The scale rises as long as nothing overflows and falls when something does.
@@ -35,8 +35,9 @@ def update(state: LossScale, finite: jax.Array) -> LossScale:
     """After a step, `finite` (a bool) or not.
 
     The rule is that of `DynamicLossScaler.update_scale` (deepspeed/runtime/fp16/loss_scaler.py) with its default
-    `consecutive_hysteresis=False`: an overflow lowers the scale once the hysteresis is down to 1, and until then spends
-    one of it; clean steps restore it only where they raise the scale.
+    `consecutive_hysteresis=False`, before commit e440506be (June 2025, release 0.17.1): an overflow lowers the scale
+    once the hysteresis is down to 1, and until then spends one of it; clean steps restore it only where they raise the
+    scale. Since that commit DeepSpeed's first rise after the start or an overflow comes one clean step later.
     """
     grows = finite & (state.clean + 1 >= INTERVAL)
     falls = ~finite & (state.hysteresis <= 1)

@@ -1,4 +1,4 @@
-"""The loss scale follows DeepSpeed's rule, step by step."""
+"""The loss scale follows the rule of DeepSpeed up to 0.17.0, step by step."""
 
 from __future__ import annotations
 
