@@ -42,7 +42,7 @@ def color_jitter(image: jax.Array, key: jax.Array, strength: tuple[float, float,
 
     The factors are those of torchvision's ColorJitter: 1 ± strength, and a hue turn of ± strength of the circle.
     The order is fixed where torchvision draws it: one compiled program instead of 24. Hue turns the chroma plane
-    of YIQ, which is linear, where torchvision goes through HSV.
+    of YIQ, which is linear, where torchvision goes through HSV, in its direction: from red over green to blue.
 
     Args:
       image: (H, W, 3) in [0, 1].
@@ -64,7 +64,7 @@ def color_jitter(image: jax.Array, key: jax.Array, strength: tuple[float, float,
 
 
 def _hue_rotation(angle: jax.Array) -> jax.Array:
-    """The (3, 3) matrix that turns RGB rows by `angle` about the grey axis, luma unchanged."""
+    """The (3, 3) matrix that turns RGB rows by `angle` about the grey axis, from red to green; luma unchanged."""
     c, s = jnp.cos(angle), jnp.sin(angle)
-    turn = jnp.array([[1.0, 0, 0], [0, c, -s], [0, s, c]])
+    turn = jnp.array([[1.0, 0, 0], [0, c, s], [0, -s, c]])
     return (_FROM_YIQ @ turn @ _TO_YIQ).T

@@ -49,8 +49,8 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], resample: Image.Resam
 
 
 def _shift(image: Image.Image, x: float, y: float) -> Image.Image:
-    """By whole pixels, so that nothing is blurred."""
-    return _affine(image, (1, 0, -round(x), 0, 1, -round(y)), Image.Resampling.NEAREST)
+    """By whole pixels, so that nothing is blurred; what is over is cut off, as torchvision does."""
+    return _affine(image, (1, 0, -int(x), 0, 1, -int(y)), Image.Resampling.NEAREST)
 
 
 def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
@@ -70,6 +70,6 @@ OPERATIONS: dict[str, Operation] = {
     "sharpness": _enhance(ImageEnhance.Sharpness),
     "shear_x": lambda image, m, way: _affine(image, (1, 0.3 * m * way, 0, 0, 1, 0), Image.Resampling.BILINEAR),
     "shear_y": lambda image, m, way: _affine(image, (1, 0, 0, 0.3 * m * way, 1, 0), Image.Resampling.BILINEAR),
-    "translate_x": lambda image, m, way: _shift(image, 150 / 331 * m * way * image.width, 0),
-    "translate_y": lambda image, m, way: _shift(image, 0, 150 / 331 * m * way * image.height),
+    "translate_x": lambda image, m, way: _shift(image, 150 * m * way * image.width / 331, 0),
+    "translate_y": lambda image, m, way: _shift(image, 0, 150 * m * way * image.height / 331),
 }

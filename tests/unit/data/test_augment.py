@@ -1,9 +1,12 @@
+import colorsys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from visionfm_jax.config import AugmentConfig
-from visionfm_jax.data.augment import augment, color_jitter, normalize
+from visionfm_jax.data.augment import _hue_rotation, augment, color_jitter, normalize
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
 KEYS = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(6))
@@ -50,3 +53,14 @@ def test_hue_turns_red_round_the_circle():
     keys = jax.random.split(jax.random.key(1), 300)
     turned = jax.vmap(lambda k: color_jitter(red, k, (0.0, 0.0, 0.0, 0.5)))(keys)[:, 0, 0]
     assert set(np.argmax(turned, -1).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("turn", [-0.1, 0.05, 0.1])
+@pytest.mark.parametrize("colour", [(0.6, 0.4, 0.4), (0.4, 0.6, 0.4), (0.4, 0.4, 0.6), (0.6, 0.5, 0.35)])
+def test_hue_turns_the_way_of_torchvision(colour, turn):
+    """Its `adjust_hue` adds `turn` to the hue of HSV; the chroma plane of YIQ is a little askew to that circle."""
+    hue, _, _ = colorsys.rgb_to_hsv(*colour)
+    turned, _, _ = colorsys.rgb_to_hsv(*np.asarray(jnp.array(colour) @ _hue_rotation(2 * jnp.pi * turn)).tolist())
+    moved = (turned - hue + 0.5) % 1 - 0.5
+    assert moved == pytest.approx(turn, abs=0.06)
+    assert np.sign(moved) == np.sign(turn)

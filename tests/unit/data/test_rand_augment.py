@@ -105,9 +105,23 @@ def test_shifts_are_whole_pixels_and_uncover_grey(photo):
         for direction in (1, -1):
             shifted = np.moveaxis(apply(name, photo, 5, direction), axis, 0)[::direction]
             source = np.moveaxis(photo, axis, 0)[::direction]
-            by = round(150 / 331 * 0.5 * 64)
+            by = 14  # 150 / 331 * 0.5 * 64 = 14.5
             np.testing.assert_array_equal(shifted[by:], source[:-by])
             assert (shifted[:by] == FILL).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "magnitude", "by"), [(64, 3, 8), (224, 3, 30), (224, 9, 91), (48, 10, 21), (331, 9, 135)]
+)
+def test_shifts_are_those_of_torchvision(side, magnitude, by):
+    """`int(magnitude)` of `RandAugment._augmentation_space` at bin 3 M of 31: cut off, where 8.7 rounds to 9."""
+    ramp = np.zeros((side, side, 3), np.uint8)
+    ramp[side // 2, side // 2] = 255
+    for direction in (1, -1):
+        where = np.argwhere(apply("translate_x", ramp, magnitude, direction)[..., 0] == 255)
+        np.testing.assert_array_equal(where, [[side // 2, side // 2 + by * direction]])
+        where = np.argwhere(apply("translate_y", ramp, magnitude, direction)[..., 0] == 255)
+        np.testing.assert_array_equal(where, [[side // 2 + by * direction, side // 2]])
 
 
 def test_shears_move_rows_or_columns(photo):
