@@ -9,7 +9,8 @@ usage: launch/local.sh N [ARGUMENTS ...]          N x python -m visionfm_jax.mai
 
 Starts N processes that find each other on a free port. Where nvidia-smi shows GPUs, each process gets one
 (the first N of CUDA_VISIBLE_DEVICES if that is set; empty means CPU). When one fails all end; Ctrl-C and
-SIGTERM reach all; the exit code is that of the first that failed.
+SIGTERM reach all; the exit code is that of the first that failed. Should this script itself be killed, the
+processes are asked to save and end, and after two minutes killed.
 
   PYTHON=/path/to/python   the Python to run (else of the active environment, of .venv, python3)
 TEXT
@@ -53,14 +54,32 @@ fi
 port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export VISIONFM_COORDINATOR=127.0.0.1:$port VISIONFM_PROCESSES=$count
 
+# What ends the processes when SIGKILL ends this script: it reads their numbers, and goes on when nobody holds the
+# other end of its pipe any more, unless the last line said that all is done.
+mourn() {
+    local pid pids=()
+    while read -r pid; do
+        [[ "$pid" != done ]] || exit 0
+        pids+=("$pid")
+    done
+    kill -s TERM "${pids[@]}" 2>/dev/null || true
+    for ((second = 0; second < 120; second++)); do
+        kill -0 "${pids[@]}" 2>/dev/null || break # fails when none is left
+        sleep 1
+    done
+    for pid in "${pids[@]}"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done
+}
+
 # Job control: each process leads its own group. Otherwise bash would start them with SIGINT ignored, and a
 # Ctrl-C on the terminal would reach them past this script.
 set -m
+coproc mourn >/dev/null 2>&1
 pids=()
 for ((i = 0; i < count; i++)); do
     ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[i]}
     VISIONFM_PROCESS=$i "${command[@]}" </dev/null &
     pids+=($!)
+    echo $! >&"${COPROC[1]}"
 done
 set +m # what this script itself runs stays in its group, so that Ctrl-C interrupts it
 
@@ -73,7 +92,7 @@ forward() {
 }
 trap 'forward INT' INT
 trap 'forward TERM' TERM
-trap 'for pid in "${pids[@]}"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done' EXIT
+trap 'for pid in "${pids[@]}"; do kill -s KILL -- "-$pid" 2>/dev/null || true; done; echo done >&"${COPROC[1]}"' EXIT
 
 code=0
 deadline=0 # when the patience with the rest ends, in seconds of this script; 0: no reason yet

@@ -88,6 +88,39 @@ def test_local_hands_signals_to_all(number):
     assert launcher.returncode == 75
 
 
+def test_local_that_is_killed_leaves_nothing_behind(tmp_path):
+    """Neither the processes, which save first, nor what they have started."""
+    code = "trap 'echo saved; kill $!; exit 75' TERM; sleep 60 & echo ready; while :; do sleep 0.1; done"
+    with open(tmp_path / "out", "w") as out:
+        launcher = subprocess.Popen(
+            ["bash", LOCAL, "2", "--", "bash", "-c", code], stdout=out, env=environment(), start_new_session=True
+        )
+
+    def said(what):
+        return (tmp_path / "out").read_text().count(what)
+
+    def left():
+        listed = subprocess.run(["ps", "-s", str(launcher.pid), "-o", "pid="], capture_output=True, text=True)
+        return listed.stdout.split()
+
+    try:
+        wait_for(lambda: said("ready") == 2)
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        wait_for(lambda: not left())
+        assert said("saved") == 2
+    finally:
+        for pid in left():
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)
+
+
 def test_local_gives_one_gpu_each(tmp_path):
     path = put(tmp_path, "nvidia-smi", "printf '0\\n1\\n2\\n'\n")
     code = 'echo "$VISIONFM_PROCESS $CUDA_VISIBLE_DEVICES $NCCL_DEBUG"'
@@ -124,11 +157,14 @@ def submit(tmp_path, task_exit):
     put(tmp_path / "bin", "scontrol", f'echo "scontrol $*" >>{log}\n')
     script = tmp_path / "spooled"  # SLURM runs a copy
     shutil.copy(ROOT / "launch/slurm.sbatch", script)
-    result = bash(script, "--config=x.py", PATH=path, SLURM_JOB_ID="42", SLURM_SUBMIT_DIR=str(ROOT))
+    submitted = tmp_path / "submitted"
+    (submitted / "launch").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "launch/env.sh", submitted / "launch")
+    result = bash(script, "--config=x.py", PATH=path, SLURM_JOB_ID="42", SLURM_SUBMIT_DIR=str(submitted))
     return result, log.read_text().splitlines()
 
 
-def test_slurm_queues_again_only_after_75(tmp_path):
+def test_slurm_queues_again_after_75(tmp_path):
     result, calls = submit(tmp_path, 75)
     assert result.returncode == 75
     assert calls[0].startswith("srun ")
@@ -136,7 +172,19 @@ def test_slurm_queues_again_only_after_75(tmp_path):
     assert calls[1:] == ["scontrol requeue 42"]
 
 
-@pytest.mark.parametrize("code", [0, 2, 4, 74])
+def test_slurm_queues_again_three_times_after_a_lost_process(tmp_path):
+    """Three times in a row: with a saved state in between it counts anew."""
+    codes = [71, 137, 75, 71, 134, 71, 71]
+    for attempt, code in enumerate(codes):
+        result, calls = submit(tmp_path, code)
+        assert result.returncode == code
+        queued = attempt < len(codes) - 1
+        assert calls[-1].startswith("scontrol requeue" if queued else "srun")
+    assert "a process was lost again (code 71) after 3 restarts" in result.stderr
+    assert not list(tmp_path.glob("submitted/slurm-*"))
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 4, 74, 130])
 def test_slurm_ends_otherwise(tmp_path, code):
     result, calls = submit(tmp_path, code)
     assert result.returncode == code
@@ -218,7 +266,7 @@ def test_the_jobset_is_consistent():
         for rule in job["podFailurePolicy"]["rules"]
         if "onExitCodes" in rule
     }
-    assert rules == {75: "Ignore", 2: "FailJob"}
+    assert rules == {75: "Ignore", 1: "FailJob"}
     assert pod["restartPolicy"] == "Never"
     assert "exec python -m visionfm_jax.main" in container["args"][0]
 
