@@ -230,7 +230,7 @@ def summary(folder: Path, config: Config, evals: dict[str, Eval], scores: dict[s
             files.append(folder / "learning_curves.png")
             learning_curves(read_metrics(folder), files[-1])
         for name, eval_ in evals.items():
-            files += draw(eval_.pictured, eval_.source.class_names, folder, name, f"{config.name}: {name}")
+            files += draw(eval_.pictured, folder, name, f"{config.name}: {name}")
             if eval_.details:
                 files.append(folder / f"eval_{name}.json")
                 files[-1].write_text(json.dumps(eval_.details, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""Top-1 and top-5 accuracy on held-out images. Shapes: B batch."""
+"""Accuracy on held-out images. Shapes: B batch, N images, C classes."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -10,62 +10,80 @@ from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.evals.by_class import by_class
+from visionfm_jax.evals.contrastive import image_of, measured_on, plain, protocol_of, sample
 from visionfm_jax.evals.subject import Predict, require_task
 
 PICTURED = 64
 
 
 class ClassificationEval:
-    """The `evals.registry.Eval` of labelled images: loss in nats, top1 and top5 as shares.
+    """The `evals.registry.Eval` of labelled images: loss in nats; top1, top5 and balanced_accuracy as shares.
 
-    After a run, `pictured` holds the first images with label and best guess.
+    Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
+    Images whose loss is not finite are never right.
+
+    Attributes:
+      protocol: 8 hex digits of what was measured: dataset, image size, classes.
+      details: after a run, for JSON: protocol and its settings, metrics, and `ByClass.details`.
+      pictured: after a run, on host 0: images spread over the source with label and guess, and what was taken for what.
     """
 
-    metrics = ("top1", "top5")
-    protocol = ""
-    details: ClassVar = {}
+    metrics = ("top1", "top5", "balanced_accuracy")
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         require_task(config, run, ClassificationConfig)
         self.source, self.labels = open_source(config.source), Labels(run.task.num_classes)
         self.labels.check(self.source)
-        self.pictured: dict[str, np.ndarray] = {}
+        names = tuple(self.source.class_names or ())
+        self.classes = names + tuple(map(str, range(len(names), run.task.num_classes)))
+        self.settings = {
+            **measured_on(self.source, config.source.path, config.source.split),
+            "image_size": run.image_size,
+            "classes": run.task.num_classes,
+        }
+        self.protocol = protocol_of(self.settings)
+        self.details: dict[str, Any] = {}
+        self.pictured: dict[str, Any] = {}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Scores over the whole source, each record once."""
-        totals = dict.fromkeys(("loss", "top1", "top5"), 0.0)
-        count = 0.0
-        self.pictured = {}
-        for batch in self._batches():
+        parts = []
+        size = self.config.batch_size or self.run_config.train.batch_size
+        batches = eval_loader(
+            self.source, self.labels, image_size=self.run_config.image_size, batch_size=size,
+            host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
+        )  # fmt: skip
+        for step, batch in enumerate(batches):
             out = predict(batch)
-            hits = out["top"] == out["label"][:, None]
-            count += out["mask"].sum()
-            totals["loss"] += (out["loss"] * out["mask"]).sum()
-            totals["top1"] += (hits[:, 0] * out["mask"]).sum()
-            totals["top5"] += (hits.any(1) * out["mask"]).sum()
-            if not self.pictured:
-                self._remember(batch, out)
-        return {k: float(v / count) for k, v in totals.items()} | {"images": float(count)}
-
-    def _batches(self):
-        return eval_loader(
-            self.source,
-            self.labels,
-            image_size=self.run_config.image_size,
-            batch_size=self.config.batch_size or self.run_config.train.batch_size,
-            host=self.host,
-            hosts=self.hosts,
-            threads=self.run_config.data.threads,
-        )
-
-    def _remember(self, batch: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
-        if self.host:  # predictions cover all hosts' rows; images only this one's, which are the first on host 0
-            return
-        rows = np.flatnonzero(batch["mask"])[:PICTURED]
-        if len(rows):
+            keep = np.flatnonzero(out["mask"])
+            top = np.where(np.isfinite(out["loss"][keep, None]), out["top"][keep], -1)
+            hit = (top == out["label"][keep, None]).any(1)
+            parts.append((out["loss"][keep], top[:, 0], hit, out["label"][keep], step * size + keep))
+        loss, guess, among_five, labels, records = (np.concatenate(p) for p in zip(*parts, strict=True))
+        counted = by_class(labels, guess, self.run_config.task.num_classes)
+        scores = {
+            "loss": float(loss.mean(dtype=np.float64)),
+            "top1": float((guess == labels).mean()),
+            "top5": float(among_five.mean()),
+            "balanced_accuracy": counted.balanced_accuracy,
+            "majority": counted.majority,
+            "images": float(len(labels)),
+        }
+        self.details = {
+            "protocol": self.protocol,
+            "settings": self.settings,
+            "metrics": plain(scores),
+            **counted.details(self.classes),
+        }
+        if self.host == 0:
+            rows = sample(np.arange(len(labels)), PICTURED)
             self.pictured = {
-                "image": batch["image"][rows],
-                "label": out["label"][rows],
-                "guess": out["top"][rows, 0],
+                "image": np.stack([image_of(self.source, int(records[r]), self.run_config.image_size) for r in rows]),
+                "label": labels[rows],
+                "guess": guess[rows],
+                "confusion": counted.cells,
+                "class_names": self.classes,
             }
+        return scores

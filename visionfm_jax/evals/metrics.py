@@ -12,7 +12,7 @@ batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,23 +100,16 @@ def class_embeddings(embeddings: Iterable[np.ndarray], classes: int) -> np.ndarr
     return _unit(total).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(NamedTuple):
     """How images were classified; shares of images.
 
     Attributes:
       top1, top5: whose class is the best, among the best five.
-      mean_class: mean of `class_accuracy` over the classes that occur.
-      class_accuracy: (C,) top1 of each class's images; NaN where it has none.
-      confusion: (C, C) int32, images by class and guess; those whose embedding is not finite are in no cell.
       guess: (N,) int64 class of each image, -1 where its embedding is not finite; on a tie, a wrong one.
     """
 
     top1: float
     top5: float
-    mean_class: float
-    class_accuracy: np.ndarray
-    confusion: np.ndarray
     guess: np.ndarray
 
 
@@ -128,17 +121,11 @@ def classify(images: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Zer
       classes: (C, E) fp32, of `class_embeddings`.
       labels: (N,) integers in [0, C).
     """
-    count = len(classes)
-    places = ranks(images, classes, labels, np.arange(count))
+    places = ranks(images, classes, labels, np.arange(len(classes)))
     first = best(images, classes, 2)[0]
     wrong = np.where(first[:, 0] == labels, first[:, -1], first[:, 0])
     guess = np.where(places == 1, labels, np.where(np.isfinite(images).all(1), wrong, -1))
-    of_class = np.bincount(labels, minlength=count)
-    right = np.bincount(labels[places == 1], minlength=count)
-    accuracy = np.divide(right, of_class, out=np.full(count, np.nan), where=of_class > 0)
-    cells = (labels.astype(np.int64) * count + guess)[guess >= 0]
-    confusion = np.bincount(cells, minlength=count * count).astype(np.int32).reshape(count, count)
-    return ZeroShot(recall(places, 1), recall(places, 5), float(np.nanmean(accuracy)), accuracy, confusion, guess)
+    return ZeroShot(recall(places, 1), recall(places, 5), guess)
 
 
 def _scores(queries: np.ndarray, candidates: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

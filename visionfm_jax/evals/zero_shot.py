@@ -14,6 +14,7 @@ from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.by_class import by_class
 from visionfm_jax.evals.contrastive import (
     embed_texts,
     image_of,
@@ -22,7 +23,7 @@ from visionfm_jax.evals.contrastive import (
     protocol_of,
     sample,
 )
-from visionfm_jax.evals.metrics import ZeroShot, class_embeddings, classify
+from visionfm_jax.evals.metrics import class_embeddings, classify
 from visionfm_jax.evals.subject import Predict, require_task
 
 PROMPTS = "imagenet_prompts_short"
@@ -30,16 +31,17 @@ PICTURED = 64
 
 
 class ZeroShotEval:
-    """The `evals.registry.Eval` of labelled images and a contrastive model: top1, top5 and mean_class as shares.
+    """The `evals.registry.Eval` of labelled images and a contrastive model: top1, top5, balanced_accuracy as shares.
+
+    Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
 
     Attributes:
       protocol: 8 hex digits of what was measured: prompts, names, dataset, image size, tokenizer.
-      details: after a run, for JSON: protocol and its settings, metrics, every class's accuracy, and the confusions
-        as [class, guess, images].
+      details: after a run, for JSON: protocol and its settings, metrics, and `ByClass.details`.
       pictured: after a run, on host 0: images with label and guess, and the confusion matrix.
     """
 
-    metrics = ("top1", "top5", "mean_class")
+    metrics = ("top1", "top5", "balanced_accuracy")
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         require_task(config, run, ContrastiveConfig, MultimodalConfig)
@@ -71,16 +73,27 @@ class ZeroShotEval:
         )  # fmt: skip
         images, labels, records = self._images(predict)
         result = classify(images, classes, labels)
-        scores = {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
-        scores["images"] = float(len(images))
-        self.details = self._details(scores, result, labels)
+        counted = by_class(labels, result.guess, len(self.classes))
+        scores = {
+            "top1": result.top1,
+            "top5": result.top5,
+            "balanced_accuracy": counted.balanced_accuracy,
+            "majority": counted.majority,
+            "images": float(len(images)),
+        }
+        self.details = {
+            "protocol": self.protocol,
+            "settings": self.settings,
+            "metrics": plain(scores),
+            **counted.details(self.classes),
+        }
         if self.host == 0:
             rows = sample(np.arange(len(images)), PICTURED)
             self.pictured = {
                 "image": np.stack([image_of(self.source, int(records[r]), self.run_config.image_size) for r in rows]),
                 "label": labels[rows],
                 "guess": result.guess[rows],
-                "confusion": result.confusion,
+                "confusion": counted.cells,
                 "class_names": self.classes,
             }
         return scores
@@ -130,17 +143,3 @@ class ZeroShotEval:
             parts.append((out["image_embedding"][keep], out["label"][keep], step * self._batch_size + keep))
         images, labels, records = (np.concatenate(p) for p in zip(*parts, strict=True))
         return images, labels, records
-
-    def _details(self, scores: dict[str, float], result: ZeroShot, labels: np.ndarray) -> dict[str, Any]:
-        images = np.bincount(labels, minlength=len(self.classes))
-        cells = np.argwhere(result.confusion)
-        return {
-            "protocol": self.protocol,
-            "settings": self.settings,
-            "metrics": plain(scores),
-            "classes": [
-                {"name": name, "images": int(count), "top1": float(share) if count else None}
-                for name, count, share in zip(self.classes, images, result.class_accuracy, strict=True)
-            ],
-            "confusion": [[int(c), int(g), int(result.confusion[c, g])] for c, g in cells],
-        }

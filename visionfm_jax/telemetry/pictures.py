@@ -26,16 +26,13 @@ PALE = "#E5E7EB"
 PALE_GREEN = "#A7DCCB"
 
 
-def draw(
-    pictured: Mapping[str, Any], class_names: Sequence[str] | None, folder: Path, name: str, title: str
-) -> list[Path]:
+def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> list[Path]:
     """Draw what there is to see of an eval: the pictures that `pictured` has the parts of.
 
     Args:
-      pictured: an eval's: `image`, `label` and `guess` as `report.predictions` takes them; `captions` and `images` as
-        `retrieval` takes them; `generated` as `captions` does; `reconstructed` as `reconstructions` does; `confusion`
-        as `confusion` does; `class_names`, where they are not the dataset's.
-      class_names: the dataset's, by class; None: the numbers.
+      pictured: an eval's: `image`, `label`, `guess` and `class_names` as `report.predictions` takes them; `captions`
+        and `images` as `retrieval` takes them; `generated` as `captions` does; `reconstructed` as `reconstructions`
+        does; `confusion` and `class_names` as `confusion` does.
       folder: the run's.
       name: the eval's.
       title: above every picture.
@@ -47,14 +44,14 @@ def draw(
     Raises:
       OSError: one cannot be written.
     """
-    class_names = pictured.get("class_names", class_names)
     drawn = []
     if "guess" in pictured:
         drawn.append(folder / f"predictions_{name}.png")
-        predictions(pictured["image"], pictured["label"], pictured["guess"], class_names, drawn[-1], title)
+        shown = (pictured[key] for key in ("image", "label", "guess", "class_names"))
+        predictions(*shown, drawn[-1], title)
     if "confusion" in pictured:
         drawn.append(folder / f"confusion_{name}.png")
-        confusion(pictured["confusion"], class_names, drawn[-1], title)
+        confusion(pictured["confusion"], pictured["class_names"], drawn[-1], title)
     if "captions" in pictured:
         drawn.append(folder / f"retrieval_{name}.png")
         retrieval(pictured["captions"], pictured["images"], drawn[-1], title)
@@ -165,19 +162,17 @@ def reconstructions(reconstructed: Mapping[str, Any], path: str | os.PathLike[st
     save(figure, path)
 
 
-def confusion(
-    matrix: np.ndarray, class_names: Sequence[str] | None, path: str | os.PathLike[str], title: str = ""
-) -> None:
+def confusion(cells: np.ndarray, class_names: Sequence[str], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw which classes are taken for which: a matrix, or with more than 40 classes the largest confusions.
 
     Args:
-      matrix: (C, C) images by class and guess.
-      class_names: name by class; None: the numbers.
+      cells: (K, 3) integers: class, guess, how many images; of any two at most one.
+      class_names: C, name by class.
       path: PNG to write; its folder is made.
       title: above the picture.
     """
-    names = [_short(n, 24) for n in class_names] if class_names is not None else [str(i) for i in range(len(matrix))]
-    save((_matrix if len(matrix) <= MATRIX else _largest)(matrix, names, title), path)
+    names = [_short(n, 24) for n in class_names]
+    save((_matrix if len(names) <= MATRIX else _largest)(cells, names, title), path)
 
 
 def _canvas(figure: Figure) -> Axes:
@@ -273,8 +268,10 @@ def _picture(
     ax.add_patch(frame)
 
 
-def _matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    count = len(matrix)
+def _matrix(cells: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    count = len(names)
+    matrix = np.zeros((count, count), np.int64)
+    matrix[cells[:, 0], cells[:, 1]] = cells[:, 2]
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cell = 0.55 if count <= NUMBERS else 0.26
     side = max(cell * count, 2.5)
@@ -302,34 +299,31 @@ def _matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
     bar.set_label("of the class's images", color=GREY, fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8.5, labelcolor=INK)
-    figure.suptitle(f"{title}\n" * bool(title) + _share_right(matrix), color=INK, fontsize=11)
+    figure.suptitle(f"{title}\n" * bool(title) + _share_right(cells), color=INK, fontsize=11)
     return figure
 
 
-def _largest(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
-    classes, guesses = np.nonzero(matrix)
-    classes, guesses = classes[classes != guesses], guesses[classes != guesses]
-    order = np.argsort(-matrix[classes, guesses], kind="stable")[:LISTED]
-    cells = list(zip(classes[order].tolist(), guesses[order].tolist(), strict=True))
-    figure = Figure(figsize=(9, 0.27 * max(len(cells), 2) + 1.2), layout="constrained", dpi=DPI)
+def _largest(cells: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    totals = np.bincount(cells[:, 0], cells[:, 2], minlength=len(names)).astype(int)
+    wrong = cells[cells[:, 0] != cells[:, 1]]
+    most = wrong[np.argsort(-wrong[:, 2], kind="stable")][:LISTED]
+    figure = Figure(figsize=(9, 0.27 * max(len(most), 2) + 1.2), layout="constrained", dpi=DPI)
     ax = figure.subplots()
-    places = np.arange(len(cells))
-    totals = [int(matrix[c].sum()) for c, _ in cells]
-    values = [matrix[cell] / total for cell, total in zip(cells, totals, strict=True)]
+    places, values = np.arange(len(most)), most[:, 2] / totals[most[:, 0]]
     ax.barh(places, values, color=BLUE, height=0.62)
-    for place, cell, value, total in zip(places, cells, values, totals, strict=True):
-        ax.text(value, place, f" {value:.0%}  ({matrix[cell]} of {total})", va="center", fontsize=8.5, color=GREY)
-    ax.set_yticks(places, [f"{names[c]}  →  {names[g]}" for c, g in cells], fontsize=8.5, color=INK)
-    ax.set(ylim=(len(cells) - 0.4, -0.6), xlim=(0, 1.3 * max(values, default=1)), xticks=[])
+    for place, (label, _, count), value in zip(places, most, values, strict=True):
+        ax.text(value, place, f" {value:.0%}  ({count} of {totals[label]})", va="center", fontsize=8.5, color=GREY)
+    ax.set_yticks(places, [f"{names[c]}  →  {names[g]}" for c, g, _ in most], fontsize=8.5, color=INK)
+    ax.set(ylim=(len(most) - 0.4, -0.6), xlim=(0, 1.3 * max(values, default=1)), xticks=[])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_title("the most frequent confusions, class → guess", loc="left", color=INK, fontsize=10)
-    figure.suptitle(f"{title}\n" * bool(title) + _share_right(matrix), color=INK, fontsize=11)
+    figure.suptitle(f"{title}\n" * bool(title) + _share_right(cells), color=INK, fontsize=11)
     return figure
 
 
-def _share_right(matrix: np.ndarray) -> str:
-    return f"{int(np.trace(matrix)):,} of {int(matrix.sum()):,} images right"
+def _share_right(cells: np.ndarray) -> str:
+    return f"{cells[cells[:, 0] == cells[:, 1], 2].sum():,} of {cells[:, 2].sum():,} images right"
 
 
 def _place(rank: float) -> str:

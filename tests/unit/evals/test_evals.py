@@ -1,5 +1,6 @@
 """Evals against predictions whose score is known."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -38,12 +39,61 @@ def test_every_record_counts_once_and_padding_not():
         return knowing(batch, lambda label: label < 3)
 
     got = evaluation.run(predict)
-    assert got == {"loss": 1.0, "top1": pytest.approx(0.3), "top5": 1.0, "images": 1000.0}
+    shares = {"top1": pytest.approx(0.3), "top5": 1.0, "balanced_accuracy": pytest.approx(0.3), "majority": 0.1}
+    assert got == {"loss": 1.0, **shares, "images": 1000.0}
     assert seen == [192, 192, 192, 192, 192, 40]
     assert evaluation.pictured["image"].shape == (64, 28, 28, 3)
     assert (evaluation.pictured["guess"] == evaluation.pictured["label"]).mean() == pytest.approx(
         (evaluation.pictured["label"] < 3).mean()
     )
+
+
+def test_what_was_taken_for_what_is_kept():
+    evaluation = make_evals(quickstart(), 0, 1)["digits"]
+    evaluation.run(lambda batch: knowing(batch, lambda label: label < 3))
+    kept = json.loads(json.dumps(evaluation.details, allow_nan=False))
+    assert [c["top1"] for c in kept["classes"]] == [1] * 3 + [0] * 7
+    assert [c["images"] for c in kept["classes"]] == [100] * 10
+    assert kept["confusion"] == [[c, c if c < 3 else (c + 1) % 10, 100] for c in range(10)]
+    assert kept["metrics"]["balanced_accuracy"] == pytest.approx(0.3)
+    assert kept["protocol"] == evaluation.protocol
+    assert evaluation.pictured["confusion"].tolist() == kept["confusion"]
+
+
+def test_pictures_are_spread_over_the_source_whatever_the_hosts(tmp_path, monkeypatch):
+    """A class folder lists one class after another; the picture must not show the first alone."""
+    labels = np.repeat(np.arange(10), 30)
+    archive = {"image": np.stack([np.full((28, 28, 3), label, np.uint8) for label in labels]), "label": labels}
+    np.savez(tmp_path / "sorted.npz", **archive)
+    words = ["--config.evals[0].source.kind=numpy", f"--config.evals[0].source.path={tmp_path / 'sorted.npz'}"]
+    words.append("--config.evals[0].source.split=")
+    one = make_evals(quickstart(*words), 0, 1)["digits"]
+    one.run(lambda batch: knowing(batch, lambda label: label < 3))
+    shown = one.pictured
+    np.testing.assert_array_equal(np.bincount(shown["label"]) >= 6, True)
+    np.testing.assert_array_equal(shown["image"][:, 0, 0, 0], shown["label"])
+
+    first = make_evals(quickstart(*words), 0, 2)["digits"]
+
+    def of_both_hosts(batch):
+        """As `predict` answers: with the rows of all hosts, of which host 0 has the first half."""
+        at = of_both_hosts.seen
+        of_both_hosts.seen += 192
+        rows = np.arange(at, at + 192)
+        assert len(batch["label"]) == 96
+        there = {"label": labels[rows % 300], "mask": (rows < 300).astype(np.float32)}
+        return knowing(there, lambda label: label < 3)
+
+    of_both_hosts.seen = 0
+    assert first.run(of_both_hosts) == one.run(lambda batch: knowing(batch, lambda label: label < 3))
+    np.testing.assert_equal(first.pictured, shown)
+
+
+def test_logits_that_are_not_finite_are_never_right():
+    evaluation = make_evals(quickstart(), 0, 1)["digits"]
+    got = evaluation.run(lambda batch: knowing(batch, lambda label: label >= 0) | {"loss": np.full(192, np.nan)})
+    assert (got["top1"], got["top5"], got["balanced_accuracy"]) == (0, 0, 0)
+    json.dumps(evaluation.details, allow_nan=False)
 
 
 def test_pictures_are_those_of_the_last_run():

@@ -150,20 +150,15 @@ def test_classify_is_a_naive_loop():
     labels = RNG(1).integers(0, 8, 300)  # class 8 has no image
     images = unit(classes[labels] + 1.6 * unit(RNG(2).normal(size=(300, 4))))
     got = metrics.classify(images, classes, labels)
-    confusion, top5 = np.zeros((9, 9), int), 0
+    right, top5 = [], 0
     for image, label in zip(images, labels, strict=True):
         order = sorted(range(9), key=lambda c: -float(image @ classes[c]))
-        confusion[label, order[0]] += 1
+        right.append(order[0] == label)
+        assert got.guess[len(right) - 1] == order[0]
         top5 += label in order[:5]
-    np.testing.assert_array_equal(got.confusion, confusion)
-    assert got.top1 == pytest.approx(np.trace(confusion) / 300)
+    assert got.top1 == pytest.approx(np.mean(right))
     assert got.top5 == pytest.approx(top5 / 300)
     assert got.top1 < got.top5 < 1
-    of_class = np.diag(confusion)[:8] / np.bincount(labels)
-    np.testing.assert_allclose(got.class_accuracy[:8], of_class)
-    assert np.isnan(got.class_accuracy[8])
-    assert got.mean_class == pytest.approx(of_class.mean())
-    np.testing.assert_array_equal(np.bincount(got.guess, minlength=9), confusion.sum(0))
 
 
 @pytest.mark.parametrize("what", ["constant", "nan"])
@@ -171,9 +166,7 @@ def test_a_broken_model_classifies_nothing(what):
     labels = np.arange(40) % 8
     images = np.full((40, 4), 0.5 if what == "constant" else np.nan, np.float32)
     got = metrics.classify(images, np.full((8, 4), 0.5, np.float32), labels)
-    assert (got.top1, got.top5, got.mean_class) == (0, 0, 0)
-    assert np.trace(got.confusion) == 0
-    assert got.confusion.sum() == (40 if what == "constant" else 0)
+    assert (got.top1, got.top5) == (0, 0)
     assert (got.guess != labels).all()
     assert (got.guess == -1).all() == (what == "nan")
 
@@ -183,4 +176,4 @@ def test_a_class_that_is_not_finite_is_never_right():
     classes[1] = np.nan
     got = metrics.classify(np.eye(3, dtype=np.float32), classes, np.arange(3))
     assert (got.top1, got.top5) == (0, pytest.approx(2 / 3))
-    assert np.trace(got.confusion) == 0
+    assert (got.guess != np.arange(3)).all()
