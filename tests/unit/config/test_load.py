@@ -63,7 +63,7 @@ def test_both_parsers_agree():
         ([f"--config={QUICK}", "--config.train.batch_size=many"], "is no int; such as 32"),
         ([f"--config={QUICK}", "--config.data.augment.flip=maybe"], "is no bool"),
         ([f"--config={QUICK}", "--config.data.augment.crop_scale=(1,)"], "such as"),
-        ([f"--config={QUICK}", "--config.train.batch_size=0"], "must be at least 1"),
+        ([f"--config={QUICK}", "--config.train.batch_size=0"], "must lie in [1, 65536]"),
     ],
 )
 def test_bad_words_get_one_clear_line(words, message, monkeypatch):
