@@ -64,7 +64,7 @@ def run(config: Config) -> int:
         RunFolder(config, owner=host == 0) as folder,
         Checkpoints(folder.path, config.checkpoint) as checkpoints,
     ):
-        state, origin = starting_state(trainer, checkpoints)
+        state, record, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
         changes = folder.record(config, start)
         say(describe(trainer, origin, changes))
@@ -87,13 +87,14 @@ def run(config: Config) -> int:
                     {e.name: evals[e.name] for e in due_evals(config, step)},
                     state.params if state.ema is None else state.ema,  # the averaged weights if kept
                     lambda: monitor.step_done(step),  # a long evaluation is no standstill
+                    stop,
                 ),
                 stop_requested=stop,
                 save_due=SaveTimer(config),
                 describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
                 batch_seen=damage.see,
             )
-            state, finished = train(trainer, state, batches, checkpoints, hooks)
+            state, finished = train(trainer, state, batches, checkpoints, hooks, record)
         if damage.truncated:
             say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
         if host == 0 and (metrics := read_metrics(folder.path)):
@@ -116,26 +117,28 @@ def check_sources(config: Config, sources: Sequence[Source], fields: Fields) -> 
         raise DataError(f"{sources[0].name} has {records} records; set config.data.num_examples={records}")
 
 
-def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainState, str]:
-    """The first that there is: own run folder, `resume`, `weights`, scratch; and its name for people.
+def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], str]:
+    """The first that there is: own run folder, `resume`, `weights`, scratch; its record; and its name for people.
 
     Raises:
       CheckpointError: it is named or there, but cannot be used.
     """
     config = trainer.config.checkpoint
     if (step := checkpoints.latest()) is not None:
-        return checkpoints.restore(trainer.shapes, trainer.shardings), f"step {step} of its own folder"
+        state = checkpoints.restore(trainer.shapes, trainer.shardings)
+        return state, checkpoints.record(step), f"step {step} of its own folder"
     if config.resume:
         with other_run(config, config.resume, "checkpoint.resume") as other:
             state = other.restore(trainer.shapes, trainer.shardings)
-        return state, f"step {int(state.step)} of {config.resume}"
+            record = other.record(int(state.step))
+        return state, record, f"step {int(state.step)} of {config.resume}"
     state = trainer.init()
     if config.weights:
         with other_run(config, config.weights, "checkpoint.weights") as other:
             params = other.restore_weights(trainer.shapes.params, trainer.shardings.params)
         ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-        return state.replace(params=params, ema=ema), f"the weights of {config.weights}"
-    return state, f"scratch, seed {trainer.config.seed}"
+        return state.replace(params=params, ema=ema), {}, f"the weights of {config.weights}"
+    return state, {}, f"scratch, seed {trainer.config.seed}"
 
 
 def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
@@ -157,16 +160,29 @@ def due_evals(config: Config, step: int) -> list[EvalConfig]:
     return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
 
 
+class _Stopped(Exception):
+    """An evaluation was cut off between two batches."""
+
+
 def measure(
-    trainer: Trainer, evals: dict[str, Eval], weights: Any, batch_done: Callable[[], object]
-) -> dict[str, float]:
-    """The metrics of `evals`, as NAME/METRIC."""
+    trainer: Trainer,
+    evals: dict[str, Eval],
+    weights: Any,
+    batch_done: Callable[[], object],
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The metrics of `evals`, as NAME/METRIC; None if a stop was requested before the end."""
 
     def predict(batch: dict[str, np.ndarray], *what: Hashable) -> dict[str, np.ndarray]:
+        if stop_requested():
+            raise _Stopped
         batch_done()
         return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch), *what))
 
-    return {f"{name}/{k}": v for name, eval_ in evals.items() for k, v in eval_.run(predict).items()}
+    try:
+        return {f"{name}/{k}": v for name, eval_ in evals.items() for k, v in eval_.run(predict).items()}
+    except _Stopped:
+        return None
 
 
 def evaluate(config: Config) -> int:

@@ -22,8 +22,8 @@ class MetricWriter:
     as the strings "nan", "inf", "-inf". Every line is flushed, so that a killed run loses at most the
     line being written.
 
-    A run that continues at `start_step` will write the later steps again: what a previous, killed
-    attempt left of them is dropped first, and so is a torn last line.
+    A run that continues at `start_step` will write the later steps again, and the scores of this one: what a previous,
+    killed attempt left of them is dropped first, and so is a torn last line.
 
     Args:
       folder: the run folder; made if missing.
@@ -97,12 +97,13 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`, by renaming a complete new file over the old one."""
+    """Keep the whole lines up to the training of `step`, by renaming a complete new file over the old one."""
     if not path.exists():
         return
     old = path.read_bytes()
     lines = old.decode("utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and (row := _parse(line)) is not None and row["step"] <= step]
+    rows = [(line, _parse(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, row in rows if row and (row["step"] < step or (row["step"] == step and "loss" in row))]
     new = "".join(kept).encode("utf-8")
     if new == old:
         return

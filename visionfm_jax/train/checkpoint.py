@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
-from collections.abc import Iterator
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +21,7 @@ from visionfm_jax.optim import loss_scale
 from visionfm_jax.train.state import TrainState
 
 SUBFOLDER = "checkpoints"
+SCORES = "scores.json"  # of the evals, in the folder of their step
 
 
 class Checkpoints:
@@ -30,29 +33,68 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, config: CheckpointConfig, *, read_only: bool = False):
         self.folder = Path(folder).absolute() / SUBFOLDER
-        self._best_metric = config.best_metric
         with _plain_errors(f"opening {self.folder}"):
-            if not read_only:
+            if read_only:
+                options = ocp.CheckpointManagerOptions(read_only=True)
+            else:
                 self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice only at the first save
+                self._keep = _Keep(config, self.folder)
+                options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(
-                self.folder,
-                options=ocp.CheckpointManagerOptions(read_only=True) if read_only else _options(config),
-                item_handlers=ocp.PyTreeCheckpointHandler(),
+                self.folder, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
             )
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+    def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
         """Start to write `state`; returns when it is on the host. An error of the save before is raised here.
+
+        Args:
+          record: what else continues with the state; JSON.
 
         Raises:
           CheckpointError: no space, no permission, …
         """
-        best = {self._best_metric: metrics[self._best_metric]} if self._best_metric in metrics else None
         with _plain_errors(f"saving step {step} to {self.folder}"):
-            self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=best, force=True)
+            self._manager.save(
+                step, args=ocp.args.PyTreeSave(state), custom_metadata={"record": _seal(record)}, force=True
+            )
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What was saved with the state of `step`; {} by an older version.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        with self._reading(step):
+            sealed = (self._manager.metadata(step).custom_metadata or {}).get("record")
+            return _unseal(sealed) if sealed else {}
+
+    def attach(self, step: int, scores: dict[str, float]) -> None:
+        """Keep the scores of the evals with the state of `step`, whose save may still run, and the best as they say.
+
+        Raises:
+          CheckpointError: the save failed, or no space.
+        """
+        self.wait()
+        with _plain_errors(f"saving the scores of step {step} to {self.folder}"):
+            if jax.process_index() == 0:
+                path = self.folder / str(step) / SCORES
+                temporary = path.with_suffix(".tmp")
+                with open(temporary, "w") as file:
+                    file.write(_seal({k: float(v) for k, v in scores.items()}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            self._keep.scores[step] = scores
+            for old in set(self._manager.all_steps()) - self._keep.of(self._manager.all_steps()):
+                self._manager.delete(old)
+
+    def scores(self, step: int) -> dict[str, float]:
+        """Those attached to `step`; {}: none."""
+        return _read_scores(self.folder / str(step))
 
     def raise_failed(self) -> None:
         """Raise what has gone wrong in the background so far; costs nothing.
@@ -146,18 +188,71 @@ class Checkpoints:
         return _plain_errors(f"{self.folder / str(step)} is damaged", remedy)
 
 
-def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    """When to delete what; saving is the loop's decision."""
-    keep: list[managers.PreservationPolicy] = [managers.LatestN(config.keep_last)]
-    best_fn = None
-    if config.keep_best:
-        best_fn = operator.itemgetter(config.best_metric)
-        keep.append(managers.BestN(get_metric_fn=best_fn, n=config.keep_best, keep_checkpoints_without_metrics=False))
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=managers.AnyPreservationPolicy(keep),
-        best_fn=best_fn,  # without it Orbax does not store the metrics that the policy reads
-        cleanup_tmp_directories=True,
-    )
+class _Keep(managers.PreservationPolicy):
+    """Which checkpoints stay: the last, and the best by a score that a step gets after it is saved.
+
+    Orbax's own policies know a score only if it is there when the state is saved.
+    """
+
+    def __init__(self, config: CheckpointConfig, folder: Path):
+        self.config = config
+        steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        self.scores = {step: _read_scores(folder / str(step)) or _former_scores(folder / str(step)) for step in steps}
+
+    def of(self, steps: Sequence[int]) -> set[int]:
+        """Those of `steps` that stay."""
+        best, metric = self.config.keep_best, self.config.best_metric
+        scored = [step for step in steps if metric in self.scores.get(step, {})]
+        scored = [step for step in scored if self.scores[step][metric] == self.scores[step][metric]]  # not NaN
+        ranked = sorted(scored, key=lambda step: (self.scores[step][metric], step), reverse=True)
+        return {*sorted(steps)[-self.config.keep_last :], *ranked[:best]}
+
+    def should_preserve(
+        self, checkpoints: Sequence[managers.PolicyCheckpointInfo], *, context: managers.PreservationContext
+    ) -> Sequence[bool]:
+        """Orbax asks at each save."""
+        kept = self.of([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _read_scores(folder: Path) -> dict[str, float]:
+    """What `attach` has left in the folder of a step; {}: nothing.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    path = folder / SCORES
+    if not path.exists():
+        return {}
+    try:
+        return _unseal(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; remove it, the step is then evaluated again") from error
+
+
+def _former_scores(folder: Path) -> dict[str, float]:
+    """What versions that evaluated before they saved have left; {}: nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "metrics" / "metrics").read_text())
+    return {}
+
+
+def _seal(value: dict[str, Any]) -> str:
+    """JSON that notices any change of it."""
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def _unseal(text: str) -> dict[str, Any]:
+    """What `_seal` was given.
+
+    Raises:
+      ValueError: the text is another one.
+    """
+    checksum, _, text = text.strip().partition(" ")
+    if checksum != f"{zlib.crc32(text.encode()):08x}":
+        raise ValueError("its checksum differs")
+    return json.loads(text)
 
 
 def _targets(shapes: Any, shardings: Any) -> Any:

@@ -45,8 +45,8 @@ class Hooks:
 
     monitor: Monitor
     eval_due: Callable[[int], bool]  # whether any eval is due after this many steps
-    evaluate: Callable[[int, TrainState], dict[str, float]]  # the metrics of those that are
-    stop_requested: Callable[[int], bool]  # asked on every host at every step: a signal has come
+    evaluate: Callable[[int, TrainState], dict[str, float] | None]  # the metrics of those that are; None: cut off
+    stop_requested: Callable[[], bool]  # asked on every host at every step: a signal has come
     save_due: Callable[[int], bool]  # by steps or minutes, the same answer on every host
     describe: Callable[[int, dict, np.ndarray], str]  # step, host batch, row numbers -> which samples they are
     batch_seen: Callable[[dict], None]  # each host batch: counts damaged records
@@ -60,21 +60,49 @@ class _Pending:
 
 
 def train(
-    trainer: Trainer, state: TrainState, batches: Iterator[dict], checkpoints: Checkpoints, hooks: Hooks
+    trainer: Trainer,
+    state: TrainState,
+    batches: Iterator[dict],
+    checkpoints: Checkpoints,
+    hooks: Hooks,
+    record: dict[str, Any] | None = None,
 ) -> tuple[TrainState, bool]:
     """Train from `state.step` to the end, or until a stop is requested; returns the state and whether it is the end.
+
+    A state is saved before it is evaluated, so that neither a signal nor an error in an evaluation costs a step. An
+    evaluation that was cut off is the first thing that the next start does.
+
+    Args:
+      record: what was saved beside `state`.
 
     Raises:
       TrainingError: a non-finite loss or gradient, if the configuration says stop; in fp16, with the loss scale at
         its floor.
       DataError, CheckpointError: from the loader and the checkpoints.
     """
-    config, total = trainer.config, trainer.config.total_steps
+    total = trainer.config.total_steps
     fields = trainer.task.batch_spec(1).keys()
     start = saved = int(state.step)
-    window = _Window(trainer, hooks)
+    window = _Window(trainer, hooks, record or {})
 
-    for step in range(start, total):
+    def evaluated() -> bool:
+        """Measure and note the scores of the state just saved; False: cut off."""
+        scores = hooks.evaluate(saved, state)
+        if scores is None:
+            return False
+        checkpoints.attach(saved, scores)
+        hooks.monitor.log(saved, scores)
+        window.restart_clock()  # evaluation is not training time
+        return True
+
+    stop = False
+    if checkpoints.latest() == start <= total and hooks.eval_due(start):
+        if scores := checkpoints.scores(start):
+            hooks.monitor.log(start, scores)
+        else:
+            stop = not evaluated()
+
+    for step in range(start, start if stop else total):
         with window.waiting_for_data():
             batch = next(batches)
         hooks.batch_seen(batch)
@@ -83,23 +111,22 @@ def train(
         checkpoints.raise_failed()
 
         done = step + 1
-        scores: dict[str, float] = {}
-        if hooks.eval_due(done):
+        stop, due = hooks.stop_requested(), hooks.eval_due(done)
+        if stop or due or done == total or hooks.save_due(done):
             window.settle(0)
-            scores = hooks.evaluate(done, state)
-            hooks.monitor.log(done, scores)
-            window.restart_clock()  # evaluation is not training time
-        stop = hooks.stop_requested(done)
-        if stop or done == total or hooks.save_due(done) or config.checkpoint.best_metric in scores:
-            window.settle(0)
-            checkpoints.save(done, state, scores)
+            checkpoints.save(done, state, window.record())
             saved = done
+        if due and not stop:
+            if done == total:
+                checkpoints.wait()  # whatever happens to the last evaluation
+            stop = not evaluated()
         if stop:
             break
 
     window.settle(0)
     checkpoints.wait()
-    finished = saved >= total  # beyond it where a finished run was shortened
+    evaluation_cut = stop and hooks.eval_due(saved)
+    finished = saved >= total and not evaluation_cut  # beyond it where a finished run was shortened
     if not finished:
         hooks.monitor.note(f"stopped after step {saved}: the state is saved, the same command continues from there")
     return state, finished
@@ -108,13 +135,18 @@ def train(
 class _Window:
     """Steps the device may still be busy with, and the averages of the current logging interval."""
 
-    def __init__(self, trainer: Trainer, hooks: Hooks):
+    def __init__(self, trainer: Trainer, hooks: Hooks, record: dict[str, Any]):
         self.trainer, self.hooks = trainer, hooks
         self.pending: collections.deque[_Pending] = collections.deque()
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped: int = record.get("skipped", 0)  # since the run began
+        self.skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
+        self.losses: list[float] = record.get("losses", [])  # since the last line of metrics
         self.norms: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
-        self.losses: list[float] = []
         self.restart_clock()
+
+    def record(self) -> dict[str, Any]:
+        """What continues beside the state, so that metrics are those of a run that nothing interrupted; JSON."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "losses": [*self.losses]}
 
     def restart_clock(self) -> None:
         self.steps, self.began, self.waited = 0, time.monotonic(), 0.0
@@ -152,7 +184,7 @@ class _Window:
             "images_per_s": steps * config.train.batch_size / seconds,
             "tflops_per_device": steps * self.trainer.task.step_flops / seconds / self.trainer.mesh.size / 1e12,
             "data_wait": self.waited / seconds,
-            "skipped_steps": self.skipped,  # since this start
+            "skipped_steps": self.skipped,
         }
         self.hooks.monitor.log(item.step + 1, scalars)
         self.losses.clear()

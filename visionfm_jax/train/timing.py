@@ -25,7 +25,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.several = jax.process_count() > 1
         self.received: int | None = None
-        self._trained = False
+        self._trained, self._asked, self._stop = False, 0, False
         signal.signal(signal.SIGINT, self._receive)
         if not self.several:  # else the service has its own handler
             signal.signal(signal.SIGTERM, self._receive)
@@ -40,12 +40,15 @@ class StopSignal:
             print("visionfm_jax: stopped before the first step", file=sys.stderr, flush=True)
             sys.exit(PREEMPTED)
 
-    def __call__(self, step: int) -> bool:
-        """Whether to stop after `step`; asked on every host at every step."""
+    def __call__(self) -> bool:
+        """Whether to stop here; asked on every host at every step and evaluation batch."""
         self._trained = True
-        if self.several:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.received is not None
+        self._asked += 1
+        if not self._stop:  # the service says so once, at the question that all hosts have in common
+            self._stop = (
+                multihost_utils.reached_preemption_sync_point(self._asked) if self.several else bool(self.received)
+            )
+        return self._stop
 
     @property
     def exit_code(self) -> int:

@@ -35,7 +35,9 @@ def shapes_and_shardings(state: TrainState) -> tuple[TrainState, TrainState]:
 def save(folder: Path, config: CheckpointConfig, scores: dict[int, float | None]) -> None:
     with Checkpoints(folder, config) as checkpoints:
         for step, score in scores.items():
-            checkpoints.save(step, state_of(step), {} if score is None else {"val/top1": score, "val/loss": 1.0})
+            checkpoints.save(step, state_of(step), {})
+            if score is not None:
+                checkpoints.attach(step, {"val/top1": score, "val/loss": 1.0})
 
 
 def kept(folder: Path) -> list[int]:
@@ -64,6 +66,40 @@ def test_the_best_survives_restarts(tmp_path):
     assert kept(tmp_path) == [1, 4]
     save(tmp_path, config, {5: 0.95, 6: None})
     assert kept(tmp_path) == [5, 6]
+
+
+def test_scores_come_back_and_damaged_ones_are_named(tmp_path):
+    save(tmp_path, CheckpointConfig(), {1: None, 2: 0.25})
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert checkpoints.scores(1) == {}
+        assert checkpoints.scores(2) == {"val/top1": 0.25, "val/loss": 1.0}
+    file = tmp_path / "checkpoints" / "2" / "scores.json"
+    file.write_text(file.read_text().replace("0.25", "0.75"))
+    with pytest.raises(CheckpointError, match=r"scores\.json is damaged: .*; remove it, .*evaluated again"):
+        Checkpoints(tmp_path, CheckpointConfig())
+
+
+def test_scores_of_the_version_before_still_keep_the_best(tmp_path):
+    config = CheckpointConfig(keep_last=1, **BEST)
+    save(tmp_path, config, {1: 0.2})
+    step = tmp_path / "checkpoints" / "1"
+    (step / "scores.json").unlink()
+    (step / "metrics").mkdir()
+    (step / "metrics" / "metrics").write_text('{"val/top1": 0.9}')
+    save(tmp_path, config, {2: 0.5, 3: None})
+    assert kept(tmp_path) == [1, 3]
+
+
+def test_the_record_comes_back_to_the_last_bit(tmp_path):
+    record = {"losses": [0.1 + 0.2, 1e-300, float("nan")], "skipped": 3}
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state_of(1), record)
+        checkpoints.wait()
+        assert repr(checkpoints.record(1)) == repr(record)
+        file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+        file.write_text(file.read_text().replace("1e-300", "1e-200"))
+        with pytest.raises(CheckpointError, match=r"checkpoints/1 is damaged: its checksum differs; there is no older"):
+            checkpoints.record(1)
 
 
 @pytest.mark.parametrize("ema", [False, True])

@@ -70,14 +70,14 @@ def stop():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)])
 def test_a_signal_stops_after_the_step(stop, number, code):
-    assert not stop(1)
+    assert not stop()
     os.kill(os.getpid(), number)
-    assert stop(2)
+    assert stop()
     assert stop.exit_code == code
 
 
 def test_a_second_interrupt_does_not_wait(stop):
-    stop(1)
+    stop()
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

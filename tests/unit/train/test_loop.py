@@ -1,0 +1,138 @@
+"""Saving before evaluating, a stop in the middle of an evaluation, and metrics that do not notice an interruption."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from visionfm_jax.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
+from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
+from visionfm_jax.train.checkpoint import Checkpoints
+from visionfm_jax.train.loop import Hooks, train
+from visionfm_jax.train.state import TrainState
+
+TOTAL = 12
+
+
+class Toy:
+    """A run of `TOTAL` steps whose state is a number, in `folder`; each call of `start` is a start of the command."""
+
+    def __init__(self, folder: Path, log_every: int = 5, evaluate_at: tuple[int, ...] = (), save_every: int = 3):
+        self.folder, self.evaluate_at, self.save_every = folder, evaluate_at, save_every
+        self.config = Config(
+            name="toy", train=TrainConfig(batch_size=2, steps=TOTAL), telemetry=TelemetryConfig(log_every=log_every)
+        )
+
+    def start(self, stop_after: int | None = None, evaluate=lambda step, state: {"val/top1": step / TOTAL}) -> bool:
+        """Train on; returns whether that was the end."""
+
+        def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+            weight = 0.9 * state.params["w"] + batch["x"].mean()
+            finite, losses = jnp.asarray(True), jnp.zeros(2)
+            metrics = {
+                "loss": weight,
+                "grad_norm": weight,
+                "finite": finite,
+                "losses": losses,
+                "gradient_norms": losses,
+            }
+            return state.replace(step=state.step + 1, params={"w": weight}), metrics
+
+        task = types.SimpleNamespace(batch_spec=lambda size: {"x": None}, step_flops=1.0)
+        trainer = types.SimpleNamespace(config=self.config, mesh=make_mesh(1, jax.devices()[:1]), step=step, task=task)
+        with Checkpoints(self.folder, CheckpointConfig()) as checkpoints:
+            state, record = TrainState(jnp.asarray(0), {"w": jnp.asarray(1.0)}, (), None), {}
+            if newest := checkpoints.latest():
+                record = checkpoints.record(newest)
+                state = checkpoints.restore(*shapes_of(state))
+            asked = [int(state.step)]
+
+            def stop() -> bool:
+                asked[0] += 1
+                return asked[0] == stop_after
+
+            with MetricWriter(self.folder, start_step=int(state.step), tensorboard=False) as writer:
+                monitor = types.SimpleNamespace(step_done=lambda s: None, log=writer.write, note=print)
+                hooks = Hooks(
+                    monitor=monitor,
+                    eval_due=lambda done: done in self.evaluate_at,
+                    evaluate=evaluate,
+                    stop_requested=stop,
+                    save_due=lambda done: done % self.save_every == 0,
+                    describe=lambda *_: "",
+                    batch_seen=lambda batch: None,
+                )
+                batches = ({"x": np.full(16, s / 7, np.float32)} for s in range(int(state.step), TOTAL))
+                return train(trainer, state, batches, checkpoints, hooks, record)[1]
+
+    def saved(self) -> list[int]:
+        return sorted(int(p.name) for p in (self.folder / "checkpoints").iterdir() if p.name.isdigit())
+
+    def scored(self) -> list[int]:
+        return [s for s in self.saved() if (self.folder / "checkpoints" / str(s) / "scores.json").exists()]
+
+    def metrics(self) -> list[dict]:
+        """Without what clocks say."""
+        clocks = ("images_per_s", "tflops_per_device", "data_wait")
+        return [{k: v for k, v in row.items() if k not in clocks} for row in read_metrics(self.folder)]
+
+
+def shapes_of(state: TrainState) -> tuple[TrainState, TrainState]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.eval_shape(lambda: state), jax.tree.map(lambda _: here, state)
+
+
+def test_the_state_is_saved_before_it_is_evaluated(tmp_path):
+    run = Toy(tmp_path, evaluate_at=(4, TOTAL))
+    seen = []
+
+    def evaluate(step, state):
+        seen.append((step, any(p.name.startswith(str(step)) for p in (tmp_path / "checkpoints").iterdir())))
+        return {"val/top1": 0.5}
+
+    assert run.start(evaluate=evaluate)
+    assert seen == [(4, True), (TOTAL, True)]
+
+
+def test_an_evaluation_that_fails_at_the_end_costs_no_step(tmp_path):
+    run = Toy(tmp_path, evaluate_at=(TOTAL,), save_every=100)
+
+    def fails(step, state):
+        assert run.saved() == [TOTAL]  # whole, under its final name
+        raise RuntimeError("a broken image")
+
+    with pytest.raises(RuntimeError, match="a broken image"):
+        run.start(evaluate=fails)
+    assert run.start()
+    assert run.metrics()[-1] == {"step": TOTAL, "val/top1": 1.0}
+    assert run.scored() == [TOTAL]
+    assert run.start(evaluate=fails)  # it has its scores: not evaluated again
+    assert [row["step"] for row in run.metrics() if "val/top1" in row] == [TOTAL]
+
+
+@pytest.mark.parametrize("at", [4, TOTAL])
+def test_an_evaluation_that_was_cut_off_comes_first_at_the_next_start(tmp_path, at):
+    whole, run = (Toy(tmp_path / name, evaluate_at=(4, TOTAL)) for name in ("whole", "run"))
+    assert whole.start()
+    assert not run.start(evaluate=lambda step, state: None if step == at else {"val/top1": step / TOTAL})
+    assert run.saved()[-1] == at
+    assert run.start()
+    assert run.scored()[-1] == TOTAL
+    assert run.metrics() == whole.metrics()
+
+
+@pytest.mark.parametrize("stop_after", [3, 4, 7, 10, TOTAL])
+def test_the_averages_do_not_notice_an_interruption(tmp_path, stop_after):
+    whole, run = Toy(tmp_path / "whole"), Toy(tmp_path / "run")
+    assert whole.start()
+    assert run.start(stop_after=stop_after) == (stop_after == TOTAL)
+    assert run.saved()[-1] == stop_after
+    assert run.start()
+    assert run.metrics() == whole.metrics()
+    assert [row["step"] for row in run.metrics()] == [5, 10]
