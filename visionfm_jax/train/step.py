@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from visionfm_jax.config import Config
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
-from visionfm_jax.parallel.accumulate import Contrast
+from visionfm_jax.parallel.accumulate import Contrast, LossFn
 from visionfm_jax.parallel.mesh import BATCH, WHOLE
 from visionfm_jax.parallel.zero import Zero, prepare
 from visionfm_jax.tasks.registry import DTYPES, Task, make_task
@@ -77,26 +77,10 @@ def make_step(
     is not finite.
     """
     lr = schedule(config.optim, config.total_steps)
-    seed = jax.random.fold_in(jax.random.key(config.seed), AUGMENT)
-
-    def parts(rows: dict) -> tuple[dict, jax.Array]:
-        return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
-
-    def loss_fn(params: Any, rows: dict) -> tuple[jax.Array, dict]:
-        return task.loss(params, *parts(rows))
-
-    if config.train.accumulate > 1 and config.contrasts_whole_batch:
-        loss_fn = Contrast(
-            embed=lambda params, rows: task.embed(params, *parts(rows)),
-            forward=lambda params, rows: task.forward(params, *parts(rows)),
-            contrast=task.contrast,
-            weight=task.contrast_weight,
-            join=task.join,
-        )
+    loss_fn = loss_of(config, task)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        keys = sample_keys(seed, state.step, config.train.batch_size)
-        batch = {**batch, "key": jax.lax.with_sharding_constraint(keys, NamedSharding(zero.mesh, BATCH))}
+        batch = with_keys(config, zero.mesh, state.step, batch)
         scale = state.loss_scale.scale if state.loss_scale else None
         per_sample, grads = zero.loss_and_grads(loss_fn, state.params, batch, config.train.accumulate, scale)
 
@@ -121,6 +105,30 @@ def make_step(
         return new, {**metrics, "finite": finite, "gradient_norms": norms, "losses": per_sample["loss"]}
 
     return step
+
+
+def loss_of(config: Config, task: Task) -> LossFn | Contrast:
+    """The task's loss of rows that carry their keys (`with_keys`), as `Zero.loss_and_grads` takes it."""
+
+    def parts(rows: dict) -> tuple[dict, jax.Array]:
+        return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
+
+    if config.train.accumulate > 1 and config.contrasts_whole_batch:
+        return Contrast(
+            embed=lambda params, rows: task.embed(params, *parts(rows)),
+            forward=lambda params, rows: task.forward(params, *parts(rows)),
+            contrast=task.contrast,
+            weight=task.contrast_weight,
+            join=task.join,
+        )
+    return lambda params, rows: task.loss(params, *parts(rows))
+
+
+def with_keys(config: Config, mesh: Mesh, step: jax.Array, batch: dict) -> dict:
+    """The batch of a step, and in it the `key` (B,) of each sample."""
+    seed = jax.random.fold_in(jax.random.key(config.seed), AUGMENT)
+    keys = sample_keys(seed, step, config.train.batch_size)
+    return {**batch, "key": jax.lax.with_sharding_constraint(keys, NamedSharding(mesh, BATCH))}
 
 
 def sample_keys(seed: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
