@@ -1,10 +1,13 @@
 """ViT-H/14 on ImageNet-21K: 659 M parameters, fully sharded, bf16, global batch 2048, 300 epochs.
 
-    python -m visionfm_jax.main --config=configs/vit_huge.py '--config.data.train[0].path=/data/imagenet21k'
+    python -m visionfm_jax.main --config=configs/vit_huge.py '--config.data.train[0].path=/data/imagenet21k' \
+        '--config.evals[0].source.path=/data/imagenet21k'
     python -m visionfm_jax.main --config=configs/vit_huge.py:tiny
 
 The label space is a field: 21,841 classes (Fall 2011), 19,167 (Winter 2021) or 10,450 (ImageNet-21K-P). The data is
-a TFDS directory in ArrayRecord format; for class folders set config.data.train[0].kind=folder.
+a TFDS directory in ArrayRecord format. ImageNet-21K has no official split for validation: the first 51,200 images are
+held out, as by big_vision (TFDS stores a dataset's images in random order). For class folders set kind=folder and the
+names of two of your folders as split, in config.data.train[0] and config.evals[0].source, and config.data.num_examples.
 
 `tiny` is the same recipe on the bundled emoji of nine groups, small enough for two CPU cores.
 """
@@ -25,19 +28,22 @@ from visionfm_jax.config import (
 )
 from visionfm_jax.config.load import variant_of
 
+HELD_OUT = 51_200
+
 
 def get_config(variant: str = "") -> Config:
     return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
 
 
 def full() -> Config:
+    held_out = SourceConfig(kind="tfds", path="/data/imagenet21k", split=f"train[:{HELD_OUT}]")
     return Config(
         name="vit_huge",
         model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", attention="xla", remat="dots"),
         task=ClassificationConfig(num_classes=21_841, label_smoothing=0.1),
         data=DataConfig(
-            train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split="train"),),
-            num_examples=14_197_122,  # ImageNet Fall 2011
+            train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split=f"train[{HELD_OUT}:]"),),
+            num_examples=14_197_122 - HELD_OUT,  # ImageNet Fall 2011
             augment=AugmentConfig(crop_scale=(0.08, 1.0), flip=True, jitter=(0.4, 0.4, 0.4, 0.1)),
             workers=12,
         ),
@@ -45,6 +51,7 @@ def full() -> Config:
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=2048, epochs=300, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=5000, every_minutes=60, keep_last=2),
+        evals=(EvalConfig(name="val", source=held_out, every_steps=5000),),
     )
 
 
