@@ -87,7 +87,7 @@ def pillow_loop(samples: Samples) -> None:
     for data, rng in samples:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         draws = rng.random((transforms.CROP_TRIES, 4))
-        top, left, h, w = transforms.random_box(draws, image.height, image.width, SCALE)
+        top, left, h, w = transforms.random_box(draws, SCALE, image.height, image.width)
         np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
 
 

@@ -24,6 +24,7 @@ from visionfm_jax.config import (
     MultimodalConfig,
     OptimConfig,
     ParallelConfig,
+    PreprocessConfig,
     SourceConfig,
     SwinV2Config,
     TelemetryConfig,
@@ -63,12 +64,23 @@ def full() -> Config:
         train=TrainConfig(batch_size=2048, accumulate=8, epochs=1, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=2000, every_minutes=60, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="coco", source=held_out(), every_steps=10_000),
-            EvalConfig(kind="perplexity", name="words", source=held_out(), every_steps=10_000),
-            EvalConfig(kind="captioning", name="captions", source=held_out(), decoding="beam", every_steps=50_000),
-            EvalConfig(kind="reconstruction", name="pixels", source=held_out(), batch_size=256, every_steps=50_000),
+            EvalConfig(kind="retrieval", name="coco", source=held_out(), preprocess=whole(), every_steps=10_000),
+            EvalConfig(kind="perplexity", name="words", source=held_out(), preprocess=whole(), every_steps=10_000),
+            EvalConfig(
+                kind="captioning", name="captions", source=held_out(), preprocess=whole(), decoding="beam",
+                every_steps=50_000,
+            ),
+            EvalConfig(
+                kind="reconstruction", name="pixels", source=held_out(), preprocess=whole(), batch_size=256,
+                every_steps=50_000,
+            ),
         ),
-    )
+    )  # fmt: skip
+
+
+def whole() -> PreprocessConfig:
+    """A caption speaks of all that is there, and an emoji reaches to its edges."""
+    return PreprocessConfig(crop=1.0)
 
 
 def held_out() -> SourceConfig:
@@ -103,10 +115,15 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, accumulate=2, steps=480, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=120, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="unseen", source=emoji("combinations"), gallery=known, every_steps=120),
-            EvalConfig(kind="perplexity", name="words", source=emoji("combinations"), every_steps=120),
-            EvalConfig(kind="captioning", name="captions", source=emoji("combinations")),
-            EvalConfig(kind="reconstruction", name="pixels", source=emoji("combinations")),
+            EvalConfig(
+                kind="retrieval", name="unseen", source=emoji("combinations"), gallery=known, preprocess=whole(),
+                every_steps=120,
+            ),
+            EvalConfig(
+                kind="perplexity", name="words", source=emoji("combinations"), preprocess=whole(), every_steps=120
+            ),
+            EvalConfig(kind="captioning", name="captions", source=emoji("combinations"), preprocess=whole()),
+            EvalConfig(kind="reconstruction", name="pixels", source=emoji("combinations"), preprocess=whole()),
         ),
         telemetry=TelemetryConfig(log_every=10),
-    )
+    )  # fmt: skip

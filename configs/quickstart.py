@@ -13,12 +13,18 @@ from visionfm_jax.config import (
     DataConfig,
     EvalConfig,
     OptimConfig,
+    PreprocessConfig,
     SourceConfig,
     TelemetryConfig,
     TrainConfig,
     ViTConfig,
 )
 from visionfm_jax.config.load import variant_of
+
+
+def whole() -> PreprocessConfig:
+    """A digit fills its image."""
+    return PreprocessConfig(crop=1.0)
 
 
 def get_config(variant: str = "") -> Config:
@@ -38,8 +44,8 @@ def get_config(variant: str = "") -> Config:
         train=TrainConfig(batch_size=32, epochs=16, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=500, keep_last=1, keep_best=1, best_metric="digits/top1"),
         evals=(
-            EvalConfig(name="digits", source=held_out, batch_size=200, every_steps=500),
-            EvalConfig(name="pixels", kind="pixel_baseline", source=held_out, batch_size=200),
+            EvalConfig(name="digits", source=held_out, preprocess=whole(), batch_size=200, every_steps=500),
+            EvalConfig(name="pixels", kind="pixel_baseline", source=held_out, preprocess=whole(), batch_size=200),
         ),
         telemetry=TelemetryConfig(log_every=20),
     )

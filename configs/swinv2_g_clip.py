@@ -21,6 +21,7 @@ from visionfm_jax.config import (
     EvalConfig,
     OptimConfig,
     ParallelConfig,
+    PreprocessConfig,
     SourceConfig,
     SwinV2Config,
     TelemetryConfig,
@@ -67,6 +68,11 @@ def emoji(split: str) -> SourceConfig:
     return SourceConfig(kind="bundled", path="twemoji", split=split)
 
 
+def whole() -> PreprocessConfig:
+    """An emoji reaches to its edges."""
+    return PreprocessConfig(crop=1.0)
+
+
 def tiny() -> Config:
     unseen, known = emoji("combinations"), (emoji("train"), emoji("test"))
     return Config(
@@ -87,8 +93,13 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, steps=400, precision="fp16"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, batch_size=128, every_steps=100),
-            EvalConfig(kind="zero_shot", name="groups", source=emoji("test"), prompts="{}", batch_size=128),
+            EvalConfig(
+                kind="retrieval", name="unseen", source=unseen, gallery=known, preprocess=whole(), batch_size=128,
+                every_steps=100,
+            ),
+            EvalConfig(
+                kind="zero_shot", name="groups", source=emoji("test"), prompts="{}", preprocess=whole(), batch_size=128
+            ),
         ),
         telemetry=TelemetryConfig(log_every=10),
-    )
+    )  # fmt: skip

@@ -22,6 +22,7 @@ from visionfm_jax.config import (
     EvalConfig,
     OptimConfig,
     ParallelConfig,
+    PreprocessConfig,
     SourceConfig,
     SwinV2Config,
     TelemetryConfig,
@@ -71,6 +72,11 @@ def emoji(split: str) -> SourceConfig:
     return SourceConfig(kind="bundled", path="twemoji", split=split)
 
 
+def whole() -> PreprocessConfig:
+    """An emoji reaches to its edges."""
+    return PreprocessConfig(crop=1.0)
+
+
 def tiny() -> Config:
     unseen, known = emoji("combinations"), (emoji("train"), emoji("test"))
     return Config(
@@ -93,6 +99,10 @@ def tiny() -> Config:
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=128, steps=240, precision="fp16"),
         checkpoint=CheckpointConfig(every_steps=80, keep_last=2, weights="runs/swinv2_g_clip_tiny"),
-        evals=(EvalConfig(kind="retrieval", name="unseen", source=unseen, gallery=known, batch_size=128),),
+        evals=(
+            EvalConfig(
+                kind="retrieval", name="unseen", source=unseen, gallery=known, preprocess=whole(), batch_size=128
+            ),
+        ),
         telemetry=TelemetryConfig(log_every=5),
     )  # fmt: skip

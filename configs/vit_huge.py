@@ -21,6 +21,7 @@ from visionfm_jax.config import (
     EvalConfig,
     OptimConfig,
     ParallelConfig,
+    PreprocessConfig,
     SourceConfig,
     TelemetryConfig,
     TrainConfig,
@@ -55,6 +56,11 @@ def full() -> Config:
     )
 
 
+def whole() -> PreprocessConfig:
+    """An emoji reaches to its edges."""
+    return PreprocessConfig(crop=1.0)
+
+
 def tiny() -> Config:
     emoji = SourceConfig(kind="bundled", path="twemoji", split="test")
     return Config(
@@ -73,6 +79,6 @@ def tiny() -> Config:
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=64, steps=300, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
-        evals=(EvalConfig(name="concepts", source=emoji, every_steps=100),),
+        evals=(EvalConfig(name="concepts", source=emoji, preprocess=whole(), every_steps=100),),
         telemetry=TelemetryConfig(log_every=10),
     )

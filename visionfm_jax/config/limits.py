@@ -211,6 +211,11 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
         "keep_last": Range(1, 10_000),
         "keep_best": Range(0, 10_000),
     },
+    schema.PreprocessConfig: {
+        "crop": Range(0.01, 1),
+        "resize": OneOf(("crop", "squash")),
+        "interpolation": OneOf(("bicubic", "bilinear")),
+    },
     schema.EvalConfig: {
         "name": FileName(),
         "batch_size": Range(0, 2**16),

@@ -212,12 +212,22 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class PreprocessConfig:
+    """What an evaluation sees of an image, resized once, antialiased, to the model's size."""
+
+    crop: float = 0.875  # side of the centre square relative to the shorter side: 224 of 256; 1: all of it
+    resize: str = "crop"  # crop: the centre square | squash: `crop` of either side, whatever the ratio becomes
+    interpolation: str = "bicubic"  # bicubic | bilinear
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """A measurement on held-out data, named in the logs by `name`."""
 
     kind: str = "classification"  # a name in `evals.EVALS`
     name: str = "val"
     source: SourceConfig = field(default_factory=SourceConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     batch_size: int = 0  # 0: the training batch size
     every_steps: int = 0  # 0: only at the end
     classes: str = ""  # of `zero_shot`: a shipped list or a file of names, one a line; empty: those of the source

@@ -245,7 +245,7 @@ def parse(stem: str, pairs: dict[str, tuple[str, str]], known: Iterable[str]) ->
 
 def on_white(encoded: bytes, size: int = EMOJI_SIZE) -> np.ndarray:
     """Decode a picture with any transparency to uint8 (size, size, 3) on white, composited before it is resized."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
         drawn = image.convert("RGBA")
     canvas = Image.new("RGBA", drawn.size, "white")
     canvas.alpha_composite(drawn)

@@ -95,14 +95,21 @@ def train_loader(
 
 
 def eval_loader(
-    source: Source, fields: Fields, *, image_size: int, batch_size: int, host: int, hosts: int, threads: int
+    source: Source,
+    fields: Fields,
+    transform: transforms.EvalTransform,
+    *,
+    batch_size: int,
+    host: int,
+    hosts: int,
+    threads: int,
 ) -> Iterator[Batch]:
     """Every record once, in order, in equally many batches on every host.
 
     Args:
       source: the dataset.
       fields: what a row holds beside its image.
-      image_size: S, pixels.
+      transform: what becomes of an image.
       batch_size: rows over all hosts; host p gets rows [p B, (p + 1) B) of each batch, B = batch_size / hosts.
       host, hosts: this process and their number.
       threads: that read and decode.
@@ -114,8 +121,8 @@ def eval_loader(
     Raises:
       DataError: not one record could be read.
     """
-    rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, fields, image_size))
-    spec = {**_image_spec(image_size), **fields.spec, "mask": ((), np.float32)}
+    rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, fields, transform))
+    spec = {**_image_spec(transform.size), **fields.spec, "mask": ((), np.float32)}
     batches = HostBatches(rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
     asked = read = 0
     with Loader(batches, workers=0, prefetch=2) as loader:
@@ -246,7 +253,7 @@ class DamageLog:
 
 
 class _TrainRow:
-    """(source, record) -> a row with its image cropped (resized, if augmented); steps over damaged records."""
+    """(source, record) -> a row; steps over damaged records."""
 
     def __init__(self, sources: tuple[Source, ...], fields: Fields, size: int, augment: AugmentConfig):
         self._sources, self._fields, self._size = sources, fields, size
@@ -271,22 +278,20 @@ class _TrainRow:
 
     def _image(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         operations, magnitude = self._rand_augment
-        if not operations:
-            return transforms.train_crop(image, self._size, self._scale, rng)
         return rand_augment(transforms.train_image(image, self._size, self._scale, rng), operations, magnitude, rng)
 
 
 class _EvalRow:
     """Record -> its row, or an empty one where it is damaged."""
 
-    def __init__(self, source: Source, fields: Fields, size: int):
-        self._source, self._fields, self._size = source, fields, size
+    def __init__(self, source: Source, fields: Fields, transform: transforms.EvalTransform):
+        self._source, self._fields, self._transform = source, fields, transform
 
     def __call__(self, record: int) -> Row:
         example = _example(self._source, record)
         try:
             row = self._fields(example)
-            row["image"] = transforms.eval_crop(example["image"], self._size)
+            row["image"] = self._transform(example["image"])
         except DAMAGED as error:
             key = self._source.key(record)
             logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
@@ -308,12 +313,9 @@ def _image_spec(size: int) -> Spec:
 
 
 def _store(batch: Batch, index: int, row: Row) -> None:
-    """Resize the image into the batch, with no copy between; a row without an image leaves its zeros."""
+    """Copy a row into the batch; one without an image leaves its zeros."""
     for key, value in row.items():
-        if key == "image":
-            transforms.resize(value, batch["image"][index])
-        else:
-            batch[key][index] = value
+        batch[key][index] = value
 
 
 def _pair(source: int, record: int) -> tuple[int, int]:

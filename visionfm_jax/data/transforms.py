@@ -1,116 +1,129 @@
 """From an encoded image to (S, S, 3) uint8 pixels, on the host; shapes: H W image height, width; S target side.
 
 Decisions, and why:
-  * JPEG is decoded by libjpeg-turbo (simplejpeg), scaled by 1/8 … 1/2 in the DCT domain as far as the crop still
-    covers the target; whatever it refuses goes to Pillow, and what Pillow refuses is damaged.
-  * Resizing by OpenCV: bilinear when shrinking by less than 2, where its two taps still see every source pixel and
-    an area average costs as much as decoding the JPEG; area average from 2 on, where bilinear would skip pixels;
-    bicubic when enlarging. After a DCT-scaled decode the remaining factor is nearly always below 2.
-  * Pixels are taken as stored: the EXIF orientation is ignored, as in the usual ImageNet pipelines, so that boxes
-    and masks of annotated datasets fit.
+  * Training is fast: JPEG is decoded by libjpeg-turbo (simplejpeg), scaled by 1/8 … 1/2 in the DCT domain as far as
+    the crop still covers the target, and resized by OpenCV: bilinear when shrinking by less than 2, where its two taps
+    still see every source pixel and an area average costs as much as decoding the JPEG; area average from 2 on, where
+    bilinear would skip pixels; bicubic when enlarging. After a DCT-scaled decode the remaining factor is nearly always
+    below 2.
+  * Evaluation is exact: the whole image is decoded, and resized once by Pillow, antialiased, with the geometry of
+    torchvision's Resize and CenterCrop. The same drawing gives the same pixels whatever size it is stored at.
+  * What libjpeg-turbo refuses goes to Pillow, and what Pillow refuses is damaged.
+  * Images are turned upright by their EXIF orientation, in training and evaluation alike: people see them so, and the
+    model cannot ask. Boxes and masks of annotated datasets that count pixels as stored have to be turned with them.
   * Transparent images are composited on white (their hidden colour is often black: halos otherwise); 16-bit ones
     keep the high byte, rounded; of an animation the first frame counts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
+from visionfm_jax.config.schema import PreprocessConfig
 from visionfm_jax.errors import DataError
 
 cv2.setNumThreads(1)  # the loader runs one image per thread
 
 MAX_PIXELS = 178_956_970  # of the encoded image, from its header; Pillow's own limit against decompression bombs
-EVAL_SHARE = 0.875  # of the shorter side, kept by the centre crop: 224 of 256
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 CROP_TRIES = 10
+# What Pillow may open. Its other formats are rare among pictures, little tested, and run programs: PostScript.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 ChooseBox = Callable[[int, int], Box]  # (height, width of the image) -> box
+Finish = Callable[[np.ndarray], np.ndarray]  # the box's pixels, uint8 (h, w, 3) -> the result
+
+_BEFORE_IMAGE = frozenset(bytes((0xFF, marker)) for marker in (*range(0xE0, 0xF0), 0xFE))  # of JPEG: APPn, comment
+INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# EXIF orientation -> what makes the stored pixels upright: swap rows and columns, then flip rows, then columns.
+UPRIGHT = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
 
 
 class DamagedImage(Exception):
     """An image that cannot be decoded, or is larger than `MAX_PIXELS`."""
 
 
-def train_crop(
+def train_image(
     image: bytes | np.ndarray, size: int, crop_scale: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Random crop (Szegedy et al. 2015) still to be resized: area share in `crop_scale`, log-uniform ratio 3/4 … 4/3.
+    """Random resized crop (Szegedy et al. 2015): area share in `crop_scale`, log-uniform ratio 3/4 … 4/3.
 
     Args:
       image: encoded bytes, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-      size: side S that the crop will be resized to; a JPEG is decoded no larger than that needs.
+      size: side S; a JPEG is decoded no larger than that needs.
       crop_scale: area of the crop relative to the image; (1, 1): the whole image, whatever its ratio.
       rng: always advances by the same amount, whatever the image.
 
     Returns:
-      uint8 (h, w, 3), RGB.
+      uint8 (S, S, 3), RGB.
 
     Raises:
       DamagedImage: the image cannot be decoded.
     """
     draws = rng.random((CROP_TRIES, 4))
-    if tuple(crop_scale) == (1, 1):
-        return _read(image, size, lambda height, width: (0, 0, height, width))
-    return _read(image, size, lambda height, width: random_box(draws, height, width, crop_scale))
+    choose = whole_box if tuple(crop_scale) == (1, 1) else functools.partial(random_box, draws, crop_scale)
+    return _read(image, size, choose, lambda pixels: resize(pixels, size))
 
 
-def eval_crop(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """The part of an image that, resized to (S, S), is what resizing its shorter side to S / 0.875 has in the centre.
+@dataclass(frozen=True)
+class EvalTransform:
+    """What evaluation makes of an image: uint8 (S, S, 3), RGB.
 
-    Cropping first and resizing once gives the same pixels up to rounding the box, for less work. An image of (S, S)
-    is taken whole.
-
-    Args:
-      image: as in `train_crop`.
-      size: side S that the crop will be resized to.
-
-    Returns:
-      uint8 (h, w, 3), RGB.
-
-    Raises:
-      DamagedImage: the image cannot be decoded.
+    Attributes:
+      size: side S.
+      preprocess: which part is seen, and how it is resized.
     """
-    return _read(image, size, lambda height, width: centre_box(height, width, size))
+
+    size: int
+    preprocess: PreprocessConfig
+
+    def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
+        """`image` as in `train_image`.
+
+        Raises:
+          DamagedImage: the image cannot be decoded.
+        """
+        return _read(image, 0, whole_box, self._resize)
+
+    @property
+    def settings(self) -> dict[str, float | str]:
+        """Its part of an eval's protocol."""
+        return {"image_size": self.size, **dataclasses.asdict(self.preprocess)}
+
+    def _resize(self, pixels: np.ndarray) -> np.ndarray:
+        box = eval_box(*pixels.shape[:2], self.size, self.preprocess)
+        how = INTERPOLATION[self.preprocess.interpolation]
+        return np.asarray(Image.fromarray(pixels).resize((self.size, self.size), how, box))
 
 
-def resize(pixels: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """uint8 (h, w, 3) into `out`, contiguous uint8 (S, S, 3), which is also returned.
-
-    First the sides that are too long, then those that are too short; nothing changes where both fit.
-    """
-    size = out.shape[0]
+def resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (h, w, 3) to (S, S, 3): first the sides that are too long, then those that are too short."""
     height, width = pixels.shape[:2]
-    if (height, width) == (size, size):
-        np.copyto(out, pixels)
-        return out
     if height > size or width > size:
         how = cv2.INTER_AREA if max(height, width) >= 2 * size else cv2.INTER_LINEAR
-        shape = (min(width, size), min(height, size))
-        pixels = cv2.resize(pixels, shape, dst=out if shape == (size, size) else None, interpolation=how)
+        pixels = cv2.resize(pixels, (min(width, size), min(height, size)), interpolation=how)
     if height < size or width < size:
-        cv2.resize(pixels, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
-    return out
-
-
-def train_image(
-    image: bytes | np.ndarray, size: int, crop_scale: tuple[float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """`train_crop`, resized: uint8 (S, S, 3)."""
-    return resize(train_crop(image, size, crop_scale, rng), np.empty((size, size, 3), np.uint8))
-
-
-def eval_image(image: bytes | np.ndarray, size: int) -> np.ndarray:
-    """`eval_crop`, resized: uint8 (S, S, 3)."""
-    return resize(eval_crop(image, size), np.empty((size, size, 3), np.uint8))
+        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_CUBIC)
+    return pixels
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
@@ -125,16 +138,21 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
     Raises:
       DamagedImage: the image cannot be decoded.
     """
-    return _read(image, 0, lambda height, width: (0, 0, height, width))
+    return _read(image, 0, whole_box, lambda pixels: pixels)
 
 
-def random_box(draws: np.ndarray, height: int, width: int, crop_scale: tuple[float, float]) -> Box:
+def whole_box(height: int, width: int) -> Box:
+    """Everything."""
+    return 0, 0, height, width
+
+
+def random_box(draws: np.ndarray, crop_scale: tuple[float, float], height: int, width: int) -> Box:
     """Box of a random resized crop; after ten tries that do not fit, the largest centre box of an allowed ratio.
 
     Args:
       draws: (10, 4) in [0, 1): area, ratio, top, left of every try.
-      height, width: of the image, pixels.
       crop_scale: least and largest area of the crop relative to the image.
+      height, width: of the image, pixels.
     """
     low, high = crop_scale
     log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
@@ -149,36 +167,45 @@ def random_box(draws: np.ndarray, height: int, width: int, crop_scale: tuple[flo
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def centre_box(height: int, width: int, size: int) -> Box:
-    """The centre square whose side is 0.875 of the shorter side; everything where the image is (size, size)."""
-    if height == width == size:
-        return 0, 0, height, width
-    side = max(1, round(min(height, width) * EVAL_SHARE))
-    return (height - side) // 2, (width - side) // 2, side, side
+def eval_box(height: int, width: int, size: int, preprocess: PreprocessConfig) -> tuple[float, float, float, float]:
+    """The part of an image that is resized to (S, S): left, upper, right and lower edge in pixels, for Pillow.
+
+    It is that of timm's evaluation, torchvision's Resize(floor(S / crop)) and CenterCrop(S), whole pixels of the
+    resized image and all: resizing this part alone gives the same result for less work.
+    """
+    shorter = math.floor(size / preprocess.crop)
+    if preprocess.resize == "squash":
+        resized = shorter, shorter
+    else:
+        resized = shorter * height // min(height, width), shorter * width // min(height, width)
+    top, left = (round((side - size) / 2) for side in resized)
+    down, across = height / resized[0], width / resized[1]
+    return left * across, top * down, (left + size) * across, (top + size) * down
 
 
-def _read(image: bytes | np.ndarray, size: int, choose: ChooseBox) -> np.ndarray:
-    """The chosen box of an image, of a JPEG at the scale that `size` needs; size 0: at its own."""
+def _read(image: bytes | np.ndarray, size: int, choose: ChooseBox, finish: Finish) -> np.ndarray:
+    """`finish` of the chosen box of an upright image, of a JPEG at the scale that `size` needs; size 0: at its own."""
     if isinstance(image, np.ndarray):
         pixels = _three_channels(image)
     elif image[:3] == b"\xff\xd8\xff":
         try:
-            return _read_jpeg(image, size, choose)
+            pixels, choose = _decode_jpeg(image, size, choose), whole_box
         except ValueError:  # CMYK, junk between markers, cut off: Pillow reads what can be read
             pixels = _decode_other(image)
     else:
         pixels = _decode_other(image)
     top, left, height, width = choose(*pixels.shape[:2])
-    return pixels[top : top + height, left : left + width]
+    return finish(pixels[top : top + height, left : left + width])
 
 
-def _read_jpeg(data: bytes, size: int, choose: ChooseBox) -> np.ndarray:
-    """As `_read`. Raises ValueError on everything that libjpeg-turbo cannot turn into RGB without a complaint."""
+def _decode_jpeg(data: bytes, size: int, choose: ChooseBox) -> np.ndarray:
+    """The chosen box, upright. Raises ValueError on all that libjpeg-turbo cannot turn into RGB without a complaint."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(height, width)
     if colours not in ("YCbCr", "RGB", "Gray"):
         raise ValueError(colours)
-    top, left, h, w = choose(height, width)
+    orientation = _jpeg_orientation(data)
+    top, left, h, w = _stored_box(choose, height, width, orientation)
     if size:  # the least scaled image in which the box still covers the target; factors 5/8 … 7/8 would be slower
         least = -(-size * height // h), -(-size * width // w)
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2)
@@ -187,20 +214,75 @@ def _read_jpeg(data: bytes, size: int, choose: ChooseBox) -> np.ndarray:
     if pixels.shape[0] != height or pixels.shape[1] != width:
         down, across = pixels.shape[0] / height, pixels.shape[1] / width
         top, left, h, w = round(top * down), round(left * across), round(h * down), round(w * across)
-    return pixels[top : top + h, left : left + w]
+    return _upright(pixels[top : top + h, left : left + w], orientation)
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 … 8; 1 where there is none that can be read."""
+    place = 2
+    while data[place : place + 2] in _BEFORE_IMAGE:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4])
+        if data[place + 4 : place + 10] == b"Exif\0\0":
+            return _orientation(functools.partial(_exif, data[place + 4 : end]))
+        place = end
+    return 1
+
+
+def _exif(block: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
+
+
+def _orientation(read: Callable[[], Image.Exif]) -> int:
+    """That of an EXIF block; 1 where the block is damaged, which the image need not be."""
+    try:
+        value = read().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as many kinds as in `_decode_other`
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(h, w, 3) turned and mirrored from how it is stored to how it is seen; contiguous where anything changes."""
+    if orientation not in UPRIGHT:
+        return pixels
+    swap, flip_rows, flip_columns = UPRIGHT[orientation]
+    pixels = pixels.swapaxes(0, 1) if swap else pixels
+    pixels = pixels[::-1] if flip_rows else pixels
+    return np.ascontiguousarray(pixels[:, ::-1] if flip_columns else pixels)
+
+
+def _stored_box(choose: ChooseBox, height: int, width: int, orientation: int) -> Box:
+    """The box chosen in the upright image, in the (height, width) of the stored one."""
+    swap, flip_rows, flip_columns = UPRIGHT.get(orientation, (False, False, False))
+    if swap:
+        height, width = width, height
+    top, left, h, w = choose(height, width)
+    top = height - top - h if flip_rows else top
+    left = width - left - w if flip_columns else left
+    return (left, top, w, h) if swap else (top, left, h, w)
 
 
 def _decode_other(data: bytes) -> np.ndarray:
-    """Whatever Pillow reads, as uint8 (H, W, 3)."""
+    """Whatever Pillow reads, upright, as uint8 (H, W, 3)."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(image.height, image.width)
-            return _rgb(image)
+            image.load()  # some have their EXIF block after the pixels; a TIFF is turned by this already
+            return _upright(_rgb(image), _orientation(image.getexif))
     except DamagedImage:
         raise
     except Exception as error:  # its parsers raise a dozen kinds (OSError, SyntaxError, struct.error, …) on bad bytes
-        what = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        what = _unknown(data) if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DamagedImage(f"{what or type(error).__name__} ({len(data)} bytes)") from error
+
+
+def _unknown(data: bytes) -> str:
+    """What to say of bytes that are in no format that is read."""
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1"):
+        return "is HEIC, which is not read; convert it to JPEG, PNG or AVIF"
+    return f"is none of {', '.join(FORMATS)}"
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

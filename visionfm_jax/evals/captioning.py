@@ -83,7 +83,7 @@ class CaptioningEval(MultimodalEval):
 
     def _shown(self, record: int, text: str, references: tuple[str, ...]) -> dict[str, Any]:
         return {
-            "image": image_of(self.source, record, self.run_config.image_size),
+            "image": image_of(self.source, record, self.transform),
             "generated": text,
             "caption": references[0],
             "right": exact([text], [references]) == 1,

@@ -10,6 +10,7 @@ from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.by_class import by_class
 from visionfm_jax.evals.contrastive import image_of, measured_on, plain, protocol_of, sample
 from visionfm_jax.evals.subject import Predict, require_task
@@ -24,7 +25,7 @@ class ClassificationEval:
     Images whose loss is not finite are never right.
 
     Attributes:
-      protocol: 8 hex digits of what was measured: dataset, image size, classes.
+      protocol: 8 hex digits of what was measured: dataset, preprocessing, classes.
       details: after a run, for JSON: protocol and its settings, metrics, and `ByClass.details`.
       pictured: after a run, on host 0: images spread over the source with label and guess, and what was taken for what.
     """
@@ -38,9 +39,10 @@ class ClassificationEval:
         self.labels.check(self.source)
         names = tuple(self.source.class_names or ())
         self.classes = names + tuple(map(str, range(len(names), run.task.num_classes)))
+        self.transform = EvalTransform(run.image_size, config.preprocess)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
-            "image_size": run.image_size,
+            **self.transform.settings,
             "classes": run.task.num_classes,
         }
         self.protocol = protocol_of(self.settings)
@@ -52,7 +54,7 @@ class ClassificationEval:
         parts = []
         size = self.config.batch_size or self.run_config.train.batch_size
         batches = eval_loader(
-            self.source, self.labels, image_size=self.run_config.image_size, batch_size=size,
+            self.source, self.labels, self.transform, batch_size=size,
             host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
         )  # fmt: skip
         for step, batch in enumerate(batches):
@@ -80,7 +82,7 @@ class ClassificationEval:
         if self.host == 0:
             rows = sample(np.arange(len(labels)), PICTURED)
             self.pictured = {
-                "image": np.stack([image_of(self.source, int(records[r]), self.run_config.image_size) for r in rows]),
+                "image": np.stack([image_of(self.source, int(records[r]), self.transform) for r in rows]),
                 "label": labels[rows],
                 "guess": guess[rows],
                 "confusion": counted.cells,

@@ -14,7 +14,7 @@ import numpy as np
 
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.tokenizer import Tokenizer
-from visionfm_jax.data.transforms import eval_image
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.subject import Predict
 
 
@@ -68,9 +68,9 @@ def sample(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64)]
 
 
-def image_of(source: Source, record: int, size: int) -> np.ndarray:
+def image_of(source: Source, record: int, transform: EvalTransform) -> np.ndarray:
     """What the model sees of a record, uint8 (S, S, 3)."""
-    return eval_image(source[record]["image"], size)
+    return transform(source[record]["image"])
 
 
 def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:

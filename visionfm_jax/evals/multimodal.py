@@ -12,6 +12,7 @@ from visionfm_jax.data.batches import Batch, Row, Spec
 from visionfm_jax.data.fields import DamagedCaption, Fields
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.contrastive import captions_of, measured_on, plain, protocol_of
 from visionfm_jax.evals.subject import require_task
@@ -21,7 +22,7 @@ class MultimodalEval:
     """What construction checks and opens, and batches whose rows know their numbers.
 
     Attributes:
-      protocol: 8 hex digits of what was measured: the source, the image size and what `more_settings` has.
+      protocol: 8 hex digits of what was measured: the source, the preprocessing and what `more_settings` has.
       details: after a run, for JSON: protocol and its settings, metrics.
       pictured: after a run, on host 0: what there is to see.
     """
@@ -37,9 +38,10 @@ class MultimodalEval:
                 f"config.evals {config.name!r}: {self.source.name} has no captions, which {config.kind} needs; "
                 "set caption_key, or another source"
             )
+        self.transform = EvalTransform(run.image_size, config.preprocess)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
-            "image_size": run.image_size,
+            **self.transform.settings,
             **self.more_settings(),
         }
         self.protocol = protocol_of(self.settings)
@@ -60,7 +62,7 @@ class MultimodalEval:
         rows = self.batch_size // self.hosts
         own = self.host * rows + np.arange(rows, dtype=np.int32)
         batches = eval_loader(
-            self.source, fields, image_size=self.run_config.image_size, batch_size=self.batch_size,
+            self.source, fields, self.transform, batch_size=self.batch_size,
             host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
         )  # fmt: skip
         for step, batch in enumerate(batches):

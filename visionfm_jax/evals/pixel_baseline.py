@@ -13,6 +13,7 @@ from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.subject import Predict, require_task
 
@@ -37,6 +38,7 @@ class PixelBaseline:
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
         self.source = open_source(config.source)
+        self.transform = EvalTransform(run.image_size, config.preprocess)
         pixels = sum(map(len, self.train)) * run.image_size**2 * 3
         if pixels > MAX_PIXELS:
             raise DataError(
@@ -52,9 +54,9 @@ class PixelBaseline:
         return {"top1": float((scores(weights, test_x).argmax(-1) == test_y).mean())}
 
     def _pixels(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        size, labels = self.run_config.image_size, Labels(self.run_config.task.num_classes)
+        labels = Labels(self.run_config.task.num_classes)
         batches = eval_loader(
-            source, labels, image_size=size, batch_size=256, host=0, hosts=1, threads=self.run_config.data.threads
+            source, labels, self.transform, batch_size=256, host=0, hosts=1, threads=self.run_config.data.threads
         )
         rows = [(b["image"][b["mask"] > 0], b["label"][b["mask"] > 0]) for b in batches]
         images, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))

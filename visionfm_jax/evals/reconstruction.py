@@ -79,7 +79,7 @@ class ReconstructionEval(MultimodalEval):
         devices = jax.device_count()
         size = min(self.batch_size, -(-SAMPLE // devices) * devices)
         chosen = sample(records, size)
-        images = np.stack([image_of(self.source, int(r), self.run_config.image_size) for r in chosen])
+        images = np.stack([image_of(self.source, int(r), self.transform) for r in chosen])
         own = slice(self.host * size // self.hosts, (self.host + 1) * size // self.hosts)
         fill = size - len(chosen)
         batch = {

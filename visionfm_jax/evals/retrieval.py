@@ -18,6 +18,7 @@ from visionfm_jax.data.fields import DamagedCaption, Texts
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.contrastive import (
     captions_of,
@@ -86,7 +87,7 @@ class RetrievalEval:
     an answer as the other. Ties and embeddings that are not finite count against the model, see `evals.metrics`.
 
     Attributes:
-      protocol: 8 hex digits of what was measured: source, gallery, image size, tokenizer.
+      protocol: 8 hex digits of what was measured: source, gallery, preprocessing, tokenizer.
       details: after a run, for JSON: protocol and its settings, metrics.
       pictured: after a run, on host 0: `captions` and `images`, lists of queries with their best answers.
     """
@@ -99,6 +100,7 @@ class RetrievalEval:
         configs = (config.source, *config.gallery)
         self.sources = [open_source(s) for s in configs]
         self.source = self.sources[0]
+        self.transform = EvalTransform(run.image_size, config.preprocess)
         for source in self.sources:
             if not source.has_captions:
                 raise DataError(
@@ -108,7 +110,7 @@ class RetrievalEval:
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {
             "sources": [measured_on(s, c.path, c.split) for s, c in zip(self.sources, configs, strict=True)],
-            "image_size": run.image_size,
+            **self.transform.settings,
             "tokenizer": Path(self.tokenizer.name).name,
             "context": run.model.text.context,
         }
@@ -141,8 +143,8 @@ class RetrievalEval:
     def _embed(self, predict: Predict, number: int, source: Source) -> Embedded:
         size, most = self.config.batch_size or self.run_config.train.batch_size, source.most_captions
         batches = eval_loader(
-            source, Pairs(self.tokenizer, self.run_config.model.text.context, most),
-            image_size=self.run_config.image_size, batch_size=size, host=self.host, hosts=self.hosts,
+            source, Pairs(self.tokenizer, self.run_config.model.text.context, most), self.transform,
+            batch_size=size, host=self.host, hosts=self.hosts,
             threads=self.run_config.data.threads,
         )  # fmt: skip
         parts, images = [], 0
@@ -182,7 +184,7 @@ class RetrievalEval:
             return captions_of(self.sources[pairs.source[row]][int(pairs.record[row])])[pairs.place[text]]
 
         def image(row: int) -> np.ndarray:
-            return image_of(self.sources[pairs.source[row]], int(pairs.record[row]), self.run_config.image_size)
+            return image_of(self.sources[pairs.source[row]], int(pairs.record[row]), self.transform)
 
         captions = []
         asked = sample(np.arange(images), PICTURED)

@@ -13,6 +13,7 @@ from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.by_class import by_class
 from visionfm_jax.evals.contrastive import (
@@ -36,7 +37,7 @@ class ZeroShotEval:
     Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
 
     Attributes:
-      protocol: 8 hex digits of what was measured: prompts, names, dataset, image size, tokenizer.
+      protocol: 8 hex digits of what was measured: prompts, names, dataset, preprocessing, tokenizer.
       details: after a run, for JSON: protocol and its settings, metrics, and `ByClass.details`.
       pictured: after a run, on host 0: images with label and guess, and the confusion matrix.
     """
@@ -47,11 +48,12 @@ class ZeroShotEval:
         require_task(config, run, ContrastiveConfig, MultimodalConfig)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
+        self.transform = EvalTransform(run.image_size, config.preprocess)
         self.classes, self.prompts = self._classes(), self._prompts()
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
-            "image_size": run.image_size,
+            **self.transform.settings,
             "tokenizer": Path(self.tokenizer.name).name,
             "context": run.model.text.context,
             "prompts": self.prompts,
@@ -90,7 +92,7 @@ class ZeroShotEval:
         if self.host == 0:
             rows = sample(np.arange(len(images)), PICTURED)
             self.pictured = {
-                "image": np.stack([image_of(self.source, int(records[r]), self.run_config.image_size) for r in rows]),
+                "image": np.stack([image_of(self.source, int(records[r]), self.transform) for r in rows]),
                 "label": labels[rows],
                 "guess": result.guess[rows],
                 "confusion": counted.cells,
@@ -134,7 +136,7 @@ class ZeroShotEval:
         """Embeddings (N, E), labels (N,) and numbers (N,) of the readable records, of all hosts."""
         parts = []
         batches = eval_loader(
-            self.source, Labels(len(self.classes)), image_size=self.run_config.image_size,
+            self.source, Labels(len(self.classes)), self.transform,
             batch_size=self._batch_size, host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
         )  # fmt: skip
         for step, batch in enumerate(batches):

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from real_tars import unpack
 
-from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
+from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.data import select
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader, train_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.data.transforms import EvalTransform
 
 EMPTY = 3  # captions
 
@@ -173,7 +174,11 @@ def test_processes_with_workers_see_what_one_sees(folder, expected):
 def test_evaluation_sees_every_pair_once_in_order(folder):
     source, fields = opened(folder), Texts(open_tokenizer("clip"), 16)
     parts = [
-        list(eval_loader(source, fields, image_size=16, batch_size=64, host=host, hosts=2, threads=2))
+        list(
+            eval_loader(
+                source, fields, EvalTransform(16, PreprocessConfig()), batch_size=64, host=host, hosts=2, threads=2
+            )
+        )
         for host in range(2)
     ]
     texts, masks = (

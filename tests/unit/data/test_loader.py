@@ -18,14 +18,16 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
+from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.data import batches as batches_module
 from visionfm_jax.data.fields import DamagedCaption, Labels
 from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
+from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 
 SIZE = 16
 LABELS = Labels(100)
+VIEW = EvalTransform(SIZE, PreprocessConfig())
 
 
 class Pictures:
@@ -261,7 +263,7 @@ def test_sources_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_evaluation_sees_every_record_once_in_order(hosts):
     sources = Pictures(13, damaged=(6,))
-    arguments = {"image_size": SIZE, "batch_size": 8, "hosts": hosts, "threads": 2}
+    arguments = {"transform": VIEW, "batch_size": 8, "hosts": hosts, "threads": 2}
     parts = [list(eval_loader(sources, LABELS, host=h, **arguments)) for h in range(hosts)]
     steps = joined(parts)
     assert len(steps) == 2
@@ -275,11 +277,7 @@ def test_evaluation_sees_every_record_once_in_order(hosts):
 
 def test_evaluation_of_nothing_readable_is_an_error():
     with pytest.raises(DataError, match="none of its 5 records could be read"):
-        list(
-            eval_loader(
-                Pictures(5, damaged=(0, 1, 2, 3, 4)), LABELS, image_size=8, batch_size=4, host=0, hosts=1, threads=1
-            )
-        )
+        list(eval_loader(Pictures(5, damaged=(0, 1, 2, 3, 4)), LABELS, VIEW, batch_size=4, host=0, hosts=1, threads=1))
 
 
 def test_small_shared_memory_is_said_before_it_kills_workers(monkeypatch):
@@ -448,7 +446,7 @@ def test_a_record_without_caption_is_replaced_as_a_damaged_image_is():
         batch = next(loader)
     assert batch["text"][:, 0].tolist() == [1, 1, 2, 4, 4, 5, 1]
     assert batch["damaged"].tolist() == [1, 0, 0, 1, 0, 0, 2]
-    (rows,) = eval_loader(Pictures(7), Captioned(), image_size=SIZE, batch_size=7, host=0, hosts=1, threads=1)
+    (rows,) = eval_loader(Pictures(7), Captioned(), VIEW, batch_size=7, host=0, hosts=1, threads=1)
     assert rows["mask"].tolist() == [0, 1, 1, 0, 1, 1, 0]
 
 

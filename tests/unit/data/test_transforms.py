@@ -1,18 +1,23 @@
 """Decoding, crops, resizing, and the odd images that real folders hold."""
 
+import ast
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.data import transforms
-from visionfm_jax.data.transforms import DamagedImage
+from visionfm_jax.data.transforms import DamagedImage, EvalTransform
 from visionfm_jax.errors import DataError
+
+WHOLE = PreprocessConfig(crop=1.0)
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -45,20 +50,10 @@ def test_an_image_of_the_target_size_passes_bit_exact(form):
         "hw1": digit[..., None],
         "hw3": np.repeat(digit[..., None], 3, -1),
     }[form]
-    for result in (transforms.train_image(image, 28, (1, 1), rng()), transforms.eval_image(image, 28)):
+    for result in (transforms.train_image(image, 28, (1, 1), rng()), EvalTransform(28, WHOLE)(image)):
         assert result.shape == (28, 28, 3)
         assert result.dtype == np.uint8
         assert (result == digit[..., None]).all()
-
-
-def test_eval_is_resize_of_the_shorter_side_then_centre_crop():
-    image = smooth(375, 500)
-    resized = Image.fromarray(image).resize((341, 256), Image.Resampling.BILINEAR)
-    expected = np.asarray(resized.crop((58, 16, 58 + 224, 16 + 224)))
-    for data in (image, encoded(image, "PNG"), encoded(image, "JPEG", quality=95)):
-        assert difference(transforms.eval_image(data, 224), expected) < 1.5
-    assert transforms.centre_box(32, 32, 28) == (2, 2, 28, 28)  # no resizing at all
-    assert transforms.eval_image(image[:5, :300], 224).shape == (224, 224, 3)
 
 
 def test_crop_scale_one_resizes_the_whole_image():
@@ -70,7 +65,7 @@ def test_crop_scale_one_resizes_the_whole_image():
 def test_random_boxes_fit_and_are_spread_as_asked():
     areas, ratios = [], []
     for seed in range(2000):
-        top, left, h, w = transforms.random_box(rng(seed).random((10, 4)), 375, 500, (0.08, 1.0))
+        top, left, h, w = transforms.random_box(rng(seed).random((10, 4)), (0.08, 1.0), 375, 500)
         assert 0 <= top <= 375 - h
         assert 0 <= left <= 500 - w
         areas.append(h * w / (375 * 500))
@@ -86,7 +81,7 @@ def test_random_boxes_fit_and_are_spread_as_asked():
 
 @pytest.mark.parametrize(("shape", "box"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
 def test_a_box_that_never_fits_becomes_the_centre(shape, box):
-    assert transforms.random_box(rng().random((10, 4)), *shape, (0.9, 1.0)) == box
+    assert transforms.random_box(rng().random((10, 4)), (0.9, 1.0), *shape) == box
 
 
 def test_the_generator_advances_equally_whatever_the_image():
@@ -108,7 +103,7 @@ def test_jpeg_is_decoded_no_smaller_than_the_crop_needs(monkeypatch, seed):
     original = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     result = transforms.train_image(data, 112, (0.08, 1.0), rng(seed))
-    _, _, h, w = transforms.random_box(rng(seed).random((10, 4)), 768, 1024, (0.08, 1.0))
+    _, _, h, w = transforms.random_box(rng(seed).random((10, 4)), (0.08, 1.0), 768, 1024)
     (decoded,) = seen
     scale = decoded.shape[0] / 768
     assert min(h, w) * scale >= 112 - 1
@@ -152,7 +147,7 @@ def test_transparency_is_composited_on_white_without_dark_rims():
     red[..., 3] = alpha
     red[alpha > 0, 0] = 255
     for image in (red, encoded(red, "PNG"), encoded(red, "WEBP", lossless=True, exact=True)):
-        for pixels in (transforms.decode(image), transforms.eval_image(image, 48), transforms.eval_image(image, 96)):
+        for pixels in (transforms.decode(image), EvalTransform(48, WHOLE)(image), EvalTransform(96, WHOLE)(image)):
             assert pixels[..., 0].min() > 250  # red stays full from the disc over its rim to the white
             assert tuple(pixels[0, 0]) == (255, 255, 255)
     half = np.array([[[10, 200, 0, 128]]], np.uint8)
@@ -187,12 +182,94 @@ def test_webp_and_the_first_frame_of_an_animation():
         assert blue < 15
 
 
-def test_exif_orientation_is_ignored_by_every_decoder():
+def turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = orientation
+    return exif
+
+
+# What the stored rows and columns become, by the EXIF standard.
+UPRIGHT = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_are_turned_upright_by_every_decoder(kind):
     image = Image.fromarray(smooth(20, 30))
+    options = {"quality": 95} if kind in ("JPEG", "AVIF") else {"lossless": True} if kind == "WEBP" else {}
+    for orientation, upright in UPRIGHT.items():
+        data = encoded(image, kind, exif=turned(orientation), **options)
+        expected = upright(transforms.decode(encoded(image, kind, **options)))
+        assert difference(transforms.decode(data), expected) < 1, orientation
+        assert difference(EvalTransform(16, WHOLE)(data), EvalTransform(16, WHOLE)(expected)) < 1, orientation
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_random_crop_is_one_of_the_upright_image(kind, orientation):
+    image = Image.fromarray(smooth(300, 400))
+    data = encoded(image, kind, exif=turned(orientation), **({"quality": 95} if kind == "JPEG" else {}))
+    for seed in range(3):
+        expected = transforms.train_image(transforms.decode(data), 48, (0.08, 0.5), rng(seed))
+        assert difference(transforms.train_image(data, 48, (0.08, 0.5), rng(seed)), expected) < 5, seed  # whole pixels
+
+
+@pytest.mark.parametrize("block", [b"", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", b"junk" * 9])
+def test_a_damaged_exif_block_is_no_damaged_image(block):
+    image = smooth(20, 30)
     for kind in ("JPEG", "PNG", "WEBP"):
-        assert transforms.decode(encoded(image, kind, exif=exif)).shape == (20, 30, 3)
+        assert transforms.decode(encoded(image, kind, exif=b"Exif\0\0" + block)).shape == (20, 30, 3)
+    data = encoded(image, "JPEG")
+    for cut in (b"\xff\xe1", b"\xff\xe1\0", b"\xff\xe1\0\x10Exif\0\0"):
+        transforms._jpeg_orientation(b"\xff\xd8" + cut)
+    assert transforms._jpeg_orientation(data[:2] + b"\xff\xe1\0\x02" + data[2:]) == 1
+
+
+def test_postscript_starts_no_program(tmp_path, monkeypatch):
+    """Pillow gives a file of that format to Ghostscript, whatever its name says."""
+    ran = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # else what an earlier search has found
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(page)) as image, pytest.raises(OSError):  # noqa: PT011
+        image.load()
+    assert ran.exists()  # the danger is real
+    ran.unlink()
+    with pytest.raises(DamagedImage, match=r"none of AVIF, BMP, .* \(\d+ bytes\)"):
+        transforms.decode(page)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TGA", "PCX", "SGI", "ICO", "DDS", "IM", "MSP"])
+def test_formats_that_are_rare_among_pictures_are_not_opened(kind):
+    with pytest.raises(DamagedImage, match="none of"):
+        transforms.decode(encoded(Image.new("1" if kind == "MSP" else "RGB", (16, 16)), kind))
+
+
+def test_pillow_is_never_left_to_choose_the_format():
+    root = Path(transforms.__file__).parents[1]
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                assert "formats" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
+
+
+def test_avif_and_jpeg_2000_are_read_and_heic_is_named():
+    image = smooth(20, 30)
+    assert difference(transforms.decode(encoded(image, "AVIF", quality=95)), image) < 4
+    assert (transforms.decode(encoded(image, "JPEG2000")) == image).all()
+    with pytest.raises(DamagedImage, match="is HEIC, which is not read; convert it to JPEG, PNG or AVIF"):
+        transforms.decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
 
 
 def test_pixel_bound_is_checked_in_the_header():
@@ -219,7 +296,7 @@ def test_cut_off_files_are_damaged(kind):
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"junk", b"\x89PNG\r\n\x1a\n", b"\0" * 1000])
 def test_what_is_no_image_is_damaged(data):
     with pytest.raises(DamagedImage, match=r"\d bytes"):
-        transforms.eval_image(data, 32)
+        EvalTransform(32, WHOLE)(data)
 
 
 def test_arrays_of_another_kind_are_an_error_of_the_dataset():

@@ -9,7 +9,7 @@ import pytest
 from multimodal_fakes import Tables, make, multimodal_run
 from pair_fakes import BATCH, CONTEXT, SIDE, Numbered, on_hosts
 
-from visionfm_jax.config import ClassificationConfig
+from visionfm_jax.config import ClassificationConfig, PreprocessConfig
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals.registry import make_evals
 
@@ -93,6 +93,9 @@ def test_protocol_tells_what_was_measured(monkeypatch):
     (other,) = make(monkeypatch, Numbered(TEXTS[1:]), kind="perplexity")
     int(one.protocol, 16)
     assert one.protocol == again.protocol != other.protocol
+    for other in ({"crop": 1.0}, {"resize": "squash"}, {"interpolation": "bilinear"}):
+        (seen,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity", preprocess=PreprocessConfig(**other))
+        assert seen.protocol != one.protocol
     assert one.settings["tokenizer"] == "emoji"
 
 

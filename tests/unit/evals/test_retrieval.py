@@ -7,7 +7,14 @@ import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 from test_metrics import naive_ranks
 
-from visionfm_jax.config import AuroraConfig, ClassificationConfig, DecoderConfig, MultimodalConfig, SourceConfig
+from visionfm_jax.config import (
+    AuroraConfig,
+    ClassificationConfig,
+    DecoderConfig,
+    MultimodalConfig,
+    PreprocessConfig,
+    SourceConfig,
+)
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import retrieval
@@ -220,6 +227,7 @@ def test_protocol_tells_what_was_measured(monkeypatch):
     assert len(one.protocol) == 8
     int(one.protocol, 16)
     assert one.protocol == again.protocol != other.protocol
+    assert make(monkeypatch, two_sources(), preprocess=PreprocessConfig(crop=1.0))[0].protocol != one.protocol
     one.run(known()[0])
     kept = json.loads(json.dumps(one.details, allow_nan=False))
     assert kept["protocol"] == one.protocol

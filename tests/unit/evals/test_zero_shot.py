@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 
-from visionfm_jax.config import ClassificationConfig, SourceConfig
+from visionfm_jax.config import ClassificationConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import zero_shot
 from visionfm_jax.evals.registry import make_evals
@@ -129,6 +129,7 @@ def test_protocol_tells_what_was_measured(monkeypatch, files, tmp_path):
     assert len(base) == 8
     int(base, 16)
     assert make(monkeypatch, batch_size=16, **files)[0].protocol == base
+    assert make(monkeypatch, preprocess=PreprocessConfig(crop=1.0), **files)[0].protocol != base
     (tmp_path / "copy.txt").write_text((tmp_path / "prompts.txt").read_text())
     assert make(monkeypatch, **(files | {"prompts": str(tmp_path / "copy.txt")}))[0].protocol == base
     assert make(monkeypatch, **(files | {"prompts": "{}"}))[0].protocol != base
