@@ -6,7 +6,6 @@ Needs only jax, flax, optax, chex, einops and absl-py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -16,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from visionfm_jax.config import Config, load
+from visionfm_jax.config import Config
+from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import UserError, door
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import BATCH, make_mesh
@@ -94,14 +94,10 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m visionfm_jax.bench", description=__doc__)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before")
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="and --config.FIELD=VALUE, as for main")
-    if any(word in ("-h", "--help") for word in argv):
-        parser.parse_args(["--help"])
-    config, rest = load.from_arguments(argv)
-    arguments = parser.parse_args(rest)
+    parser = Parser("bench", __doc__)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before (%(default)s)")
+    config, arguments = parser.parse_with_config(argv)
     if arguments.steps < 1 or arguments.warmup < 1:
         raise UserError("--steps and --warmup must be at least 1")
     process, _ = cluster.initialize()

@@ -9,6 +9,7 @@ command again · 130 stopped by Ctrl-C with the state saved.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging as standard_logging
 import os
@@ -20,10 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from tqdm import tqdm
 
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
+from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.fields import Fields, fields_of
 from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_source
@@ -41,12 +43,6 @@ from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 from visionfm_jax.train.timing import SaveTimer, StopSignal
-
-_CONFIG = load.define_flag()
-_MODE = flags.DEFINE_enum("mode", "train", ("train", "evaluate"), "train, or evaluate what was trained")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, where no scheduler tells")
-_PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are, with --coordinator")
-_PROCESS = flags.DEFINE_integer("process", None, "which of them this is, from 0, with --coordinator")
 
 
 def run(config: Config) -> int:
@@ -266,14 +262,21 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The absl entry: start the cluster, then `run`."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; every setting starts with --")
+    """Read the command line, join the other processes, then work."""
+    parser = Parser("main", __doc__)
+    parser.add_argument("--mode", choices=MODES, default="train", help="train, or evaluate what was trained")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no scheduler tells")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
+    config, arguments = parser.parse_with_config(argv)
+    faulthandler.enable()  # a crash of compiled code shows where Python was
     quiet_logs()
-    config = load.from_flag(_CONFIG)
-    _, processes = cluster.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    work = {"train": run, "evaluate": evaluate}[_MODE.value]
+    _, processes = cluster.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    work = MODES[arguments.mode]
     return work(config) if processes == 1 else run_among_others(work, config)
+
+
+MODES = {"train": run, "evaluate": evaluate}
 
 
 def quiet_logs() -> None:
@@ -282,6 +285,7 @@ def quiet_logs() -> None:
     After the first array that it cannot read or write, Orbax abandons those of all other arrays, and each would
     print a page when it is collected. Nobody else here uses asyncio.
     """
+    logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     inside = f"{os.sep}orbax{os.sep}", f"{os.sep}asyncio{os.sep}"
     logging.get_absl_logger().addFilter(lambda record: inside[0] not in record.pathname)
@@ -320,15 +324,5 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def cli() -> None:
-    """Check the words of the command line in plain language, then hand over to absl."""
-    words = sys.argv[1:]
-    if not any(w.lstrip("-").startswith("help") for w in words):
-        code = door(load.check_arguments)(words)
-        if code:
-            sys.exit(code)
-    app.run(door(main))
-
-
 if __name__ == "__main__":
-    cli()
+    sys.exit(door(main)(sys.argv[1:]))

@@ -7,7 +7,6 @@ not fit, with the nearest setting that does.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -17,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from visionfm_jax.config import Config, load
+from visionfm_jax.config import Config
+from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import UserError, door
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster, read_targets
 from visionfm_jax.planning import report, settings
@@ -29,16 +29,12 @@ DOES_NOT_FIT = 3
 
 def main(argv: list[str]) -> int:
     """Parse, compile, print."""
-    parser = argparse.ArgumentParser(prog="python -m visionfm_jax.plan", description=__doc__)
+    parser = Parser("plan", __doc__)
     parser.add_argument("--cluster", metavar="GPU:HOSTSxGPUS", help=f"such as h100:4x8; GPUs: {', '.join(TARGETS)}")
     parser.add_argument("--search", action="store_true", help="try other settings with the same global batch, and rank")
     parser.add_argument("--json", metavar="FILE", help="write the plan there as well")
     parser.add_argument("--targets", metavar="FILE.toml", help="data sheets of other GPUs and networks")
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="and --config.FIELD=VALUE, as for main")
-    if any(word in ("-h", "--help") for word in argv):
-        parser.parse_args(["--help"])
-    config, rest = load.from_arguments(argv)
-    arguments = parser.parse_args(rest)
+    config, arguments = parser.parse_with_config(argv)
     targets = read_targets(arguments.targets) if arguments.targets else TARGETS
     if not arguments.cluster:
         raise UserError(f"--cluster is missing; name one, such as --cluster=h100:4x8; GPUs: {', '.join(targets)}")

@@ -81,7 +81,6 @@ def config_of(task: str, batch: int, accumulate: int, stage: int) -> Config:
         parallel=ParallelConfig(stage=stage),
         train=TrainConfig(batch_size=batch, steps=20, accumulate=accumulate, precision="fp32"),
     )
-    config.validate()
     return config
 
 

@@ -59,7 +59,6 @@ def small_config(
         parallel=ParallelConfig(stage=stage, replicas=replicas),
         train=TrainConfig(batch_size=BATCH, steps=200, precision=precision),
     )
-    config.validate()
     config.validate_devices(8)
     return config
 

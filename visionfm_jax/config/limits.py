@@ -91,6 +91,9 @@ class Filled:
     rule: str
     remedy: str
 
+    def __str__(self) -> str:
+        return "not empty"
+
     def problem(self, value: str) -> tuple[str, str] | None:
         """Rule and remedy if `value` is empty."""
         return None if value else (self.rule, self.remedy)

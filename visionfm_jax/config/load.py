@@ -1,13 +1,11 @@
 """A configuration from a file and the command line.
 
-`--config=FILE.py[:VARIANT]` names a file that defines `get_config(variant)`; `--config.a.b=value` sets a field.
-`main` parses them with `ml_collections.config_flags` (`define_flag`, `from_flag`); where that is not installed,
-as on bare GPU images, `from_arguments` understands the same words with the standard library alone.
+`--config=FILE.py[:VARIANT]` names a file that defines `get_config(variant)`; `--config.a.b=value` sets a field; the
+last of several counts. A run's length is `train.steps` or `train.epochs`: a flag for one overrides the other.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -20,7 +18,7 @@ from typing import Any
 from visionfm_jax.config.schema import Config
 from visionfm_jax.errors import ConfigError
 
-_OVERRIDE = re.compile(r"^--config\.([^=]+)(?:=(.*))?$", re.DOTALL)
+_OVERRIDE = re.compile(r"--config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
 def load_file(spec: str) -> Config:
@@ -30,9 +28,14 @@ def load_file(spec: str) -> Config:
       ConfigError: no such file, it does not run, it has no such variant, or it gives something else.
     """
     path, _, variant = spec.partition(":")
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), cutoff=0.5)
-        raise ConfigError(f"--config={path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        there = Path(path).is_file()
+        near = [] if there else difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), cutoff=0.5)
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--config={_beginning(path)}: cannot be read ({cause}); name a Python file") from error
+    if not there:
+        raise ConfigError(f"--config={_beginning(path)}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
     if not path.endswith(".py"):
         raise ConfigError(f"--config={path}: is no Python file; name one of configs/*.py")
     module_spec = importlib.util.spec_from_file_location("visionfm_jax_config_file", path)
@@ -42,8 +45,9 @@ def load_file(spec: str) -> Config:
         config = module.get_config(variant)
     except ConfigError as error:
         raise ConfigError(f"--config={spec}: {error}") from error
-    except Exception as error:  # whatever the file does wrong is the user's to see in one line
-        raise ConfigError(f"--config={spec}: {type(error).__name__} in the file: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the file does wrong is the user's to see in one line
+        message = " ".join(str(error).split())[:500]
+        raise ConfigError(f"--config={spec}: {type(error).__name__} in the file: {message}") from error
     if not isinstance(config, Config):
         raise ConfigError(
             f"--config={spec}: get_config returned {type(config).__name__}; return a visionfm_jax.config.Config"
@@ -68,6 +72,17 @@ def from_arguments(arguments: Sequence[str]) -> tuple[Config, list[str]]:
     Raises:
       ConfigError: as `load_file`; an unknown field, a value of another type, a broken rule.
     """
+    specs, overrides, rest = split(arguments)
+    config = overridden(specs, overrides)
+    config.validate()
+    return config, rest
+
+
+Override = tuple[str, str | None]  # the name of a field, and its value, if one is given
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[Override], list[str]]:
+    """Configuration files, fields to set, and the arguments that are not about the configuration."""
     specs, overrides, rest = [], [], []
     words = iter(arguments)
     for word in words:
@@ -75,45 +90,33 @@ def from_arguments(arguments: Sequence[str]) -> tuple[Config, list[str]]:
             specs.append(next(words, ""))
         elif word.startswith("--config="):
             specs.append(word.removeprefix("--config="))
-        elif match := _OVERRIDE.match(word):
-            overrides.append((match[1], "true" if match[2] is None else match[2]))
+        elif match := _OVERRIDE.fullmatch(word):
+            overrides.append((match[1], match[2]))
         else:
             rest.append(word)
-    if len(specs) != 1:
-        raise ConfigError("give one --config=FILE.py[:VARIANT], e.g. --config=configs/quickstart.py")
+    return specs, overrides, rest
+
+
+def overridden(specs: Sequence[str], overrides: Sequence[Override]) -> Config:
+    """The configuration of the one file that `specs` name, with fields set; not checked.
+
+    Raises:
+      ConfigError: as `from_arguments`, save for broken rules.
+    """
+    if len(specs) != 1 or not specs[0] or specs[0].startswith("-"):
+        told = f"--config is given {len(specs)} times" if len(specs) > 1 else "--config is missing, or has no value"
+        raise ConfigError(f"{told}; give one --config=FILE.py[:VARIANT], e.g. --config=configs/quickstart.py")
     config = load_file(specs[0])
     for name, text in overrides:
         _set(config, name, text)
-    config.validate()
-    return config, rest
-
-
-def define_flag() -> Any:
-    """Define `--config` for an `absl.app` door; its holder goes to `from_flag`."""
-    from ml_collections import config_flags
-
-    return config_flags.DEFINE_config_file(
-        "config", None, "FILE.py[:VARIANT]; then --config.FIELD=VALUE", lock_config=False
-    )
-
-
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse, before `define_flag`'s parser meets them, a missing file and unknown fields, in plain words.
-
-    Raises:
-      ConfigError: as `from_arguments`, of which this is everything but the result.
-    """
-    from_arguments(arguments)
-
-
-def from_flag(holder: Any) -> Config:
-    """The value of the flag, checked.
-
-    Raises:
-      ConfigError: a broken rule.
-    """
-    config = holder.value
-    config.validate()
+    lengths = {name.rpartition(".")[2] for name, _ in overrides if name in ("train.steps", "train.epochs")}
+    set_here = [leaf for leaf in sorted(lengths) if getattr(config.train, leaf)]
+    if len(set_here) > 1:
+        raise ConfigError("--config.train.epochs and --config.train.steps both set the length of the run; give one")
+    if set_here == ["steps"]:
+        config.train.epochs = 0.0
+    if set_here == ["epochs"]:
+        config.train.steps = 0
     return config
 
 
@@ -135,39 +138,54 @@ def _names(value: Any, name: str) -> Iterator[str]:
         yield name
 
 
-def _set(config: Config, name: str, text: str) -> None:
+def _set(config: Config, name: str, text: str | None) -> None:
     known = list(fields(config))
     if name not in known:
         leaf = name.rpartition(".")[2]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
         near += [k for k in known if k.rpartition(".")[2] == leaf and k not in near]
         hint = "; did you mean " + " or ".join(near[:3]) + "?" if near else f"; there are {', '.join(known[:8])}, …"
-        raise ConfigError(f"--config.{name}: no such field{hint}")
+        raise ConfigError(f"--config.{_beginning(name)}: no such field{hint}")
     holder: Any = config
     *parents, leaf = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
     for part in parents:
         holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
-    kind = typing.get_type_hints(type(holder))[leaf]
+    kind, now = typing.get_type_hints(type(holder))[leaf], getattr(holder, leaf)
+    if text is None and kind is not bool:
+        raise ConfigError(f"--config.{name}: has no value; write --config.{name}=VALUE")
+    if Ellipsis in typing.get_args(kind):
+        if text.replace(" ", "") != "()":
+            raise ConfigError(f"--config.{name}={_beginning(text)}: a flag can empty it by (), only a file can fill it")
+        now = ()
     try:
-        setattr(holder, leaf, _parse(text, kind))
-    except (ValueError, SyntaxError, TypeError) as error:
-        shown = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise ConfigError(f"--config.{name}={text}: is no {shown}; such as {getattr(holder, leaf)!r}") from error
+        setattr(holder, leaf, _parse("true" if text is None else text, kind))
+    except ValueError as error:
+        what = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+        raise ConfigError(f"--config.{name}={_beginning(text)}: is no {what}; such as {now!r}") from error
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}… ({len(text):,} characters)"
 
 
 def _parse(text: str, kind: Any) -> Any:
+    """`text` as a value of `kind`; a tuple of numbers in any brackets or none."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
     if kind in (int, float, str):
         return kind(text)
-    items, kinds = ast.literal_eval(text), typing.get_args(kind)
-    if Ellipsis in kinds:  # a list of sources or evals: a flag can empty it, only a file can fill it
-        kinds = ()
+    inside = re.fullmatch(r"\((.*)\)|\[(.*)\]|([^()\[\]]*)", text.strip())
+    if not inside:
+        raise ValueError(text)
+    items = (inside[1] or inside[2] or inside[3] or "").split(",")
+    if not items[-1].strip():  # of (1,) and ()
+        items.pop()
+    kinds = () if Ellipsis in typing.get_args(kind) else typing.get_args(kind)
     if len(items) != len(kinds):
         raise ValueError(text)
-    return tuple(k(v) for k, v in zip(kinds, items, strict=True))
+    return tuple(_parse(item, k) for item, k in zip(items, kinds, strict=True))
 
 
 def describe(config: Config) -> str:

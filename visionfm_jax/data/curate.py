@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 from PIL import Image
 
-from visionfm_jax.errors import DataError, UserError
+from visionfm_jax.config.arguments import Parser
+from visionfm_jax.errors import DataError, UserError, door
 
 SEED = 0
 EMOJI_SIZE = 64  # pixels
@@ -384,15 +384,19 @@ MAKERS = {"digits": make_digits, "emoji": make_emoji}  # emoji: both hands at on
 
 
 def main(argv: list[str]) -> None:
-    """Make the sets that the flags ask for."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    out = Path(flags.FLAGS.out)
+    """Make the sets that the arguments ask for."""
+    parser = Parser("data.curate", __doc__)
+    bundled = Path(__file__).parent / "bundled"
+    parser.add_argument("--out", type=Path, default=bundled, help="folder to write the sets into (that of the package)")
+    parser.add_argument("--packages", type=Path, help="folder to fetch the packages into and reuse (a temporary one)")
+    parser.add_argument("--sets", nargs="+", choices=MAKERS, default=[*MAKERS], help="what to make (all)")
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        packages = Path(flags.FLAGS.packages or temporary)
+        packages = arguments.packages or Path(temporary)
         packages.mkdir(parents=True, exist_ok=True)
-        for name in flags.FLAGS.sets:
+        for name in arguments.sets:
             MAKERS[name](packages, out)
     files = sorted(out.glob("*.npz"))
     for path in files:
@@ -402,20 +406,5 @@ def main(argv: list[str]) -> None:
         raise DataError(f"{out}: {total:,} bytes of pictures, more than {MAX_BYTES:,}; lower curate.WEBP_QUALITY")
 
 
-def _run() -> None:
-    flags.DEFINE_string("out", str(Path(__file__).parent / "bundled"), "Folder to write the sets into.")
-    flags.DEFINE_string("packages", "", "Folder to fetch the packages into and reuse; empty: a temporary one.")
-    flags.DEFINE_multi_enum("sets", list(MAKERS), list(MAKERS), "What to make; repeatable.")
-
-    def start(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-
-    app.run(start)
-
-
 if __name__ == "__main__":
-    _run()
+    sys.exit(door(main)(sys.argv[1:]))

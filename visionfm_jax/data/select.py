@@ -10,7 +10,6 @@ as the source's selection. A report of what each condition drops is printed, and
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import columns
 from visionfm_jax.data.columns import Choice
 from visionfm_jax.data.conditions import Condition, parse
@@ -170,19 +170,15 @@ def _table(*names: str) -> Table:
 
 def main(argv: list[str]) -> None:
     """Parse, select, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m visionfm_jax.data.select",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("data.select", __doc__)
     parser.add_argument("--path", required=True, help="folder or URL with NNNNN.tar and NNNNN.parquet")
     parser.add_argument("--where", required=True, help="the conditions")
     parser.add_argument("--out", required=True, type=Path, help="file to write")
     parser.add_argument("--caption_key", default="txt", help="suffix of the members with captions (%(default)s)")
     parser.add_argument("--jobs", type=int, help="processes (one per core)")
     arguments = parser.parse_args(argv)
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise ConfigError(f"--jobs={arguments.jobs}: set 1 or more")
+    if arguments.jobs is not None and not 1 <= arguments.jobs <= 1024:
+        raise ConfigError(f"--jobs={arguments.jobs}: must lie in [1, 1024]; leave it out for one per core")
     out = arguments.out.expanduser()
     report = select(arguments.path, arguments.where, out, caption_key=arguments.caption_key, jobs=arguments.jobs)
     print_report(Console(soft_wrap=False), report, out)

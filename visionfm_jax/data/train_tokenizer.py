@@ -9,7 +9,6 @@ Ids: 0 padding, 1 begin, 2 end, 3 unknown, 4 mask ("<mask>", which no text can h
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from visionfm_jax.config import ClassificationConfig, Config
-from visionfm_jax.config.load import from_arguments
+from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.store import temporary
 from visionfm_jax.data.tokenizer import SHIPPED
@@ -181,22 +180,15 @@ def report(config: Config, captions: Captions, model: bytes) -> str:
 
 def main(argv: list[str]) -> None:
     """Parse, train, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m visionfm_jax.data.tokenizer", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("data.tokenizer", __doc__)
     parser.add_argument("action", choices=("train",))
-    parser.add_argument("--config", required=True, help="FILE.py[:VARIANT]; then --config.FIELD=VALUE")
     parser.add_argument("--vocab_size", type=int, help="pieces of the model (config.model.text.vocab_size)")
     parser.add_argument("--out", type=Path, help="file to write (config.task.tokenizer)")
     parser.add_argument("--sentences", type=int, default=SENTENCES, help="captions to read at most (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
-    known, others = parser.parse_known_args(argv)
-    config, others = from_arguments([f"--config={known.config}", *others])
-    if others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    config, known = parser.parse_with_config(argv)
     if isinstance(config.task, ClassificationConfig):
-        raise ConfigError(f"--config={known.config}: its task reads no captions; name a configuration that does")
+        raise ConfigError(f"{config.name}: its task reads no captions; name a configuration that does")
     if known.sentences < 1:
         raise ConfigError(f"--sentences={known.sentences}: set 1 or more")
     out = known.out or Path(config.task.tokenizer)

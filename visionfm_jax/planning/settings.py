@@ -90,7 +90,7 @@ def is_allowed(config: Config, setting: Setting, cluster: Cluster) -> bool:
     alone = not isinstance(config.task, ClassificationConfig) and not config.task.cached
     if alone and setting.accumulate != config.train.accumulate:  # that would contrast other pairs
         return False
-    if "cudnn" in setting.attention and (config.train.precision == "fp32" or missing_packages()):
+    if "cudnn" in setting.attention and missing_packages():
         return False
     try:
         changed.validate()

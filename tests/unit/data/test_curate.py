@@ -199,5 +199,5 @@ def test_command(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 2
-    assert run.stderr.startswith("error: ")
+    assert run.stderr.startswith("visionfm_jax: error: ")
     assert len(run.stderr.splitlines()) == 1

@@ -20,12 +20,12 @@ from visionfm_jax.config import *
 def get_config(variant):
     source = SourceConfig(kind="bundled", path="twemoji")
     bare = SourceConfig(kind="bundled", path="digits")
-    image = SwinV2Config(size="tiny", image_size=64, window=4)
+    image = SwinV2Config(size="P", image_size=64, window=4)
     if variant == "labels":
         return Config(name="words", data=DataConfig(train=(source,)), train=TrainConfig(steps=20_000))
     return Config(
         name="words",
-        model=ClipConfig(image=image, text=TextConfig(size="tiny", vocab_size=1024, context=12, end_token=2)),
+        model=ClipConfig(image=image, text=TextConfig(size="P", vocab_size=1024, context=12, end_token=2)),
         task=ContrastiveConfig(tokenizer=variant or "words.model"),
         data=DataConfig(train=(bare, source)),
         optim=OptimConfig(warmup_steps=1),
@@ -145,7 +145,7 @@ def test_names_that_are_not_written_over(config: str):
     for name in ("clip", "emoji"):
         with pytest.raises(ConfigError, match=rf"config.task.tokenizer = '{name}' names no file to write; set --out"):
             train_tokenizer.main(["train", f"{config}:{name}"])
-    with pytest.raises(ConfigError, match=r"words.py:labels: its task reads no captions"):
+    with pytest.raises(ConfigError, match=r"words: its task reads no captions"):
         train_tokenizer.main(["train", f"{config}:labels"])
     Path("words.model").write_text("mine")
     with pytest.raises(UserError, match=r"^words.model: exists; add --overwrite"):

@@ -1,0 +1,97 @@
+"""Command lines: the words of every program, what is wrong with them, and what --help lists."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from visionfm_jax.config import load
+from visionfm_jax.config.arguments import Parser, comments, field_help
+from visionfm_jax.config.schema import ContrastiveConfig, OptimConfig
+from visionfm_jax.errors import door
+
+ROOT = Path(__file__).parents[3]
+QUICK = "--config=configs/quickstart.py"
+
+
+def refused(capsys, main, *words):
+    """The one line on stderr."""
+    assert door(main)(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    (line,) = err.splitlines()
+    return line.removeprefix("visionfm_jax: error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mode=evaluate"], "give one --config=FILE.py"),
+        ([QUICK, "--mode=eval"], "argument --mode: invalid choice: 'eval'"),
+        ([QUICK, "--mode"], "argument --mode: expected one argument"),
+        ([QUICK, "--processes=many"], "argument --processes: invalid int value: 'many'"),
+        ([QUICK, "--procesess=2"], "no argument '--procesess'; did you mean --processes?"),
+        ([QUICK, "-config.optim.lr=1"], "no argument '-config.optim.lr'; did you mean --config.optim.lr?"),
+        ([QUICK, "--wat"], "no argument '--wat'; see python -m visionfm_jax.main --help"),
+        ([QUICK, "optim.lr=1"], "unexpected argument 'optim.lr=1': every argument starts with --"),
+        ([QUICK, "--config.optim.rl=1"], "--config.optim.rl: no such field; did you mean optim.lr"),
+    ],
+)
+def test_wrong_words_are_one_line_and_exit_code_2(capsys, monkeypatch, words, message):
+    from visionfm_jax.main import main
+
+    monkeypatch.chdir(ROOT)
+    assert message in refused(capsys, main, *words)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("bench", [QUICK, "--stpes=3"], "did you mean --steps?"),
+        ("bench", [QUICK, "--steps=3.5"], "argument --steps: invalid int value: '3.5'"),
+        ("plan", [QUICK, "--claster=h100:1x8"], "did you mean --cluster?"),
+        ("data.select", ["--path=x", "--out=y"], "the following arguments are required: --where"),
+        ("data.select", ["--path=x", "--where=a", "--out=y", "--jobs=1000000"], "[1, 1024]"),
+        ("data.train_tokenizer", [QUICK], "the following arguments are required: action"),
+        ("data.train_tokenizer", ["train", QUICK, "--sentence=3"], "did you mean --sentences?"),
+        ("data.curate", ["--sets=digit"], "argument --sets: invalid choice: 'digit'"),
+    ],
+)
+def test_so_do_the_other_programs(capsys, monkeypatch, program, words, message):
+    monkeypatch.chdir(ROOT)
+    assert message in refused(capsys, importlib.import_module(f"visionfm_jax.{program}").main, *words)
+
+
+def help_of(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        Parser("main", "What it does.\n\nExit codes: 0 done").parse_with_config([*words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_the_configuration_and_how_to_see_its_fields(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = help_of(capsys)
+    for words in ("--config FILE.py[:VARIANT]", "--config.FIELD=VALUE", "Exit codes", "configs/vit_huge.py"):
+        assert words in text
+    assert "python -m visionfm_jax.main --config=FILE.py --help" in text
+
+
+def test_help_of_a_configuration_lists_every_field(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = help_of(capsys, "--config=configs/aurora_xl.py:tiny", "--config.seed=3", "--config.optim.lr=inf")
+    config = load.overridden(["configs/aurora_xl.py:tiny"], [("seed", "3")])
+    for name in load.fields(config):
+        assert f"\n  {name} " in text
+    for words in ("seed                             3  ", "int [1, 65536]", "'bundled'", "A whole run."):
+        assert words in text
+
+
+def test_fields_are_explained_by_the_comments_beside_them(capsys):
+    assert comments(OptimConfig)["lr"] == "peak"
+    assert comments(ContrastiveConfig)["tokenizer"].startswith("clip, or a path: of a tokenizer.json, or")
+    lines = field_help(load.load_file(str(ROOT / "configs" / "quickstart.py"))).splitlines()
+    assert next(x for x in lines if x.startswith("  optim.lr ")).endswith(
+        "0.001                    peak; float [1e-12, 100]"
+    )
+    assert next(x for x in lines if x.startswith("  model.attention ")).endswith("xla | cudnn; str")

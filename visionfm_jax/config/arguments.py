@@ -1,0 +1,151 @@
+"""Command lines: a program's own arguments, and those of its configuration beside them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import io
+import re
+import tokenize
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from visionfm_jax.config import load
+from visionfm_jax.config.limits import LIMITS, OneOf
+from visionfm_jax.config.rules import shown
+from visionfm_jax.config.schema import Config
+from visionfm_jax.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line and exit code 2 by `errors.door`, and which knows `--config`.
+
+    Args:
+      program: the module's name below this package.
+      text: what it does; the module's docstring.
+    """
+
+    def __init__(self, program: str, text: str):
+        super().__init__(
+            prog=f"python -m visionfm_jax.{program}",
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        """The values of the program's own arguments.
+
+        Raises:
+          ConfigError: one is unknown, lacks its value or has a wrong one.
+        """
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return known
+
+    def parse_with_config(self, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+        """The configuration, checked, and the values of the program's own arguments.
+
+        With --help: print it, with the fields of the configuration if one is named, and exit.
+
+        Raises:
+          ConfigError: as `parse_args` and `load.from_arguments`.
+        """
+        self.add_argument(
+            "--config",
+            metavar="FILE.py[:VARIANT]",
+            help="the configuration; --config.FIELD=VALUE sets a field of it; --config=FILE.py --help lists the fields",
+        )
+        specs, overrides, own = load.split(arguments)
+        if "--help" in own or "-h" in own:
+            self.print_help()
+            print("\n" + (field_help(load.overridden(specs, overrides)) if specs else _configurations(self.prog)))
+            self.exit()
+        values = self.parse_args(own)
+        config = load.overridden(specs, overrides)
+        config.validate()
+        return config, values
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with `message`, and how to see what there is."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def _unknown(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"unexpected argument {shown(word)}: every argument starts with --"
+        name = word.partition("=")[0]
+        options = [o for o in self._option_string_actions if o.startswith("--")]
+        near = difflib.get_close_matches(f"--{name.lstrip('-')}", options, n=1, cutoff=0.6)
+        if re.match(r"-+config\.", word):
+            near = [f"--{name.lstrip('-')}"]
+        return f"no argument {shown(name)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _configurations(program: str) -> str:
+    found = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
+    return f"The fields of a configuration, with their values: {program} --config=FILE.py --help" + (
+        f"\nHere are {found}" if found else ""
+    )
+
+
+def field_help(config: Config) -> str:
+    """Every field of `config` as a flag takes it: name, value, meaning, type and bounds; a class a paragraph."""
+    lines = ["Fields, set by --config.FIELD=VALUE, and their values here:"]
+    for prefix, holder in _holders(config):
+        about = (type(holder).__doc__ or "").partition("\n")[0]
+        lines += ["", f"{prefix.rstrip('.') or 'config'} ({type(holder).__name__}): {about}"]
+        for field in dataclasses.fields(holder):
+            value = getattr(holder, field.name)
+            if dataclasses.is_dataclass(value):
+                continue
+            if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+                value = f"{len(value)} x {type(value[0]).__name__}"
+            else:
+                value = repr(value)
+            what = comments(type(holder)).get(field.name, "")
+            kind = _kind(field.type, LIMITS[type(holder)].get(field.name), what)
+            lines.append(f"  {prefix + field.name:32} {value:24} {'; '.join(filter(None, (what, kind)))}".rstrip())
+    return "\n".join(lines)
+
+
+def _holders(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`holder` and the dataclasses inside, with the beginnings of their fields' names."""
+    yield prefix, holder
+    for field in dataclasses.fields(holder):
+        value = getattr(holder, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _holders(value, f"{prefix}{field.name}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if dataclasses.is_dataclass(item):
+                    yield from _holders(item, f"{prefix}{field.name}[{i}].")
+
+
+def _kind(kind: Any, limit: Any, comment: str) -> str:
+    """Type and bounds, but for the choices that `comment` names."""
+    name = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("tuple")
+    if "visionfm_jax" in name:  # a tuple of sources or evals
+        return ""
+    if isinstance(limit, OneOf) and all(str(value) in comment for value in limit.values):
+        return name
+    limits = " ".join(map(str, limit)) if type(limit) is tuple else str(limit or "")
+    return f"{name} {limits}".strip()
+
+
+@functools.cache
+def comments(cls: type) -> dict[str, str]:
+    """What stands behind the fields of a dataclass in its source; {} where there is no source."""
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        return {}
+    out = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and (field := re.match(r"\s+(\w+):", token.line)):
+            out[field[1]] = token.string.lstrip("# ")
+    return out
