@@ -40,6 +40,7 @@ from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints
 from visionfm_jax.train.folder import RunFolder
 from visionfm_jax.train.loop import Hooks, train
+from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 from visionfm_jax.train.timing import SaveTimer, StopSignal
@@ -89,6 +90,7 @@ def run(config: Config) -> int:
                 save_due=SaveTimer(config),
                 describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
                 batch_seen=damage.see,
+                keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
         if damage.truncated:
@@ -226,8 +228,10 @@ def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.nda
     names = []
     for row in rows[:8].tolist():
         at = row - offset
-        source = sources[batch["source"][at]] if 0 <= at < local else None
-        key = f" = {source.name} {source.key(int(batch['record'][at]))}" if source else ""
+        key = ""
+        if 0 <= at < local:
+            source, record = used_record(sources, batch, at)
+            key = f" = {source.name} {source.key(record)}"
         names.append(f"{first + row}{key}")
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return ("samples " if len(rows) > 1 else "sample ") + ", ".join(names) + more

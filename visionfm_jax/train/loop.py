@@ -14,6 +14,7 @@ import numpy as np
 from visionfm_jax.errors import TrainingError
 from visionfm_jax.optim.loss_scale import FLOOR
 from visionfm_jax.parallel.mesh import to_global
+from visionfm_jax.train import spikes
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
@@ -22,7 +23,7 @@ from visionfm_jax.train.step import Trainer
 LAG = 2
 # Skipped steps in a row after which `on_nonfinite="skip"` gives up: the weights themselves are the cause by then.
 MAX_SKIPPED = 50
-# A gradient norm this many times the median of the steps before is told to people, with its samples.
+# A gradient norm this many times the median of the steps before is noted, and kept with its samples.
 SPIKE, SPIKE_WINDOW, SPIKE_AFTER = 10.0, 256, 64
 
 
@@ -50,6 +51,7 @@ class Hooks:
     save_due: Callable[[int], bool]  # by steps or minutes, the same answer on every host
     describe: Callable[[int, dict, np.ndarray], str]  # step, host batch, row numbers -> which samples they are
     batch_seen: Callable[[dict], None]  # each host batch: counts damaged records
+    keep: Callable[[str, int, dict, np.ndarray, dict], str]  # a spike: as `spikes.SpikeFolder.keep`
 
 
 @dataclasses.dataclass
@@ -141,12 +143,13 @@ class _Window:
         self.skipped: int = record.get("skipped", 0)  # since the run began
         self.skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
         self.losses: list[float] = record.get("losses", [])  # since the last line of metrics
-        self.norms: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+        self.norms = collections.deque(record.get("norms", []), maxlen=SPIKE_WINDOW)
         self.restart_clock()
 
     def record(self) -> dict[str, Any]:
         """What continues beside the state, so that metrics are those of a run that nothing interrupted; JSON."""
-        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "losses": [*self.losses]}
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return {**counts, "losses": [*self.losses], "norms": [*self.norms]}
 
     def restart_clock(self) -> None:
         self.steps, self.began, self.waited = 0, time.monotonic(), 0.0
@@ -196,13 +199,20 @@ class _Window:
         self.norms.append(norm)
         if norm <= SPIKE * usual:
             return
-        norms, losses = jax.device_get((item.metrics["gradient_norms"], item.metrics["losses"]))
-        tensor = self._tensor_names()[int(np.argmax(norms))]
-        who = self.hooks.describe(item.step, item.batch, np.argsort(-losses)[:3])
+        metrics = jax.device_get(item.metrics)
+        tensor = self._tensor_names()[int(np.argmax(metrics["gradient_norms"]))]
+        who = self.hooks.describe(item.step, item.batch, np.argsort(-metrics["losses"])[:3])
+        kept = self._keep(spikes.SPIKE, item, metrics, {"usual_grad_norm": usual})
         self.hooks.monitor.note(
             f"step {item.step}: gradient norm {norm:.3g} is {norm / usual:.0f} times its usual value, "
-            f"most of it in {tensor}; the largest losses are of {who}"
+            f"most of it in {tensor}; the largest losses are of {who}; {kept}"
         )
+
+    def _keep(self, kind: str, item: _Pending, metrics: dict[str, Any], more: dict[str, Any]) -> str:
+        """Write down what is known of the step; where it lies, for people."""
+        values = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0 and k != "finite"}
+        values["gradient_norms"] = dict(zip(self._tensor_names(), metrics["gradient_norms"].tolist(), strict=True))
+        return self.hooks.keep(kind, item.step, {**values, **more}, metrics["losses"], item.batch)
 
     def _tensor_names(self) -> list[str]:
         leaves = jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)
@@ -220,11 +230,13 @@ class _Window:
         who = self.hooks.describe(item.step, item.batch, rows if len(rows) else np.arange(len(metrics["losses"])))
         who = who if len(rows) else f"no single one of {who}, as each loss is finite"
         self.skipped += 1
+        scale = float(metrics.get("loss_scale", FLOOR))
+        kept = self._keep(spikes.OVERFLOW if scale > FLOOR else spikes.NOT_FINITE, item, metrics, {})
         if "loss_scale" in metrics:
-            self._overflow(item.step, float(metrics["loss_scale"]), f"{where}; {who}" if len(rows) else where)
+            self._overflow(item.step, scale, f"{where}; {who}; {kept}" if len(rows) else f"{where}; {kept}")
             return
         values = f"loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}"
-        text = f"step {item.step}: {values}: not finite, {where}; {who}"
+        text = f"step {item.step}: {values}: not finite, {where}; {who}; {kept}"
         self.skipped_in_a_row += 1
         if self.trainer.config.train.on_nonfinite == "stop":
             raise TrainingError(f'{text}; config.train.on_nonfinite="skip" would leave such steps out')

@@ -67,6 +67,7 @@ class Toy:
                     save_due=lambda done: done % self.save_every == 0,
                     describe=lambda *_: "",
                     batch_seen=lambda batch: None,
+                    keep=lambda *_: "",
                 )
                 batches = ({"x": np.full(16, s / 7, np.float32)} for s in range(int(state.step), TOTAL))
                 return train(trainer, state, batches, checkpoints, hooks, record)[1]
