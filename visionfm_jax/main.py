@@ -27,7 +27,7 @@ from tqdm import tqdm
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.fields import Fields, fields_of
-from visionfm_jax.data.loader import DamageLog, check_split, train_loader
+from visionfm_jax.data.loader import ORDER_VERSION, DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
@@ -63,7 +63,7 @@ def run(config: Config) -> int:
     ):
         state, record, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
-        changes = folder.record(config, start)
+        changes = folder.record(config, start, ORDER_VERSION)
         say(describe(trainer, origin, changes))
         damage = DamageLog(
             sources, config.data.max_damaged,

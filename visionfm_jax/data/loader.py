@@ -32,6 +32,10 @@ from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
 
 DAMAGED = (transforms.DamagedImage, DamagedCaption)
+# One of Grain's shuffles, 4 rounds of a block cipher, leaves records correlated over hundreds of samples; two leave
+# traces; after three nothing was found. benchmarks/shuffle.py prints the statistics.
+SHUFFLES = 3
+ORDER_VERSION = 2  # of `sample_order` with shuffling; a run continues only in the order that it began with
 STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
 
 
@@ -144,7 +148,8 @@ def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, sh
     for i, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
         if weight > 0:
             part = grain.MapDataset.range(length)
-            part = part.shuffle(seed=derive_seed(seed, f"order {i}")) if shuffle else part
+            for k in range(SHUFFLES if shuffle else 0):
+                part = part.shuffle(seed=derive_seed(seed, f"order {i} shuffle {k}"))
             parts.append(part.repeat().map(functools.partial(_pair, i)))
             shares.append(weight)
     return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=shares)

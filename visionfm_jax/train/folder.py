@@ -44,8 +44,13 @@ class RunFolder:
                 "system has locks"
             ) from error
 
-    def record(self, config: Config, step: int) -> list[str]:
+    def record(self, config: Config, step: int, order_version: int) -> list[str]:
         """Keep the exact configuration; called once it is known that the state of `step` fits it.
+
+        Args:
+          config: of this run.
+          step: that it continues from; 0 at the beginning.
+          order_version: of the shuffle that the samples come in.
 
         Returns:
           The settings that have changed since the run was last here, "field: old -> new"; the former file is kept
@@ -59,8 +64,14 @@ class RunFolder:
         path, new = self.path / "config.json", json.loads(json.dumps(to_dict(config)))
         changes = []
         if step and path.exists():
-            old = json.loads(path.read_text())["config"]
-            changes = _changes(old, new)
+            kept = json.loads(path.read_text())
+            if config.data.shuffle and (was := kept.get("order_version", 1)) != order_version:
+                raise ConfigError(
+                    f"the run in {self.path} has version {was} of the order of the samples, this program shuffles by "
+                    f"version {order_version}: finish it with the release that it began with, or start in another "
+                    "config.workdir, with its weights by config.checkpoint.weights"
+                )
+            changes = _changes(kept["config"], new)
             for name in (c.partition(":")[0] for c in changes):
                 if name in ORDER or (name.startswith("data.train") and not name.endswith(".path")):
                     raise ConfigError(
@@ -69,7 +80,8 @@ class RunFolder:
                     )
             if changes:
                 self._write(self.path / f"config-until-{step}.json", path.read_text())
-        self._write(path, json.dumps({"config": new, "derived": config.derived()}, indent=2) + "\n")
+        record = {"config": new, "derived": config.derived(), "order_version": order_version}
+        self._write(path, json.dumps(record, indent=2) + "\n")
         return changes
 
     def _write(self, path: Path, text: str) -> None:

@@ -121,7 +121,7 @@ def test_the_caption_is_drawn_by_seed_and_index_and_each_has_its_turn():
 
 
 def test_a_damaged_pair_is_replaced_by_a_pair():
-    rows = joined(load(6))
+    rows = joined(load(10))
     damaged = np.flatnonzero(rows["damaged"])
     assert len(damaged) > 1
     assert (rows["source"][damaged] == 2).all()

@@ -34,13 +34,13 @@ def test_the_configuration_is_kept_once_it_fits(tmp_path):
     kept = tmp_path / "config.json"
     with RunFolder(config, owner=True) as folder:
         assert not kept.exists()
-        folder.record(config, 0)
+        folder.record(config, 0, 2)
     record = json.loads(kept.read_text())
     assert record["config"]["train"]["steps"] == 20_000
     assert record["derived"]["examples_seen"] == 20_000 * 2048
     kept.unlink()
     with RunFolder(config, owner=False) as folder:
-        folder.record(config, 0)
+        folder.record(config, 0, 2)
     assert not kept.exists()
 
 
@@ -53,12 +53,12 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_changes_of_settings_are_told_and_the_former_file_kept(tmp_path):
     config = config_in(tmp_path)
     with RunFolder(config, owner=True) as folder:
-        assert folder.record(config, 0) == []
+        assert folder.record(config, 0, 2) == []
         config.optim.lr = 5e-4
-        assert folder.record(config, 40) == ["optim.lr: 0.001 -> 0.0005"]
+        assert folder.record(config, 40, 2) == ["optim.lr: 0.001 -> 0.0005"]
         kept = json.loads((tmp_path / "config-until-40.json").read_text())
         assert kept["config"]["optim"]["lr"] == 1e-3
-        assert folder.record(config, 50) == []
+        assert folder.record(config, 50, 2) == []
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,26 @@ def test_changes_of_settings_are_told_and_the_former_file_kept(tmp_path):
 def test_a_run_that_continues_keeps_the_order_of_its_samples(tmp_path, name, change):
     config = config_in(tmp_path)
     with RunFolder(config, owner=True) as folder:
-        folder.record(config, 0)
+        folder.record(config, 0, 2)
         before = (tmp_path / "config.json").read_text()
         config.data.train[0].path = "/moved"
         change(config)
         with pytest.raises(ConfigError, match=re.escape(f"config.{name} differs")):
-            folder.record(config, 10)
+            folder.record(config, 10, 2)
         assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_run_of_the_former_order_of_samples_is_not_continued(tmp_path):
+    config, kept = config_in(tmp_path), tmp_path / "config.json"
+    with RunFolder(config, owner=True) as folder:
+        folder.record(config, 0, 2)
+        record = json.loads(kept.read_text())
+        assert record.pop("order_version") == 2
+        kept.write_text(json.dumps(record))  # as releases before the version wrote it
+        with pytest.raises(ConfigError, match=r"version 1 of the order.*version 2.*another config\.workdir"):
+            folder.record(config, 10, 2)
+        config.data.shuffle = False  # the order of the files is that of every version
+        record["config"]["data"]["shuffle"] = False
+        kept.write_text(json.dumps(record))
+        folder.record(config, 10, 2)
+    assert json.loads(kept.read_text())["order_version"] == 2
