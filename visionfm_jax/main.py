@@ -37,7 +37,7 @@ from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.pictures import draw
 from visionfm_jax.telemetry.report import learning_curves
 from visionfm_jax.telemetry.writers import read_metrics
-from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints
+from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.spikes import SpikeFolder, used_record
@@ -122,21 +122,26 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainSta
       CheckpointError: it is named or there, but cannot be used.
     """
     config = trainer.config.checkpoint
-    if (step := checkpoints.latest()) is not None:
-        state = checkpoints.restore(trainer.shapes, trainer.shardings)
-        return state, checkpoints.record(step), f"step {step} of its own folder"
+    if checkpoints.latest() is not None:
+        own = checkpoints.restore(trainer.shapes, trainer.shardings)
+        return own.what, own.record, origin_of(own, f"step {own.step} of its own folder")
     if config.resume:
         with other_run(config, config.resume, "checkpoint.resume") as other:
-            state = other.restore(trainer.shapes, trainer.shardings)
-            record = other.record(int(state.step))
-        return state, record, f"step {int(state.step)} of {config.resume}"
+            found = other.restore(trainer.shapes, trainer.shardings)
+        return found.what, found.record, origin_of(found, f"step {found.step} of {config.resume}")
     state = trainer.init()
     if config.weights:
         with other_run(config, config.weights, "checkpoint.weights") as other:
-            params = other.restore_weights(trainer.shapes.params, trainer.shardings.params)
-        ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
-        return state.replace(params=params, ema=ema), {}, f"the weights of {config.weights}"
+            found = other.restore_weights(trainer.shapes.params, trainer.shardings.params)
+        ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, found.what)
+        origin = origin_of(found, f"the weights of {config.weights}")
+        return state.replace(params=found.what, ema=ema), {}, origin
     return state, {}, f"scratch, seed {trainer.config.seed}"
+
+
+def origin_of(found: Restored, name: str) -> str:
+    """`name` for people, with what they should know of the checkpoint."""
+    return "\n                   ".join([name, *found.notes])
 
 
 def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
@@ -195,11 +200,11 @@ def evaluate(config: Config) -> int:
     if config.checkpoint.weights and not Path(folder, SUBFOLDER).is_dir():
         folder, field = config.checkpoint.weights, "checkpoint.weights"
     with other_run(config.checkpoint, folder, field) as stored:
-        origin = f"the weights of step {stored.latest()} of {folder}"
-        weights = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
+        found = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
+    origin = origin_of(found, f"the weights of step {found.step} of {folder}")
     say(describe(trainer, origin, []))
     with tqdm(desc="evaluating", unit=" batches", disable=host > 0 or not config.telemetry.progress) as bar:
-        scores = measure(trainer, evals, weights, bar.update)
+        scores = measure(trainer, evals, found.what, bar.update)
     if host == 0:
         say(summary(Path(config.folder), config, evals, scores, curves=False))
     return 0

@@ -110,19 +110,19 @@ def test_a_restored_run_is_the_same_to_the_last_bit(injected, tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(half, jax.device_put(states[half], trainer.shardings), {})
         checkpoints.wait()
-        state = checkpoints.restore(trainer.shapes, trainer.shardings)
+        state = checkpoints.restore(trainer.shapes, trainer.shardings).what
         chex.assert_trees_all_equal(jax.device_get(state), states[half])
         continued, _ = run(trainer, state, range(half, len(EXPECTED)))
         chex.assert_trees_all_equal(continued[-1], states[-1])
 
         # The precision may change: then the scale is left behind, or starts anew.
         other = trainer_on(8, stage=3 - stage, precision="bf16")
-        state = checkpoints.restore(other.shapes, other.shardings)
+        state = checkpoints.restore(other.shapes, other.shardings).what
         assert state.loss_scale is None
         chex.assert_trees_all_equal(jax.device_get(state), states[half].replace(loss_scale=None))
         checkpoints.save(half + 1, state, {})
         checkpoints.wait()
-        state = checkpoints.restore(trainer.shapes, trainer.shardings)
+        state = checkpoints.restore(trainer.shapes, trainer.shardings).what
         assert jax.tree.map(float, state.loss_scale) == loss_scale.LossScale(loss_scale.START, 0, loss_scale.HYSTERESIS)
         chex.assert_trees_all_equal(jax.device_get(state.params), states[half].params)
         trainer.step(state, batch_of(trainer, 0))

@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
     newest = folder / "checkpoints" / str(EVERY * 2)
     data = largest(newest)
     intact = data.read_bytes()
-    remedy = f"move it away to continue from step {EVERY}"
+    remedy = f'move it away to continue from step {EVERY}, or set config.checkpoint.on_damage="older"'
     for damage in (lambda: os.truncate(data, 1000), data.unlink):
         damage()
         before = files(folder)

@@ -213,6 +213,7 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
         "every_minutes": Range(0, 1e6),
         "keep_last": Range(1, 10_000),
         "keep_best": Range(0, 10_000),
+        "on_damage": OneOf(("stop", "older")),
     },
     schema.PreprocessConfig: {
         "crop": Range(0.01, 1),

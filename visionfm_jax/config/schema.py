@@ -209,6 +209,7 @@ class CheckpointConfig:
     best_metric: str = ""  # e.g. "val/top1"; needed by keep_best; higher is better
     resume: str = ""  # another run's folder: continue its whole state
     weights: str = ""  # another run's folder: start from its weights only
+    on_damage: str = "stop"  # the newest checkpoint is damaged: stop | older: continue from the newest whole one
 
 
 @dataclass(kw_only=True)

@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError
 from visionfm_jax.optim import loss_scale
+from visionfm_jax.train.checksum import checksums, name_of
 from visionfm_jax.train.state import TrainState
 
 SUBFOLDER = "checkpoints"
 SCORES = "scores.json"  # of the evals, in the folder of their step
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that cannot be read, or holds other values than were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What came from a checkpoint.
+
+    Attributes:
+      step: of the checkpoint.
+      what: the state, or the weights alone.
+      record: what was saved beside the state.
+      notes: for people: damaged steps that were passed over, and whether this one could not be verified.
+    """
+
+    step: int
+    what: Any
+    record: dict[str, Any]
+    notes: list[str]
 
 
 class Checkpoints:
@@ -33,6 +58,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, config: CheckpointConfig, *, read_only: bool = False):
         self.folder = Path(folder).absolute() / SUBFOLDER
+        self._config, self._read_only = config, read_only
         with _plain_errors(f"opening {self.folder}"):
             if read_only:
                 options = ocp.CheckpointManagerOptions(read_only=True)
@@ -58,9 +84,8 @@ class Checkpoints:
           CheckpointError: no space, no permission, …
         """
         with _plain_errors(f"saving step {step} to {self.folder}"):
-            self._manager.save(
-                step, args=ocp.args.PyTreeSave(state), custom_metadata={"record": _seal(record)}, force=True
-            )
+            sealed = _seal({**record, "checksums": checksums(vars(state))})
+            self._manager.save(step, args=ocp.args.PyTreeSave(state), custom_metadata={"record": sealed}, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
         """What was saved with the state of `step`; {} by an older version.
@@ -135,23 +160,28 @@ class Checkpoints:
             with contextlib.suppress(CheckpointError):
                 self.close()
 
-    def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The newest state, laid out by `shardings` whatever mesh, stage or precision wrote it.
+    def restore(self, shapes: TrainState, shardings: TrainState) -> Restored:
+        """The newest state, laid out by `shardings` whatever mesh, stage or precision wrote it, and verified.
 
         Raises:
           CheckpointError: it is damaged, or of another model; with the differences.
         """
-        step, stored = self._newest()
-        fresh = {}
-        if not jax.tree.leaves(stored.pop("loss_scale", None)) and shapes.loss_scale:
-            fresh = {"loss_scale": jax.device_put(loss_scale.init(), shardings.loss_scale)}
-            shapes, shardings = shapes.replace(loss_scale=None), shardings.replace(loss_scale=None)
-        _refuse_other_tree(self.folder / str(step), stored, shapes.replace(loss_scale=None))
-        parts = {k: v for k, v in vars(_targets(shapes, shardings)).items() if v is not None}
-        return shapes.replace(**self._read(step, parts), **fresh)
 
-    def restore_weights(self, shapes: Any, shardings: Any) -> Any:
-        """The newest weights alone: the averaged ones where the run kept them.
+        def load(step: int) -> tuple[TrainState, dict[str, str]]:
+            fresh, wanted, layout = {}, shapes, shardings
+            stored = self._stored(step)
+            if not jax.tree.leaves(stored.pop("loss_scale", None)) and shapes.loss_scale:
+                fresh = {"loss_scale": jax.device_put(loss_scale.init(), shardings.loss_scale)}
+                wanted, layout = shapes.replace(loss_scale=None), shardings.replace(loss_scale=None)
+            _refuse_other_tree(self.folder / str(step), stored, wanted.replace(loss_scale=None))
+            parts = {k: v for k, v in vars(_targets(wanted, layout)).items() if v is not None}
+            read = self._read(step, parts)
+            return shapes.replace(**read, **fresh), checksums(read)
+
+        return self._newest_whole(load)
+
+    def restore_weights(self, shapes: Any, shardings: Any) -> Restored:
+        """The newest weights alone, verified: the averaged ones where the run kept them.
 
         Args:
           shapes, shardings: of the parameters.
@@ -159,21 +189,74 @@ class Checkpoints:
         Raises:
           CheckpointError: as `restore`.
         """
-        step, stored = self._newest()
-        key = "ema" if jax.tree.leaves(stored.get("ema")) else "params"
-        _refuse_other_tree(self.folder / str(step), {"params": stored.get(key)}, {"params": shapes})
-        return self._read(step, {key: _targets(shapes, shardings)})[key]
 
-    def _newest(self) -> tuple[int, dict[str, Any]]:
-        """Step and stored tree (of objects with a shape) of the newest checkpoint."""
-        step = self.latest()
-        if step is None:
+        def load(step: int) -> tuple[Any, dict[str, str]]:
+            stored = self._stored(step)
+            key = "ema" if jax.tree.leaves(stored.get("ema")) else "params"
+            _refuse_other_tree(self.folder / str(step), {"params": stored.get(key)}, {"params": shapes})
+            read = self._read(step, {key: _targets(shapes, shardings)})
+            return read[key], checksums(read)
+
+        return self._newest_whole(load)
+
+    def _newest_whole(self, load: Callable[[int], tuple[Any, dict[str, str]]]) -> Restored:
+        """What `load` gives for the newest step, or, if the configuration says so, for the newest whole one."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise CheckpointError(f"{self.folder} holds no complete checkpoint; name the folder of another run")
+        notes: list[str] = []
+        for i, step in enumerate(steps):
+            try:
+                record = self.record(step)
+                what, found = load(step)
+                self._verify(step, record, found)
+            except DamagedError as error:
+                older = steps[i + 1 :]
+                if self._config.on_damage == "stop" or not older:
+                    remedy = "there is no older one beside it"
+                    if older:
+                        remedy = f"move it away to continue from step {older[0]}, or set config.checkpoint.on_damage="
+                        remedy += '"older"'
+                    raise DamagedError(f"{error}; {remedy}") from error
+                notes.append(f"passed over: {error}")
+                what = None  # frees the memory for the next
+                continue
+            if "checksums" not in record:
+                notes.append(f"step {step} is not verified: it was saved by a version without checksums")
+            self._set_aside(steps[:i])
+            return Restored(step, what, record, notes)
+        raise AssertionError("one was whole or the last one raised")
+
+    def _verify(self, step: int, record: dict[str, Any], found: dict[str, str]) -> None:
+        saved = record.get("checksums")
+        bad = [] if saved is None else [name for name, value in found.items() if saved.get(name) != value]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise DamagedError(
+                f"{self.folder / str(step)} is damaged: {len(bad)} of {len(found)} arrays differ from their checksums, "
+                f"{', '.join(bad[:3])}{more}"
+            )
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Move damaged steps of the own run out of the way of those to come."""
+        if not steps or self._read_only:
+            return
+        with _plain_errors(f"moving damaged steps out of {self.folder}"):
+            if jax.process_index() == 0:
+                away = self.folder.parent / "damaged"
+                away.mkdir(exist_ok=True)
+                for step in steps:
+                    (self.folder / str(step)).rename(away / f"{step}-{time.time_ns()}")
+            multihost_utils.sync_global_devices("damaged steps are set aside")
+            self._manager.reload()
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        """The stored tree, of objects with a shape."""
         with self._reading(step):
             metadata = self._manager.item_metadata(step)
             if metadata is None or not (self.folder / str(step) / "default").is_dir():
                 raise FileNotFoundError("the list of its arrays is missing")
-            return step, metadata.tree
+            return metadata.tree
 
     def _read(self, step: int, item: Any) -> Any:
         arguments = ocp.args.PyTreeRestore(
@@ -183,9 +266,7 @@ class Checkpoints:
             return self._manager.restore(step, args=arguments)
 
     def _reading(self, step: int) -> contextlib.AbstractContextManager:
-        older = [s for s in self._manager.all_steps() if s < step]
-        remedy = f"move it away to continue from step {max(older)}" if older else "there is no older one beside it"
-        return _plain_errors(f"{self.folder / str(step)} is damaged", remedy)
+        return _plain_errors(f"{self.folder / str(step)} is damaged", kind=DamagedError)
 
 
 class _Keep(managers.PreservationPolicy):
@@ -260,12 +341,8 @@ def _targets(shapes: Any, shardings: Any) -> Any:
 
 
 def _leaves(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path to shape, with the same path for dicts, dataclasses and tuples."""
-
-    def name(path: tuple) -> str:
-        return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Path to shape."""
+    return {name_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _refuse_other_tree(where: Path, stored: Any, expected: Any) -> None:
@@ -285,7 +362,7 @@ def _refuse_other_tree(where: Path, stored: Any, expected: Any) -> None:
 
 
 @contextlib.contextmanager
-def _plain_errors(doing: str, remedy: str = "") -> Iterator[None]:
+def _plain_errors(doing: str, remedy: str = "", kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
     """Turn what Orbax, TensorStore and the file system raise into one line: what was done, the cause, the remedy."""
     try:
         yield
@@ -296,7 +373,7 @@ def _plain_errors(doing: str, remedy: str = "") -> Iterator[None]:
         if any(sign in cause for sign in ("No space left", "File too large", "Disk quota")):
             cause = "the disk is full"
             remedy = "free space and start again: the checkpoints before are whole"
-        raise CheckpointError(f"{doing}: {cause[:200]}" + (f"; {remedy}" if remedy else "")) from error
+        raise kind(f"{doing}: {cause[:200]}" + (f"; {remedy}" if remedy else "")) from error
 
 
 def _first_cause(error: BaseException) -> str:

@@ -48,9 +48,9 @@ class Toy:
         trainer = types.SimpleNamespace(config=self.config, mesh=make_mesh(1, jax.devices()[:1]), step=step, task=task)
         with Checkpoints(self.folder, CheckpointConfig()) as checkpoints:
             state, record = TrainState(jnp.asarray(0), {"w": jnp.asarray(1.0)}, (), None), {}
-            if newest := checkpoints.latest():
-                record = checkpoints.record(newest)
-                state = checkpoints.restore(*shapes_of(state))
+            if checkpoints.latest():
+                found = checkpoints.restore(*shapes_of(state))
+                state, record = found.what, found.record
             asked = [int(state.step)]
 
             def stop() -> bool:
