@@ -28,7 +28,7 @@ from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.fields import Fields, fields_of
 from visionfm_jax.data.loader import ORDER_VERSION, DamageLog, check_split, train_loader
-from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
@@ -52,7 +52,7 @@ def run(config: Config) -> int:
     stop = StopSignal()
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
-    sources = [open_source(s) for s in config.data.train]
+    sources = open_sources(config.data.train, "data.train")
     fields = fields_of(config)
     check_sources(config, sources, fields)
     evals = make_evals(config, host, hosts)

@@ -9,7 +9,7 @@ from runs import ROOT, SMALL, only_error, run
 from visionfm_jax import main
 from visionfm_jax.config import load
 from visionfm_jax.data.fields import fields_of
-from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources import open_sources
 from visionfm_jax.errors import door
 
 NUMPY = ["--config.data.train[0].kind=numpy", "--config.data.train[1].kind=numpy"]
@@ -19,7 +19,7 @@ def check(arguments: list[str], devices: int) -> int:
     """What a start does before it touches a device, in its order."""
     config, _ = load.from_arguments(arguments)
     config.validate_devices(devices)
-    main.check_sources(config, [open_source(s) for s in config.data.train], fields_of(config))
+    main.check_sources(config, open_sources(config.data.train, "data.train"), fields_of(config))
     return 0
 
 
@@ -28,7 +28,7 @@ def check(arguments: list[str], devices: int) -> int:
     [
         (
             ["--config.data.train[0].kind=folder", "--config.data.train[0].path=/no/such"],
-            ["/no/such", "does not exist"],
+            ["config.data.train[0]: folder /no/such", "does not exist"],
         ),
         (["--config.data.train[0].kind=tfds", "--config.data.train[0].path={empty}"], ["{empty}", "empty"]),
         (["--config.data.train[0].kind=tfds", "--config.data.train[0].path={images}"], ["{images}", "folder"]),

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from visionfm_jax.config import ClassificationConfig, Config
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.data.sources.store import temporary
 from visionfm_jax.data.tokenizer import SHIPPED
 from visionfm_jax.errors import ConfigError, DataError, UserError
@@ -139,7 +139,7 @@ def run(config: Config, vocab_size: int, out: Path, sentences: int) -> str:
       DataError: there are no captions, or the sources cannot be opened.
       UserError: `out` cannot be written.
     """
-    sources = [source for source in map(open_source, config.data.train) if source.has_captions]
+    sources = [source for source in open_sources(config.data.train, "data.train") if source.has_captions]
     if not sources:
         raise DataError("config.data.train: no source has captions; add one that has, or set its caption_key")
     captions = Captions(sources, sentences, config.data.threads)

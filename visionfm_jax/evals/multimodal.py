@@ -35,8 +35,7 @@ class MultimodalEval:
         self.source: Source = open_source(config.source)
         if self.needs_captions and not self.source.has_captions:
             raise DataError(
-                f"config.evals {config.name!r}: {self.source.name} has no captions, which {config.kind} needs; "
-                "set caption_key, or another source"
+                f"{self.source.name} has no captions, which {config.kind} needs; set caption_key, or another source"
             )
         self.transform = EvalTransform(run.image_size, config.preprocess)
         self.settings = {

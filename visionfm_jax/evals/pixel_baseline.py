@@ -41,9 +41,7 @@ class PixelBaseline:
         self.transform = EvalTransform(run.image_size, config.preprocess)
         pixels = sum(map(len, self.train)) * run.image_size**2 * 3
         if pixels > MAX_PIXELS:
-            raise DataError(
-                f"evals {config.name!r}: {pixels:,} training pixels are too many for a baseline; remove the eval"
-            )
+            raise DataError(f"{pixels:,} training pixels are too many for a baseline; remove the eval")
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Fit on the training images without augmentation, score on the held-out ones."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.sources import Source
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals.captioning import CaptioningEval
 from visionfm_jax.evals.classification import ClassificationEval
 from visionfm_jax.evals.perplexity import PerplexityEval
@@ -54,7 +54,10 @@ def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
             raise ConfigError(
                 f"config.evals[{i}].kind = {config.kind!r}: must be one of {', '.join(EVALS)}; set it to one"
             )
-        out[config.name] = EVALS[config.kind](config, run, host, hosts)
+        try:
+            out[config.name] = EVALS[config.kind](config, run, host, hosts)
+        except DataError as error:
+            raise DataError(f"config.evals[{i}]: {error}") from error
     name, _, metric = run.checkpoint.best_metric.partition("/")
     if name and metric not in out[name].metrics:
         raise ConfigError(

@@ -104,8 +104,7 @@ class RetrievalEval:
         for source in self.sources:
             if not source.has_captions:
                 raise DataError(
-                    f"config.evals {config.name!r}: {source.name} has no captions, which retrieval needs; "
-                    "set caption_key, or another source"
+                    f"{source.name} has no captions, which retrieval needs; set caption_key, or another source"
                 )
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {

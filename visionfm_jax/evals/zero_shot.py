@@ -106,17 +106,17 @@ class ZeroShotEval:
 
     def _classes(self) -> tuple[str, ...]:
         """The names, one a class of the dataset."""
-        source, where = self.source, f"config.evals {self.config.name!r}"
+        source = self.source
         if not source.num_classes:
-            raise DataError(f"{where}: {source.name} has no labels, which zero-shot needs; set another source")
+            raise DataError(f"{source.name} has no labels, which zero-shot needs; set another source")
         if not self.config.classes:
             if source.class_names is None:
-                raise DataError(f"{where}: {source.name} has no names of its classes; set classes to a list of them")
+                raise DataError(f"{source.name} has no names of its classes; set classes to a list of them")
             return tuple(source.class_names)
         names = read_lines(self.config.classes)
         if len(names) != source.num_classes:
             raise DataError(
-                f"{where}: classes {self.config.classes!r} has {len(names)} names, but {source.name} has "
+                f"classes {self.config.classes!r} has {len(names)} names, but {source.name} has "
                 f"{source.num_classes} classes; give one name a class, in the order of the labels"
             )
         return names
@@ -127,7 +127,7 @@ class ZeroShotEval:
         for number, line in enumerate(lines, 1):
             if line.count("{}") != 1:
                 raise DataError(
-                    f"config.evals {self.config.name!r}: prompts {prompts!r}, line {number}: {line!r} "
+                    f"prompts {prompts!r}, line {number}: {line!r} "
                     "needs exactly one {}, where the name of the class goes; write it there"
                 )
         return lines

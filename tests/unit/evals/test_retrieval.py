@@ -237,7 +237,7 @@ def test_protocol_tells_what_was_measured(monkeypatch):
 def test_sources_without_captions_are_refused(monkeypatch):
     sources = two_sources()
     sources["more"] = Numbered(None, labels=[0, 1])
-    with pytest.raises(DataError, match=r"'pairs': numbers from 0 has no captions.*set caption_key") as caught:
+    with pytest.raises(DataError, match=r"evals\[0\]: numbers from 0 has no captions.*set caption_key") as caught:
         make(monkeypatch, sources)
     assert "\n" not in str(caught.value)
 

@@ -142,7 +142,9 @@ def test_protocol_tells_what_was_measured(monkeypatch, files, tmp_path):
 @pytest.mark.parametrize("count", [6, 8])
 def test_a_list_of_another_length_than_the_dataset_is_refused(monkeypatch, files, tmp_path, count):
     (tmp_path / "classes.txt").write_text("\n".join(f"name {i}" for i in range(count)))
-    with pytest.raises(DataError, match=rf"'pairs': classes .* has {count} names.* has 7 classes; give one") as caught:
+    with pytest.raises(
+        DataError, match=rf"evals\[0\]: classes .* has {count} names.* has 7 classes; give one"
+    ) as caught:
         make(monkeypatch, **files)
     assert "\n" not in str(caught.value)
 

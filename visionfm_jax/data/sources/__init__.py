@@ -6,7 +6,7 @@ A kind's module is imported when a source of that kind is opened, so that nobody
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from visionfm_jax.config.schema import SourceConfig
@@ -70,3 +70,14 @@ def open_source(config: SourceConfig) -> Source:
     if not len(source):
         raise DataError(f"{source.name}: holds no record; set another split or path")
     return source
+
+
+def open_sources(configs: Sequence[SourceConfig], field: str) -> list[Source]:
+    """`open_source` of each; errors name which of config.FIELD it is."""
+    out = []
+    for i, config in enumerate(configs):
+        try:
+            out.append(open_source(config))
+        except DataError as error:
+            raise DataError(f"config.{field}[{i}]: {error}") from error
+    return out
