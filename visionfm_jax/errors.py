@@ -44,6 +44,12 @@ class LostError(UserError):
     exit_code = 71  # EX_OSERR
 
 
+class StorageError(UserError):
+    """Data could not be read for longer than the retries last. Exit code 71: start the same command again."""
+
+    exit_code = 71
+
+
 PREEMPTED = 75  # EX_TEMPFAIL: the state is saved; a scheduler should start the same command again.
 INTERRUPTED = 130  # as shells report Ctrl-C
 

@@ -10,12 +10,9 @@ import numpy as np
 from visionfm_jax.config import ClassificationConfig, Config, DecoderConfig
 from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.sources import Source
+from visionfm_jax.data.sources.record import DamagedRecord, has_text
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
-
-
-class DamagedCaption(Exception):
-    """A caption without a letter in it, or that is not UTF-8."""
 
 
 class Fields(Protocol):
@@ -27,7 +24,7 @@ class Fields(Protocol):
         """The fields of `spec`; what is drawn, is drawn by `rng`, the sample's own; None: nothing is.
 
         Raises:
-          DamagedCaption: the record must be left out.
+          DamagedRecord: the record must be left out.
         """
         ...
 
@@ -48,7 +45,10 @@ class Labels:
         self.num_classes = num_classes
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
-        return {"label": record["label"]}
+        label = record["label"]
+        if not isinstance(label, int | np.integer) or not 0 <= label < self.num_classes:
+            raise DamagedRecord(f"its label is {label!r}, which is no integer from 0 to {self.num_classes - 1}")
+        return {"label": label}
 
     def check(self, source: Source) -> None:
         if not source.num_classes:
@@ -77,14 +77,14 @@ class Texts:
         caption = record["caption"]
         if isinstance(caption, tuple):
             if not caption:
-                raise DamagedCaption("there is no caption")
+                raise DamagedRecord("there is no caption")
             caption = caption[0 if rng is None else rng.integers(len(caption))]
         try:
             caption = caption.decode() if isinstance(caption, bytes) else caption
         except UnicodeDecodeError as error:
-            raise DamagedCaption("the caption is not UTF-8") from error
-        if not caption.strip():
-            raise DamagedCaption("the caption is empty")
+            raise DamagedRecord("the caption is not UTF-8") from error
+        if not has_text(caption):
+            raise DamagedRecord("the caption is empty")
         text = self.tokenizer(caption, self.length)
         full = text[-1] == self.tokenizer.end  # only then can something be cut: most captions are tokenised once
         return {"text": text, "truncated": int(full and len(self.tokenizer.encode(caption)) > self.length - 2)}

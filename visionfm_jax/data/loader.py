@@ -26,12 +26,13 @@ from absl import logging
 from visionfm_jax.config.schema import AugmentConfig, DataConfig
 from visionfm_jax.data import transforms
 from visionfm_jax.data.batches import Batch, HostBatches, Loader, Row, Spec
-from visionfm_jax.data.fields import DamagedCaption, Fields
+from visionfm_jax.data.fields import Fields
 from visionfm_jax.data.rand_augment import rand_augment
-from visionfm_jax.data.sources import Source
+from visionfm_jax.data.sources import Source, read_record
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
-DAMAGED = (transforms.DamagedImage, DamagedCaption)
+DAMAGED = (transforms.DamagedImage, DamagedRecord)
 # One of Grain's shuffles, 4 rounds of a block cipher, leaves records correlated over hundreds of samples; two leave
 # traces; after three nothing was found. benchmarks/shuffle.py prints the statistics.
 SHUFFLES = 3
@@ -268,8 +269,8 @@ class _TrainRow:
         number, record = asked
         source = self._sources[number]
         for damaged in range(STEP_OVER + 1):
-            example = _example(source, (record + damaged) % len(source))
             try:
+                example = read_record(source, (record + damaged) % len(source))
                 row = self._fields(example, rng)
                 row["image"] = self._image(example["image"], rng)
             except DAMAGED as error:
@@ -293,8 +294,8 @@ class _EvalRow:
         self._source, self._fields, self._transform = source, fields, transform
 
     def __call__(self, record: int) -> Row:
-        example = _example(self._source, record)
         try:
+            example = read_record(self._source, record)
             row = self._fields(example)
             row["image"] = self._transform(example["image"])
         except DAMAGED as error:
@@ -302,15 +303,6 @@ class _EvalRow:
             logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
             return {}
         return {**row, "mask": 1.0}
-
-
-def _example(source: Source, record: int) -> Mapping[str, Any]:
-    try:
-        return source[record]
-    except OSError as error:
-        raise DataError(
-            f"{source.name}: record {source.key(record)} cannot be read: {error}; check the storage and start again"
-        ) from error
 
 
 def _image_spec(size: int) -> Spec:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from visionfm_jax.config import ClassificationConfig, Config
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.data.sources import Source, open_sources
+from visionfm_jax.data.sources import Source, open_sources, read_record
+from visionfm_jax.data.sources.record import DamagedRecord, has_text
 from visionfm_jax.data.sources.store import temporary
 from visionfm_jax.data.tokenizer import SHIPPED
 from visionfm_jax.errors import ConfigError, DataError, UserError
@@ -120,15 +121,15 @@ class Captions:
 def _texts(source: Source, row: int) -> list[str | None]:
     """A record's captions; None for one that is damaged."""
     try:
-        captions = source[row]["caption"]
-    except OSError:
+        captions = read_record(source, row)["caption"]
+    except DamagedRecord:
         return [None]
     captions = captions if isinstance(captions, tuple) else (captions,)
     try:
         texts = [c.decode() if isinstance(c, bytes) else c for c in captions]
     except UnicodeDecodeError:
         return [None]
-    return [text.encode(errors="ignore").decode()[:LONGEST] if text.strip() else None for text in texts]
+    return [text.encode(errors="ignore").decode()[:LONGEST] if has_text(text) else None for text in texts]
 
 
 def run(config: Config, vocab_size: int, out: Path, sentences: int) -> str:

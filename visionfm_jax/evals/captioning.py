@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.config import EvalConfig
+from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.tokenizer import open_tokenizer
-from visionfm_jax.errors import DataError
 from visionfm_jax.evals.caption_metrics import bleu4, cider, exact
 from visionfm_jax.evals.contrastive import captions_of, image_of, sample
 from visionfm_jax.evals.multimodal import CaptionedImages, MultimodalEval
@@ -73,13 +73,7 @@ class CaptioningEval(MultimodalEval):
 
     def _references(self, record: int) -> tuple[str, ...]:
         """From the source itself: a host has not loaded the others' rows, and captions have no longest length."""
-        try:
-            return captions_of(self.source[record])
-        except OSError as error:
-            raise DataError(
-                f"{self.source.name}: record {self.source.key(record)} cannot be read: {error}; check the storage and "
-                "start again"
-            ) from error
+        return captions_of(read_record(self.source, record))
 
     def _shown(self, record: int, text: str, references: tuple[str, ...]) -> dict[str, Any]:
         return {

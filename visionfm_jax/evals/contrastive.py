@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.data.sources import Source
+from visionfm_jax.data.sources import Source, read_record
+from visionfm_jax.data.sources.record import has_text
 from visionfm_jax.data.tokenizer import Tokenizer
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.subject import Predict
@@ -70,7 +71,7 @@ def sample(rows: np.ndarray, count: int) -> np.ndarray:
 
 def image_of(source: Source, record: int, transform: EvalTransform) -> np.ndarray:
     """What the model sees of a record, uint8 (S, S, 3)."""
-    return transform(source[record]["image"])
+    return transform(read_record(source, record)["image"])
 
 
 def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -80,4 +81,4 @@ def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     for caption in captions:
         with contextlib.suppress(UnicodeDecodeError):
             texts.append(caption.decode() if isinstance(caption, bytes) else caption)
-    return tuple(text for text in texts if text.strip())
+    return tuple(text for text in texts if has_text(text))

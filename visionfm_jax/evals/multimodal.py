@@ -9,9 +9,10 @@ import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig, MultimodalConfig
 from visionfm_jax.data.batches import Batch, Row, Spec
-from visionfm_jax.data.fields import DamagedCaption, Fields
+from visionfm_jax.data.fields import Fields
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.contrastive import captions_of, measured_on, plain, protocol_of
@@ -89,5 +90,5 @@ class CaptionedImages(Images):
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         if not captions_of(record):
-            raise DamagedCaption("there is no caption that is UTF-8 and not empty")
+            raise DamagedRecord("there is no caption that is UTF-8 and not empty")
         return {}

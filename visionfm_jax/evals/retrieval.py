@@ -14,9 +14,10 @@ import numpy as np
 
 from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig, MultimodalConfig
 from visionfm_jax.data.batches import Row, Spec
-from visionfm_jax.data.fields import DamagedCaption, Texts
+from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader
-from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources import Source, open_source, read_record
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
@@ -56,7 +57,7 @@ class Pairs(Texts):
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         captions = captions_of(record)
         if not captions:
-            raise DamagedCaption("there is no caption that is neither empty nor damaged")
+            raise DamagedRecord("there is no caption that is neither empty nor damaged")
         row: Row = {key: np.zeros(shape, dtype) for key, (shape, dtype) in self.spec.items()}
         for i, caption in enumerate(captions):
             row["text"][i] = self.tokenizer(caption, self.length)
@@ -180,7 +181,8 @@ class RetrievalEval:
 
         def caption(text: int) -> str:
             row = pairs.owner[text]
-            return captions_of(self.sources[pairs.source[row]][int(pairs.record[row])])[pairs.place[text]]
+            record = read_record(self.sources[pairs.source[row]], int(pairs.record[row]))
+            return captions_of(record)[pairs.place[text]]
 
         def image(row: int) -> np.ndarray:
             return image_of(self.sources[pairs.source[row]], int(pairs.record[row]), self.transform)

@@ -18,8 +18,9 @@ from visionfm_jax.config import (
     TextConfig,
 )
 from visionfm_jax.data import fields
-from visionfm_jax.data.fields import DamagedCaption, Labels, OptionalTexts, Texts, fields_of
+from visionfm_jax.data.fields import Labels, OptionalTexts, Texts, fields_of
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 
@@ -45,16 +46,31 @@ def test_the_task_decides():
 
 
 @pytest.mark.parametrize(
-    ("caption", "words"), [("", "empty"), (" \n", "empty"), (b"", "empty"), (b"caf\xe9", "not UTF-8")]
+    ("caption", "words"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        (b"", "empty"),
+        (bytes(4), "empty"),
+        ("\0\u200b\u2028", "empty"),
+        (b"caf\xe9", "not UTF-8"),
+    ],
 )
 def test_captions_that_cannot_serve(caption, words):
-    with pytest.raises(DamagedCaption, match=words):
+    with pytest.raises(DamagedRecord, match=words):
         Texts(open_tokenizer("clip"), 8)({"caption": caption})
 
 
 @pytest.mark.parametrize(("caption", "truncated"), [("a b c d e", 0), ("a b c d e f", 0), ("a b c d e f g", 1)])
 def test_captions_that_do_not_fit_are_marked(caption, truncated):
     assert Texts(open_tokenizer("clip"), 8)({"caption": caption})["truncated"] == truncated
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**40, 1.0, np.float32(1), "1", None])
+def test_labels_that_are_no_class_are_damaged(label):
+    with pytest.raises(DamagedRecord, match=r"its label is .*, which is no integer from 0 to 2"):
+        Labels(3)({"image": b"", "label": label})
+    assert Labels(3)({"image": b"", "label": np.int64(2)}) == {"label": 2}
 
 
 def test_one_of_several_captions_is_drawn():
@@ -67,7 +83,7 @@ def test_one_of_several_captions_is_drawn():
     assert sum(counts) == 60
     assert min(counts) > 8
     assert texts({"caption": captions}, np.random.default_rng(7))["text"].tolist() == drawn[7]
-    with pytest.raises(DamagedCaption, match="no caption"):
+    with pytest.raises(DamagedRecord, match="no caption"):
         texts({"caption": ()})
 
 

@@ -17,7 +17,7 @@ from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConf
 from visionfm_jax.data import select
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader, train_loader
-from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources import Source, open_source, tar_index
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.transforms import EvalTransform
 
@@ -61,7 +61,7 @@ def test_all_pairs_with_a_caption_are_there(folder, rows):
         assert pair["caption"] == whole[key]["caption"].strip()
         assert hashlib.sha256(pair["image"]).hexdigest() == whole[key]["sha256"]  # taken while downloading
         assert Image.open(io.BytesIO(pair["image"])).size == (whole[key]["width"], whole[key]["height"])
-    skipped = source.report()["skipped"]["an empty caption"]
+    skipped = source.report()["skipped"][tar_index.EMPTY]
     assert skipped["count"] == EMPTY
     assert set(skipped["first"]) == rows.keys() - whole.keys()
     assert {"first line\nsecond line", "Tür, café, 愛 \N{HEAVY BLACK HEART}"} <= {p["caption"] for p in pairs.values()}

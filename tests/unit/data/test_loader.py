@@ -1,6 +1,7 @@
 """Order, crops and damage depend on (seed, sample index) only; and everything that was started ends."""
 
 import collections
+import errno
 import io
 import json
 import os
@@ -20,10 +21,12 @@ from PIL import Image
 
 from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.data import batches as batches_module
-from visionfm_jax.data.fields import DamagedCaption, Labels
+from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
+from visionfm_jax.data.sources import retries
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import EvalTransform
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, StorageError
 
 SIZE = 16
 LABELS = Labels(100)
@@ -58,6 +61,14 @@ class Pictures:
 class Unreadable(Pictures):
     def __getitem__(self, index: int) -> dict:
         raise OSError(f"disk failure at {index}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waits():
+    """Also for the threads that outlive a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retries, "WAITS", (0, 0))
+        yield
 
 
 def config(sources: int = 1, **changes) -> DataConfig:
@@ -200,8 +211,41 @@ def test_only_damaged_records_stop_the_run_and_name_the_first():
 
 
 def test_storage_that_fails_is_no_damaged_image():
-    with pytest.raises(DataError, match=r"record pictures/\d+\.png cannot be read: disk failure at \d+"):
+    again = r"3 times in 0 s; check the storage, then start the same command again"
+    with pytest.raises(StorageError, match=rf"record pictures/\d+\.png cannot be read: disk failure at \d+, {again}"):
         load(1, [Unreadable(13)])
+    assert StorageError.exit_code == 71  # schedulers start the run again
+
+
+class Failing(Pictures):
+    """Every record fails `times` times before it can be read."""
+
+    def __init__(self, length: int, times: int):
+        super().__init__(length)
+        self.left = collections.Counter(dict.fromkeys(range(length), times))
+
+    def __getitem__(self, index: int) -> dict:
+        self.left[index] -= 1
+        if self.left[index] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().__getitem__(index)
+
+
+def test_storage_that_fails_for_a_moment_changes_nothing(caplog):
+    shaky = load(2, [Failing(13, times=2)])
+    for a, b in zip(load(2), shaky, strict=True):
+        np.testing.assert_equal(a, b)
+    assert "cannot be read ([Errno 5] Input/output error); trying again in 0 s" in caplog.text
+
+
+def test_a_label_that_is_no_class_is_a_damaged_record():
+    class Labelled(Pictures):
+        def __getitem__(self, index: int) -> dict:
+            return super().__getitem__(index) | {"label": -1 if index == 2 else index}
+
+    (batch,) = load(1, [Labelled(8)], data=config(shuffle=False))
+    assert batch["label"].tolist() == [0, 1, 3, 3, 4, 5, 6, 7]
+    assert batch["damaged"].tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
@@ -292,7 +336,7 @@ def test_small_shared_memory_is_said_before_it_kills_workers(monkeypatch):
 def test_threads_end_with_the_loader_also_after_an_error():
     before = set(threading.enumerate())
     load(2)
-    with pytest.raises(DataError):
+    with pytest.raises(StorageError):
         load(1, [Unreadable(13)])
     loader = train_loader(
         config(),
@@ -434,7 +478,7 @@ class Captioned:
 
     def __call__(self, record: dict, rng: np.random.Generator | None = None) -> dict:
         if record["label"] % 3 == 0:
-            raise DamagedCaption("the caption is empty")
+            raise DamagedRecord("the caption is empty")
         return {"text": np.full(2, record["label"])}
 
 

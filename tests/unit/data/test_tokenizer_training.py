@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 
 from visionfm_jax.data import tokenizer, train_tokenizer
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import ConfigError, DataError, UserError, door
 
 SHIPPED = resources.files("visionfm_jax.data.text") / "emoji.model"
@@ -35,7 +36,7 @@ def get_config(variant):
 
 
 class Captioned:
-    """Records with what `captions` holds; OSError where that is None."""
+    """Records with what `captions` holds; damaged where that is None."""
 
     name, has_captions = "texts", True
 
@@ -48,7 +49,7 @@ class Captioned:
 
     def __getitem__(self, i):
         if self.captions[i] is None:
-            raise OSError("damaged")
+            raise DamagedRecord("damaged")
         return {"caption": self.captions[i]}
 
 

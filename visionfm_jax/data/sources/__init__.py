@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.errors import DataError
 
 
@@ -35,13 +36,26 @@ class Source(Protocol):
 
         Raises:
           IndexError: no such record.
-          OSError: the record cannot be read.
+          DamagedRecord: its content is not what it should be.
+          OSError: the storage fails.
+          DataError: the dataset has changed since it was opened.
         """
         ...
 
     def key(self, index: int) -> str:
         """Name by which a person finds record `index` again: a file, or the record's id."""
         ...
+
+
+def read_record(source: Source, index: int) -> Mapping[str, Any]:
+    """Record `index` of a source; storage that fails is asked again for a minute.
+
+    Raises:
+      DamagedRecord: its content is not what it should be.
+      DataError: the dataset has changed since it was opened, or this user may not read it.
+      StorageError: the storage fails for longer.
+    """
+    return retry(lambda: source[index], lambda: f"{source.name}: record {source.key(index)}")
 
 
 SOURCES: dict[str, str] = {  # kind -> "module:name" below this package; what makes a source of a SourceConfig

@@ -7,16 +7,19 @@ from itertools import islice
 from pathlib import Path
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.record import printable
 from visionfm_jax.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".jpx"}
+)
 VISUAL_GENOME = "region_descriptions.json"  # its captions
 _LOOK = 1000  # entries of a folder that are looked at to guess its format
 
 
 def describe(config: SourceConfig) -> str:
     """A source's name in logs and errors."""
-    return f"{config.kind} {config.path}" + (f" [{config.split}]" if config.split else "")
+    return printable(f"{config.kind} {config.path}" + (f" [{config.split}]" if config.split else ""))
 
 
 def check_path(config: SourceConfig) -> Path:
@@ -25,6 +28,8 @@ def check_path(config: SourceConfig) -> Path:
     Raises:
       DataError: it is missing, empty or unreadable.
     """
+    if "\0" in config.path + config.split:
+        raise DataError(f"{describe(config)}: a path holds no NUL character; set the dataset's path and split")
     path = Path(config.path).expanduser()
     try:
         if not path.exists():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from visionfm_jax.data.sources.record import printable
 from visionfm_jax.data.sources.store import read_table, write_table
 from visionfm_jax.data.sources.tar_index import Index
 from visionfm_jax.errors import DataError
 
-_KIND = "selection 1"
+_KIND = "selection 2"
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,24 @@ def read_selection(path: str, index: Index) -> Selection:
     """
     again = "run python -m visionfm_jax.data.select again"
     try:
-        bits, meta = read_table(Path(path).expanduser(), np.uint8)
-        if meta.get("kind") != _KIND:
-            raise ValueError("the file is of another kind")
+        bits, meta = read_table(Path(path).expanduser(), np.uint8, verify=True)
+        tars = meta.get("tars")
+        if meta.get("kind") != _KIND or not isinstance(tars, list) or not all(map(_is_entry, tars)):
+            raise ValueError("the file is of another kind or version")
+        names, pairs, counts = ([tar[i] for tar in tars] for i in (0, 3, 4))
+        first = [0, *accumulate(-(-n // 8) for n in pairs)]
+        if (
+            names != sorted(set(names))
+            or first[-1] != len(bits)
+            or counts != [int(np.bitwise_count(bits[a:b]).sum()) for a, b in pairwise(first)]
+        ):
+            raise ValueError("the file contradicts itself")
     except FileNotFoundError:
         raise DataError(f"selection {path}: no such file; make it with python -m visionfm_jax.data.select") from None
     except (OSError, ValueError) as error:
         raise DataError(f"selection {path}: cannot be read ({error}); {again}") from error
-    then = {name: (size, crc) for name, size, crc, _, _ in meta["tars"]}
-    now = {tar["name"]: (tar["size"], tar["crc"]) for tar in index.tars}
+    then = {name: (size, crc, pairs) for name, size, crc, pairs, _ in tars}
+    now = {tar["name"]: (tar["size"], tar["crc"], tar["pairs"]) for tar in index.tars}
     for what, names in (
         ("changed", [name for name in then if name in now and then[name] != now[name]]),
         ("vanished", [name for name in then if name not in now]),
@@ -87,7 +98,15 @@ def read_selection(path: str, index: Index) -> Selection:
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"selection {path}: {names[0]}{more} {what} after it was made; {again}")
-    pairs = np.array([tar[3] for tar in meta["tars"]], np.int64)
-    first = np.concatenate([[0], np.cumsum(-(-pairs // 8))])
-    return Selection(bits, first, np.array([tar[4] for tar in meta["tars"]], np.int64))
+            raise DataError(f"selection {path}: {printable(names[0])}{more} {what} after it was made; {again}")
+    return Selection(bits, np.array(first, np.int64), np.array(counts, np.int64))
+
+
+def _is_entry(tar: Any) -> bool:
+    """Whether it is what `write_selection` keeps of a tar."""
+    return (
+        isinstance(tar, list)
+        and len(tar) == 5
+        and isinstance(tar[0], str)
+        and all(type(number) is int and 0 <= number < 2**63 for number in tar[1:])
+    )

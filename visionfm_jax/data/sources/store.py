@@ -11,6 +11,9 @@ import hashlib
 import json
 import os
 import secrets
+import stat
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,9 +22,11 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
+from visionfm_jax.data.sources.record import printable
 from visionfm_jax.errors import DataError
 
-_MAGIC = b"visionfm"
+_MAGIC = b"visionf2"
+_TAIL = struct.Struct("<IIQ8s")  # CRC-32 of the array, CRC-32 and length of the JSON, _MAGIC
 _BLOCK = 8 * 2**20  # bytes a store is asked for at once when a file is read from end to end
 _CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")  # what stores call it
 
@@ -60,8 +65,8 @@ class Store:
         try:
             if self.local:
                 with os.scandir(self._root) as entries:
-                    stats = [(e.name, e.stat()) for e in entries if e.is_file()]
-                found = {name: (s.st_size, str(s.st_mtime_ns)) for name, s in stats}
+                    stats = [(e.name, self._stat(e)) for e in entries]
+                found = {n: (s.st_size, str(s.st_mtime_ns)) for n, s in stats if s and stat.S_ISREG(s.st_mode)}
             else:
                 infos = [i for i in self._fs.ls(self._root, detail=True, refresh=True) if i["type"] == "file"]
                 found = {i["name"].rpartition("/")[2]: (int(i["size"]), _stamp(i)) for i in infos}
@@ -69,15 +74,27 @@ class Store:
             raise DataError(f"{self.url}: the path does not exist; set the dataset's path") from None
         except NotADirectoryError:
             raise DataError(f"{self.url}: is a file; set the path of the folder with the .tar files") from None
+        except DataError:
+            raise
         except Exception as error:  # every store has its own
             raise DataError(f"{self.url}: cannot be read ({_line(error)}); check the path and your access") from error
         return dict(sorted(found.items()))
+
+    def _stat(self, entry: os.DirEntry[str]) -> os.stat_result | None:
+        try:
+            return entry.stat()
+        except OSError as error:
+            if not entry.name.endswith(".tar"):  # nobody asks for it
+                return None
+            what = f"{self.path(printable(entry.name))}: is a link that leads nowhere ({error.strerror})"
+            raise DataError(f"{what}; mend it, or remove it") from error
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file.
 
         Raises:
-          OSError: they cannot be read, or the file is shorter.
+          OSError: they cannot be read.
+          DataError: the file is shorter.
         """
         if self.local:
             file = os.open(self.path(name), os.O_RDONLY)
@@ -94,7 +111,7 @@ class Store:
                 raise OSError(f"{name}: {_line(error)}") from error
         if len(data) != stop - start:
             missing = f"{len(data):,} of the {stop - start:,} bytes from {start:,} on"
-            raise OSError(f"{name}: has only {missing}; the file has been cut or changed")
+            raise DataError(f"{self.path(name)}: has only {missing}; it was cut or changed meanwhile; start again")
         return data
 
     def read_many(self, name: str, starts: Sequence[int], length: int) -> list[bytes]:
@@ -164,34 +181,51 @@ def write_table(path: Path, pieces: Iterable[np.ndarray], meta: Callable[[], dic
     Raises:
       OSError: the folder is missing or cannot be written, before any piece was taken; or the disk is full.
     """
+    crc = 0
     with temporary(path) as part, part.open("wb") as file:
         for piece in pieces:
-            file.write(np.ascontiguousarray(piece).tobytes())
+            data = np.ascontiguousarray(piece).tobytes()
+            crc = zlib.crc32(data, crc)
+            file.write(data)
         text = json.dumps(meta(), separators=(",", ":")).encode()
-        file.write(text + len(text).to_bytes(8, "little") + _MAGIC)
+        file.write(text + _TAIL.pack(crc, zlib.crc32(text), len(text), _MAGIC))
 
 
-def read_table(path: Path, dtype: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def read_table(path: Path, dtype: Any, *, verify: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """The array of such a file, mapped into memory, and its `meta`.
 
+    Args:
+      path: the file.
+      dtype: of the array.
+      verify: read the array, and compare its checksum; else only that of `meta` is compared.
+
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is no such file.
+      OSError: there is none, or it cannot be read.
+      ValueError: it is no such file, of another version, or damaged.
     """
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 16))
+        file.seek(max(0, end - _TAIL.size))
         tail = file.read()
-        length = int.from_bytes(tail[:8], "little")
-        size = end - 16 - length
+        crc, text_crc, length, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, 0, 0, b"")
+        size = end - _TAIL.size - length
         dtype = np.dtype(dtype)
-        if tail[8:] != _MAGIC or size < 0 or size % dtype.itemsize:
-            raise ValueError("the file is damaged or of another kind")
+        if magic != _MAGIC or size < 0 or size % dtype.itemsize:
+            raise ValueError("the file is damaged, or of another kind or version")
         file.seek(size)
-        meta = json.loads(file.read(length))
-    if not size:
-        return np.zeros(0, dtype), meta
-    return np.memmap(path, dtype, mode="r", shape=(size // dtype.itemsize,)), meta
+        text = file.read(length)
+    if zlib.crc32(text) != text_crc:
+        raise ValueError("the file is damaged: its checksum is another")
+    try:
+        meta = json.loads(text)
+    except RecursionError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise ValueError("the file does not say what it holds")
+    array = np.memmap(path, dtype, mode="r", shape=(size // dtype.itemsize,)) if size else np.zeros(0, dtype)
+    if verify and zlib.crc32(array) != crc:
+        raise ValueError("the file is damaged: its checksum is another")
+    return array, meta
 
 
 def _stamp(info: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Where every picture and caption lies in a folder of tars, found once and kept as a file beside them.
 
-Headers and captions are read, never pictures. A pair takes 16 bytes, which are mapped into memory, so that all
-processes of a host share them: 1.2 billion pairs are a file of 19 GB and hardly any memory of a process.
+Every tar is read once, from end to end, for the checksums of its pictures and captions. A pair takes 20 bytes, which
+are mapped into memory, so that all processes of a host share them: 1.2 billion pairs are a file of 24 GB and hardly
+any memory of a process.
 """
 
 from __future__ import annotations
@@ -24,16 +25,28 @@ from absl import logging
 from tqdm import tqdm
 
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
+from visionfm_jax.data.sources.record import has_text, printable
+from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.sources.store import Store, read_table, write_table
 from visionfm_jax.errors import DataError
 
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
-RECORD = np.dtype([("image", "<u4"), ("image_size", "<u4"), ("caption", "<u4"), ("caption_size", "<u4")])
-"""Of a pair: where its contents begin, in blocks, and how many bytes they have; no caption is 0 and 0."""
+RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption", "caption_size", "crc")])
+"""Of a pair: where its contents begin, in blocks, how many bytes they have, and `checksum` of both; no caption is
+0 and 0."""
 
-NO_CAPTION, EMPTY, NOT_UTF8 = "no caption", "an empty caption", "a caption that is not UTF-8"
-_NAMED = 3  # keys of skipped pictures that are kept, per tar and reason
-_VERSION = 1
+NO_CAPTION = "pictures without a caption"
+EMPTY = "pictures with an empty caption"
+NOT_UTF8 = "pictures with a caption that is not UTF-8"
+NO_PICTURE = "captions without a picture"
+SEVERAL = "keys with several pictures or captions"
+NO_KEY = "files whose name begins with a dot or has no extension"
+NO_FILE = "members that are links, or larger than 2 GiB"
+OTHER = "files of other kinds, and no picture of their key"
+_KINDS = 8  # extensions that are counted by name, per tar; the others are counted together
+_NAMED = 3  # keys of what is left out that are kept, per tar and reason
+_VERSION = 2
+_PIECE = 2**20  # bytes that are read at once
 _PROCESSES_FROM = 16  # tars; for fewer, other processes take longer to start than to read
 _REQUESTS = 32  # tars of a store that are read side by side
 _T = TypeVar("_T")
@@ -48,7 +61,7 @@ class Index:
       records: RECORD (N,).
       starts: int64 (T+1,); the pairs of tar t are records[starts[t] : starts[t + 1]].
       tars: of each tar `name`, `size`, `stamp`, `pairs`, `crc` (of its keys and records), and where they apply `cut`
-        (the key at which it ends too early) and `skipped` (reason -> number of pictures and the first keys).
+        (the key at which it ends too early) and `skipped` (what is left out -> their number and the first keys).
     """
 
     records: np.ndarray
@@ -63,9 +76,19 @@ class Index:
 
 
 def key_of(member: str) -> tuple[str, str]:
-    """Key and suffix of a member: its file's name up to the first dot, and the rest in lower case."""
-    key, _, suffix = member.rpartition("/")[2].partition(".")
-    return key, suffix.lower()
+    """Key and extension of a member by WebDataset's rule, whose `base_plus_ext` this is but for a leading "./".
+
+    The key is the path up to the first dot of the file's name, its folder included; the extension, in lower case, is
+    all behind that dot: "a/photo.v2.JPG" is ("a/photo", "v2.jpg"). ("", "") if the name begins with a dot or has none.
+    """
+    folder, slash, name = member.removeprefix("./").rpartition("/")
+    base, dot, extension = name.partition(".")
+    return (folder + slash + base, extension.lower()) if base and dot else ("", "")
+
+
+def checksum(image: bytes, caption: bytes) -> int:
+    """What the index keeps of the contents of a pair."""
+    return zlib.crc32(image) ^ zlib.crc32(caption)
 
 
 def open_index(store: Store, suffix: str) -> Index:
@@ -95,16 +118,38 @@ def open_index(store: Store, suffix: str) -> Index:
     return index
 
 
-def read_index(path: Path) -> Index | None:
-    """An index as it was written; None if there is none, or it is damaged or of another version."""
-    try:
-        records, meta = read_table(path, RECORD)
-    except (OSError, ValueError):
-        return None
-    if meta.get("version") != _VERSION:
-        return None
-    starts = np.cumsum([0, *(tar["pairs"] for tar in meta["tars"])], dtype=np.int64)
-    return Index(records, starts, meta["tars"], path) if starts[-1] == len(records) else None
+def read_index(path: Path) -> Index:
+    """An index as it was written.
+
+    The records are not looked at, for that takes too long where there are billions; see `checksum`.
+
+    Raises:
+      OSError: there is none, or it cannot be read.
+      ValueError: it is damaged, of another version, or no index.
+    """
+    records, meta = read_table(path, RECORD, verify=False)
+    tars = meta.get("tars")
+    if meta.get("version") != _VERSION or not isinstance(tars, list) or not all(map(_is_entry, tars)):
+        raise ValueError("the file is of another kind or version")
+    names, pairs = [tar["name"] for tar in tars], [tar["pairs"] for tar in tars]
+    if names != sorted(set(names)) or sum(pairs) != len(records):
+        raise ValueError("the file contradicts itself")
+    return Index(records, np.cumsum([0, *pairs], dtype=np.int64), tars, path)
+
+
+def _is_entry(tar: Any) -> bool:
+    """Whether it is what `scan` gives of a tar."""
+    if not isinstance(tar, dict) or not all(isinstance(tar.get(key), str) for key in ("name", "stamp")):
+        return False
+    numbers = [tar.get(key) for key in ("size", "pairs", "crc")]
+    skipped = tar.get("skipped", {})
+    return (
+        all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        and isinstance(tar.get("cut", ""), str)
+        and isinstance(skipped, dict)
+        and all(isinstance(s, list) and len(s) == 2 and type(s[0]) is int for s in skipped.values())
+        and all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for _, keys in skipped.values())
+    )
 
 
 def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -112,20 +157,32 @@ def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[n
 
     Raises:
       DataError: it cannot be read.
+      StorageError: it cannot be read for the moment.
     """
     name, (size, stamp) = tar
-    try:
-        with store.open(name) as file:
-            pairs, cut, skipped = _scan(file, size, suffix)
-    except Exception as error:  # every store has its own
-        raise DataError(f"{store.path(name)}: cannot be read ({error}); check your access and the storage") from error
+
+    def read() -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]]]:
+        try:
+            with store.open(name) as file:
+                return _scan(file, size, suffix)
+        except OSError:
+            raise
+        except Exception as error:  # every store has its own
+            if store.local:
+                what = printable(str(error) or type(error).__name__)
+                raise DataError(f"{store.path(name)}: is no readable tar ({what}); write it again") from error
+            raise OSError(str(error) or type(error).__name__) from error
+
+    pairs, cut, skipped = retry(read, lambda: store.path(name))
     records = np.array(list(pairs.values()), RECORD)
     entry: dict[str, Any] = {"name": name, "size": size, "stamp": stamp, "pairs": len(records)}
     entry["crc"] = zlib.crc32("\n".join(pairs).encode(), zlib.crc32(records.tobytes()))
     if cut is not None:
-        entry["cut"] = cut
+        entry["cut"] = printable(cut)
     if skipped:
-        entry["skipped"] = {reason: [len(keys), keys[:_NAMED]] for reason, keys in skipped.items()}
+        entry["skipped"] = {
+            reason: [len(names), list(map(printable, names[:_NAMED]))] for reason, names in skipped.items()
+        }
     return records, entry
 
 
@@ -175,54 +232,107 @@ def each(
 
 def _scan(
     file: BinaryIO, size: int, suffix: str
-) -> tuple[dict[str, tuple[int, int, int, int]], str | None, dict[str, list[str]]]:
-    """Pairs by key in order of their first member, the key where the tar is cut, and skipped keys by reason."""
-    images: dict[str, tuple[int, int]] = {}
-    captions: dict[str, tuple[int, int]] = {}
-    bad: dict[str, str] = {}  # key -> what is wrong with its caption
-    cut, key = None, ""
+) -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]]]:
+    """Pairs by key in order of their first member, the key where the tar is cut, and what is left out, by reason."""
+    images: dict[str, tuple[int, int, int]] = {}  # key -> block, size, CRC-32
+    captions: dict[str, tuple[int, int, int]] = {}
+    bad: dict[str, str] = {}  # key -> what is wrong with it
+    others: dict[str, list[str]] = {}  # key -> extensions of its other members
+    skipped: dict[str, list[str]] = {}
+    cut, key, end = None, "", -1
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
             while (member := tar.next()) is not None:
                 key, kind = key_of(member.name)
-                if member.offset_data + member.size > size:
+                if member.offset_data + member.size > size or tar.offset <= end:  # the latter: a size below 0
                     cut = key
                     break
-                place = member.offset_data // BLOCK, member.size
-                if not member.isfile() or max(place) >= 2**32:
+                end = tar.offset
+                if member.isdir():
                     continue
-                if suffix and kind == suffix:
-                    captions[key] = place
-                    file.seek(member.offset_data)
-                    bad[key] = _caption_error(file.read(member.size))
-                elif f".{kind}" in IMAGE_SUFFIXES:
-                    images[key] = place
+                if not key:
+                    skipped.setdefault(NO_KEY, []).append(member.name)
+                    continue
+                place, is_caption = member.offset_data // BLOCK, bool(suffix) and kind == suffix
+                if not is_caption and f".{kind}" not in IMAGE_SUFFIXES:
+                    others.setdefault(key, []).append(kind)
+                elif not member.isreg() or member.issparse() or member.size >= 2**31 or place >= 2**32:
+                    skipped.setdefault(NO_FILE, []).append(member.name)
+                elif is_caption:
+                    captions[key], reason = _read_caption(file, member)
+                    bad[key] = SEVERAL if key in bad else reason
+                else:
+                    bad |= {key: SEVERAL} if key in images else {}
+                    images[key] = place, member.size, _crc(file, member)
             if cut is None:
                 file.seek(tar.offset)
                 if file.read(BLOCK) != bytes(BLOCK):  # no mark of the end: tarfile takes damage for it in silence
                     cut = key
     except tarfile.ReadError:
         cut = key
-    pairs, skipped = {}, {}
-    for key, image in images.items():
-        reason = bad.get(key, NO_CAPTION) if suffix else ""
+    pairs = {}
+    none = (0, 0, zlib.crc32(b""))
+    for key, (image, image_size, crc) in images.items():
+        caption, caption_size, caption_crc = captions.get(key, none)
+        reason = bad.get(key, NO_CAPTION if suffix else "")
         if not reason:
-            pairs[key] = (*image, *captions.get(key, (0, 0)))
+            pairs[key] = image, image_size, caption, caption_size, crc ^ caption_crc
         elif key != cut or key in captions:
             skipped.setdefault(reason, []).append(key)
+    if orphans := [key for key in captions if key not in images]:
+        skipped[NO_PICTURE] = orphans
+    for key, kinds in others.items():
+        for kind in kinds:
+            if key not in images or f".{kind.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+                _count_other(skipped, kind, key)
     return pairs, cut, skipped
 
 
-def _caption_error(content: bytes) -> str:
+def _read(file: BinaryIO, member: tarfile.TarInfo) -> Iterator[bytes]:
+    """The content of a member, piece by piece."""
+    file.seek(member.offset_data)
+    left = member.size
+    while left:
+        piece = file.read(min(left, _PIECE))
+        if not piece:
+            raise OSError(f"{member.name}: the file ended while it was read")
+        left -= len(piece)
+        yield piece
+
+
+def _crc(file: BinaryIO, member: tarfile.TarInfo) -> int:
+    return functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), _read(file, member), 0)
+
+
+def _read_caption(file: BinaryIO, member: tarfile.TarInfo) -> tuple[tuple[int, int, int], str]:
+    """Block, size and CRC-32 of a caption, and what is wrong with it."""
+    content = b"".join(_read(file, member))
+    place = member.offset_data // BLOCK, member.size, zlib.crc32(content)
     try:
-        return "" if content.decode().strip() else EMPTY
+        return place, "" if has_text(content.decode()) else EMPTY
     except UnicodeDecodeError:
-        return NOT_UTF8
+        return place, NOT_UTF8
+
+
+def _count_other(skipped: dict[str, list[str]], kind: str, key: str) -> None:
+    """Note a file that is neither a caption nor a picture, by its extension while these are few."""
+    reason = f".{printable(kind)} files, which are not read as pictures"
+    known = sum(name.startswith(".") for name in skipped)
+    if len(kind) > 16 or (reason not in skipped and known == _KINDS):
+        reason = OTHER
+    skipped.setdefault(reason, []).append(key)
 
 
 def _best(places: Iterable[Path], tars: dict[str, tuple[int, str]]) -> Index | None:
     """The index that knows most of the tars as they are now."""
-    found = [index for path in places if (index := read_index(path)) is not None]
+    found = []
+    for path in places:
+        try:
+            found.append(read_index(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            logging.warning("%s: cannot be used (%s); the tars are indexed again", path, error)
     return max(found, key=lambda index: len(_known(index, tars)), default=None)
 
 
@@ -265,7 +375,5 @@ def _write(
         except OSError as error:
             reasons.append(f"{path}: {error.strerror}")
             continue
-        index = read_index(path)
-        assert index is not None
-        return index
+        return read_index(path)
     raise DataError(f"{store.url}: no place for the index of the tars ({'; '.join(reasons)}); make one writable")

@@ -1,8 +1,9 @@
 """Pictures with captions in tars, as img2dataset and WebDataset write them: PATH/NNNNN.tar of KEY.jpg, KEY.txt, ….
 
-PATH is a folder, or one in a store that fsspec knows. Any record is read at once, wherever it lies. A tar that is cut
-short gives its whole pairs; a picture without caption (no file, nothing in it, not UTF-8) is left out. Both are told
-by key.
+PATH is a folder, or one in a store that fsspec knows. Any record is read at once, wherever it lies. Members belong
+together by WebDataset's rule (`tar_index.key_of`); where it leaves open which, and where a picture has no caption (no
+file, no text in it, not UTF-8), they are left out. A tar that is cut short gives its whole pairs. All of this is
+counted, with keys, in the log.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from absl import logging
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.layout import check_path, describe, misfit
+from visionfm_jax.data.sources.record import DamagedRecord, printable
 from visionfm_jax.data.sources.selection import Selection, read_selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, Index
@@ -83,13 +85,29 @@ class TarPairs:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded picture, bytes, and its caption, if wanted, str without white space around it."""
+        """The encoded picture, bytes, and its caption, if wanted, str without white space around it.
+
+        Raises:
+          OSError: the tar cannot be read.
+          DamagedRecord: the tar holds something else than when it was indexed, or the index is damaged.
+          DataError: the tar is shorter than when it was indexed.
+        """
         tar, row = self._locate(index)
-        name, record = self.index.tars[tar]["name"], self.index.records[row].tolist()
-        image, image_size, caption, caption_size = record
+        name, size, record = self.index.tars[tar]["name"], self.index.tars[tar]["size"], self.index.records[row]
+        image, image_size, caption, caption_size, crc = record.tolist()
         image, caption = image * BLOCK, caption * BLOCK
-        if not self.has_captions:
-            return {"image": self.store.read(name, image, image + image_size)}
+        if max(image + image_size, caption + caption_size) > size:
+            raise DamagedRecord(f"the index is damaged: it points behind the end of the tar; delete {self.index.path}")
+        picture, text = self._read(name, (image, image_size), (caption, caption_size))
+        if tar_index.checksum(picture, text) != crc:
+            raise DamagedRecord("it differs from what was indexed: the tar or its index is damaged")
+        return {"image": picture} | ({"caption": text.decode().strip()} if self.has_captions else {})
+
+    def _read(self, name: str, image: tuple[int, int], caption: tuple[int, int]) -> tuple[bytes, bytes]:
+        """The contents of two members, given by where they begin and how many bytes they have."""
+        (image, image_size), (caption, caption_size) = image, caption
+        if not caption_size:
+            return self.store.read(name, image, image + image_size), b""
         low, high = min(image, caption), max(image + image_size, caption + caption_size)
         if high - low <= image_size + caption_size + _NEAR:
             data = self.store.read(name, low, high)
@@ -98,18 +116,15 @@ class TarPairs:
         else:
             picture = self.store.read(name, image, image + image_size)
             text = self.store.read(name, caption, caption + caption_size)
-        try:
-            return {"image": picture, "caption": text.decode().strip()}
-        except UnicodeDecodeError as error:
-            raise OSError(f"{self.key(index)}: the caption is not UTF-8 any more; the file has changed") from error
+        return picture, text
 
     def key(self, index: int) -> str:
         """TAR/KEY without .tar; TAR/[n], its n-th pair, while the tar cannot be read."""
         tar, row = self._locate(index)
         name = self.index.tars[tar]["name"]
         try:
-            (key,) = tar_index.keys(self.store, name, self.index.records[row : row + 1])
-        except OSError:
+            key = printable(*tar_index.keys(self.store, name, self.index.records[row : row + 1]))
+        except (OSError, ValueError, OverflowError):
             key = f"[{row - int(self.index.starts[tar])}]"
         return f"{name.removesuffix('.tar')}/{key}"
 
@@ -118,7 +133,7 @@ class TarPairs:
 
         Returns:
           "tars" and "pairs", numbers; "records", how many of the pairs are selected; "cut", TAR/KEY where a tar ends
-          too early; "skipped", reason -> {"count", "first": TAR/KEY of some}.
+          too early; "skipped", what is left out -> {"count", "first": TAR/KEY of some}.
         """
         cut, skipped = [], {}
         for tar in self.index.tars:
@@ -142,7 +157,7 @@ class TarPairs:
             lines.append(f"{count} are cut short, at {', '.join(cut[:_NAMED])}{more}; the whole pairs before are used")
         for reason, found in report["skipped"].items():
             more = " …" if found["count"] > len(found["first"]) else ""
-            lines.append(f"{found['count']} pictures have {reason} and are left out: {', '.join(found['first'])}{more}")
+            lines.append(f"left out: {found['count']:,} {reason}: {', '.join(found['first'])}{more}")
         return lines
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,10 +168,12 @@ class TarPairs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         path, *crcs = state.pop("_mapped")
         self.__dict__.update(state)
-        index = tar_index.read_index(path)
-        if index is not None:
-            self._open(index)
-        if index is None or self._crcs() != crcs:
+        try:
+            self._open(tar_index.read_index(path))
+            changed = self._crcs() != crcs
+        except (OSError, ValueError):
+            changed = True
+        if changed:
             raise DataError(f"{self.name}: the tars, or their selection, changed after they were opened; start again")
 
     def _open(self, index: Index) -> None:
