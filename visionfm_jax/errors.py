@@ -32,6 +32,12 @@ class CheckpointError(UserError):
     exit_code = 74  # EX_IOERR
 
 
+class OutputError(UserError):
+    """A file of the run folder cannot be written, as the disk is full or gone. Exit code 74: ask a person."""
+
+    exit_code = 74
+
+
 class TrainingError(UserError):
     """Training itself went wrong: a loss or gradient is not finite. Exit code 4: a person should look."""
 
@@ -45,7 +51,7 @@ class LostError(UserError):
 
 
 class StorageError(UserError):
-    """Data could not be read for longer than the retries last. Exit code 71: start the same command again."""
+    """Storage failed for longer than the retries last. Exit code 71: start the same command again."""
 
     exit_code = 71
 

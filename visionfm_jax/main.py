@@ -3,8 +3,8 @@
 With --mode=evaluate: run the configuration's evals on what the run has reached, or on `config.checkpoint.weights`.
 
 Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 71 a process is
-stuck or gone · 74 a checkpoint cannot be written or read · 75 stopped by SIGTERM with the state saved: start the same
-command again · 130 stopped by Ctrl-C with the state saved.
+stuck or gone, or storage failed for too long · 74 a checkpoint or the run folder cannot be written or read · 75 stopped
+by SIGTERM with the state saved, if there is one: start the same command again · 130 likewise by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from visionfm_jax.telemetry.pictures import draw
 from visionfm_jax.telemetry.report import learning_curves
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
-from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
@@ -190,6 +190,7 @@ def measure(
 
 def evaluate(config: Config) -> int:
     """Run all evals on the newest weights of the run, or on those that the configuration starts from."""
+    StopSignal(saves=False)
     host = jax.process_index()
     config.validate_devices(jax.device_count(), jax.process_count())
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
@@ -199,6 +200,7 @@ def evaluate(config: Config) -> int:
     folder, field = config.folder, "workdir"
     if config.checkpoint.weights and not Path(folder, SUBFOLDER).is_dir():
         folder, field = config.checkpoint.weights, "checkpoint.weights"
+    refuse_links(config.folder)  # where pictures and scores will be written
     with other_run(config.checkpoint, folder, field) as stored:
         found = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
     origin = origin_of(found, f"the weights of step {found.step} of {folder}")

@@ -109,7 +109,7 @@ def test_a_restored_run_is_the_same_to_the_last_bit(injected, tmp_path):
     half = 8  # between two overflows, with the hysteresis spent
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(half, jax.device_put(states[half], trainer.shardings), {})
-        checkpoints.wait()
+        assert not checkpoints.failed(wait=True)
         state = checkpoints.restore(trainer.shapes, trainer.shardings).what
         chex.assert_trees_all_equal(jax.device_get(state), states[half])
         continued, _ = run(trainer, state, range(half, len(EXPECTED)))
@@ -121,7 +121,7 @@ def test_a_restored_run_is_the_same_to_the_last_bit(injected, tmp_path):
         assert state.loss_scale is None
         chex.assert_trees_all_equal(jax.device_get(state), states[half].replace(loss_scale=None))
         checkpoints.save(half + 1, state, {})
-        checkpoints.wait()
+        assert not checkpoints.failed(wait=True)
         state = checkpoints.restore(trainer.shapes, trainer.shardings).what
         assert jax.tree.map(float, state.loss_scale) == loss_scale.LossScale(loss_scale.START, 0, loss_scale.HYSTERESIS)
         chex.assert_trees_all_equal(jax.device_get(state.params), states[half].params)

@@ -20,8 +20,10 @@ class RunMonitor:
     def __init__(self, config: Config, folder: Path, start: int):
         first, telemetry = jax.process_index() == 0, config.telemetry
         self.peak = peak_flops(jax.devices()[0].device_kind)
-        self.writer = MetricWriter(folder, start_step=start, tensorboard=telemetry.tensorboard) if first else None
         self.progress = Progress(config.total_steps, start, enabled=first and telemetry.progress)
+        self.writer = None
+        if first:
+            self.writer = MetricWriter(folder, start_step=start, tensorboard=telemetry.tensorboard, note=self.note)
         self.watchdog = Watchdog(
             telemetry.stuck_minutes, process=jax.process_index(), processes=jax.process_count(), folder=folder
         )

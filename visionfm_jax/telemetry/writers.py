@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import OutputError
 
 FILE = "metrics.jsonl"
 
@@ -19,69 +22,129 @@ class MetricWriter:
     """Appends to FOLDER/metrics.jsonl and, if wished, to FOLDER/tensorboard.
 
     One object a line, "step" first. NaN and the infinities, which JSON has no number for, are written
-    as the strings "nan", "inf", "-inf". Every line is flushed, so that a killed run loses at most the
+    as the strings "nan", "inf", "-inf". Every line is written at once, so that a killed run loses at most the
     line being written.
 
     A run that continues at `start_step` will write the later steps again, and the scores of this one: what a previous,
     killed attempt left of them is dropped first, and so is a torn last line.
 
+    Once begun, a full disk is no reason to end a run: lines wait in memory until they can be written. TensorBoard's
+    events, which tell nothing else, end there.
+
     Args:
       folder: the run folder; made if missing.
       start_step: the last step that the resumed state contains; 0 for a new run.
       tensorboard: also write event files.
+      note: shows a line to people.
 
     Raises:
-      UserError: the folder cannot be written.
+      OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, start_step: int = 0, tensorboard: bool = True) -> None:
-        self._path = Path(folder) / FILE
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        start_step: int = 0,
+        tensorboard: bool = True,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        self._path, self._note = Path(folder) / FILE, note
+        self._waiting: list[bytes] = []
+        self._failed: OSError | None = None
         self._events = None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(self._path, start_step)
-            self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+            self._lines = open(self._path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+            if tensorboard:
+                self._events = _Events(self._path.parent / "tensorboard", start_step)
         except OSError as error:
-            raise _unwritable(self._path, error) from error
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # late: it costs a second that --help need not wait for
-
-            self._events = SummaryWriter(
-                str(self._path.parent / "tensorboard"),
-                purge_step=start_step + 1 if start_step else None,  # hides what the lost part had drawn
-                filename_suffix=f".{os.getpid()}.{start_step}",  # two starts in one second are two files
-                flush_secs=20,
-            )
+            raise _unwritable(Path(error.filename or self._path), error) from error
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record scalars of one step; values are numbers or arrays of one element.
-
-        Raises:
-          UserError: the disk is full or the folder is gone.
-        """
+        """Record scalars of one step; values are numbers or arrays of one element."""
         values = {name: _number(value) for name, value in metrics.items()}
         line = json.dumps({"step": int(step), **{name: _plain(v) for name, v in values.items()}}, allow_nan=False)
+        self._waiting.append(line.encode() + b"\n")
+        self._append()
+        if self._events is not None:
+            try:
+                self._events.write(step, values)
+            except OSError as error:
+                self._note(f"tensorboard: {error.strerror}; its events end here, {FILE} goes on")
+                self._events = None
+
+    def _append(self) -> None:
+        """Write the lines that wait; where that fails, all of the first that is not whole waits on."""
         try:
-            self._lines.write(line + "\n")
-            self._lines.flush()
-            if self._events is not None:
-                for name, value in values.items():
-                    self._events.add_scalar(name, value, step)
+            while self._waiting:
+                whole = os.fstat(self._lines.fileno()).st_size
+                if self._lines.write(self._waiting[0]) < len(self._waiting[0]):
+                    os.ftruncate(self._lines.fileno(), whole)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._waiting.pop(0)
+            self._failed = None
         except OSError as error:
-            raise _unwritable(self._path, error) from error
+            if self._failed is None:
+                self._note(f"cannot write {self._path}: {error.strerror}; training goes on, the lines wait in memory")
+            self._failed = error
 
     def close(self) -> None:
-        """Flush and close; safe to call twice."""
+        """Flush and close; safe to call twice.
+
+        Raises:
+          OutputError: some lines could not be written.
+        """
+        if self._lines.closed:
+            return
+        self._append()
         self._lines.close()
         if self._events is not None:
-            self._events.close()
-            self._events = None
+            with contextlib.suppress(OSError):
+                self._events.close()
+        if self._failed is not None:
+            raise _unwritable(self._path, self._failed, f"{len(self._waiting)} lines of metrics are lost; ")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        with contextlib.suppress(OutputError) if error else contextlib.nullcontext():
+            self.close()
+
+
+class _Events:
+    """A file of events for TensorBoard, written by the thread that logs.
+
+    tensorboardX's own `SummaryWriter` writes in a thread that dies of a full disk, and the run then waits for it.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        # Late: it costs a second that --help need not wait for.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        suffix = f".{os.getpid()}.{start_step}"  # two starts in one second are two files
+        self._writer = EventsWriter(str(folder / "events"), suffix)
+        if start_step:  # hides what the lost part had drawn
+            self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._add(Event(step=step, summary=summary))
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -131,6 +194,8 @@ def _plain(value: int | float) -> int | float | str:
     return value if math.isfinite(value) else str(float(value))
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def _unwritable(path: Path, error: OSError, lost: str = "") -> OutputError:
     reason = error.strerror or str(error)
-    return UserError(f"cannot write {path}: {reason}; free space there or choose another folder by config.workdir")
+    return OutputError(
+        f"cannot write {path}: {reason}; {lost}free space there or choose another folder by config.workdir"
+    )

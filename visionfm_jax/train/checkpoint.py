@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +21,22 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from visionfm_jax.config import CheckpointConfig
-from visionfm_jax.errors import CheckpointError
+from visionfm_jax.errors import CheckpointError, StorageError
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.train.checksum import checksums, name_of
 from visionfm_jax.train.state import TrainState
 
 SUBFOLDER = "checkpoints"
 SCORES = "scores.json"  # of the evals, in the folder of their step
+PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before a save is tried again
+# What storage over a network says while a server restarts or a link is down; TensorStore hands on the text alone.
+PASSING = tuple(
+    os.strerror(getattr(errno, name))
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
+        "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EREMOTEIO",
+    )
+)  # fmt: skip
 
 
 class DamagedError(CheckpointError):
@@ -66,9 +77,11 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice only at the first save
                 self._keep = _Keep(config, self.folder)
                 options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(
+            self._open = lambda: ocp.CheckpointManager(
                 self.folder, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
             )
+            self._manager = self._open()
+        self._failures = 0  # in a row
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -81,11 +94,54 @@ class Checkpoints:
           record: what else continues with the state; JSON.
 
         Raises:
-          CheckpointError: no space, no permission, …
+          CheckpointError, StorageError: as `failed`.
         """
-        with _plain_errors(f"saving step {step} to {self.folder}"):
-            sealed = _seal({**record, "checksums": checksums(vars(state))})
-            self._manager.save(step, args=ocp.args.PyTreeSave(state), custom_metadata={"record": sealed}, force=True)
+        sealed = _seal({**record, "checksums": checksums(vars(state))})
+        while True:
+            try:
+                with _plain_errors(f"saving step {step} to {self.folder}"):
+                    self._manager.save(
+                        step, args=ocp.args.PyTreeSave(state), custom_metadata={"record": sealed}, force=True
+                    )
+                return
+            except StorageError as error:
+                self._pause(error)
+
+    def failed(self, *, wait: bool = False) -> bool:
+        """Whether the last save has failed in the background so that the state shall be saved again; costs nothing.
+
+        Args:
+          wait: until everything is on disk.
+
+        Raises:
+          CheckpointError: it has failed for good: no space, no permission, …
+          StorageError: it has failed too often.
+        """
+        try:
+            with _plain_errors(f"saving to {self.folder}"):
+                if wait:
+                    self._manager.wait_until_finished()
+                else:
+                    self._manager.check_for_errors()
+        except StorageError as error:
+            self._pause(error)
+            return True
+        if wait or not self._manager.is_saving_in_progress():
+            self._failures = 0
+        return False
+
+    def _pause(self, error: StorageError) -> None:
+        """Before another try, or no more: `error`. Several processes would have to try together, in a new start."""
+        if self._failures == len(PAUSES) or jax.process_count() > 1:
+            raise error
+        pause = PAUSES[self._failures]
+        self._failures += 1
+        print(f"visionfm_jax: {error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        with contextlib.suppress(Exception):  # the same error again
+            self._manager.close()
+        with _plain_errors(f"opening {self.folder}"):
+            self._manager = self._open()  # without the half-written step
 
     def record(self, step: int) -> dict[str, Any]:
         """What was saved with the state of `step`; {} by an older version.
@@ -98,12 +154,12 @@ class Checkpoints:
             return _unseal(sealed) if sealed else {}
 
     def attach(self, step: int, scores: dict[str, float]) -> None:
-        """Keep the scores of the evals with the state of `step`, whose save may still run, and the best as they say.
+        """Keep the scores of the evals with the state of `step`, which is on disk, and the best states as they say.
 
         Raises:
-          CheckpointError: the save failed, or no space.
+          CheckpointError: no space, ….
+          StorageError: as `failed`.
         """
-        self.wait()
         with _plain_errors(f"saving the scores of step {step} to {self.folder}"):
             if jax.process_index() == 0:
                 path = self.folder / str(step) / SCORES
@@ -121,29 +177,11 @@ class Checkpoints:
         """Those attached to `step`; {}: none."""
         return _read_scores(self.folder / str(step))
 
-    def raise_failed(self) -> None:
-        """Raise what has gone wrong in the background so far; costs nothing.
-
-        Raises:
-          CheckpointError: a save has failed.
-        """
-        with _plain_errors(f"saving to {self.folder}"):
-            self._manager.check_for_errors()
-
-    def wait(self) -> None:
-        """Until everything is on disk.
-
-        Raises:
-          CheckpointError: it cannot be.
-        """
-        with _plain_errors(f"saving to {self.folder}"):
-            self._manager.wait_until_finished()
-
     def close(self) -> None:
         """Wait, and free the threads.
 
         Raises:
-          CheckpointError: as `wait`.
+          CheckpointError, StorageError: the last save has failed.
         """
         with _plain_errors(f"saving to {self.folder}"):
             self._manager.close()
@@ -157,7 +195,7 @@ class Checkpoints:
         elif issubclass(kind, Exception) and jax.process_count() == 1:
             # What is being written is a good state: let it land. With several processes, the others, whose help
             # that needs, may be gone; and who presses Ctrl-C twice does not want to wait.
-            with contextlib.suppress(CheckpointError):
+            with contextlib.suppress(CheckpointError, StorageError):
                 self.close()
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> Restored:
@@ -363,13 +401,20 @@ def _refuse_other_tree(where: Path, stored: Any, expected: Any) -> None:
 
 @contextlib.contextmanager
 def _plain_errors(doing: str, remedy: str = "", kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
-    """Turn what Orbax, TensorStore and the file system raise into one line: what was done, the cause, the remedy."""
+    """Turn what Orbax, TensorStore and the file system raise into one line: what was done, the cause, the remedy.
+
+    Raises:
+      StorageError: for causes that may pass by themselves.
+      CheckpointError: for all others; `kind` of it.
+    """
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, StorageError):
         raise
     except Exception as error:
         cause = _first_cause(error)
+        if any(sign in cause for sign in PASSING):
+            raise StorageError(f"{doing}: {cause[:200]}") from error
         if any(sign in cause for sign in ("No space left", "File too large", "Disk quota")):
             cause = "the disk is full"
             remedy = "free space and start again: the checkpoints before are whole"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any, Self
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.schema import to_dict
-from visionfm_jax.errors import ConfigError, UserError
+from visionfm_jax.errors import ConfigError, OutputError, UserError
 
 # What the order of the samples follows from, beside the training sources; those may move to another path.
 ORDER = ("seed", "train.batch_size", "data.shuffle")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
@@ -27,11 +32,13 @@ class RunFolder:
         self._lock = None
         if not owner:  # only the first process of a run guards and writes the folder
             return
+        refuse_links(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held for the process's life
         except OSError as error:
-            raise UserError(
+            kind = OutputError if error.errno in FULL else UserError
+            raise kind(
                 f"config.workdir = {str(self.path)!r}: {error.strerror}; name a folder that can be written"
             ) from error
         try:
@@ -64,7 +71,7 @@ class RunFolder:
         path, new = self.path / "config.json", json.loads(json.dumps(to_dict(config)))
         changes = []
         if step and path.exists():
-            kept = json.loads(path.read_text())
+            kept = _read_record(path)
             if config.data.shuffle and (was := kept.get("order_version", 1)) != order_version:
                 raise ConfigError(
                     f"the run in {self.path} has version {was} of the order of the samples, this program shuffles by "
@@ -91,7 +98,7 @@ class RunFolder:
             temporary.write_text(text)
             temporary.replace(path)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; free space there") from error
+            raise OutputError(f"cannot write {path}: {error.strerror}; free space there") from error
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -103,6 +110,47 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What `RunFolder.record` has kept.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
+    try:
+        kept = json.loads(path.read_text())
+        if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
+            return kept
+        cause = "it holds no configuration"
+    except OSError as error:
+        cause = error.strerror
+    except (ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())[:100]
+    raise ConfigError(
+        f"{path} is damaged: {cause}; move it away to continue, and see yourself that the settings are those of before"
+    )
+
+
+def refuse_links(folder: str | Path) -> None:
+    """Refuse a run folder, perhaps somebody else's, of which a file would be written elsewhere.
+
+    The folder itself may be reached by a link. What is within an array store of a checkpoint is only read.
+
+    Raises:
+      UserError: something in it is neither a file nor a folder.
+    """
+    for at, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(at, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = f"a link to {str(path.readlink())!r}" if stat.S_ISLNK(mode) else "no ordinary file"
+                raise UserError(
+                    f"{path}: is {what}, which a run folder must not have; remove it, or set config.workdir"
+                )
+        if "default" in folders and Path(at).parent.name == "checkpoints":
+            folders.remove("default")
 
 
 def _changes(old: Any, new: Any, name: str = "") -> list[str]:

@@ -80,18 +80,24 @@ def train(
     Raises:
       TrainingError: a non-finite loss or gradient, if the configuration says stop; in fp16, with the loss scale at
         its floor.
-      DataError, CheckpointError: from the loader and the checkpoints.
+      DataError, CheckpointError, StorageError: from the loader and the checkpoints.
     """
     total = trainer.config.total_steps
     fields = trainer.task.batch_spec(1).keys()
     start = saved = int(state.step)
     window = _Window(trainer, hooks, record or {})
 
+    def save_surely() -> None:
+        """Wait until the state just saved is on disk, and save it again where that fails for the moment."""
+        while checkpoints.failed(wait=True):
+            checkpoints.save(saved, state, window.record())
+
     def evaluated() -> bool:
         """Measure and note the scores of the state just saved; False: cut off."""
         scores = hooks.evaluate(saved, state)
         if scores is None:
             return False
+        save_surely()
         checkpoints.attach(saved, scores)
         hooks.monitor.log(saved, scores)
         window.restart_clock()  # evaluation is not training time
@@ -110,23 +116,23 @@ def train(
         hooks.batch_seen(batch)
         state, metrics = trainer.step(state, to_global(trainer.mesh, {k: batch[k] for k in fields}))
         window.add(_Pending(step, metrics, batch))
-        checkpoints.raise_failed()
+        again = checkpoints.failed()
 
         done = step + 1
         stop, due = hooks.stop_requested(), hooks.eval_due(done)
-        if stop or due or done == total or hooks.save_due(done):
+        if stop or due or done == total or hooks.save_due(done) or again:
             window.settle(0)
             checkpoints.save(done, state, window.record())
             saved = done
         if due and not stop:
             if done == total:
-                checkpoints.wait()  # whatever happens to the last evaluation
+                save_surely()  # whatever happens to the last evaluation
             stop = not evaluated()
         if stop:
             break
 
     window.settle(0)
-    checkpoints.wait()
+    save_surely()
     evaluation_cut = stop and hooks.eval_due(saved)
     finished = saved >= total and not evaluation_cut  # beyond it where a finished run was shortened
     if not finished:

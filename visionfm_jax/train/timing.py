@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -18,27 +20,40 @@ from visionfm_jax.errors import INTERRUPTED, PREEMPTED
 class StopSignal:
     """SIGTERM (a scheduler's notice) and Ctrl-C ask for a saved state and an end; a second Ctrl-C ends at once.
 
-    Before the first step of this start there is nothing to save: they end the program at once, with the same codes.
-    With several hosts the notice may reach one of them only: JAX's preemption service then agrees on a step.
+    Before the first step of this start there is nothing to save: they end the program at once, with the same codes,
+    even while a program is compiled, which no handler of Python's could interrupt. With several hosts the notice may
+    reach one of them only: JAX's preemption service then agrees on a step.
+
+    Args:
+      saves: False for work that saves nothing: signals end it at once all the time.
     """
 
-    def __init__(self) -> None:
-        self.several = jax.process_count() > 1
+    def __init__(self, *, saves: bool = True) -> None:
+        self.several = jax.process_count() > 1 and saves
         self.received: int | None = None
         self._trained, self._asked, self._stop = False, 0, False
         signal.signal(signal.SIGINT, self._receive)
         if not self.several:  # else the service has its own handler
             signal.signal(signal.SIGTERM, self._receive)
+        arrivals, notice = os.pipe()
+        os.set_blocking(notice, False)
+        signal.set_wakeup_fd(notice, warn_on_full_buffer=False)  # written to whatever the main thread does
+        threading.Thread(target=self._watch, args=(arrivals,), name="signals", daemon=True).start()
 
     def _receive(self, number: int, _: object) -> None:
-        if number == signal.SIGINT and (self.received == signal.SIGINT or not self._trained):
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
         if self.several:
             os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
-        elif not self._trained:
-            print("visionfm_jax: stopped before the first step", file=sys.stderr, flush=True)
-            sys.exit(PREEMPTED)
+
+    def _watch(self, arrivals: int) -> None:
+        while number := os.read(arrivals, 1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and not self._trained:
+                print("visionfm_jax: stopped, with nothing to save", file=sys.stderr, flush=True)
+                for child in multiprocessing.active_children():  # that load data
+                    child.kill()
+                os._exit(INTERRUPTED if number[0] == signal.SIGINT else PREEMPTED)
 
     def __call__(self) -> bool:
         """Whether to stop here; asked on every host at every step and evaluation batch."""

@@ -1,6 +1,9 @@
+import contextlib
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import OutputError
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
 
 
@@ -64,7 +67,7 @@ def test_a_crash_while_trimming_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device; free space") as caught:
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: No space left on device; free space") as caught:
         MetricWriter(tmp_path, start_step=1, tensorboard=False)
     assert "\n" not in str(caught.value)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
@@ -95,8 +98,56 @@ def test_no_file_reads_as_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*file/run"):
+    with pytest.raises(OutputError, match=r"cannot write .*file/run"):
         MetricWriter(tmp_path / "file" / "run")
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """A disk that is full when a file has `size` bytes; afterwards there is space again."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_keeps_the_lines_until_there_is_space(tmp_path):
+    notes = []
+    with MetricWriter(tmp_path, tensorboard=False, note=notes.append) as writer:
+        writer.write(1, {"loss": 1.0})
+        with disk_of(40):  # one line and half of the next
+            for step in range(2, 6):
+                writer.write(step, {"loss": 1.0 / step})
+        assert len(lines(tmp_path)) == 1  # whole ones only
+        writer.write(6, {"loss": 1.0 / 6})
+    assert read_metrics(tmp_path) == [{"step": s, "loss": 1.0 / s} for s in range(1, 7)]
+    assert len(notes) == 1
+    assert "metrics.jsonl: No space left on device; training goes on, the lines wait in memory" in notes[0]
+
+
+def test_a_disk_that_stays_full_is_one_line_at_the_end(tmp_path):
+    writer = MetricWriter(tmp_path, tensorboard=False, note=lambda text: None)
+    with disk_of(10):
+        writer.write(1, {"loss": 1.0})
+        with pytest.raises(OutputError, match=r"metrics\.jsonl: .*; 1 lines of metrics are lost; free space") as caught:
+            writer.close()
+    assert caught.value.exit_code == 74
+    writer.close()
+
+
+def test_a_full_disk_ends_tensorboard_and_nothing_else(tmp_path):
+    """tensorboardX's thread dies of it, and the eleventh value would wait for ever."""
+    notes = []
+    with MetricWriter(tmp_path, note=notes.append) as writer:
+        writer.write(1, {"loss": 1.0})
+        with disk_of(600):
+            for step in range(2, 12):
+                writer.write(step, {f"loss{i}": 1.0 for i in range(3)})
+    assert len(read_metrics(tmp_path)) == 11
+    assert "tensorboard: File too large; its events end here, metrics.jsonl goes on" in notes
 
 
 def test_tensorboard_gets_scalars_and_a_purge_after_resume(tmp_path):

@@ -39,6 +39,7 @@ def save(folder: Path, config: CheckpointConfig, scores: dict[int, float | None]
         for step, score in scores.items():
             checkpoints.save(step, state_of(step), {})
             if score is not None:
+                assert not checkpoints.failed(wait=True)
                 checkpoints.attach(step, {"val/top1": score, "val/loss": 1.0})
 
 
@@ -96,7 +97,7 @@ def test_the_record_comes_back_to_the_last_bit(tmp_path):
     record = {"losses": [0.1 + 0.2, 1e-300, float("nan")], "skipped": 3}
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(1, state_of(1), record)
-        checkpoints.wait()
+        assert not checkpoints.failed(wait=True)
         found = checkpoints.restore(*shapes_and_shardings(state_of(1))).record
         assert repr({k: found[k] for k in record}) == repr(record)
         file = tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
@@ -126,7 +127,7 @@ def test_the_state_comes_back_where_it_is_wanted(tmp_path, ema):
 def test_a_state_with_more_or_less_is_refused(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(7, state_of(7), {})
-        checkpoints.wait()
+        assert not checkpoints.failed(wait=True)
         with pytest.raises(CheckpointError, match=r"(?s)another model.*only in this model: +ema\.w \(8, 4\)"):
             checkpoints.restore(*shapes_and_shardings(state_of(7, ema=True)))
         more = state_of(7).replace(params={"w": jnp.zeros((8, 5)), "b": jnp.zeros(2)})

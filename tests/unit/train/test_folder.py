@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from visionfm_jax.config import Config, SourceConfig
-from visionfm_jax.errors import ConfigError, UserError
+from visionfm_jax.errors import ConfigError, OutputError, UserError
 from visionfm_jax.train.folder import RunFolder
 
 
@@ -96,3 +98,58 @@ def test_a_run_of_the_former_order_of_samples_is_not_continued(tmp_path):
         kept.write_text(json.dumps(record))
         folder.record(config, 10, 2)
     assert json.loads(kept.read_text())["order_version"] == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"config": {"name": "fo', b"[1, 2]", b'{"other": 1}', b"\x00\xff\xfe" * 20, b"[" * 100_000, b'"\xc3("'],
+)
+def test_a_damaged_configuration_is_one_line(tmp_path, content):
+    config = config_in(tmp_path)
+    with RunFolder(config, owner=True) as folder:
+        folder.record(config, 0, 1)
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"config\.json is damaged: .*; move it away") as caught:
+            folder.record(config, 10, 1)
+        assert "\n" not in str(caught.value)
+        assert (tmp_path / "config.json").read_bytes() == content
+        folder.record(config, 0, 1)  # a run from the beginning writes its own
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "config.json", "config.tmp", ".lock", "stacks-3.txt", "tensorboard", "learning_curves.png.tmp",
+     "checkpoints", "checkpoints/40/scores.tmp", "tensorboard/events.1"],
+)  # fmt: skip
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    """A run folder from somebody else: what its links point to stays as it is."""
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    outside.write_text("mine")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match=rf"{name}: is a link to '.*outside', which .*; remove it") as caught:
+        RunFolder(config_in(folder), owner=True)
+    assert "\n" not in str(caught.value)
+    assert outside.read_text() == "mine"
+    (folder / name).unlink()
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be reached by one
+    RunFolder(config_in(tmp_path / "link"), owner=True).close()
+
+
+def test_a_pipe_in_the_run_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")  # to open it would wait for ever
+    with pytest.raises(UserError, match="is no ordinary file"):
+        RunFolder(config_in(tmp_path), owner=True)
+
+
+def test_a_full_disk_at_the_configuration(tmp_path, monkeypatch):
+    config = config_in(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with RunFolder(config, owner=True) as folder:
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(OutputError, match=r"cannot write .*config\.json: No space left on device; free space"):
+            folder.record(config, 0, 1)
+    assert OutputError.exit_code == 74

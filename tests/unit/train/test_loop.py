@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import types
 from pathlib import Path
 
@@ -9,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.path import atomicity
 
 from visionfm_jax.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
+from visionfm_jax.errors import CheckpointError, StorageError
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
+from visionfm_jax.train import checkpoint
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.state import TrainState
@@ -137,3 +142,52 @@ def test_the_averages_do_not_notice_an_interruption(tmp_path, stop_after):
     assert run.start()
     assert run.metrics() == whole.metrics()
     assert [row["step"] for row in run.metrics()] == [5, 10]
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Storage whose next `count` saves fail when they are given their final name; and the pauses that were made."""
+    pauses, rename = [], atomicity.AtomicRenameTemporaryPath.finalize
+    monkeypatch.setattr(checkpoint.time, "sleep", pauses.append)
+
+    def of(count: int, error: OSError):
+        left = [count]
+
+        async def finalize(self, *arguments, **named):
+            if self.get_final().name.isdigit() and left[0]:
+                left[0] -= 1
+                raise error
+            return await rename(self, *arguments, **named)
+
+        monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", finalize)
+        return pauses
+
+    return of
+
+
+def test_a_passing_fault_of_the_storage_is_outlasted(tmp_path, faulty, capsys):
+    whole, run = (Toy(tmp_path / name, evaluate_at=(4, TOTAL)) for name in ("whole", "run"))
+    assert whole.start()
+    pauses = faulty(3, OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    assert run.start()
+    assert pauses == [1, 4, 16]
+    assert capsys.readouterr().err.count("Stale file handle; trying again in ") == 3
+    assert run.saved()[-1] == TOTAL
+    assert run.metrics() == whole.metrics()
+
+
+def test_a_fault_that_stays_ends_the_run_with_a_code_that_is_requeued(tmp_path, faulty):
+    pauses = faulty(100, OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(StorageError, match=r"saving .*: .*Input/output error") as caught:
+        Toy(tmp_path).start()
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 71
+    assert pauses == [1, 4, 16, 60]
+
+
+def test_a_full_disk_is_not_tried_again(tmp_path, faulty):
+    pauses = faulty(100, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(CheckpointError, match="the disk is full; free space and start again") as caught:
+        Toy(tmp_path).start()
+    assert caught.value.exit_code == 74
+    assert pauses == []

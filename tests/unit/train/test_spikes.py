@@ -65,7 +65,7 @@ def run(folder: Path, norms: dict[int, float], *, steps: int, start: int = 0, re
     )  # fmt: skip
     saved = {}
     checkpoints = types.SimpleNamespace(
-        latest=lambda: None, raise_failed=lambda: None, wait=lambda: None,
+        latest=lambda: None, failed=lambda wait=False: False,
         save=lambda step, state, record: saved.update(record),
     )  # fmt: skip
     state = TrainState(jnp.asarray(start), {}, (), None)

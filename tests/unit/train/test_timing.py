@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -64,6 +66,7 @@ def test_never_without_an_interval(clock):
 def stop():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield StopSignal()
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -83,10 +86,26 @@ def test_a_second_interrupt_does_not_wait(stop):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_before_the_first_step_there_is_nothing_to_save(stop, capsys):
-    with pytest.raises(SystemExit) as end:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert end.value.code == PREEMPTED
-    assert "before the first step" in capsys.readouterr().err
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+BUSY = """
+import sys, time
+from visionfm_jax.train.timing import StopSignal
+stop = StopSignal(saves=sys.argv[1] == "training")
+print("ready", flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "number", "code"), [("training", signal.SIGTERM, PREEMPTED), ("evaluating", signal.SIGINT, INTERRUPTED)]
+)
+def test_with_nothing_to_save_it_ends_at_once(work, number, code):
+    """Before the first step, and in an evaluation alone."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY, work], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err.splitlines()[-1] == "visionfm_jax: stopped, with nothing to save"
