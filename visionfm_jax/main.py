@@ -1,6 +1,7 @@
 """Train: `python -m visionfm_jax.main --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE …]`.
 
 With --mode=evaluate: run the configuration's evals on what the run has reached, or on `config.checkpoint.weights`.
+With --mode=replay --step=N: run that step of the run again, with statistics of every layer, into RUN/replay.
 
 Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 71 a process is
 stuck or gone, or storage failed for too long · 74 a checkpoint or the run folder cannot be written or read · 75 stopped
@@ -10,6 +11,7 @@ by SIGTERM with the state saved, if there is one: start the same command again �
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import logging as standard_logging
 import os
@@ -35,11 +37,13 @@ from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.pictures import draw
+from visionfm_jax.telemetry.replay import write as write_replay
 from visionfm_jax.telemetry.report import learning_curves
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
+from visionfm_jax.train.replay import run_again
 from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
@@ -212,6 +216,42 @@ def evaluate(config: Config) -> int:
     return 0
 
 
+def replay(config: Config, step: int) -> int:
+    """Run `step` of the run in `config.folder` again, from the checkpoint before it; changes nothing but RUN/replay."""
+    host, hosts = jax.process_index(), jax.process_count()
+    if not 0 <= step < config.total_steps:
+        raise ConfigError(f"--step={step}: the run has the steps 0 to {config.total_steps - 1}; name one of them")
+    folder = Path(config.folder)
+    if not (folder / SUBFOLDER).is_dir():
+        raise ConfigError(f"config.workdir = {config.folder!r}: holds no run; name the folder of the step's run")
+    refuse_links(folder)
+    config.validate_devices(jax.device_count(), hosts)
+    trainer = Trainer(config, make_mesh(config.parallel.replicas))
+    sources = open_sources(config.data.train, "data.train")
+    fields = fields_of(config)
+    check_sources(config, sources, fields)
+    with Checkpoints(folder, config.checkpoint, read_only=True, until=step) as stored:
+        state, _, origin = starting_state(trainer, stored)
+    start = int(state.step)
+    if start > step:
+        raise ConfigError(f"--step={step}: the run begins with {origin}; name that step or a later one")
+    say(describe(trainer, origin, []))
+    with (
+        train_loader(
+            config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
+            start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.split,
+        ) as batches,
+        tqdm(
+            desc=f"up to step {step}", total=step - start, unit=" steps",
+            disable=host > 0 or not config.telemetry.progress,
+        ) as bar,
+    ):  # fmt: skip
+        found = run_again(trainer, state, batches, sources, step, bar.update)
+    if host == 0:
+        say(write_replay(found, folder))
+    return 0
+
+
 def describe(trainer: Trainer, origin: str, changes: list[str]) -> str:
     """What is about to happen, for people; `changes` are those of the settings since the run was last here."""
     config, mesh = trainer.config, trainer.mesh
@@ -275,19 +315,26 @@ def say(text: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Read the command line, join the other processes, then work."""
     parser = Parser("main", __doc__)
-    parser.add_argument("--mode", choices=MODES, default="train", help="train, or evaluate what was trained")
+    parser.add_argument(
+        "--mode", choices=MODES, default="train", help="train, evaluate what was trained, or replay a step"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="which, with --mode=replay")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no scheduler tells")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
     config, arguments = parser.parse_with_config(argv)
+    if (arguments.step is None) != (arguments.mode != "replay"):
+        parser.error("--step=N names the step of --mode=replay: give both or neither")
     faulthandler.enable()  # a crash of compiled code shows where Python was
     quiet_logs()
     _, processes = cluster.initialize(arguments.coordinator, arguments.processes, arguments.process)
     work = MODES[arguments.mode]
+    if arguments.mode == "replay":
+        work = functools.partial(work, step=arguments.step)
     return work(config) if processes == 1 else run_among_others(work, config)
 
 
-MODES = {"train": run, "evaluate": evaluate}
+MODES = {"train": run, "evaluate": evaluate, "replay": replay}
 
 
 def quiet_logs() -> None:

@@ -111,6 +111,9 @@ def test_the_first_bad_value_is_found_with_its_row(measured):
     assert str(first) == f"{OUTPUT} embed"
     assert next(layer for layer in layers if layer.forward.rows).forward.rows == (18,)
     assert not any(set(layer.forward.rows) - {18} for layer in layers)
+    # Nearly all of the sum of squares is that one row's; its largest number is about twice its RMS.
+    at = named(layers)[f"{INPUT} the network"].forward
+    assert at.rms == pytest.approx(at.largest / 2 / BATCH**0.5, rel=0.5)
 
 
 def test_a_bad_weight_is_found_in_its_layer(measured):

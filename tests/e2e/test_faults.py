@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from runs import (
     BATCH,
     EVERY,
+    SMALL,
     STEPS,
     assert_identical,
     copy,
@@ -28,6 +31,9 @@ from runs import (
 )
 
 from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.train.spikes import kept_step
+
+UNBOUNDED = [f"--config={Path(__file__).with_name('overflowing.py')}", *SMALL[1:]]
 
 
 def largest(folder: Path) -> Path:
@@ -119,20 +125,43 @@ def overflowing(tmp_path) -> list[str]:
     return [*source.split(), mean, std, "--config.data.augment.jitter=(0.,0.,0.,0.)", "--config.optim.warmup_steps=2"]
 
 
+def run_unbounded(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
+    return finish(start(folder, *arguments, base=UNBOUNDED), folder, code)
+
+
 def test_a_value_that_is_not_finite(tmp_path, overflowing):
-    arguments = [*overflowing, "--config.train.steps=12", "--config.checkpoint.every_steps=1"]
+    arguments = [*overflowing, "--config.train.steps=12", "--config.checkpoint.every_steps=2"]
     folder = tmp_path / "stop"
-    line = only_error(run(folder, *arguments, code=4)[1])
+    line = only_error(run_unbounded(folder, *arguments, code=4)[1])
     assert "not finite" in line
     assert line.count("train.npz[") == line.count("train.npz[37];") == 1
     assert "first in the gradient of blocks.attn." in line
     assert 'config.train.on_nonfinite="skip"' in line
     bad = int(line.partition("error: step ")[2].partition(":")[0])
-    assert steps(folder)[-1] == bad
+    assert steps(folder)[-1] == bad // 2 * 2
     assert all(np.isfinite(v).all() for v in state(folder).values())
+    assert f"kept in {folder}/spikes/step-{bad:08}.jsonl, --mode=replay --step={bad} runs it again" in line
+    head, samples = kept_step(folder, bad)
+    assert head["kind"] == "not finite"
+    assert [s["key"] for s in samples if not np.isfinite(s["loss"])] == ["train.npz[37]"]
+
+    before = files(folder)
+    out, _ = run_unbounded(folder, *arguments, "--mode=replay", f"--step={bad}")
+    assert "\n  in the run       not finite, the same to the last bit\n" in out
+    assert "\n  first not finite forward pass, output of blocks[0].ln1; the input of blocks[0].ln1 is finite\n" in out
+    assert re.search(r"\n  samples          \d+ = numpy .*train.npz\[37\] \(loss nan\)\n", out)
+    after = files(folder)
+    new = after.keys() - before.keys()
+    assert {name: after[name] for name in before} == before
+    assert new == {f"replay/step-{bad:08}/{name}" for name in ("statistics.json", "layers.png", "samples.png")}
+    statistics = json.loads(after[f"replay/step-{bad:08}/statistics.json"])
+    assert [s["key"] for s in statistics["suspects"]] == ["train.npz[37]"]
+    assert (
+        next(layer["layer"] for layer in statistics["layers"] if layer["forward"]["bad"]) == "output of blocks[0].ln1"
+    )
 
     # Continued with the other rule: the bright image of each of the three epochs is left out.
-    _, err = run(folder, *arguments, "--config.train.on_nonfinite=skip")
+    _, err = run_unbounded(folder, *arguments, "--config.train.on_nonfinite=skip")
     skipped = [line for line in err.splitlines() if line.startswith("skipped step ")]
     assert skipped[0].startswith(f"skipped step {bad}: ")
     assert read_metrics(folder)[-1]["skipped_steps"] == len(skipped) == 3
@@ -142,14 +171,14 @@ def test_a_value_that_is_not_finite(tmp_path, overflowing):
 
 def test_weights_that_are_not_finite_end_a_run_that_skips(tmp_path):
     arguments = ["--config.optim.lr=1e30", "--config.optim.clip_norm=0", "--config.train.on_nonfinite=skip"]
-    line = run(tmp_path / "run", *arguments, code=4)[1].splitlines()[-1]
+    line = run_unbounded(tmp_path / "run", *arguments, code=4)[1].splitlines()[-1]
     assert "51 steps in a row were skipped: lower config.optim.lr" in line
 
 
 def test_overflows_of_fp16_are_ordinary_and_a_killed_run_keeps_the_scale(tmp_path, overflowing):
     arguments = [*overflowing, "--config.train.precision=fp16", "--config.train.steps=12"]
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    _, err = run(whole, *arguments)
+    _, err = run_unbounded(whole, *arguments)
     skipped = [line for line in err.splitlines() if line.startswith("skipped step ")]
     assert len(skipped) == 3  # one in each epoch, whatever on_nonfinite says
     assert ": overflow at loss scale 65536, first in the gradient of " in skipped[0]
@@ -157,10 +186,10 @@ def test_overflows_of_fp16_are_ordinary_and_a_killed_run_keeps_the_scale(tmp_pat
     rows = read_metrics(whole)
     assert [rows[0]["loss_scale"], rows[-1]["skipped_steps"]] == [65536, 3]
 
-    process = start(folder, *arguments, "--config.checkpoint.every_steps=1")
+    process = start(folder, *arguments, "--config.checkpoint.every_steps=1", base=UNBOUNDED)
     signal_after(process, folder, 4, signal.SIGKILL)
     finish(process, folder, code=-signal.SIGKILL)
-    run(folder, *arguments)
+    run_unbounded(folder, *arguments)
     assert_identical(state(folder), state(whole))
     assert state(folder)["['loss_scale']['scale']"] == 65536 / 4  # the hysteresis, then two halvings
 
@@ -168,13 +197,14 @@ def test_overflows_of_fp16_are_ordinary_and_a_killed_run_keeps_the_scale(tmp_pat
 def test_an_overflow_at_the_floor_of_the_loss_scale_stops_with_advice(tmp_path):
     folder, fp16 = tmp_path / "run", "--config.train.precision=fp16"
     bright = "--config.data.augment.std=(1e-6,1e-6,1e-6)"  # every image is beyond fp16
-    _, err = run(folder, fp16, bright, "--config.checkpoint.every_steps=4", code=4)
+    _, err = run_unbounded(folder, fp16, bright, "--config.checkpoint.every_steps=4", code=4)
     *_, line = [line for line in err.splitlines() if not line.startswith("step ")]
     assert line.startswith("visionfm_jax: error: step 17: overflow at loss scale 1, its floor, first in the gradient")
     assert line.endswith('; lower config.optim.lr, or set config.train.precision="bf16"')
     assert err.count("skipped step ") == 17
     assert steps(folder)[-1] == 16
 
-    run(folder, bright, "--config.train.precision=bf16", "--config.train.steps=20")  # the remedy, from where it was
+    remedy = "--config.train.precision=bf16"
+    run_unbounded(folder, bright, remedy, "--config.train.steps=20")  # from where it was
     assert not any("loss_scale" in name for name in state(folder))
     assert sorted(losses(folder))[-1] == 20

@@ -67,8 +67,11 @@ class Checkpoints:
     complete, so that a crash leaves whole checkpoints and, at worst, a temporary folder that the next start removes.
     """
 
-    def __init__(self, folder: str | Path, config: CheckpointConfig, *, read_only: bool = False):
-        self.folder = Path(folder).absolute() / SUBFOLDER
+    def __init__(
+        self, folder: str | Path, config: CheckpointConfig, *, read_only: bool = False, until: int | None = None
+    ):
+        """`until`: later steps do not count."""
+        self.folder, self._until = Path(folder).absolute() / SUBFOLDER, until
         self._config, self._read_only = config, read_only
         with _plain_errors(f"opening {self.folder}"):
             if read_only:
@@ -85,7 +88,12 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        return next(iter(self._steps()), None)
+
+    def _steps(self) -> list[int]:
+        """Of the complete checkpoints that count, newest first."""
+        steps = self._manager.all_steps()
+        return sorted((s for s in steps if self._until is None or s <= self._until), reverse=True)
 
     def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
         """Start to write `state`; returns when it is on the host. An error of the save before is raised here.
@@ -239,7 +247,7 @@ class Checkpoints:
 
     def _newest_whole(self, load: Callable[[int], tuple[Any, dict[str, str]]]) -> Restored:
         """What `load` gives for the newest step, or, if the configuration says so, for the newest whole one."""
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self._steps()
         if not steps:
             raise CheckpointError(f"{self.folder} holds no complete checkpoint; name the folder of another run")
         notes: list[str] = []

@@ -77,8 +77,8 @@ def _numbers(leaves: list[jax.Array], rows: int) -> jax.Array:
     leaves = [x.astype(jnp.float32) for x in leaves]
     finite = [jnp.isfinite(x) for x in leaves]
     largest = jnp.stack([jnp.abs(jnp.where(f, x, 0)).max() for x, f in zip(leaves, finite, strict=True)]).max()
-    unit = jnp.where(largest > 0, largest, 1)
-    squares = sum(jnp.sum(jnp.where(f, x / unit, 0) ** 2) for x, f in zip(leaves, finite, strict=True))
+    unit = jnp.where(largest > 0, largest, 1) / 4  # the reciprocal of the largest number of all is no normal one
+    squares = sum(jnp.sum(jnp.where(f, x / 4 / unit, 0) ** 2) for x, f in zip(leaves, finite, strict=True))
     good = sum(jnp.sum(f, dtype=jnp.float32) for f in finite)
     row = jnp.float32(-1)
     for f in finite:

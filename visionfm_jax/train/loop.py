@@ -206,7 +206,7 @@ class _Window:
         if norm <= SPIKE * usual:
             return
         metrics = jax.device_get(item.metrics)
-        tensor = self._tensor_names()[int(np.argmax(metrics["gradient_norms"]))]
+        tensor = self.trainer.tensor_names[int(np.argmax(metrics["gradient_norms"]))]
         who = self.hooks.describe(item.step, item.batch, np.argsort(-metrics["losses"])[:3])
         kept = self._keep(spikes.SPIKE, item, metrics, {"usual_grad_norm": usual})
         self.hooks.monitor.note(
@@ -217,17 +217,13 @@ class _Window:
     def _keep(self, kind: str, item: _Pending, metrics: dict[str, Any], more: dict[str, Any]) -> str:
         """Write down what is known of the step; where it lies, for people."""
         values = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0 and k != "finite"}
-        values["gradient_norms"] = dict(zip(self._tensor_names(), metrics["gradient_norms"].tolist(), strict=True))
+        values["gradient_norms"] = dict(zip(self.trainer.tensor_names, metrics["gradient_norms"].tolist(), strict=True))
         return self.hooks.keep(kind, item.step, {**values, **more}, metrics["losses"], item.batch)
-
-    def _tensor_names(self) -> list[str]:
-        leaves = jax.tree_util.tree_leaves_with_path(self.trainer.shapes.params)
-        return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
     def _not_finite(self, item: _Pending) -> None:
         """Name the step, the first bad tensor and the samples; stop or go on as configured, in fp16 by the scale."""
         metrics = jax.device_get(item.metrics)
-        paths = self._tensor_names()
+        paths = self.trainer.tensor_names
         bad = [p for p, n in zip(paths, metrics["gradient_norms"], strict=True) if not np.isfinite(n)]
         rows = np.flatnonzero(~np.isfinite(metrics["losses"]))
         where = (

@@ -55,7 +55,7 @@ class SpikeFolder:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(_plain(line)) + "\n" for line in lines))
+            temporary.write_text("".join(json.dumps(plain(line)) + "\n" for line in lines))
             temporary.replace(path)
             self._thin_out(prefix)
         except OSError as error:
@@ -101,15 +101,17 @@ def kept_step(run: Path, step: int) -> tuple[dict[str, Any], list[dict[str, Any]
     return None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """With strings for the numbers that JSON has no sign for."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(value: Any) -> Any:
-    """The reverse of `_plain`."""
+    """The reverse of `plain`."""
     if isinstance(value, dict):
         return {k: _numbers(v) for k, v in value.items()}
     return float(value) if value in ("nan", "inf", "-inf") else value

@@ -65,6 +65,12 @@ class Trainer:
             static_argnums=2,
         )
 
+    @property
+    def tensor_names(self) -> list[str]:
+        """Of the parameters, in tree order: "blocks.attn.qkv.kernel"."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.shapes.params)
+        return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+
 
 def make_step(
     config: Config, task: Task, tx: optax.GradientTransformation, zero: Zero

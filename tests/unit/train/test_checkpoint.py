@@ -62,6 +62,16 @@ def test_the_last_and_the_best_are_kept(tmp_path, config, scores, expected):
     assert kept(tmp_path) == expected
 
 
+def test_later_steps_do_not_count(tmp_path):
+    config = CheckpointConfig(keep_last=3)
+    save(tmp_path, config, {2: None, 4: None, 6: None})
+    for until, expected in ((None, 6), (6, 6), (5, 4), (1, None)):
+        with Checkpoints(tmp_path, config, read_only=True, until=until) as checkpoints:
+            assert checkpoints.latest() == expected
+            if expected:
+                assert checkpoints.restore(*shapes_and_shardings(state_of(0))).what.step == expected
+
+
 def test_the_best_survives_restarts(tmp_path):
     config = CheckpointConfig(keep_last=1, **BEST)
     save(tmp_path, config, {1: 0.9, 2: 0.1})

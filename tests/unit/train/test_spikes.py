@@ -53,7 +53,7 @@ def run(folder: Path, norms: dict[int, float], *, steps: int, start: int = 0, re
 
     trainer = types.SimpleNamespace(
         config=config, mesh=make_mesh(1, jax.devices()[:1]), step=step,
-        shapes=types.SimpleNamespace(params={"embed": {"kernel": 0}, "head": {"kernel": 0}}),
+        tensor_names=["embed.kernel", "head.kernel"],
         task=types.SimpleNamespace(batch_spec=lambda size: {"image": None}, step_flops=1.0),
     )  # fmt: skip
     notes: list[str] = []
