@@ -1,6 +1,8 @@
 """Datasets of each kind: what records hold, and the one line that bad input gets."""
 
+import collections
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -18,7 +20,8 @@ from PIL import Image
 from tar_sets import write_tars
 
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data.sources import SOURCES, open_source
+from visionfm_jax.data.sources import SOURCES, open_source, read_record
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
 
@@ -182,7 +185,7 @@ def test_tfds_errors(tiny):
     record_file.unlink()
     assert f"{record_file} is missing; copy the whole directory again" in error_of("tfds", version)
     (version / "features.json").write_text("{")
-    assert "1.0.0 is damaged (" in error_of("tfds", version)
+    assert "features.json is damaged (" in error_of("tfds", version)
 
 
 def test_tfds_in_tfrecord_format_gets_the_command_that_converts_it(tiny):
@@ -194,13 +197,89 @@ def test_tfds_in_tfrecord_format_gets_the_command_that_converts_it(tiny):
     assert "--out_file_format=array_record" in message
 
 
-@pytest.mark.parametrize("size", [0, 0.5])
-def test_tfds_file_cut_short_is_an_os_error_that_names_the_record(tiny, size):
+def flipped(content: bytes) -> bytes:
+    return content[:300] + bytes([content[300] ^ 1]) + content[301:]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: b"", lambda c: c[: len(c) // 2], flipped, lambda c: bytes(len(c))], ids=str
+)
+def test_tfds_file_cut_short_or_overwritten_gives_damaged_records(tiny, damage):
     (path,) = tiny.glob("tiny/1.0.0/*train*")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * size)])
-    with pytest.raises(OSError, match=r"tiny-train\.array_record-00000-of-00001\[3\]: "):
-        opened("tfds", tiny)[3]
+    path.write_bytes(damage(path.read_bytes()))
+    source = opened("tfds", tiny)
+    with pytest.raises(DamagedRecord):
+        source[0]
+    assert source.key(3) == "tiny-train.array_record-00000-of-00001[3]"
+
+
+def test_tfds_file_that_is_gone_is_no_damaged_record(tiny):
+    source = opened("tfds", tiny)
+    (path,) = tiny.glob("tiny/1.0.0/*train*")
+    path.unlink()
+    with pytest.raises(DataError, match=r"record tiny-train\S+\[3\] cannot be read: .*No such file"):
+        read_record(source, 3)
+
+
+def test_tfds_label_that_is_no_class_is_damaged(tmp_path):
+    class Unlabelled(Tiny):
+        def _generate_examples(self, count):
+            for i, example in super()._generate_examples(count):
+                yield i, example | {"label": -1 if i == 0 else example["label"]}
+
+    Unlabelled(data_dir=tmp_path).download_and_prepare()
+    source = opened("tfds", tmp_path)
+
+    def label_of(i: int) -> int | str:
+        try:
+            return source[i]["label"]
+        except DamagedRecord as error:
+            return str(error)
+
+    found = collections.Counter(map(label_of, range(10)))
+    assert found == {0: 4, 1: 5, "its label is -1, but there are 2 classes": 1}
+
+
+EVIL = {"pythonClassName": "evil.Feature", "text": {}}
+SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+OLD = {"type": SEQUENCE, "content": {"feature": {"type": "evil.Feature", "content": {}}, "length": None}}
+HOSTILE = {
+    "in the proto": EVIL,
+    "by the other name of the field": {"python_class_name": "evil.Feature", "text": {}},
+    "within another": {"pythonClassName": SEQUENCE, "sequence": {"feature": EVIL, "length": "-1"}},
+    "in JSON within JSON": {"pythonClassName": SEQUENCE, "jsonFeature": {"json": json.dumps(OLD["content"])}},
+    "a class that runs programs": {
+        "pythonClassName": "tensorflow_datasets.core.features.video_feature.Video", "video": {},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", [*HOSTILE, "as older files have it", "in dataset_info.json"])
+def test_tfds_imports_no_module_that_a_dataset_names(tiny, monkeypatch, where):
+    version = tiny / "tiny/1.0.0"
+    (tiny / "evil.py").write_text(f"open({str(tiny / 'written')!r}, 'w').close()")
+    monkeypatch.chdir(tiny)
+    monkeypatch.syspath_prepend("")  # as under `python -m`
+    path = version / ("dataset_info.json" if where == "in dataset_info.json" else "features.json")
+    content = json.loads(path.read_text())
+    if where == "in dataset_info.json":
+        content["features"] = EVIL
+    elif where == "as older files have it":
+        content = {"type": "tensorflow_datasets.core.features.features_dict.FeaturesDict", "content": {"old": OLD}}
+    else:
+        content["featuresDict"]["features"]["other"] = HOSTILE[where]
+    path.write_text(json.dumps(content))
+    message = error_of("tfds", tiny)
+    assert f"{path} names the Python class " in message
+    assert message.endswith("use another dataset, or write this one again without it")
+    assert not (tiny / "written").exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": "\ud800', "[" * 100_000])
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+def test_tfds_damaged_description_is_one_line(tiny, name, content):
+    (tiny / "tiny/1.0.0" / name).write_text(content, errors="surrogatepass")
+    assert f"{name} is damaged (" in error_of("tfds", tiny)
 
 
 # --- class folders ---

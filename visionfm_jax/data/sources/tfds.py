@@ -8,9 +8,12 @@ there; with `caption_key` "" there are no captions, and there need not be a labe
 
 from __future__ import annotations
 
+import errno
 import functools
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split, tfds_versions
+from visionfm_jax.data.sources.record import DamagedRecord, printable
 from visionfm_jax.errors import DataError
 
 _DEFAULT = SourceConfig()
@@ -26,6 +30,26 @@ _KINDS = {  # field of SourceConfig -> what the feature must be
     "image_key": tfds.features.Image,
     "label_key": tfds.features.ClassLabel,
     "caption_key": tfds.features.Text,
+}
+
+
+# A dataset's files name the Python classes of its features, and TFDS imports whatever module these are said to be in.
+# Audio and Video are not among them: they hand arguments of the file to programs that decode them.
+_FEATURES = {
+    f"{feature.__module__}.{feature.__name__}"
+    for feature in (
+        tfds.features.BBoxFeature,
+        tfds.features.ClassLabel,
+        tfds.features.FeaturesDict,
+        tfds.features.Image,
+        tfds.features.LabeledImage,
+        tfds.features.Scalar,
+        tfds.features.Sequence,
+        tfds.features.Tensor,
+        tfds.features.Text,
+        tfds.features.Translation,
+        tfds.features.TranslationVariableLanguages,
+    )
 }
 
 
@@ -66,13 +90,20 @@ class TfdsSource:
         keys = {"image": self._image, "label": self._label, "caption": self._caption}
         try:
             stored = self._records[index]
-        except (RuntimeError, ValueError) as error:  # a file cut short or overwritten
-            raise OSError(f"{self.key(index)}: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:  # whatever the parsers raise on a file that was cut short or overwritten
+            if failed := re.search(r"\w+\(\) failed: ([^;]*)", str(error)):  # a call of the system, not a parser
+                code = next((c for c in errno.errorcode if os.strerror(c) == failed[1]), errno.EIO)
+                raise OSError(code, failed[1]) from error
+            raise DamagedRecord(printable(f"{type(error).__name__}: {error}")) from error
         record = {name: stored[key] for name, key in keys.items() if key is not None}
         if any(value is None for value in record.values()):
-            raise OSError(f"{self.key(index)}: the record is empty; the file is damaged")
+            raise DamagedRecord("the record is empty")
         if self._label is not None:
             record["label"] = int(record["label"])
+            if not 0 <= record["label"] < self.num_classes:
+                raise DamagedRecord(f"its label is {record['label']}, but there are {self.num_classes} classes")
         if self._several:
             record["caption"] = tuple(record["caption"])
         return record
@@ -136,6 +167,7 @@ def _builder(config: SourceConfig) -> Any:
         there = ", ".join(map(str, versions[:5])) + (" …" if len(versions) > 5 else "")
         raise DataError(f"{describe(config)}: holds {len(versions)} datasets; set path to one of {there}")
     (version,) = versions
+    _check_features(config, version)
     try:
         builder = tfds.builder_from_directory(version)
     except Exception as error:  # TFDS raises whatever its parsers do
@@ -154,6 +186,41 @@ def _builder(config: SourceConfig) -> Any:
         if name.strip() not in splits:
             raise no_split(config, list(splits))
     return builder
+
+
+def _check_features(config: SourceConfig, version: Path) -> None:
+    """Refuse a dataset that names a feature's class which is not one of TFDS's own.
+
+    Raises:
+      DataError: it does, or the files that say so cannot be read.
+    """
+    for name in ("features.json", "dataset_info.json"):  # the latter may hold the features too
+        try:
+            content = json.loads((version / name).read_text(encoding="utf-8"))
+            found = sorted(set(_classes(content)) - _FEATURES)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            cause = printable((str(error).splitlines() or [type(error).__name__])[0])
+            raise DataError(f"{describe(config)}: {version / name} is damaged ({cause}); copy it again") from error
+        if found:
+            raise DataError(
+                f"{describe(config)}: {version / name} names the Python class {printable(found[0])!r}, which is no "
+                "feature of images, labels and texts that TFDS has, and would be imported; use another dataset, or "
+                "write this one again without it"
+            )
+
+
+def _classes(content: Any) -> Iterator[str]:
+    """Every string where TFDS may look for a Python class: in the proto, in older files, in JSON within JSON."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(value, str) and key in ("pythonClassName", "python_class_name", "type"):
+                yield value
+            if isinstance(value, str) and key in ("json", "content"):
+                yield from _classes(json.loads(value))
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _classes(value)
 
 
 def _files(config: SourceConfig, builder: Any) -> list[Any]:
