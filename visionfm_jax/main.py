@@ -29,7 +29,7 @@ from tqdm import tqdm
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.fields import Fields, fields_of
-from visionfm_jax.data.loader import ORDER_VERSION, DamageLog, check_split, train_loader
+from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
 from visionfm_jax.evals.registry import Eval, make_evals
@@ -43,6 +43,7 @@ from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
+from visionfm_jax.train.record import record_of
 from visionfm_jax.train.replay import run_again
 from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
@@ -65,9 +66,10 @@ def run(config: Config) -> int:
         RunFolder(config, owner=host == 0) as folder,
         Checkpoints(folder.path, config.checkpoint) as checkpoints,
     ):
+        begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
         state, record, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
-        changes = folder.record(config, start, ORDER_VERSION)
+        changes = folder.record(record_of(config, sources), start, begun_in) if host == 0 else []
         say(describe(trainer, origin, changes))
         damage = DamageLog(
             sources, config.data.max_damaged,

@@ -36,7 +36,6 @@ DAMAGED = (transforms.DamagedImage, DamagedRecord)
 # One of Grain's shuffles, 4 rounds of a block cipher, leaves records correlated over hundreds of samples; two leave
 # traces; after three nothing was found. benchmarks/shuffle.py prints the statistics.
 SHUFFLES = 3
-ORDER_VERSION = 2  # of `sample_order` with shuffling; a run continues only in the order that it began with
 STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
 
 
@@ -81,15 +80,7 @@ def train_loader(
             "data.shuffle is False: the records come in the order of the files, which is often sorted by class; "
             "set data.shuffle to True to train"
         )
-    lengths, weights = [len(s) for s in sources], [s.weight for s in data.train]
-    if any(split):
-        pools = [
-            [w * (s.has_captions == captions) for w, s in zip(weights, sources, strict=True)]
-            for captions in (True, False)
-        ]
-        order = InTurn(*(sample_order(lengths, pool, seed, data.shuffle) for pool in pools), split)
-    else:
-        order = sample_order(lengths, weights, seed, data.shuffle)
+    order = run_order(data, seed, sources, split)
     rows = order.random_map(_TrainRow(tuple(sources), fields, image_size, data.augment), seed=derive_seed(seed, "crop"))
     spec = {**_image_spec(image_size), **fields.spec}
     spec |= {"source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
@@ -138,6 +129,19 @@ def eval_loader(
             yield batch
     if asked and not read:
         raise DataError(f"{source.name}: none of its {asked} records could be read; see the log for the reasons")
+
+
+def run_order(
+    data: DataConfig, seed: int, sources: Sequence[Source], split: tuple[int, int] = (0, 0)
+) -> grain.MapDataset:
+    """The endless sequence of (source, record) of a run; arguments as of `train_loader`."""
+    lengths, weights = [len(s) for s in sources], [s.weight for s in data.train]
+    if not any(split):
+        return sample_order(lengths, weights, seed, data.shuffle)
+    pools = [
+        [w * (s.has_captions == captions) for w, s in zip(weights, sources, strict=True)] for captions in (True, False)
+    ]
+    return InTurn(*(sample_order(lengths, pool, seed, data.shuffle) for pool in pools), split)
 
 
 def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> grain.MapDataset:

@@ -18,6 +18,7 @@ import functools
 import gzip
 import html
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -117,6 +118,20 @@ def open_tokenizer(name: str) -> Tokenizer:
     if not Path(name).is_file():
         raise DataError(f"tokenizer {name}: no such file; give {_NAMES}, or the path of a .json or .model file")
     return Tokenizer(name, opener(name))
+
+
+def file_digest(name: str) -> str:
+    """Of the tokenizer `name`: what ships by its name, a file by its content.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    if name == "clip" or name in SHIPPED:
+        return name
+    try:
+        return f"{zlib.crc32(Path(name).read_bytes()):08x}"
+    except OSError as error:
+        raise DataError(f"tokenizer {name}: cannot be read ({error.strerror}); give this user access") from error
 
 
 def _clip() -> Model:

@@ -1,4 +1,4 @@
-"""The run folder: one owner at a time, and the exact configuration."""
+"""The run folder: one owner at a time, and what the samples of the run follow from."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from visionfm_jax.config import Config
-from visionfm_jax.config.schema import to_dict
-from visionfm_jax.errors import ConfigError, OutputError, UserError
-
-# What the order of the samples follows from, beside the training sources; those may move to another path.
-ORDER = ("seed", "train.batch_size", "data.shuffle")
+from visionfm_jax.errors import OutputError, UserError
+from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, read_record
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -51,45 +48,28 @@ class RunFolder:
                 "system has locks"
             ) from error
 
-    def record(self, config: Config, step: int, order_version: int) -> list[str]:
-        """Keep the exact configuration; called once it is known that the state of `step` fits it.
+    def record(self, new: Record, step: int, begun_in: str | Path) -> list[str]:
+        """Keep what the samples follow from; called once it is known that the state of `step` fits the configuration.
 
         Args:
-          config: of this run.
-          step: that it continues from; 0 at the beginning.
-          order_version: of the shuffle that the samples come in.
+          new: of this run.
+          step: that it continues from.
+          begun_in: the run folder that `step` was reached in; empty: it starts anew.
 
         Returns:
-          The settings that have changed since the run was last here, "field: old -> new"; the former file is kept
-          beside the new one.
+          The settings that have changed since the run was there, "field: old -> new"; the former file is kept beside
+          the new one.
 
         Raises:
-          ConfigError: a run that continues would get other samples than it was promised.
+          ConfigError, DataError: a run that continues would get other samples than it was promised.
         """
-        if self._lock is None:
-            return []
-        path, new = self.path / "config.json", json.loads(json.dumps(to_dict(config)))
-        changes = []
-        if step and path.exists():
-            kept = _read_record(path)
-            if config.data.shuffle and (was := kept.get("order_version", 1)) != order_version:
-                raise ConfigError(
-                    f"the run in {self.path} has version {was} of the order of the samples, this program shuffles by "
-                    f"version {order_version}: finish it with the release that it began with, or start in another "
-                    "config.workdir, with its weights by config.checkpoint.weights"
-                )
-            changes = _changes(kept["config"], new)
-            for name in (c.partition(":")[0] for c in changes):
-                if name in ORDER or (name.startswith("data.train") and not name.endswith(".path")):
-                    raise ConfigError(
-                        f"config.{name} differs from that of the run in {self.path}, and with it the order of the "
-                        "samples; set it back, or start in another config.workdir"
-                    )
-            if changes:
-                self._write(self.path / f"config-until-{step}.json", path.read_text())
-        record = {"config": new, "derived": config.derived(), "order_version": order_version}
-        self._write(path, json.dumps(record, indent=2) + "\n")
-        return changes
+        changed = changes(read_record(Path(begun_in)), new, Path(begun_in)) if begun_in else []
+        path = self.path / SETTINGS
+        if changed and path.exists():
+            self._write(self.path / f"config-until-{step}.json", path.read_text())
+        self._write(self.path / DATA, json.dumps(new.data, indent=1) + "\n")
+        self._write(path, json.dumps(new.settings, indent=2) + "\n")
+        return changed
 
     def _write(self, path: Path, text: str) -> None:
         """Whole or not at all."""
@@ -112,26 +92,6 @@ class RunFolder:
         self.close()
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """What `RunFolder.record` has kept.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
-    try:
-        kept = json.loads(path.read_text())
-        if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
-            return kept
-        cause = "it holds no configuration"
-    except OSError as error:
-        cause = error.strerror
-    except (ValueError, RecursionError) as error:
-        cause = " ".join(str(error).split())[:100]
-    raise ConfigError(
-        f"{path} is damaged: {cause}; move it away to continue, and see yourself that the settings are those of before"
-    )
-
-
 def refuse_links(folder: str | Path) -> None:
     """Refuse a run folder, perhaps somebody else's, of which a file would be written elsewhere.
 
@@ -151,13 +111,3 @@ def refuse_links(folder: str | Path) -> None:
                 )
         if "default" in folders and Path(at).parent.name == "checkpoints":
             folders.remove("default")
-
-
-def _changes(old: Any, new: Any, name: str = "") -> list[str]:
-    """Differing leaves of two nested JSON values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*new, *(k for k in old if k not in new)]
-        return [c for k in keys for c in _changes(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
-        return [c for i, (a, b) in enumerate(zip(old, new, strict=True)) for c in _changes(a, b, f"{name}[{i}]")]
-    return [] if old == new else [f"{name}: {old} -> {new}"]

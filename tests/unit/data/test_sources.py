@@ -474,3 +474,62 @@ def test_index_outside_is_an_index_error(written, folder, archives):
                 source[index]
             with pytest.raises(IndexError):
                 list(source)[index + 2 * len(source)]
+
+
+def _swap(a: Path, b: Path) -> None:
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def test_the_fingerprint_follows_the_data_not_the_path_and_notices_changes(written, folder, archives, tmp_path):
+    made = {
+        "tfds": (written, "train"), "folder": (folder, "train"), "numpy": (archives, "train"),
+        "tars": (write_tars(tmp_path / "tars"), ""),
+        "coco_captions": (write_coco(tmp_path / "coco", [["a"], ["b", "c"], ["d"]], "train"), "train"),
+        "visual_genome": (write_visual_genome(tmp_path / "genome", [["a"], ["b", "c"]]), ""),
+    }  # fmt: skip
+
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-1])
+
+    def retold(path):
+        path.write_text(path.read_text().replace('"a"', '"e"'))
+
+    changes = {
+        "tfds": lambda path: cut(next(path.rglob("*train.array_record*"))),
+        "folder": lambda path: _swap(path / "train/ant/b.JPEG", path / "train/bee/c.png"),
+        "numpy": lambda path: np.savez(
+            path / "train.npz", **{**np.load(path / "train.npz"), "label": np.array([0, 1, 2, 2, 0, 1])}
+        ),
+        "tars": lambda path: _swap(path / "00000.tar", path / "00001.tar"),
+        "coco_captions": lambda path: retold(path / "annotations/captions_train.json"),
+        "visual_genome": lambda path: cut(path / "VG_100K/1.jpg"),
+    }
+    (folder / "train/bee/c.png").write_bytes(jpeg(3) + b"\0")
+    for kind, (path, split) in made.items():
+        source, moved = opened(kind, path, split), tmp_path / "moved" / kind
+        shutil.copytree(path, moved)
+        first = source.fingerprint()
+        assert first == opened(kind, moved, split).fingerprint()
+        assert all(isinstance(k, str) and isinstance(v, str) for k, v in first.items())
+        changes[kind](moved)
+        assert opened(kind, moved, split).fingerprint() != first, kind
+    pictures = [open_source(SourceConfig(kind="bundled", path="digits", split=s)) for s in ("train", "train", "test")]
+    first, again, other = (source.fingerprint() for source in pictures)
+    assert first == again
+    assert first["set"] == other["set"]
+    assert first["split"] != other["split"]
+
+
+def test_the_fingerprint_of_a_folder_names_the_class(folder):
+    before = opened("folder", folder).fingerprint()
+    assert list(before) == ["ant", "bee", "cow"]
+    assert before["ant"].startswith("2 files, ")
+    (folder / "train/bee/new.jpg").write_bytes(jpeg(9))
+    after = opened("folder", folder).fingerprint()
+    assert [name for name in before if before[name] != after[name]] == ["bee"]
+    source = opened("folder", folder)
+    (folder / "train/bee/new.jpg").unlink()
+    with pytest.raises(DataError, match=r"bee/new\.jpg: cannot be read \(No such file or directory\)"):
+        source.fingerprint()

@@ -1,23 +1,27 @@
-"""The run folder: one owner, and the exact configuration."""
+"""The run folder: one owner, and what its samples follow from."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import pytest
 
 from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, OutputError, UserError
 from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.record import record_of
+
+DIGITS = SourceConfig(kind="bundled", path="digits")
+SOURCES = [open_source(DIGITS)]
 
 
 def config_in(folder) -> Config:
     config = Config(name="folder", workdir=str(folder))
     config.train.steps = 20_000
-    config.data.train = (SourceConfig(path="/data"),)
+    config.data.train = (DIGITS,)
     return config
 
 
@@ -31,19 +35,15 @@ def test_one_owner_at_a_time(tmp_path):
     RunFolder(config, owner=True).close()
 
 
-def test_the_configuration_is_kept_once_it_fits(tmp_path):
+def test_the_record_is_kept_once_it_fits(tmp_path):
     config = config_in(tmp_path)
-    kept = tmp_path / "config.json"
     with RunFolder(config, owner=True) as folder:
-        assert not kept.exists()
-        folder.record(config, 0, 2)
-    record = json.loads(kept.read_text())
-    assert record["config"]["train"]["steps"] == 20_000
-    assert record["derived"]["examples_seen"] == 20_000 * 2048
-    kept.unlink()
-    with RunFolder(config, owner=False) as folder:
-        folder.record(config, 0, 2)
-    assert not kept.exists()
+        assert not (tmp_path / "config.json").exists()
+        folder.record(record_of(config, SOURCES), 0, "")
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["config"]["train"]["steps"] == 20_000
+    assert kept["derived"]["examples_seen"] == 20_000 * 2048
+    assert json.loads((tmp_path / "data.json").read_text())["sources"][0]["records"] == len(SOURCES[0])
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -52,68 +52,30 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         RunFolder(config_in(tmp_path / "file" / "run"), owner=True)
 
 
-def test_changes_of_settings_are_told_and_the_former_file_kept(tmp_path):
+def test_changes_of_settings_are_listed_and_the_former_file_kept(tmp_path):
     config = config_in(tmp_path)
     with RunFolder(config, owner=True) as folder:
-        assert folder.record(config, 0, 2) == []
+        assert folder.record(record_of(config, SOURCES), 0, "") == []
         config.optim.lr = 5e-4
-        assert folder.record(config, 40, 2) == ["optim.lr: 0.001 -> 0.0005"]
+        assert folder.record(record_of(config, SOURCES), 40, tmp_path) == ["optim.lr: 0.001 -> 0.0005"]
         kept = json.loads((tmp_path / "config-until-40.json").read_text())
         assert kept["config"]["optim"]["lr"] == 1e-3
-        assert folder.record(config, 50, 2) == []
+        assert folder.record(record_of(config, SOURCES), 50, tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("seed", lambda c: setattr(c, "seed", 7)),
-        ("train.batch_size", lambda c: setattr(c.train, "batch_size", 8)),
-        ("data.train[0].split", lambda c: setattr(c.data.train[0], "split", "test")),
-        ("data.train", lambda c: setattr(c.data, "train", c.data.train * 2)),
-    ],
-)
-def test_a_run_that_continues_keeps_the_order_of_its_samples(tmp_path, name, change):
-    config = config_in(tmp_path)
+def test_what_does_not_fit_leaves_the_record_as_it_was(tmp_path):
+    config = config_in(tmp_path / "run")
     with RunFolder(config, owner=True) as folder:
-        folder.record(config, 0, 2)
-        before = (tmp_path / "config.json").read_text()
-        config.data.train[0].path = "/moved"
-        change(config)
-        with pytest.raises(ConfigError, match=re.escape(f"config.{name} differs")):
-            folder.record(config, 10, 2)
-        assert (tmp_path / "config.json").read_text() == before
-
-
-def test_a_run_of_the_former_order_of_samples_is_not_continued(tmp_path):
-    config, kept = config_in(tmp_path), tmp_path / "config.json"
-    with RunFolder(config, owner=True) as folder:
-        folder.record(config, 0, 2)
-        record = json.loads(kept.read_text())
-        assert record.pop("order_version") == 2
-        kept.write_text(json.dumps(record))  # as releases before the version wrote it
-        with pytest.raises(ConfigError, match=r"version 1 of the order.*version 2.*another config\.workdir"):
-            folder.record(config, 10, 2)
-        config.data.shuffle = False  # the order of the files is that of every version
-        record["config"]["data"]["shuffle"] = False
-        kept.write_text(json.dumps(record))
-        folder.record(config, 10, 2)
-    assert json.loads(kept.read_text())["order_version"] == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b'{"config": {"name": "fo', b"[1, 2]", b'{"other": 1}', b"\x00\xff\xfe" * 20, b"[" * 100_000, b'"\xc3("'],
-)
-def test_a_damaged_configuration_is_one_line(tmp_path, content):
-    config = config_in(tmp_path)
-    with RunFolder(config, owner=True) as folder:
-        folder.record(config, 0, 1)
-        (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"config\.json is damaged: .*; move it away") as caught:
-            folder.record(config, 10, 1)
-        assert "\n" not in str(caught.value)
-        assert (tmp_path / "config.json").read_bytes() == content
-        folder.record(config, 0, 1)  # a run from the beginning writes its own
+        folder.record(record_of(config, SOURCES), 0, "")
+        before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+        config.seed = 7
+        with pytest.raises(ConfigError, match=r"config\.seed differs"):
+            folder.record(record_of(config, SOURCES), 10, folder.path)
+        assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+        first, config = folder.path, config_in(tmp_path / "second")
+        config.seed = 7
+    with RunFolder(config, owner=True) as folder, pytest.raises(ConfigError, match=rf"of the run in {first}, and"):
+        folder.record(record_of(config, SOURCES), 10, first)  # of another folder, whose state this run goes on from
 
 
 @pytest.mark.parametrize(
@@ -150,6 +112,6 @@ def test_a_full_disk_at_the_configuration(tmp_path, monkeypatch):
 
     with RunFolder(config, owner=True) as folder:
         monkeypatch.setattr(Path, "write_text", full)
-        with pytest.raises(OutputError, match=r"cannot write .*config\.json: No space left on device; free space"):
-            folder.record(config, 0, 1)
+        with pytest.raises(OutputError, match=r"cannot write .*data\.json: No space left on device; free space"):
+            folder.record(record_of(config, SOURCES), 0, "")
     assert OutputError.exit_code == 74

@@ -46,6 +46,17 @@ class Source(Protocol):
         """Name by which a person finds record `index` again: a file, or the record's id."""
         ...
 
+    def fingerprint(self) -> dict[str, str]:
+        """What the records come from, wherever it lies now: part (a class folder, a tar, a file) -> size and digest.
+
+        Two datasets with equal fingerprints, numbers of records and class names have the same record i; only what is
+        overwritten by something of the same size may go unnoticed, where contents would have to be read for it.
+
+        Raises:
+          DataError: it cannot be read.
+        """
+        ...
+
 
 def read_record(source: Source, index: int) -> Mapping[str, Any]:
     """Record `index` of a source; storage that fails is asked again for a minute.

@@ -30,7 +30,7 @@ class ArchiveSource:
     def __init__(self, config: SourceConfig):
         self.name = describe(config)
         self._path = _find(config)
-        self._key = config.image_key
+        self._key, self._label_key = config.image_key, config.label_key
         self._images: np.ndarray | None = None
         try:
             shape, dtype, keys = _header(self._path, config.image_key)
@@ -70,6 +70,16 @@ class ArchiveSource:
     def key(self, index: int) -> str:
         """File and row."""
         return f"{self._path.name}[{index}]"
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of each array, by the checksum that the archive has of its content."""
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
+        except (OSError, zipfile.BadZipFile) as error:
+            raise self._bad(f"is no readable .npz file ({error})", "write it again with np.savez") from error
+        used = (members[name] for name in (self._key, self._label_key, "class_names") if name in members)
+        return {m.filename: f"{m.file_size:,} bytes, {m.CRC:08x}" for m in used}
 
     def _loaded(self) -> np.ndarray:
         if self._images is None:

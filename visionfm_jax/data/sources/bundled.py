@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.errors import DataError
 
 _PACKAGE = "visionfm_jax.data.bundled"
@@ -70,6 +71,15 @@ class BundledSource:
     def key(self, index: int) -> str:
         """The picture's name in the package that it came from."""
         return read_set(self._set)[1]["keys"][self._row(index)]
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the whole set, and of what the split has of it."""
+        arrays, meta = read_set(self._set)
+        about = json.dumps(meta, sort_keys=True).encode()
+        return {
+            "set": f"{len(arrays['label']):,} pictures, {digest(*(arrays[k] for k in sorted(arrays)), about)}",
+            "split": f"{len(self._rows):,} pictures, {digest(self._rows)}",
+        }
 
     def record(self, index: int) -> dict[str, Any]:
         """What is known of picture `index`.

@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, describe, misfit, no_split
 from visionfm_jax.errors import DataError
 
@@ -84,6 +85,13 @@ class CaptionedFiles:
         if not 0 <= index < len(self._files):
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
         return os.fsdecode(bytes(self._files[index]))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the captions, and of each thousand images."""
+        starts = range(0, len(self), 1000)
+        files = {f"images from {i:,} on": ("", self._files[i : i + 1000].tolist()) for i in starts}
+        captions = {"captions": f"{len(self._text):,} bytes, {digest(self._text, self._ends)}"}
+        return (captions if self.has_captions else {}) | of_files(self._root, files)
 
     def _check_files(self) -> None:
         """Folders are listed, for asking after each file takes minutes where these are on a network."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.fingerprint import of_files
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
 
 
@@ -55,6 +56,13 @@ class FolderSource:
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
         assert self.class_names is not None
         return os.path.join(self.class_names[self._labels[index]], os.fsdecode(bytes(self._files[index])))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of each class folder."""
+        assert self.class_names is not None
+        ends = np.searchsorted(self._labels, np.arange(self.num_classes + 1))
+        files = {n: (n, self._files[ends[i] : ends[i + 1]].tolist()) for i, n in enumerate(self.class_names)}
+        return of_files(self._root, files)
 
 
 def _folders(path: Path) -> list[str]:

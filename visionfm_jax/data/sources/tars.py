@@ -16,6 +16,7 @@ from absl import logging
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import tar_index
+from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.layout import check_path, describe, misfit
 from visionfm_jax.data.sources.record import DamagedRecord, printable
 from visionfm_jax.data.sources.selection import Selection, read_selection
@@ -159,6 +160,13 @@ class TarPairs:
             more = " …" if found["count"] > len(found["first"]) else ""
             lines.append(f"left out: {found['count']:,} {reason}: {', '.join(found['first'])}{more}")
         return lines
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of each tar as it was indexed, and of the selection."""
+        tars = {tar["name"]: f"{tar['pairs']:,} pairs, {tar['crc']:08x}" for tar in self.index.tars}
+        if self._selection is None:
+            return tars
+        return {"selection": f"{len(self):,} pairs, {digest(self._selection.bits)}"} | tars
 
     def __getstate__(self) -> dict[str, Any]:
         # What is mapped into memory would be copied: every process maps it itself.

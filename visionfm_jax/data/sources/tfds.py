@@ -122,6 +122,16 @@ class TfdsSource:
         file = self._files[n]
         return f"{os.path.basename(file.filename)}[{index - int(self._ends[n]) + file.take + file.skip}]"
 
+    def fingerprint(self) -> dict[str, str]:
+        """Of each part of a file that the split has, by the file's size."""
+        try:
+            return {
+                f"{os.path.basename(f.filename)}[{f.skip}:{f.skip + f.take}]": f"{os.path.getsize(f.filename):,} bytes"
+                for f in self._files
+            }
+        except OSError as error:
+            raise DataError(f"{self.name}: {error.filename} cannot be read ({error.strerror})") from error
+
     def _label_and_caption(self, config: SourceConfig, features: Any) -> tuple[str | None, ...]:
         """Names of the two features; None for one that the dataset lacks.
 

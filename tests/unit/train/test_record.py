@@ -1,0 +1,214 @@
+"""A run continues with the samples that it was promised, or says in one line why it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from visionfm_jax.config import Config, ContrastiveConfig, MultimodalConfig, SourceConfig
+from visionfm_jax.data import loader
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, read_record, record_of
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """PATH/CLASS/FILE; nobody looks into the files here."""
+    root = tmp_path / "pictures"
+    for name, size in {"bee/a.jpg": 1, "bee/b.jpg": 2, "bee/c.jpg": 3, "cow/a.jpg": 4, "cow/b.jpg": 5}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x" * size)
+    return root
+
+
+def config_of(pictures: Path, **more) -> Config:
+    config = Config(name="record", **more)
+    config.train.steps = 100
+    config.data.train = (SourceConfig(kind="folder", path=str(pictures), split=""),)
+    return config
+
+
+def record(config: Config) -> Record:
+    return record_of(config, [open_source(s) for s in config.data.train])
+
+
+@pytest.fixture
+def kept(pictures, tmp_path) -> tuple[Path, Record]:
+    """A run folder, and the record of a run that goes on from it."""
+    new = record(config_of(pictures))
+    for name, value in zip((SETTINGS, DATA), new, strict=True):
+        (tmp_path / name).write_text(json.dumps(value))
+    assert changes(read_record(tmp_path), new, tmp_path) == []
+    return tmp_path, new
+
+
+def added(root: Path) -> None:
+    (root / "bee/d.jpg").write_bytes(b"x")
+
+
+def removed(root: Path) -> None:
+    (root / "cow/a.jpg").unlink()
+
+
+def swapped(root: Path) -> None:
+    (root / "bee/a.jpg").rename(root / "bee/z.jpg")
+    (root / "cow/a.jpg").rename(root / "bee/a.jpg")
+    (root / "bee/z.jpg").rename(root / "cow/a.jpg")
+
+
+def another_class(root: Path) -> None:
+    (root / "ant").mkdir()
+    (root / "ant/a.jpg").write_bytes(b"x")
+
+
+CRC = "[0-9a-f]{8}"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (added, f"5 records were there, 6 are; bee was 3 files, {CRC}, is 4 files, {CRC}; put"),
+        (removed, f"5 records were there, 4 are; cow was 2 files, {CRC}, is 1 file, {CRC}; put"),
+        (swapped, f"learned from: bee was 3 files, {CRC}, is 3 files, {CRC} and 1 more differ; put"),
+        (
+            another_class,
+            "5 records were there, 6 are; class 0 was 'bee', is 'ant' (of 2, now 3); ant was not there, is 1 file, ",
+        ),
+    ],
+)
+def test_changed_data_are_refused(pictures, tmp_path, change, told):
+    config = config_of(pictures)
+    old = record(config)
+    change(pictures)
+    with pytest.raises(DataError) as error:
+        changes(old, record(config), tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"config.data.train[0] = folder {pictures}: not the data that the run in {tmp_path} has ")
+    assert re.search(told.replace("(of 2, now 3)", re.escape("(of 2, now 3)")), message), message
+    assert message.endswith(
+        "put them back, or start in another config.workdir, with its weights by "
+        f"config.checkpoint.weights={str(tmp_path)!r}"
+    )
+    assert "\n" not in message
+
+
+def test_the_same_data_elsewhere_continue(pictures, tmp_path):
+    config = config_of(pictures)
+    old = record(config)
+    moved = Path(shutil.copytree(pictures, tmp_path / "elsewhere"))
+    shutil.rmtree(pictures)
+    assert changes(old, record(config_of(moved)), tmp_path) == [f"data.train[0].path: {pictures} -> {moved}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seed", lambda c: setattr(c, "seed", 7)),
+        ("train.batch_size", lambda c: setattr(c.train, "batch_size", 8)),
+        ("data.shuffle", lambda c: setattr(c.data, "shuffle", False)),
+        ("data.train[0].caption_key", lambda c: setattr(c.data.train[0], "caption_key", "")),
+        ("data.train[0].weight", lambda c: setattr(c.data.train[0], "weight", 2.0)),
+        ("data.train", lambda c: setattr(c.data, "train", c.data.train * 2)),
+    ],
+)
+def test_settings_that_move_samples_are_refused(pictures, tmp_path, name, change):
+    old, config = record(config_of(pictures)), config_of(pictures)
+    change(config)
+    with pytest.raises(ConfigError, match=re.escape(f"config.{name} differs from that of the run in {tmp_path}, and")):
+        changes(old, record(config), tmp_path)
+
+
+def test_the_split_of_a_task_is_refused(tmp_path):
+    def of(split):
+        config = Config(name="split", task=MultimodalConfig(tokenizer="emoji", split=split))
+        config.train.steps = 100
+        config.data.train = (
+            SourceConfig(kind="bundled", path="twemoji"),
+            SourceConfig(kind="bundled", path="digits"),
+        )
+        return record(config)
+
+    with pytest.raises(ConfigError, match=r"config\.task\.split differs"):
+        changes(of((3, 1)), of((2, 1)), tmp_path)
+
+
+def test_settings_of_a_later_stage_are_listed(pictures, tmp_path):
+    old, config = record(config_of(pictures)), config_of(pictures)
+    config.model.image_size, config.data.augment.flip, config.train.steps = 448, False, 200
+    assert changes(old, record(config), tmp_path) == [
+        "model.image_size: 224 -> 448",
+        "data.augment.flip: True -> False",
+        "train.steps: 100 -> 200",
+    ]
+
+
+def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path):
+    def of(path):
+        config = Config(name="tokenizer", task=ContrastiveConfig(tokenizer=str(path)))
+        config.train.steps = 100
+        config.data.train = (SourceConfig(kind="bundled", path="twemoji"),)
+        return record(config)
+
+    first, moved = tmp_path / "a.model", tmp_path / "b.model"
+    first.write_bytes(b"pieces")
+    old = of(first)
+    moved.write_bytes(b"pieces")
+    assert changes(old, of(moved), tmp_path) == [f"task.tokenizer: {first} -> {moved}"]
+    first.write_bytes(b"others")
+    with pytest.raises(DataError, match=r"config\.task\.tokenizer = .*a\.model': not the one that the run in"):
+        changes(old, of(first), tmp_path)
+
+
+def test_another_order_is_refused(pictures, tmp_path, monkeypatch):
+    config = config_of(pictures)
+    old, before = record(config), config_of(pictures)
+    before.data.shuffle = False
+    unshuffled = record(before)
+    monkeypatch.setattr(loader, "SHUFFLES", 1)
+    end = r"finish it with the versions that it began with, or start in another config\.workdir"
+    with pytest.raises(ConfigError, match=rf"in another order \(Grain \S+ shuffled then, \S+ does now\); {end}"):
+        changes(old, record(config), tmp_path)
+    assert changes(unshuffled, record(before), tmp_path) == []
+    # A run of a release that kept the settings alone.
+    with pytest.raises(ConfigError, match=rf"in another order \(an older release shuffled\); {end}"):
+        changes(Record(old.settings, {}), record(config), tmp_path)
+    assert changes(Record(unshuffled.settings, {}), record(before), tmp_path) == []
+
+
+WHOLE = '"order": [], "grain": "0", "tokenizer": ""'
+
+
+@pytest.mark.parametrize("name", [SETTINGS, DATA])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"config": {"name": "fo', b"[1, 2]", b'{"other": 1}', b"\x00\xff\xfe" * 20, b"[" * 100_000, b'"\xc3("',
+     f'{{"config": 1, {WHOLE}, "sources": [1]}}'.encode(), f'{{"config": [], {WHOLE}, "sources": [{{}}]}}'.encode()],
+)  # fmt: skip
+def test_a_damaged_record_is_one_line(kept, name, content):
+    folder, new = kept
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        changes(read_record(folder), new, folder)
+    message = str(error.value)
+    assert message.startswith(f"{folder / name} is damaged: ")
+    assert ("; move it away to continue" if name == SETTINGS else "; start in another config.workdir") in message
+    assert "\n" not in message
+
+
+def test_settings_that_were_moved_away_are_not_compared_but_order_and_data_are(kept):
+    folder, new = kept
+    (folder / SETTINGS).unlink()
+    assert changes(read_record(folder), new, folder) == [
+        f"{folder / SETTINGS} was not there: the settings were not compared"
+    ]
+    other = Record(new.settings, {**new.data, "order": new.data["order"][::-1]})
+    with pytest.raises(ConfigError, match="in another order"):
+        changes(read_record(folder), other, folder)
+    (folder / DATA).unlink()  # checkpoints alone
+    with pytest.raises(ConfigError, match="in another order"):
+        changes(read_record(folder), new, folder)

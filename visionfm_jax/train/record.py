@@ -1,0 +1,166 @@
+"""What the samples of a run follow from: kept in its folder, and compared when somebody continues it.
+
+`config.json` has the exact settings, `data.json` the first samples of the order and what the training data are made of.
+Refused are differences that would give a continued run other samples than it was promised: the settings below, another
+order, other records, another tokenizer. Every other setting may change on purpose between two stages of a run (image
+size, augmentation, learning rate, length, …) and is listed at the start. Paths may change: what is there is compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from visionfm_jax.config import ClassificationConfig, Config
+from visionfm_jax.config.schema import to_dict
+from visionfm_jax.data.loader import run_order
+from visionfm_jax.data.sources import Source
+from visionfm_jax.data.tokenizer import file_digest
+from visionfm_jax.errors import ConfigError, DataError
+
+SETTINGS, DATA = "config.json", "data.json"
+FIXED = ("seed", "train.batch_size", "data.shuffle", "task.split")  # and data.train, but for the paths in it
+PATHS = (".path", ".selection")
+SAMPLES = (0, 1, 2, 3, 10**2, 10**4, 10**6, 10**9)  # of the order, that are kept
+
+
+class Record(NamedTuple):
+    """Of a run; JSON values."""
+
+    settings: dict[str, Any]  # config, derived
+    data: dict[str, Any]  # order, grain, tokenizer, sources; releases that shuffled otherwise kept none
+
+
+def record_of(config: Config, sources: Sequence[Source]) -> Record:
+    """Of a run that is about to train; `sources` are those of `config.data.train`.
+
+    Raises:
+      DataError: the data cannot be read.
+    """
+    order = run_order(config.data, config.seed, sources, config.split)
+    data = {
+        "order": [order[i] for i in SAMPLES],
+        "grain": version("grain"),
+        "tokenizer": "" if isinstance(config.task, ClassificationConfig) else file_digest(config.task.tokenizer),
+        "sources": [{"records": len(s), "classes": s.class_names or (), "parts": s.fingerprint()} for s in sources],
+    }
+    settings = {"config": to_dict(config), "derived": config.derived()}
+    return Record(*json.loads(json.dumps([settings, data])))
+
+
+def read_record(folder: Path) -> Record:
+    """Of the run in `folder`, which has checkpoints; {} for a file that is not there.
+
+    Raises:
+      ConfigError: one is damaged.
+    """
+    compared = "move it away to continue, and see yourself that the settings are those of before"
+    settings = _read(folder / SETTINGS, {"config": dict}, compared)
+    parts = {"order": list, "grain": str, "tokenizer": str, "sources": list}
+    return Record(settings, _read(folder / DATA, parts, _anew(folder)))
+
+
+def changes(old: Record, new: Record, folder: Path) -> list[str]:
+    """The settings that differ from those of the run in `folder`, "field: old -> new".
+
+    Raises:
+      ConfigError, DataError: the run would get other samples than it was promised.
+    """
+    if not old.settings:
+        differing = [f"{folder / SETTINGS} was not there: the settings were not compared"]
+    else:
+        differing = _leaves(old.settings["config"], new.settings["config"])
+        for name in (change.partition(":")[0] for change in differing):
+            if name in FIXED or (name.startswith("data.train") and not name.endswith(PATHS)):
+                raise ConfigError(
+                    f"config.{name} differs from that of the run in {folder}, and with it the order of the samples; "
+                    f"set it back, or {_anew(folder)}"
+                )
+    try:
+        _refuse_other_data(old.data, new, folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / DATA} is damaged: {error!r}; {_anew(folder)}") from error
+    _refuse_other_order(old.data, new, folder)
+    return differing
+
+
+def _refuse_other_data(old: dict[str, Any], new: Record, folder: Path) -> None:
+    if not old:
+        return
+    sources = new.settings["config"]["data"]["train"]
+    for i, (config, then, now) in enumerate(zip(sources, old["sources"], new.data["sources"], strict=True)):
+        if then != now:
+            raise DataError(
+                f"config.data.train[{i}] = {config['kind']} {config['path']}: not the data that the run in {folder} "
+                f"has learned from: {_difference(then, now)}; put them back, or {_anew(folder)}"
+            )
+    if old["tokenizer"] != new.data["tokenizer"]:
+        raise DataError(
+            f"config.task.tokenizer = {new.settings['config']['task']['tokenizer']!r}: not the one that the run in "
+            f"{folder} has learned with; put it back, or {_anew(folder)}"
+        )
+
+
+def _refuse_other_order(old: dict[str, Any], new: Record, folder: Path) -> None:
+    if old.get("order") == new.data["order"] or not (old or new.settings["config"]["data"]["shuffle"]):
+        return
+    cause = f"Grain {old['grain']} shuffled then, {new.data['grain']} does now" if old else "an older release shuffled"
+    raise ConfigError(
+        f"the samples of the run in {folder} came in another order ({cause}); finish it with the versions that it "
+        f"began with, or {_anew(folder)}"
+    )
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two states of a dataset, for people."""
+    out = []
+    if then["records"] != now["records"]:
+        out.append(f"{then['records']:,} records were there, {now['records']:,} are")
+    old, new = then["classes"], now["classes"]
+    if old != new:
+        n = next((n for n, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        names = (repr(classes[n]) if n < len(classes) else "none" for classes in (old, new))
+        out.append("class {} was {}, is {}".format(n, *names) + f" (of {len(old):,}, now {len(new):,})")
+    old, new = then["parts"], now["parts"]
+    if parts := [name for name in {**new, **old} if old.get(name) != new.get(name)]:
+        more = f" and {len(parts) - 1:,} more differ" if len(parts) > 1 else ""
+        was, is_ = (states.get(parts[0], "not there") for states in (old, new))
+        out.append(f"{parts[0]} was {was}, is {is_}{more}")
+    return "; ".join(out) or "the order of its parts"
+
+
+def _read(path: Path, parts: dict[str, type], remedy: str) -> dict[str, Any]:
+    """A JSON object with these parts.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    try:
+        kept = json.loads(path.read_text())
+        if isinstance(kept, dict) and all(isinstance(kept.get(k), kind) for k, kind in parts.items()):
+            return kept
+        cause = f"it lacks {', '.join(parts)}"
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        cause = str(error.strerror)
+    except (ValueError, RecursionError) as error:
+        cause = " ".join(str(error).split())[:100]
+    raise ConfigError(f"{path} is damaged: {cause}; {remedy}")
+
+
+def _anew(folder: Path) -> str:
+    return f"start in another config.workdir, with its weights by config.checkpoint.weights={str(folder)!r}"
+
+
+def _leaves(old: Any, new: Any, name: str = "") -> list[str]:
+    """Differing leaves of two nested JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(k for k in old if k not in new)]
+        return [c for k in keys for c in _leaves(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
+        return [c for i, (a, b) in enumerate(zip(old, new, strict=True)) for c in _leaves(a, b, f"{name}[{i}]")]
+    return [] if old == new else [f"{name}: {old} -> {new}"]
