@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import json
 import logging as standard_logging
 import os
 import sys
@@ -32,6 +31,7 @@ from visionfm_jax.data.fields import Fields, fields_of
 from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
+from visionfm_jax.evals.contrastive import plain
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import make_mesh, to_global
@@ -39,7 +39,7 @@ from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.pictures import draw
 from visionfm_jax.telemetry.replay import write as write_replay
 from visionfm_jax.telemetry.report import learning_curves
-from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.telemetry.writers import append_evaluation, read_metrics, write_details
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
@@ -89,6 +89,7 @@ def run(config: Config) -> int:
                     trainer,
                     {e.name: evals[e.name] for e in due_evals(config, step)},
                     state.params if state.ema is None else state.ema,  # the averaged weights if kept
+                    {"weights": str(folder.path), "step": step},
                     lambda: monitor.step_done(step),  # a long evaluation is no standstill
                     stop,
                 ),
@@ -177,10 +178,14 @@ def measure(
     trainer: Trainer,
     evals: dict[str, Eval],
     weights: Any,
+    origin: dict[str, Any],
     batch_done: Callable[[], object],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """The metrics of `evals`, as NAME/METRIC; None if a stop was requested before the end."""
+    """The metrics of `evals`, as NAME/METRIC; None if a stop was requested before the end.
+
+    The details of each begin with `origin`, which says what the weights are, and its metrics.
+    """
 
     def predict(batch: dict[str, np.ndarray], *what: Hashable) -> dict[str, np.ndarray]:
         if stop_requested():
@@ -188,10 +193,15 @@ def measure(
         batch_done()
         return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch), *what))
 
+    scores: dict[str, float] = {}
     try:
-        return {f"{name}/{k}": v for name, eval_ in evals.items() for k, v in eval_.run(predict).items()}
+        for name, eval_ in evals.items():
+            found = eval_.run(predict)
+            eval_.details = {**origin, "metrics": plain(found), **eval_.details}
+            scores |= {f"{name}/{k}": v for k, v in found.items()}
     except _Stopped:
         return None
+    return scores
 
 
 def evaluate(config: Config) -> int:
@@ -212,9 +222,11 @@ def evaluate(config: Config) -> int:
     origin = origin_of(found, f"the weights of step {found.step} of {folder}")
     say(describe(trainer, origin, []))
     with tqdm(desc="evaluating", unit=" batches", disable=host > 0 or not config.telemetry.progress) as bar:
-        scores = measure(trainer, evals, found.what, bar.update)
+        scores = measure(trainer, evals, found.what, {"weights": folder, "step": found.step}, bar.update)
     if host == 0:
         say(summary(Path(config.folder), config, evals, scores, curves=False))
+        line = {"weights": folder, "protocols": {name: e.protocol for name, e in evals.items()}, **scores}
+        say(f"  {append_evaluation(config.folder, found.step, line)}")
     return 0
 
 
@@ -288,7 +300,7 @@ def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.nda
 
 def summary(folder: Path, config: Config, evals: dict[str, Eval], scores: dict[str, float], *, curves: bool) -> str:
     """Draw the pictures and keep the details; the scores of the evals and where everything lies, for people."""
-    files = []
+    files, failed = [], ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if curves:
@@ -297,15 +309,15 @@ def summary(folder: Path, config: Config, evals: dict[str, Eval], scores: dict[s
         for name, eval_ in evals.items():
             files += draw(eval_.pictured, folder, name, f"{config.name}: {name}")
             if eval_.details:
-                files.append(folder / f"eval_{name}.json")
-                files[-1].write_text(json.dumps(eval_.details, indent=1) + "\n")
+                files.append(write_details(folder, name, eval_.details))
     except OSError as error:  # the run itself is complete and saved
-        return f"  cannot write {error.filename or folder}: {error.strerror}; free space there, run again"
+        failed = f"  cannot write {error.filename or folder}: {error.strerror}; free space there, run again"
+    loss = {"training loss": scores["loss"]} if curves and "loss" in scores else {}
     scores = {k: v for k, v in scores.items() if k.partition("/")[0] in evals}
     width = max([20, *map(len, scores)])
-    lines = [f"  {k:{width}} {v:.4f}" for k, v in scores.items()]
+    lines = [f"  {k:{width}} {v:.4f}" for k, v in (loss | scores).items()]
     lines += [f"  {name} is measured by protocol {e.protocol}" for name, e in evals.items() if e.protocol]
-    return "\n".join([*lines, *(f"  {file}" for file in files)])
+    return "\n".join([*lines, failed] if failed else [*lines, *(f"  {file}" for file in files)])
 
 
 def say(text: str) -> None:

@@ -94,6 +94,15 @@ def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
     assert len(scores(alone)) > 10
     assert scores(alone) == scores(printed(pairs))
 
+    (kept,) = map(json.loads, (pairs / "evaluations.jsonl").read_text().splitlines())
+    trained = {k: v for row in read_metrics(pairs) for k, v in row.items() if "/" in k}
+    assert {k: v for k, v in kept.items() if k in trained} == trained
+    assert (kept["step"], kept["weights"]) == (STEPS, str(pairs))
+    details = json.loads((pairs / "eval_groups.json").read_text())
+    assert (details["step"], details["weights"]) == (STEPS, str(pairs))
+    assert details["protocol"] == kept["protocols"]["groups"]
+    assert details["metrics"]["majority"] == kept["groups/majority"]
+
 
 def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs, monkeypatch):
     """Whole pictures at twice the size show things as large as the crops did from which the model has learnt.

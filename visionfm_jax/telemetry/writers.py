@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import json
 import math
@@ -16,6 +17,7 @@ from typing import Any, Self
 from visionfm_jax.errors import OutputError
 
 FILE = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 class MetricWriter:
@@ -157,6 +159,43 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return []
     rows = (_parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     return [{k: float(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows if row is not None]
+
+
+def write_details(folder: str | os.PathLike[str], name: str, details: Mapping[str, Any]) -> Path:
+    """Write FOLDER/eval_NAME.json, whole or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = Path(folder) / f"eval_{name}.json"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[str, Any]) -> Path:
+    """Add a line to FOLDER/evaluations.jsonl: what an evaluation apart from training has found.
+
+    Args:
+      folder: made if missing.
+      step: of the weights.
+      found: scores, and whatever tells them from those of other evaluations; numbers become as in metrics.jsonl.
+
+    Raises:
+      OutputError: the folder cannot be written.
+    """
+    path = Path(folder) / EVALUATIONS
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    values = {name: _plain(v) if isinstance(v, float) else v for name, v in found.items()}
+    line = json.dumps({"step": step, "time": now, **values}, allow_nan=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -180,7 +180,8 @@ class _Window:
                 self._watch_for_spikes(item, float(norm))
             else:
                 self._not_finite(item)
-            if (item.step + 1) % self.trainer.config.telemetry.log_every == 0:
+            done, config = item.step + 1, self.trainer.config
+            if done % config.telemetry.log_every == 0 or done == config.total_steps:
                 self._log(item)
 
     def _log(self, item: _Pending) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from visionfm_jax.errors import OutputError
-from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
+from visionfm_jax.telemetry.writers import MetricWriter, append_evaluation, read_metrics, write_details
 
 
 def lines(folder):
@@ -168,3 +168,27 @@ def test_tensorboard_gets_scalars_and_a_purge_after_resume(tmp_path):
     assert scalars[1] == 0.25
     assert math.isnan(scalars[2])
     assert [e.step for e in events if e.HasField("session_log")] == [2]
+
+
+def test_evaluations_are_added_line_by_line(tmp_path):
+    folder = tmp_path / "new"
+    for step in (3, 5):
+        path = append_evaluation(folder, step, {"weights": "runs/a", "protocols": {"val": "ab"}, "val/top1": math.nan})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 5]
+    assert rows[0]["val/top1"] == "nan"
+    assert rows[0]["protocols"] == {"val": "ab"}
+    assert rows[0]["time"].endswith("+00:00")
+
+
+def test_evaluations_that_cannot_be_kept_are_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*evaluations\.jsonl: .*; free space there"):
+        append_evaluation(tmp_path / "file", 1, {})
+
+
+def test_details_replace_the_former_ones_whole(tmp_path):
+    write_details(tmp_path, "val", {"step": 1, "name": "x" * 10_000})
+    path = write_details(tmp_path, "val", {"step": 2})
+    assert json.loads(path.read_text()) == {"step": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["eval_val.json"]

@@ -141,7 +141,7 @@ def test_the_averages_do_not_notice_an_interruption(tmp_path, stop_after):
     assert run.saved()[-1] == stop_after
     assert run.start()
     assert run.metrics() == whole.metrics()
-    assert [row["step"] for row in run.metrics()] == [5, 10]
+    assert [row["step"] for row in run.metrics()] == [5, 10, TOTAL]
 
 
 @pytest.fixture
@@ -191,3 +191,11 @@ def test_a_full_disk_is_not_tried_again(tmp_path, faulty):
         Toy(tmp_path).start()
     assert caught.value.exit_code == 74
     assert pauses == []
+
+
+def test_a_run_shorter_than_the_interval_logs_its_loss(tmp_path):
+    run = Toy(tmp_path, log_every=50)
+    assert run.start()
+    (row,) = run.metrics()
+    assert row["step"] == TOTAL
+    assert np.isfinite(row["loss"])
