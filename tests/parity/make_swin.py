@@ -67,6 +67,9 @@ CASES = {
     # windows of `image_size`, ours of the map: for 64 pixels both are 4, 4, 4 and 2.
     "huggingface_padded": Case("huggingface", 4, (50, 60), library_image=64),
     "huggingface_padded7": Case("huggingface", 7, (32, 32), patch=2),
+    # 13 x 15 patches, then 7 x 8: padded after they are rolled.
+    "timm_padded": Case("timm", 4, (52, 60)),
+    "timm_padded7": Case("timm", 7, (64, 64)),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ versions give the same bytes. Each `vit_*.npz` holds
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import tempfile
@@ -32,12 +33,14 @@ from timm.models.vision_transformer import VisionTransformer
 HERE = Path(__file__).parent
 CLASSES, BATCH = 10, 3
 
-# name: (library, pool, image px, patch px, width, depth, heads, width of the MLP)
+# name: (library, pool, image px, patch px, width, depth, heads, width of the MLP, eps of norms, activation)
 CASES = {
-    "timm_cls": ("timm", "cls", 32, 8, 32, 3, 4, 128),
-    "timm_gap": ("timm", "gap", 32, 8, 32, 2, 4, 128),
-    "timm_gap_head80": ("timm", "gap", 16, 4, 160, 1, 2, 32),  # the head width of ViT-H
-    "huggingface_cls": ("huggingface", "cls", 32, 8, 32, 2, 2, 128),
+    "timm_cls": ("timm", "cls", 32, 8, 32, 3, 4, 128, 1e-6, "gelu"),
+    "timm_gap": ("timm", "gap", 32, 8, 32, 2, 4, 128, 1e-6, "gelu"),
+    "timm_gap_head80": ("timm", "gap", 16, 4, 160, 1, 2, 32, 1e-6, "gelu"),  # the head width of ViT-H
+    "huggingface_cls": ("huggingface", "cls", 32, 8, 32, 2, 2, 128, 1e-6, "gelu"),
+    "huggingface_default_eps": ("huggingface", "cls", 32, 8, 32, 2, 2, 64, 1e-12, "quick_gelu"),
+    "timm_tanh": ("timm", "gap", 32, 8, 32, 2, 4, 64, 1e-5, "gelu_tanh"),
 }
 
 
@@ -53,17 +56,20 @@ class HuggingFaceLogits(torch.nn.Module):
         return self.model(x).logits
 
 
-def build(library: str, pool: str, image: int, patch: int, width: int, depth: int, heads: int, mlp: int):
+def build(
+    library: str, pool: str, image: int, patch: int, width: int, depth: int, heads: int, mlp: int, eps: float, act: str
+):
     """The model, and its head's module (whose input are the features)."""
     if library == "timm":
         model = VisionTransformer(
             img_size=image, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width,
             num_classes=CLASSES, class_token=pool == "cls", global_pool="token" if pool == "cls" else "avg",
+            norm_layer=functools.partial(torch.nn.LayerNorm, eps=eps), act_layer=act,
         )  # fmt: skip
         return model, model.head
     config = transformers.ViTConfig(
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp,
-        image_size=image, patch_size=patch, num_labels=CLASSES, layer_norm_eps=1e-6,
+        image_size=image, patch_size=patch, num_labels=CLASSES, layer_norm_eps=eps, hidden_act=act,
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config)
     return HuggingFaceLogits(model), model.classifier
@@ -110,7 +116,7 @@ def relative(a: dict, b: dict) -> float:
 
 def make(name: str, seed: int) -> None:
     """Write one file."""
-    library, pool, image, patch, width, depth, heads, mlp = CASES[name]
+    library, pool, image, patch, width, depth, heads, mlp, eps, act = CASES[name]
     torch.manual_seed(seed)
     model, head = build(*CASES[name])
     randomise(model.eval(), seed)
@@ -128,7 +134,7 @@ def make(name: str, seed: int) -> None:
     out |= {f"grad/{k}": v for k, v in on_disk(model).items()}
     about = {
         "library": library, "pool": pool, "image_size": image, "patch_size": patch, "classes": CLASSES,
-        "width": width, "depth": depth, "heads": heads, "mlp": mlp,
+        "width": width, "depth": depth, "heads": heads, "mlp": mlp, "eps": eps, "activation": act,
         "peer_error": {
             "logits": relative({"": logits}, {"": exact_logits}), "gradients": relative(gradients, exact_gradients),
         },

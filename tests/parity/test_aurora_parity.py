@@ -82,14 +82,16 @@ def coca(monkeypatch: pytest.MonkeyPatch) -> Reference:
 def simmim(monkeypatch: pytest.MonkeyPatch) -> Reference:
     data, about = read("simmim")
     monkeypatch.setitem(swin_v2.SIZES, "parity", swin_v2.Size(about["width"], about["depths"], about["heads"]))
-    image = SwinV2Config(size="parity", patch_size=about["patch"], window=about["window"])
+    side, window = data["images"].shape[1], about["window"]
+    image = SwinV2Config(size="parity", patch_size=about["patch"], image_size=side, window=window)
+    theirs = {"window_size": window, "pretrained_window_sizes": [0] * 4, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}
     model = Aurora(AuroraConfig(image=image, text=DecoderConfig(size="P")))
     state = tensors(data["params"], about["shapes"])
     kernel, bias = state.pop("decoder.0.weight"), state.pop("decoder.0.bias")
     params = {
         "mask_token": state.pop("swinv2.embeddings.mask_token")[0, 0],
         "painter": {"kernel": kernel[:, :, 0, 0].T, "bias": bias},
-        "image": swin_v2_from_huggingface(state),
+        "image": swin_v2_from_huggingface(state, image, theirs),
     }
     images, hidden = jnp.float32(data["images"]), data["hidden"]
 

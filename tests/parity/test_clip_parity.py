@@ -28,6 +28,15 @@ HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("text_") for p in HERE.glob("text_*.npz"))
 
 
+def from_open_clip(state: dict[str, np.ndarray], config: TextConfig, **changed: Any) -> dict:
+    """With the configuration that OpenCLIP has of such a model."""
+    theirs = {"heads": text.size_of(config).heads, "width": text.size_of(config).width}
+    if config.end_token < config.vocab_size - 1:
+        theirs |= {"pool_type": "eos", "eos_id": config.end_token}
+    quick = {"quick_gelu": changed.pop("quick_gelu")} if "quick_gelu" in changed else {}
+    return text_from_open_clip(state, config, {"embed_dim": 48, "text_cfg": {**theirs, **changed}, **quick})
+
+
 class Reference(NamedTuple):
     """One tower: what OpenCLIP computed, and our model of the same shape and weights."""
 
@@ -58,7 +67,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
             size="parity", vocab_size=about["vocab"], context=about["context"], end_token=about["end"],
         ),
     )  # fmt: skip
-    params = text_from_open_clip(tensors(data["params"], about["shapes"]))
+    params = from_open_clip(tensors(data["params"], about["shapes"]), config.text)
     return Reference(data, about, clip.Clip(config), params)
 
 
@@ -199,6 +208,8 @@ def test_gate_catches_in_losses(mistake: Callable, monkeypatch: pytest.MonkeyPat
 
 # Names and layout alone.
 
+ANY = TextConfig(size="B")
+
 
 @pytest.fixture
 def params(monkeypatch: pytest.MonkeyPatch) -> dict:
@@ -213,7 +224,7 @@ def test_round_trip(params: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(state) == set(frozen_state)
     for key, value in frozen_state.items():
         np.testing.assert_array_equal(state[key], value)
-    jax.tree.map(np.testing.assert_array_equal, text_from_open_clip(text_to_open_clip(params)), params)
+    jax.tree.map(np.testing.assert_array_equal, from_open_clip(text_to_open_clip(params), ANY), params)
     key = text_to_open_clip(params)["transformer.resblocks.1.attn.in_proj_weight"][128:256]
     np.testing.assert_array_equal(key, params["text"]["blocks"]["attn"]["qkv"]["kernel"][1, :, 128:256].T)
 
@@ -222,9 +233,9 @@ def test_whole_models_of_both_namings(params: dict) -> None:
     state = text_to_open_clip(params | {"image": {"stage0": np.zeros(3)}, "image_projection": np.zeros((3, 48))})
     assert {"logit_scale", "logit_bias"} < set(state)
     whole = state | {"visual.proj": np.zeros((3, 48)), "attn_mask": np.zeros((77, 77))}
-    jax.tree.map(np.testing.assert_array_equal, text_from_open_clip(whole), params)
+    jax.tree.map(np.testing.assert_array_equal, from_open_clip(whole, ANY), params)
     custom = {k if k.startswith(("logit", "visual")) else f"text.{k}": v for k, v in whole.items()}
-    jax.tree.map(np.testing.assert_array_equal, text_from_open_clip(custom), params)
+    jax.tree.map(np.testing.assert_array_equal, from_open_clip(custom, ANY), params)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +253,26 @@ def test_whole_models_of_both_namings(params: dict) -> None:
 def test_bad_state(params: dict, change: dict[str, tuple | None], says: str) -> None:
     state = text_to_open_clip(params) | {k: s and np.zeros(s) for k, s in change.items()}
     with pytest.raises(UserError, match=says) as error:
-        text_from_open_clip({k: v for k, v in state.items() if v is not None})
+        from_open_clip({k: v for k, v in state.items() if v is not None}, ANY)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"quick_gelu": True}, r"quick_gelu is True, but this project's text tower makes it False"),
+        ({"heads": 12}, r"heads is 12, but TextConfig\.size makes it 8"),
+        ({"pool_type": "last"}, r"pool_type is 'last', but"),
+        ({"pool_type": "eos", "eos_id": 2}, r"end_token is 2, but TextConfig\.end_token makes it 49407"),
+        (
+            {"no_causal_mask": True, "final_ln_after_pool": True},
+            r"has final_ln_after_pool, no_causal_mask in its text_cfg",
+        ),
+    ],
+)
+def test_what_names_do_not_tell_must_agree(params: dict, changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        from_open_clip(text_to_open_clip(params), ANY, **changed)
     assert "\n" not in str(error.value)
 
 

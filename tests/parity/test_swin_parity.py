@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,29 @@ from visionfm_jax.models import swin_v2
 
 HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("swin_") for p in HERE.glob("swin_*.npz"))
-FROM = {"timm": swin_v2_from_timm, "huggingface": swin_v2_from_huggingface}
 TO = {"timm": swin_v2_to_timm, "huggingface": swin_v2_to_huggingface}
+ANY = SwinV2Config(size="P", image_size=32, window=4)
+
+
+def from_timm(state: dict[str, np.ndarray], config: SwinV2Config = ANY, **changed: Any) -> dict:
+    """With what a timm model of `config` says of itself."""
+    facts = {
+        "window_size": config.window, "pretrained_window_sizes": swin_v2.pretrained_windows(config),
+        "norm_eps": 1e-5, "act_layer": "gelu",
+    }  # fmt: skip
+    return swin_v2_from_timm(state, config, **{**facts, **changed})
+
+
+def from_huggingface(state: dict[str, np.ndarray], config: SwinV2Config = ANY, **changed: Any) -> dict:
+    """Likewise, as the library's `config.json` has it."""
+    theirs = {
+        "window_size": config.window, "pretrained_window_sizes": swin_v2.pretrained_windows(config),
+        "layer_norm_eps": 1e-5, "hidden_act": "gelu",
+    }  # fmt: skip
+    return swin_v2_from_huggingface(state, config, {**theirs, **changed})
+
+
+FROM = {"timm": from_timm, "huggingface": from_huggingface}
 OUTPUTS = ("stage0", "stage1", "stage2", "stage3", "pooled")
 
 
@@ -55,9 +77,10 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     config = SwinV2Config(
         size="parity", patch_size=about["patch"], window=about["window"],
         pretrained_window=about["pretrained_window"], pretrained_image_size=about["pretrained_image"],
+        image_size=max(about["image"]), roll_first=name.startswith("timm_padded"),
     )  # fmt: skip
     state = tensors(data["params"], about["shapes"])
-    return Reference(data, about, swin_v2.SwinV2(config), FROM[about["library"]](state))
+    return Reference(data, about, swin_v2.SwinV2(config), FROM[about["library"]](state, config))
 
 
 def in_names_of(library: str, params: dict) -> dict[str, np.ndarray]:
@@ -68,7 +91,7 @@ def in_names_of(library: str, params: dict) -> dict[str, np.ndarray]:
 def test_every_form_is_frozen() -> None:
     assert CASES == [
         "huggingface_padded", "huggingface_padded7", "huggingface_pretrained", "huggingface_window4",
-        "timm_pretrained", "timm_window4", "timm_window7",
+        "timm_padded", "timm_padded7", "timm_pretrained", "timm_window4", "timm_window7",
     ]  # fmt: skip
 
 
@@ -113,20 +136,11 @@ def _natural_log(window: tuple[int, int], pretrained: tuple[int, int]) -> np.nda
     return np.stack(np.meshgrid(*[np.sign(o) * np.log1p(np.abs(o)) for o in offsets], indexing="ij"), -1)
 
 
-def _roll_then_pad(x: jax.Array, windows: swin_v2.Windows) -> jax.Array:
-    """timm's order."""
-    x = jnp.roll(x, [-s for s in windows.shift], (1, 2))
-    return swin_v2_partition(x, windows._replace(shift=(0, 0)))
-
-
-swin_v2_partition = swin_v2.partition
-
 MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "eps 1e-6": ("timm_window4", lambda patch: patch.setattr(swin_v2, "EPS", 1e-6)),
     "tanh GELU": ("timm_window4", lambda patch: patch.setattr(nn, "gelu", _tanh_gelu)),
     "no mask": ("timm_window4", lambda patch: patch.setattr(swin_v2, "neighbour_mask", lambda windows: None)),
     "logarithms of pixels": ("timm_window7", lambda patch: patch.setattr(swin_v2, "log_coordinates", _natural_log)),
-    "pad after rolling": ("huggingface_padded", lambda patch: patch.setattr(swin_v2, "partition", _roll_then_pad)),
 }  # fmt: skip
 
 
@@ -137,6 +151,14 @@ def test_gate_catches(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make(monkeypatch)
     outputs = jax.jit(reference.forward)(reference.params)
     assert relative(outputs["pooled"], reference.data["pooled"]) > 2 * FORWARD
+
+
+@pytest.mark.parametrize("name", ["huggingface_padded", "timm_padded"])
+def test_gate_catches_the_other_order_of_rolling_and_padding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load(name, monkeypatch)
+    config = dataclasses.replace(reference.model.config, roll_first=name.startswith("huggingface"))
+    outputs = jax.jit(reference._replace(model=swin_v2.SwinV2(config)).forward)(reference.params)
+    assert relative(outputs["pooled"], reference.data["pooled"]) > 0.01
 
 
 def test_gate_catches_forgotten_pretrained_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +178,7 @@ def state(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
 
 
 def test_layers_are_grouped_as_the_loop_has_them(state: dict[str, np.ndarray]) -> None:
-    stage = swin_v2_from_timm(state)["stage1"]["blocks"]
+    stage = from_timm(state)["stage1"]["blocks"]
     for layer in range(4):
         own = stage[str(layer % 2)]["attn"]
         np.testing.assert_array_equal(
@@ -168,20 +190,20 @@ def test_layers_are_grouped_as_the_loop_has_them(state: dict[str, np.ndarray]) -
 
 
 def test_what_follows_from_windows_and_classifiers_are_skipped(state: dict[str, np.ndarray]) -> None:
-    params = swin_v2_from_timm(state)
+    params = from_timm(state)
     extra = {
         "layers.0.blocks.1.attn_mask": np.zeros((4, 16, 16)), "layers.0.blocks.1.attn.k_bias": np.zeros(16),
         "layers.0.blocks.0.attn.relative_coords_table": np.zeros((1, 7, 7, 2)),
         "layers.0.blocks.0.attn.relative_position_index": np.zeros((16, 16)),
         "head.fc.weight": np.zeros((10, 128)), "head.fc.bias": np.zeros(10),
     }  # fmt: skip
-    jax.tree.map(np.testing.assert_array_equal, swin_v2_from_timm(state | extra), params)
+    jax.tree.map(np.testing.assert_array_equal, from_timm(state | extra), params)
     theirs = swin_v2_to_huggingface(params)
     extra = {
         "swinv2.encoder.layers.0.blocks.0.attention.self.relative_coords_table": np.zeros((1, 7, 7, 2)),
         "classifier.weight": np.zeros((10, 128)), "classifier.bias": np.zeros(10),
     }  # fmt: skip
-    jax.tree.map(np.testing.assert_array_equal, swin_v2_from_huggingface(theirs | extra), params)
+    jax.tree.map(np.testing.assert_array_equal, from_huggingface(theirs | extra), params)
 
 
 def test_the_authors_files_merge_at_the_end_of_a_stage(state: dict[str, np.ndarray]) -> None:
@@ -189,7 +211,7 @@ def test_the_authors_files_merge_at_the_end_of_a_stage(state: dict[str, np.ndarr
         for name in ("reduction.weight", "norm.weight", "norm.bias"):
             state[f"layers.{stage - 1}.downsample.{name}."] = state.pop(f"layers.{stage}.downsample.{name}")
     theirs = {name.removesuffix("."): value for name, value in state.items()} | {"head.weight": np.zeros((10, 128))}
-    params = swin_v2_from_timm(theirs)
+    params = from_timm(theirs)
     assert params["merging1"]["reduction"]["kernel"].shape == (128, 64)
 
 
@@ -207,21 +229,46 @@ def test_the_authors_files_merge_at_the_end_of_a_stage(state: dict[str, np.ndarr
 def test_bad_state(state: dict[str, np.ndarray], change: dict[str, tuple | None], says: str) -> None:
     changed = {k: v for k, v in (state | {k: s and np.zeros(s) for k, s in change.items()}).items() if v is not None}
     with pytest.raises(UserError, match=says) as error:
-        swin_v2_from_timm(changed)
+        from_timm(changed)
     assert "\n" not in str(error.value)
 
 
 def test_stages_that_do_not_fit_together(state: dict[str, np.ndarray]) -> None:
-    theirs = swin_v2_to_huggingface(swin_v2_from_timm(state))
+    theirs = swin_v2_to_huggingface(from_timm(state))
     stage = {k: v for k, v in theirs.items() if ".layers.1.blocks.0." in k or ".layers.1.downsample." in k}
     theirs = {k: v for k, v in theirs.items() if ".layers.2." not in k}
     theirs |= {k.replace(".layers.1.", ".layers.2."): v for k, v in stage.items()}
     with pytest.raises(UserError, match=r"stages of widths \[16, 32, 32, 128\]"):
-        swin_v2_from_huggingface(theirs)
+        from_huggingface(theirs)
+
+
+PADDED = SwinV2Config(size="P", image_size=52, window=4)
+
+
+@pytest.mark.parametrize(
+    ("library", "config", "changed", "says"),
+    [
+        ("timm", PADDED, {}, r"rolls_before_padding is True, but SwinV2Config.roll_first makes it False"),
+        ("huggingface", dataclasses.replace(PADDED, roll_first=True), {}, r"rolls_before_padding is False, but"),
+        ("timm", ANY, {"window_size": 8}, r"window_size is 8, but SwinV2Config.window makes it 4"),
+        ("timm", ANY, {"pretrained_window_sizes": (4, 4, 4, 2)}, r"sizes is \[4, 4, 4, 2\], but .* it \[0, 0, 0, 0\]"),
+        ("timm", ANY, {"norm_eps": 1e-6}, r"norm_eps is 1e-06, but this project's SwinV2 makes it 1e-05"),
+        ("timm", ANY, {"act_layer": "gelu_tanh"}, r"act_layer is 'gelu_tanh', but"),
+        ("huggingface", ANY, {"hidden_act": "quick_gelu"}, r"hidden_act is 'quick_gelu', but"),
+        ("huggingface", ANY, {"layer_norm_eps": 1e-12}, r"layer_norm_eps is 1e-12, but"),
+    ],
+)  # fmt: skip
+def test_what_names_do_not_tell_must_agree(
+    state: dict[str, np.ndarray], library: str, config: SwinV2Config, changed: dict[str, Any], says: str
+) -> None:
+    state = state if library == "timm" else swin_v2_to_huggingface(from_timm(state))
+    with pytest.raises(UserError, match=says) as error:
+        FROM[library](state, config, **changed)
+    assert "\n" not in str(error.value)
 
 
 def test_bad_tree(state: dict[str, np.ndarray]) -> None:
-    params = swin_v2_from_timm(state)
+    params = from_timm(state)
     normed = params["stage1"]["blocks"] | {"1": params["stage1"]["blocks"]["1"] | {"norm": {"scale": np.ones((2, 32))}}}
     for to in TO.values():
         with pytest.raises(UserError, match="norm the main branch every few blocks"):

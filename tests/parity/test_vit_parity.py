@@ -5,8 +5,8 @@ The gates are ten times our error here (README.md) and under the smallest real m
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from gates import FORWARD, FORWARD_MAX, GRADIENT, GRADIENT_TENSOR, relative
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_from_huggingface, vit_to_huggingface
 from visionfm_jax.interop.timm import flatten, vit_from_timm, vit_to_timm
-from visionfm_jax.models import layers, vit
+from visionfm_jax.models import vit
 
 HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("vit_") for p in HERE.glob("vit_*.npz"))
-FROM = {"timm": vit_from_timm, "huggingface": vit_from_huggingface}
 TO = {"timm": vit_to_timm, "huggingface": vit_to_huggingface}
 
 
@@ -52,6 +50,26 @@ class Reference(NamedTuple):
         return logits, state["intermediates"]["norm"]["__call__"][0]
 
 
+def from_timm(state: dict[str, np.ndarray], config: ViTConfig, **changed: Any) -> dict:
+    """With what a timm model of `config` says of itself."""
+    facts = {"num_heads": vit.size_of(config).heads, "norm_eps": config.norm_eps, "act_layer": config.activation}
+    pool = "token" if config.pool == "cls" else "avg"
+    return vit_from_timm(state, config, **{**facts, "global_pool": pool, **changed})
+
+
+def from_huggingface(state: dict[str, np.ndarray], config: ViTConfig, **changed: Any) -> dict:
+    """Likewise, as the library's `config.json` has it."""
+    activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    theirs = {
+        "num_attention_heads": vit.size_of(config).heads, "layer_norm_eps": config.norm_eps, "hidden_act": activation,
+    }  # fmt: skip
+    return vit_from_huggingface(state, config, {**theirs, **changed})
+
+
+FROM = {"timm": from_timm, "huggingface": from_huggingface}
+CLS, GAP = ViTConfig(size="P", pool="cls"), ViTConfig(size="P", pool="gap")
+
+
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     with np.load(HERE / f"vit_{name}.npz") as file:
         data = dict(file)
@@ -59,14 +77,17 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     size = vit.Size(about["width"], about["depth"], about["heads"], about["mlp"])
     monkeypatch.setitem(vit.SIZES, "parity", size)
     config = ViTConfig(
-        size="parity", patch_size=about["patch_size"], image_size=about["image_size"], pool=about["pool"]
-    )
+        size="parity", patch_size=about["patch_size"], image_size=about["image_size"], pool=about["pool"],
+        norm_eps=about["eps"], activation=about["activation"],
+    )  # fmt: skip
     reference = Reference(data, about, vit.ViT(config, about["classes"]), {})
-    return reference._replace(params=FROM[about["library"]](reference.group("param")))
+    return reference._replace(params=FROM[about["library"]](reference.group("param"), config))
 
 
 def test_every_form_is_frozen() -> None:
-    assert CASES == ["huggingface_cls", "timm_cls", "timm_gap", "timm_gap_head80"]
+    assert CASES == [
+        "huggingface_cls", "huggingface_default_eps", "timm_cls", "timm_gap", "timm_gap_head80", "timm_tanh",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,22 +135,17 @@ def test_tree_is_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert shapes == {path: leaf.shape for path, leaf in flatten(reference.params).items()}
 
 
-def _tanh_gelu(x: jax.Array, approximate: bool) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "eps 1e-5": lambda patch: patch.setattr(layers, "LAYER_NORM_EPS", 1e-5),
-    "eps 1e-12": lambda patch: patch.setattr(layers, "LAYER_NORM_EPS", 1e-12),
-    "tanh GELU": lambda patch: patch.setattr(nn, "gelu", _tanh_gelu),
-}
+MISTAKES = {"eps 1e-5": ("norm_eps", 1e-5), "eps 1e-12": ("norm_eps", 1e-12), "tanh GELU": ("activation", "gelu_tanh"),
+            "quick GELU": ("activation", "quick_gelu")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["timm_cls", "timm_gap"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_gate_catches(mistake: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = load(name, monkeypatch)
-    MISTAKES[mistake](monkeypatch)
+    field, value = MISTAKES[mistake]
+    config = dataclasses.replace(reference.model.config, **{field: value})
+    reference = reference._replace(model=vit.ViT(config, reference.about["classes"]))
     logits, _ = jax.jit(reference.forward)(reference.params)
     assert relative(logits, reference.data["logits"]) > 2 * FORWARD
 
@@ -163,7 +179,7 @@ def counted(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("pool", ["cls", "gap"])
 def test_timm_round_trip(pool: str) -> None:
     state = counted(timm_shapes(pool))
-    params = vit_from_timm(state)
+    params = from_timm(state, CLS if pool == "cls" else GAP)
     back = vit_to_timm(params)
     assert set(back) == set(state)
     for key in state:
@@ -173,22 +189,22 @@ def test_timm_round_trip(pool: str) -> None:
 
 
 def test_huggingface_round_trip_and_trunk() -> None:
-    params = vit_from_timm(counted(timm_shapes("cls")))
+    params = from_timm(counted(timm_shapes("cls")), CLS)
     state = vit_to_huggingface(params)
     key = "vit.encoder.layer.10.attention.attention.key.weight"
     np.testing.assert_array_equal(state[key], params["blocks"]["attn"]["qkv"]["kernel"][10, :, 4:8].T)
-    for path, leaf in flatten(vit_from_huggingface(state)).items():
+    for path, leaf in flatten(from_huggingface(state, CLS)).items():
         np.testing.assert_array_equal(leaf, flatten(params)[path])
     trunk = {k.removeprefix("vit."): v for k, v in state.items() if k.startswith("vit.")}  # a ViTModel
     trunk |= {"pooler.dense.weight": np.zeros((4, 4)), "pooler.dense.bias": np.zeros(4)}
-    assert set(vit_from_huggingface(trunk)) == set(params) - {"head"}
-    assert set(vit_to_huggingface(vit_from_huggingface(trunk))) == {k for k in state if k.startswith("vit.")}
+    assert set(from_huggingface(trunk, CLS)) == set(params) - {"head"}
+    assert set(vit_to_huggingface(from_huggingface(trunk, CLS))) == {k for k in state if k.startswith("vit.")}
 
 
 def test_trunk_without_head() -> None:
     state = counted(timm_shapes("gap"))
     del state["head.weight"], state["head.bias"]
-    params = vit_from_timm(state)
+    params = from_timm(state, GAP)
     assert "head" not in params
     assert set(vit_to_timm(params)) == set(state)
 
@@ -209,12 +225,12 @@ def test_trunk_without_head() -> None:
 def test_bad_state(change: dict[str, tuple | None], says: str) -> None:
     shapes = {k: v for k, v in (timm_shapes("cls") | change).items() if v is not None}
     with pytest.raises(UserError, match=says) as error:
-        vit_from_timm(counted(shapes))
+        from_timm(counted(shapes), CLS)
     assert "\n" not in str(error.value)
 
 
 def test_bad_tree() -> None:
-    params = vit_from_timm(counted(timm_shapes("gap")))
+    params = from_timm(counted(timm_shapes("gap")), GAP)
     with pytest.raises(UserError, match="no mean pooling"):
         vit_to_huggingface(params)
     del params["norm"]["scale"]
@@ -224,4 +240,44 @@ def test_bad_tree() -> None:
 
 def test_state_of_another_library() -> None:
     with pytest.raises(UserError, match=r"no Hugging Face ViT .*missing .*unknown vit\.blocks"):
-        vit_from_huggingface(counted(timm_shapes("cls")))
+        from_huggingface(counted(timm_shapes("cls")), CLS)
+
+
+@pytest.mark.parametrize(
+    ("pool", "changed", "says"),
+    [
+        # The names are those of global_pool="token": a mean of all tokens, taken for the class token, was off by 0.93.
+        ("cls", {"global_pool": "avg"}, r'global_pool="avg" with a class token is none of ours'),
+        ("gap", {"global_pool": "max"}, r'global_pool="max" without a class token is none of ours'),
+        ("gap", {"global_pool": "token"}, r'global_pool="token" without a class token is none of ours'),
+        ("cls", {"norm_eps": 1e-5}, r"norm_eps is 1e-05, but ViTConfig.norm_eps makes it 1e-06"),
+        ("cls", {"act_layer": "quick_gelu"}, r"act_layer is 'quick_gelu', but ViTConfig.activation makes it 'gelu'"),
+        ("gap", {"num_heads": 4}, r"num_heads is 4, but ViTConfig.size makes it 3"),
+    ],
+)
+def test_what_names_do_not_tell_must_agree(pool: str, changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        from_timm(counted(timm_shapes(pool)), CLS if pool == "cls" else GAP, **changed)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "says"),
+    [
+        (CLS, {"layer_norm_eps": 1e-12}, r"layer_norm_eps is 1e-12, but ViTConfig.norm_eps makes it 1e-06"),
+        (CLS, {"hidden_act": "quick_gelu"}, r"hidden_act is 'quick_gelu', but"),
+        (CLS, {"hidden_act": "relu"}, r"hidden_act is 'relu', but"),
+        (CLS, {"num_attention_heads": 12}, r"num_attention_heads is 12, but"),
+        (GAP, {}, r"pooling is 'cls', but ViTConfig.pool makes it 'gap'"),
+    ],
+)
+def test_what_huggingface_says_must_agree(config: ViTConfig, changed: dict[str, Any], says: str) -> None:
+    state = vit_to_huggingface(from_timm(counted(timm_shapes("cls")), CLS))
+    with pytest.raises(UserError, match=says):
+        from_huggingface(state, config, **changed)
+
+
+def test_a_setting_that_is_missing_is_not_guessed() -> None:
+    state = vit_to_huggingface(from_timm(counted(timm_shapes("cls")), CLS))
+    with pytest.raises(UserError, match=r"lacks 'layer_norm_eps'; give all that config\.json"):
+        vit_from_huggingface(state, CLS, {"num_attention_heads": 3, "hidden_act": "gelu"})

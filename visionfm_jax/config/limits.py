@@ -118,6 +118,8 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
         "patch_size": Range(1, 256),  # pixels
         "image_size": SIDE,
         "pool": OneOf(("gap", "cls")),
+        "norm_eps": Range(1e-12, 1e-3),
+        "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu")),
         "attention": ATTENTION,
         "remat": REMAT,
     },

@@ -17,6 +17,8 @@ class ViTConfig:
     patch_size: int = 14  # pixels
     image_size: int = 224  # pixels, square
     pool: str = "gap"  # gap: mean of the patch tokens | cls: a class token
+    norm_eps: float = 1e-6  # of LayerNorms; other weights may have been trained with another
+    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
 
@@ -31,6 +33,7 @@ class SwinV2Config:
     window: int = 14  # tokens; a smaller map is one window
     pretrained_window: int = 0  # of the run whose weights this continues; 0: none
     pretrained_image_size: int = 0  # pixels, of that run
+    roll_first: bool = False  # shifted maps that need padding are rolled, then padded, as timm does; False: the reverse
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
     drop_path: float = 0.2  # chance that the last block is left out; falls linearly to 0 at the first

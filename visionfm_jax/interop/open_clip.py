@@ -2,7 +2,7 @@
 
 Source: open_clip_torch 3.3, `CLIP.state_dict()` and `CustomTextCLIP.state_dict()`. Checked against OpenCLIP itself in
 `tests/parity`. OpenCLIP's image towers are other networks than ours. OpenAI's own weights, and OpenCLIP's `-quickgelu`
-models, have these names too but another activation, which no file tells: they do not compute the same here.
+models, have these names too but another activation: they are refused.
 
 Letters in shapes: D width, M hidden width of the MLP, V vocabulary, T positions, E width of the joint space.
 """
@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm
+from visionfm_jax.config import TextConfig
+from visionfm_jax.errors import UserError
+from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.models.text import size_of
 
 # The image tower, and a mask that follows from the positions, which older files hold.
 _SKIPPED = re.compile(r"visual\..*|attn_mask")
@@ -35,22 +39,48 @@ _TEXT = (
 _OF_LOGITS = (Leaf("scale", ("logit_scale",), "vector", ()), Leaf("bias", ("logit_bias",), "vector", ()))
 
 
-def text_from_open_clip(state: Mapping[str, np.ndarray]) -> Params:
+# What `text_cfg` may hold beside what is compared: shapes, which the state has too, and what the tokenizer needs.
+_KNOWN = {
+    "context_length", "vocab_size", "width", "layers", "mlp_ratio", "heads", "pool_type", "eos_id", "pad_id", "bos_id",
+    "tokenizer_kwargs", "tokenizer_mode", "tokenizer_type",
+}  # fmt: skip
+
+
+def text_from_open_clip(state: Mapping[str, np.ndarray], config: TextConfig, model_cfg: Mapping[str, Any]) -> Params:
     """The text part of our `Clip` tree: `text`, `text_projection`, and `scale` and `bias` where the state has them.
 
-    Width, depth, vocabulary and positions are read off the state itself; heads are no part of it. Names may begin with
+    Width, depth, vocabulary and positions are read off the state itself. Names may begin with
     "text.", as a `CustomTextCLIP`'s do, or not, as those of a `CLIP` or of a text tower alone; what is the image
     tower's is skipped.
 
     Args:
       state: name to array, as `model.state_dict()` or a `.safetensors` file holds them.
+      config: under which the weights will be used.
+      model_cfg: OpenCLIP's of the model, as `open_clip.get_model_config(NAME)` has it, or `open_clip_config.json`
+        under that key.
+
     Raises:
-      UserError: names that are missing or unknown, or a wrong shape; all of them in one line.
+      UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
+        compute, or that `config` would compute otherwise.
     """
+    what, theirs = "OpenCLIP text tower", model_cfg["text_cfg"]
+    if other := sorted(key for key, value in theirs.items() if key not in _KNOWN and value):
+        raise UserError(
+            f"the {what} has {', '.join(other)} in its text_cfg, which ours cannot compute; use another model"
+        )
+    pool = theirs.get("pool_type", "argmax")  # of "argmax", the end token is the largest id
+    end = theirs.get("eos_id") if pool == "eos" else config.vocab_size - 1
+    require_same(
+        what,
+        quick_gelu=(bool(model_cfg.get("quick_gelu")), "this project's text tower", False),
+        heads=(theirs.get("heads", 8), "TextConfig.size", size_of(config).heads),
+        pool_type=(pool, "this project's text tower", pool if pool in ("argmax", "eos") else "argmax"),
+        end_token=(end, "TextConfig.end_token", config.end_token),
+    )
     state = {name.removeprefix("text."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not _SKIPPED.fullmatch(name)}
     leaves = _TEXT + tuple(leaf for leaf in _OF_LOGITS if leaf.theirs[0] in state)
-    return import_state(state, leaves, "OpenCLIP text tower")
+    return import_state(state, leaves, what)
 
 
 def text_to_open_clip(params: Params) -> dict[str, np.ndarray]:

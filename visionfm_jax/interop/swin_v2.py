@@ -11,14 +11,17 @@ stage, M hidden width of the MLP, N heads, P patch side in pixels.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm
-from visionfm_jax.models.swin_v2 import BIAS_HIDDEN, group_of
+from visionfm_jax.interop.huggingface import ACTIVATIONS, setting
+from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.models.swin_v2 import BIAS_HIDDEN, EPS, group_of, pretrained_windows
 
 # Tables and masks that follow from the window's size, timm's bias of keys that is always zero, and classifiers: our
 # encoder has none.
@@ -95,7 +98,15 @@ def _merging(number: int, theirs: str, out: str, inner: str) -> tuple[Leaf, ...]
     )
 
 
-def swin_v2_from_timm(state: Mapping[str, np.ndarray]) -> Params:
+def swin_v2_from_timm(
+    state: Mapping[str, np.ndarray],
+    config: SwinV2Config,
+    *,
+    window_size: int,
+    pretrained_window_sizes: Sequence[int],
+    norm_eps: float,
+    act_layer: str,
+) -> Params:
     """Our parameter tree of a timm `SwinTransformerV2`, or of a file of SwinV2's authors.
 
     Widths, depths, heads and patch size are read off the state itself; windows are no part of it, and what a file
@@ -103,11 +114,22 @@ def swin_v2_from_timm(state: Mapping[str, np.ndarray]) -> Params:
 
     Args:
       state: name to array, as `model.state_dict()` or a `.safetensors` file holds them.
+      config: under which the weights will be used. Where shifted maps of its image size need padding, it must have
+        `roll_first`, as timm rolls before it pads; the authors' own code refuses such maps.
+      window_size: of timm's model, as given to its constructor (`always_partition` must be its default, False).
+      pretrained_window_sizes: likewise, by stage; zeros: none.
+      norm_eps: likewise, `model.norm.eps`: 1e-5 by default.
+      act_layer: likewise: "gelu" by default.
+
     Raises:
-      UserError: names that are missing or unknown, or a wrong shape; all of a stage's in one line.
+      UserError: names that are missing or unknown, or a wrong shape, all of a stage's in one line; a model that ours
+        cannot compute, or that `config` would compute otherwise.
     """
+    what = "timm SwinV2"
+    _require_same(what, config, True, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes,
+                  norm_eps=norm_eps, act_layer=act_layer)  # fmt: skip
     first = "layers.0.downsample.reduction.weight" not in state
-    return _import(state, "timm SwinV2", "layers.", lambda stage: _timm_leaves(stage, first))
+    return _import(state, what, "layers.", lambda stage: _timm_leaves(stage, first))
 
 
 def swin_v2_to_timm(params: Params) -> dict[str, np.ndarray]:
@@ -119,19 +141,49 @@ def swin_v2_to_timm(params: Params) -> dict[str, np.ndarray]:
     return _export(params, _timm_leaves, merging_first=True)
 
 
-def swin_v2_from_huggingface(state: Mapping[str, np.ndarray]) -> Params:
+def swin_v2_from_huggingface(
+    state: Mapping[str, np.ndarray], config: SwinV2Config, theirs: Mapping[str, Any]
+) -> Params:
     """Our parameter tree of a Hugging Face SwinV2; see `swin_v2_from_timm`.
 
     Names may begin with "swinv2.", as a classifier's do, or not, as those of a `Swinv2Model`.
+
+    Args:
+      state: name to array, as `model.safetensors` holds them.
+      config: under which the weights will be used; not `roll_first`, if shifted maps of its image size need padding.
+      theirs: what `config.json` beside the weights holds.
     """
+    what = "Hugging Face SwinV2"
+    keys = ("window_size", "pretrained_window_sizes", "layer_norm_eps", "hidden_act")
+    _require_same(what, config, False, **{key: setting(theirs, key) for key in keys})
     if not any(name.startswith("swinv2.") for name in state):
         state = {f"swinv2.{name}": value for name, value in state.items()}
-    return _import(state, "Hugging Face SwinV2", "swinv2.encoder.layers.", _huggingface_leaves)
+    return _import(state, what, "swinv2.encoder.layers.", _huggingface_leaves)
 
 
 def swin_v2_to_huggingface(params: Params) -> dict[str, np.ndarray]:
     """The state of `Swinv2ForImageClassification`, less its head, for our SwinV2 tree; see `swin_v2_to_timm`."""
     return _export(params, _huggingface_leaves, merging_first=False)
+
+
+def _require_same(what: str, config: SwinV2Config, rolls_first: bool, **theirs: Any) -> None:
+    """`require_same` of what a state does not tell: window, windows of before, epsilon, activation; and the order."""
+    window, pretrained, eps, activation = theirs
+    require_same(
+        what,
+        **{
+            window: (theirs[window], "SwinV2Config.window", config.window),
+            pretrained: (
+                list(theirs[pretrained]), "SwinV2Config.pretrained_window and pretrained_image_size",
+                pretrained_windows(config),
+            ),
+            eps: (theirs[eps], "this project's SwinV2", EPS),
+            activation: (ACTIVATIONS.get(theirs[activation], theirs[activation]), "this project's SwinV2", "gelu"),
+        },
+    )  # fmt: skip
+    maps = [-(-config.image_size // (config.patch_size * 2**stage)) for stage in range(STAGES)]
+    if any(side > config.window and side % config.window for side in maps):
+        require_same(what, rolls_before_padding=(rolls_first, "SwinV2Config.roll_first", config.roll_first))
 
 
 def _import(

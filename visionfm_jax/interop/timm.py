@@ -2,6 +2,10 @@
 
 Source: timm 1.0 `VisionTransformer.state_dict()`. Checked against timm itself in `tests/parity`.
 
+Names and shapes do not tell everything that a network computes: heads, pooling, the epsilon of norms, activations. Each
+importer asks for these as well, in its library's words, and compares them with the configuration under which the
+weights will be used: what differs is refused.
+
 A naming is a tuple of `Leaf`: one for each array of our tree, with the torch tensors it is made of. Letters in
 shapes: D width, M hidden width of the MLP, P patch side in pixels, T rows of the position table (the class token's
 first), C classes, L layers.
@@ -16,7 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
+from visionfm_jax.models.vit import size_of
 
 Params = dict[str, Any]  # nested dicts of arrays
 Size = int | str  # a fixed number, a letter, or "3D" for three times D
@@ -88,19 +94,47 @@ def _vit_leaves(pool: str, head: bool) -> tuple[Leaf, ...]:
     return leaves
 
 
-def vit_from_timm(state: Mapping[str, np.ndarray]) -> Params:
+def vit_from_timm(
+    state: Mapping[str, np.ndarray],
+    config: ViTConfig,
+    *,
+    num_heads: int,
+    global_pool: str,
+    norm_eps: float,
+    act_layer: str,
+) -> Params:
     """Our parameter tree of a timm `VisionTransformer`.
 
-    Width, depth, patch size, pooling and classes are read off the state itself. With a class token the model is
-    our `pool="cls"`; without one (`class_token=False, global_pool="avg"`) it is `pool="gap"`. A state without a
-    head (`num_classes=0`) gives a tree without `head`.
+    Width, depth, patch size and classes are read off the state itself. `pool="cls"` is timm's
+    `global_pool="token"`; `pool="gap"` its `class_token=False, global_pool="avg"`. A state without a head
+    (`num_classes=0`) gives a tree without `head`.
 
     Args:
       state: name to array, as `model.state_dict()` or a `.safetensors` file holds them.
+      config: under which the weights will be used.
+      num_heads: of timm's model, `model.blocks[0].attn.num_heads`.
+      global_pool: likewise, `model.global_pool`, which `config.json` of a hub folder holds too.
+      norm_eps: likewise, `model.blocks[0].norm1.eps`; timm's default is 1e-6.
+      act_layer: likewise, "gelu" by default.
+
     Raises:
-      UserError: names that are missing or unknown, or a wrong shape; all of them in one line.
+      UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
+        compute, or that `config` would compute otherwise.
     """
-    pool = "cls" if "cls_token" in state else "gap"
+    pool = {"token": "cls", "avg": "gap"}.get(global_pool)
+    if pool is None or (pool == "cls") != ("cls_token" in state):
+        token = "with" if "cls_token" in state else "without"
+        raise UserError(
+            f'a timm ViT of global_pool="{global_pool}" {token} a class token is none of ours, which are global_pool='
+            '"token", and "avg" without a class token; use one of these'
+        )
+    require_same(
+        "timm ViT",
+        num_heads=(num_heads, "ViTConfig.size", size_of(config).heads),
+        global_pool=(pool, "ViTConfig.pool", config.pool),
+        norm_eps=(norm_eps, "ViTConfig.norm_eps", config.norm_eps),
+        act_layer=(act_layer, "ViTConfig.activation", config.activation),
+    )
     head = any(k.startswith("head.") for k in state)
     return import_state(state, _vit_leaves(pool, head), "timm ViT")
 
@@ -113,6 +147,28 @@ def vit_to_timm(params: Params) -> dict[str, np.ndarray]:
     """
     pool = "cls" if "cls_token" in params else "gap"
     return export_tree(params, _vit_leaves(pool, "head" in params), "ViT")
+
+
+def require_same(what: str, **facts: tuple[Any, str, Any]) -> None:
+    """Refuse weights of a model that the configuration would compute otherwise.
+
+    Args:
+      what: the model, for errors.
+      facts: of each property in the library's words: its value there, our field, and its value here.
+
+    Raises:
+      UserError: all that differ, in one line.
+    """
+    wrong = [
+        f"{name} is {theirs!r}, but {field} makes it {ours!r}"
+        for name, (theirs, field, ours) in facts.items()
+        if theirs != ours
+    ]
+    if wrong:
+        raise UserError(
+            f"the {what} and the configuration compute different things: {'; '.join(wrong)}. Set the fields to what "
+            "the weights were trained with"
+        )
 
 
 def import_state(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...], what: str) -> Params:

@@ -24,8 +24,6 @@ T = TypeVar("T")
 Params = Any  # a pytree of arrays
 Prepare = Callable[[Params], Params]
 
-LAYER_NORM_EPS = 1e-6
-
 # Values a block names for rematerialisation; all are outputs of matrix products.
 SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
 
@@ -46,9 +44,9 @@ def named_size(sizes: Mapping[str, T], name: str, field: str) -> T:
     return sizes[name]
 
 
-def layer_norm(dtype: jnp.dtype, name: str, **more: Any) -> nn.LayerNorm:
+def layer_norm(dtype: jnp.dtype, name: str, epsilon: float, **more: Any) -> nn.LayerNorm:
     """LayerNorm whose statistics are fp32 and two-pass; input (…, D), output (…, D) in `dtype`."""
-    return nn.LayerNorm(**{"epsilon": LAYER_NORM_EPS, "dtype": dtype, "use_fast_variance": False, "name": name} | more)
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name, **more)
 
 
 def dense(x: jax.Array, features: int, dtype: jnp.dtype, name: str, **more: Any) -> jax.Array:
@@ -160,18 +158,26 @@ class Attention(nn.Module):
         return y if past is None else (y, past)
 
 
+def activate(x: jax.Array, activation: str) -> jax.Array:
+    """GELU (Hendrycks & Gimpel 2016), exact, by their approximation with tanh, or by theirs with a sigmoid."""
+    if activation == "quick_gelu":
+        return x * nn.sigmoid(1.702 * x)
+    return nn.gelu(x, approximate=activation == "gelu_tanh")
+
+
 class Mlp(nn.Module):
-    """Two layers with exact GELU between; (…, D) to (…, D) through (…, M)."""
+    """Two layers with an activation between; (…, D) to (…, D) through (…, M)."""
 
     hidden: int
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+    activation: str = "gelu"  # of `activate`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = {"kernel_init": self.kernel_init}
         h = checkpoint_name(dense(x, self.hidden, self.dtype, "fc1", **init), "mlp_hidden")
-        return dense(nn.gelu(h, approximate=False), x.shape[-1], self.dtype, "fc2", **init)
+        return dense(activate(h, self.activation), x.shape[-1], self.dtype, "fc2", **init)
 
 
 class Block(nn.Module):
@@ -181,15 +187,16 @@ class Block(nn.Module):
     mlp: int
     dtype: jnp.dtype
     attention: str
+    epsilon: float  # of norms
     causal: bool = False
-    epsilon: float | None = None  # of norms; None: LAYER_NORM_EPS
+    activation: str = "gelu"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        epsilon = self.epsilon or LAYER_NORM_EPS
-        y = layer_norm(self.dtype, "ln1", epsilon=epsilon)(x)
+        y = layer_norm(self.dtype, "ln1", self.epsilon)(x)
         x = x + Attention(self.heads, self.dtype, self.attention, self.causal, name="attn")(y)
-        return x + Mlp(self.mlp, self.dtype, name="mlp")(layer_norm(self.dtype, "ln2", epsilon=epsilon)(x))
+        y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
+        return x + Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y)
 
 
 def _save_all(prim, *_, **__) -> bool:

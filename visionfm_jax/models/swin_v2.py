@@ -65,6 +65,7 @@ class Windows(NamedTuple):
     window: tuple[int, int]
     shift: tuple[int, int]
     pretrained: tuple[int, int]  # windows that the position bias was trained on; 0: these
+    roll_first: bool = False  # the map is rolled before it is padded
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -80,11 +81,19 @@ class Windows(NamedTuple):
         return math.prod(self.window)
 
 
-def windows_of(map: tuple[int, int], window: int, pretrained: tuple[int, int], shifted: bool) -> Windows:
+def windows_of(
+    map: tuple[int, int], window: int, pretrained: tuple[int, int], shifted: bool, roll_first: bool = False
+) -> Windows:
     """The windows of a map (H, W): a side no longer than the window is one window, and not shifted."""
     size = tuple(min(window, m) for m in map)
     shift = tuple(window // 2 if shifted and m > window else 0 for m in map)
-    return Windows(map, size, shift, pretrained)
+    return Windows(map, size, shift, pretrained, roll_first)
+
+
+def pretrained_windows(config: SwinV2Config) -> list[int]:
+    """The window side, by stage, that the position bias was trained on; 0: the stage's own."""
+    maps = [-(-config.pretrained_image_size // (config.patch_size * 2**stage)) for stage in range(4)]
+    return [min(config.pretrained_window, side) if side else config.pretrained_window for side in maps]
 
 
 def log_coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> np.ndarray:
@@ -125,10 +134,14 @@ def neighbour_mask(windows: Windows) -> np.ndarray | None:
 
 
 def partition(x: jax.Array, windows: Windows) -> jax.Array:
-    """(B, H, W, D) to (B, T, windows, D): padded with zeros, then rolled by the shift, then cut."""
+    """(B, H, W, D) to (B, T, windows, D): padded with zeros, rolled by the shift, or in the other order; then cut."""
     pad = [(0, p - m) for p, m in zip(windows.padded, windows.map, strict=True)]
+    back = [-s for s in windows.shift]
+    if windows.roll_first:
+        x = jnp.roll(x, back, (1, 2))
     x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
-    x = jnp.roll(x, [-s for s in windows.shift], (1, 2))
+    if not windows.roll_first:
+        x = jnp.roll(x, back, (1, 2))
     h, w = windows.window
     return rearrange(x, "b (m h) (n w) d -> b (h w) (m n) d", h=h, w=w)
 
@@ -137,6 +150,8 @@ def unpartition(x: jax.Array, windows: Windows) -> jax.Array:
     """The reverse of `partition`."""
     h, (H, W) = windows.window[0], windows.map
     x = rearrange(x, "b (h w) (m n) d -> b (m h) (n w) d", h=h, m=windows.padded[0] // h)
+    if windows.roll_first:
+        return jnp.roll(x[:, :H, :W], windows.shift, (1, 2))
     return jnp.roll(x, windows.shift, (1, 2))[:, :H, :W]
 
 
@@ -275,12 +290,11 @@ class Stage(nn.Module):
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         config, size = self.config, size_of(self.config)
         depth, heads = size.depths[self.number], size.heads[self.number]
-        trained = -(-config.pretrained_image_size // (config.patch_size * 2**self.number))
-        pretrained = min(config.pretrained_window, trained) if trained else config.pretrained_window
+        pretrained = (pretrained_windows(config)[self.number],) * 2
         group = group_of(depth, size.norm_every)
 
         def block(i: int) -> Block:
-            windows = windows_of(x.shape[1:3], config.window, (pretrained, pretrained), shifted=i % 2 == 1)
+            windows = windows_of(x.shape[1:3], config.window, pretrained, i % 2 == 1, config.roll_first)
             closing_norm = size.norm_every > 0 and (i + 1) % size.norm_every == 0
             return Block(heads, windows, self.dtype, config.attention, closing_norm, keys, parent=None)
 

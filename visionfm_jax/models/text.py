@@ -58,7 +58,7 @@ class TextTransformer(nn.Module):
         table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
         position = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
         x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)
-        block = Block(size.heads, 4 * size.width, self.dtype, config.attention, causal=True, epsilon=EPS, parent=None)
+        block = Block(size.heads, 4 * size.width, self.dtype, config.attention, EPS, causal=True, parent=None)
         x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
         end = jnp.argmax(tokens == config.end_token, 1)
         return layer_norm(jnp.float32, "norm", epsilon=EPS)(x[jnp.arange(len(x)), end])

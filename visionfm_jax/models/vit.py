@@ -64,9 +64,17 @@ class ViT(nn.Module):
         """Images (B, H, W, 3), normalised, to logits (B, C), fp32."""
         config, size = self.config, size_of(self.config)
         x = self.tokens(images)
-        block = Block(size.heads, size.mlp, self.dtype, config.attention, parent=None)
+        block = Block(
+            size.heads,
+            size.mlp,
+            self.dtype,
+            config.attention,
+            config.norm_eps,
+            activation=config.activation,
+            parent=None,
+        )
         x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
-        norm = layer_norm(jnp.float32, "norm")
+        norm = layer_norm(jnp.float32, "norm", config.norm_eps)
         x = norm(x[:, 0]) if config.pool == "cls" else norm(x.mean(1, dtype=jnp.float32))
         return self.head(x)
 
