@@ -109,6 +109,9 @@ IDS = Range(0, 2**24)
 SIDE = Range(1, 4096)  # pixels
 ATTENTION = OneOf(("xla", "cudnn"))
 REMAT = OneOf(("none", "attention", "dots", "full"))
+EVALS = OneOf(
+    ("captioning", "classification", "perplexity", "pixel_baseline", "reconstruction", "retrieval", "zero_shot")
+)
 LOSS = OneOf(("softmax", "sigmoid"))
 
 # A tuple has one limit for all its numbers, or one for each.
@@ -167,11 +170,12 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
         "captioning": LOSS_WEIGHT,
         "masked_language": LOSS_WEIGHT,
         "mask_unit": SIDE,
-        "mask_ratio": SHARE,
+        "mask_ratio": Range(0, 1, above=True, below=True),
         "word_mask_ratio": SHARE,
         "blind": SHARE,
     },
     schema.SourceConfig: {
+        "kind": OneOf(("tfds", "folder", "numpy", "bundled", "tars", "coco_captions", "visual_genome")),
         "path": Filled("must name the dataset", "set it to the folder, file or bundled set"),
         "weight": Range(1e-6, 1e6, "relative to the other sources'"),
     },
@@ -212,7 +216,7 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
     },
     schema.CheckpointConfig: {
         "every_steps": STEPS,
-        "every_minutes": Range(0, 1e6),
+        "every_minutes": Range(0.01, 1e6, off=True),
         "keep_last": Range(1, 10_000),
         "keep_best": Range(0, 10_000),
         "on_damage": OneOf(("stop", "older")),
@@ -223,6 +227,7 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
         "interpolation": OneOf(("bicubic", "bilinear")),
     },
     schema.EvalConfig: {
+        "kind": EVALS,
         "name": FileName(),
         "batch_size": Range(0, 2**16),
         "every_steps": STEPS,
@@ -232,7 +237,7 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
     },
     schema.TelemetryConfig: {
         "log_every": Range(1, 2**30),  # steps
-        "stuck_minutes": Range(0, 1e6),
+        "stuck_minutes": Range(0.01, 1e6, off=True),
     },
     schema.Config: {"name": FileName(), "seed": Range(0, 2**32 - 1)},
 }

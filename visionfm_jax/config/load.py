@@ -106,7 +106,15 @@ def overridden(specs: Sequence[str], overrides: Sequence[Override]) -> Config:
     if len(specs) != 1 or not specs[0] or specs[0].startswith("-"):
         told = f"--config is given {len(specs)} times" if len(specs) > 1 else "--config is missing, or has no value"
         raise ConfigError(f"{told}; give one --config=FILE.py[:VARIANT], e.g. --config=configs/quickstart.py")
-    config = load_file(specs[0])
+    return with_fields(load_file(specs[0]), overrides)
+
+
+def with_fields(config: Config, overrides: Sequence[Override]) -> Config:
+    """`config` with fields set, in place; not checked.
+
+    Raises:
+      ConfigError: an unknown field, a value of another type, both lengths of the run.
+    """
     for name, text in overrides:
         _set(config, name, text)
     lengths = {name.rpartition(".")[2] for name, _ in overrides if name in ("train.steps", "train.epochs")}
@@ -165,6 +173,8 @@ def _set(config: Config, name: str, text: str | None) -> None:
 
 
 def _beginning(text: str) -> str:
+    """`text` for people: short, control characters escaped."""
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 60 else f"{text[:60]}… ({len(text):,} characters)"
 
 

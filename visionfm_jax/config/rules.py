@@ -194,12 +194,14 @@ def _length_problems(c: Config) -> list[Problem]:
         remedy = "set the number of training images, or train.steps"
         return [("data.num_examples", c.data.num_examples, rule, remedy)]
     if c.total_steps < 1:
-        return [("train.epochs", c.train.epochs, "gives not one step", "raise it, or set train.steps")]
+        rule = f"gives not one step of train.batch_size = {c.train.batch_size}, as data.num_examples = "
+        return [("train.epochs", c.train.epochs, f"{rule}{c.data.num_examples}", "raise it, or set train.steps")]
     if c.total_steps > STEPS.high:
         rule = f"gives {c.total_steps} steps, more than {STEPS.high} ({STEPS.why})"
         return [("train.epochs", c.train.epochs, rule, "lower it, or raise train.batch_size")]
     if c.optim.warmup_steps >= c.total_steps:
-        rule = f"must be below the run's {c.total_steps} steps"
+        length = "train.steps" if c.train.steps else "train.epochs x data.num_examples / train.batch_size"
+        rule = f"must be below the run's {c.total_steps} steps ({length})"
         return [("optim.warmup_steps", c.optim.warmup_steps, rule, f"set {c.total_steps // 20}")]
     return []
 

@@ -9,7 +9,9 @@ from test_schema import aurora, good, pairs
 
 from visionfm_jax.config import rules, schema
 from visionfm_jax.config.limits import LIMITS, OneOf, Range
+from visionfm_jax.data.sources import SOURCES
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.evals.registry import EVALS
 from visionfm_jax.models import decoder, swin_v2, text, vit
 
 CLASSES = [c for c in vars(schema).values() if dataclasses.is_dataclass(c)]
@@ -36,6 +38,11 @@ def test_sizes_are_those_of_the_networks():
         (schema.DecoderConfig, decoder),
     ):
         assert LIMITS[config]["size"].values == tuple(network.SIZES)
+
+
+def test_kinds_are_those_of_the_registries():
+    assert LIMITS[schema.SourceConfig]["kind"].values == tuple(SOURCES)
+    assert LIMITS[schema.EvalConfig]["kind"].values == tuple(EVALS)
 
 
 def refusal(config, name, value):
@@ -95,6 +102,10 @@ INF, NAN = math.inf, math.nan
         (good, "workdir", "x" * 5000),
         (good, "evals.0.name", "a/b"),
         (good, "evals.0.name", ".."),
+        (good, "evals.0.kind", "clasification"),
+        (good, "data.train.0.kind", "jpeg"),
+        (good, "telemetry.stuck_minutes", 1e-12),
+        (aurora, "task.mask_ratio", 0.0),
         (good, "evals.0.top_p", 0.0),
         (good, "model.image_size", 14 * 10**18),
         (good, "model.patch_size", -14),
