@@ -8,7 +8,9 @@ import errno
 import json
 import math
 import os
+import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +20,15 @@ from visionfm_jax.errors import OutputError
 
 FILE = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+CHECKSUM = "crc32"  # of a line of metrics, before this entry
 
 
 class MetricWriter:
     """Appends to FOLDER/metrics.jsonl and, if wished, to FOLDER/tensorboard.
 
-    One object a line, "step" first. NaN and the infinities, which JSON has no number for, are written
-    as the strings "nan", "inf", "-inf". Every line is written at once, so that a killed run loses at most the
-    line being written.
+    One object a line, "step" first, a checksum of the line last. NaN and the infinities, which JSON has no number
+    for, are written as the strings "nan", "inf", "-inf". Every line is written at once, so that a killed run loses
+    at most the line being written.
 
     A run that continues at `start_step` will write the later steps again, and the scores of this one: what a previous,
     killed attempt left of them is dropped first, and so is a torn last line.
@@ -68,7 +71,7 @@ class MetricWriter:
         """Record scalars of one step; values are numbers or arrays of one element."""
         values = {name: _number(value) for name, value in metrics.items()}
         line = json.dumps({"step": int(step), **{name: _plain(v) for name, v in values.items()}}, allow_nan=False)
-        self._waiting.append(line.encode() + b"\n")
+        self._waiting.append(_seal(line).encode() + b"\n")
         self._append()
         if self._events is not None:
             try:
@@ -152,13 +155,12 @@ class _Events:
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of FOLDER/metrics.jsonl in order, "nan" and "inf" as floats again; [] where there is no file.
 
-    Lines that a crash has torn are left out.
+    Damaged lines are left out and counted on stderr.
     """
-    path = Path(folder) / FILE
-    if not path.exists():
-        return []
-    rows = (_parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [{k: float(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows if row is not None]
+    return [
+        {k: float(v) if isinstance(v, str) else v for k, v in row.items() if k != CHECKSUM}
+        for _, row in _whole_lines(Path(folder) / FILE)
+    ]
 
 
 def write_details(folder: str | os.PathLike[str], name: str, details: Mapping[str, Any]) -> Path:
@@ -200,14 +202,11 @@ def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep the whole lines up to the training of `step`, by renaming a complete new file over the old one."""
-    if not path.exists():
-        return
-    old = path.read_bytes()
-    lines = old.decode("utf-8", errors="replace").splitlines(keepends=True)
-    rows = [(line, _parse(line)) for line in lines if line.endswith("\n")]
-    kept = [line for line, row in rows if row and (row["step"] < step or (row["step"] == step and "loss" in row))]
+    kept = [
+        line + "\n" for line, row in _whole_lines(path) if row["step"] < step or (row["step"] == step and "loss" in row)
+    ]
     new = "".join(kept).encode("utf-8")
-    if new == old:
+    if not path.exists() or new == path.read_bytes():
         return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -217,12 +216,36 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Lines, and what they say; without those that are torn or hold something else than was written."""
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    found = [(line, row) for line in lines if (row := _parse(line)) is not None]
+    if damaged := len(lines) + bool(rest) - len(found):
+        print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr, flush=True)
+    return found
+
+
+def _seal(line: str) -> str:
+    """A JSON object with a checksum of itself as the last entry."""
+    body = line.removesuffix("}")
+    return f'{body}, "{CHECKSUM}": "{zlib.crc32(body.encode()):08x}"}}'
+
+
 def _parse(line: str) -> dict[str, Any] | None:
+    """None: it is damaged. Lines of versions before have no checksum."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    if CHECKSUM in row:
+        body = line.rpartition(f', "{CHECKSUM}"')[0]
+        return row if line == _seal(body + "}") else None
+    plain = all(isinstance(v, int | float) or v in ("nan", "inf", "-inf") for v in row.values())
+    return row if plain else None
 
 
 def _number(value: Any) -> int | float:

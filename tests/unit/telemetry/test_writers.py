@@ -22,7 +22,31 @@ def lines(folder):
 def test_step_comes_first_and_numbers_stay_numbers(tmp_path):
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         writer.write(np.int64(3), {"loss": np.float32(0.5), "images": 7})
-        assert lines(tmp_path) == ['{"step": 3, "loss": 0.5, "images": 7}']  # flushed before close
+        assert [line.rpartition(', "crc32": "')[0] for line in lines(tmp_path)] == [
+            '{"step": 3, "loss": 0.5, "images": 7'
+        ]
+    assert read_metrics(tmp_path) == [{"step": 3, "loss": 0.5, "images": 7}]
+
+
+def test_a_line_that_holds_something_else_than_was_written_is_left_out_and_counted(tmp_path, capsys):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 0.5})
+    first, second, third = lines(tmp_path)
+    former = '{"step": 4, "loss": "nan"}'  # without a checksum
+    damaged = [
+        second.replace("0.5", "0.7"),
+        second.replace("crc32", "crs32"),
+        second.replace("loss", "lots"),
+        "[" * 9999,
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([first, *damaged, third, former, ""]))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
+    assert "metrics.jsonl: 4 damaged lines are left out" in capsys.readouterr().err
+    with MetricWriter(tmp_path, start_step=4, tensorboard=False):
+        assert "metrics.jsonl: 4 damaged lines are left out" in capsys.readouterr().err
+    assert read_metrics(tmp_path)[0] == {"step": 1, "loss": 0.5}
+    assert capsys.readouterr().err == ""
 
 
 def test_nonfinite_values_keep_the_file_strict_json(tmp_path):
@@ -32,7 +56,8 @@ def test_nonfinite_values_keep_the_file_strict_json(tmp_path):
     def refuse(token):
         raise AssertionError(token)
 
-    assert json.loads(lines(tmp_path)[0], parse_constant=refuse) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
+    row = json.loads(lines(tmp_path)[0], parse_constant=refuse)
+    assert {**row, "crc32": ""} == {"step": 1, "a": "nan", "b": "inf", "c": "-inf", "crc32": ""}
     row = read_metrics(tmp_path)[0]
     assert math.isnan(row["a"])
     assert (row["b"], row["c"]) == (math.inf, -math.inf)
@@ -118,7 +143,7 @@ def test_a_full_disk_keeps_the_lines_until_there_is_space(tmp_path):
     notes = []
     with MetricWriter(tmp_path, tensorboard=False, note=notes.append) as writer:
         writer.write(1, {"loss": 1.0})
-        with disk_of(40):  # one line and half of the next
+        with disk_of(60):  # one line and half of the next
             for step in range(2, 6):
                 writer.write(step, {"loss": 1.0 / step})
         assert len(lines(tmp_path)) == 1  # whole ones only
