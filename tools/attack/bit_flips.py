@@ -1,0 +1,251 @@
+"""Turn single bits of the files that a run reads, and see what is made of them.
+
+    PYTHONPATH=. python tools/attack/bit_flips.py --count=200
+
+Each time one bit of one file is turned, size and times of the file stay, everything that the file belongs to is read as
+a run reads it, and the bit is turned back. That must be
+
+    named     an error or a line for people says that something is damaged (or differs), or the record is counted so
+    harmless  what was read is what was written, every bit of it
+
+and anything else is silent, or a crash. Exits with 1 if there is one of these, but for image files in class folders,
+which have no checksum that anybody could compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import logging  # noqa: E402
+from PIL import Image  # noqa: E402
+from tar_sets import write_tars  # noqa: E402
+
+from visionfm_jax.config import CheckpointConfig, Config, SourceConfig  # noqa: E402
+from visionfm_jax.data.sources import open_source, selection  # noqa: E402
+from visionfm_jax.data.sources.record import DamagedRecord  # noqa: E402
+from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
+from visionfm_jax.data.transforms import decode  # noqa: E402
+from visionfm_jax.errors import UserError  # noqa: E402
+from visionfm_jax.main import quiet_logs  # noqa: E402
+from visionfm_jax.telemetry.writers import MetricWriter, read_metrics  # noqa: E402
+from visionfm_jax.train.checkpoint import Checkpoints  # noqa: E402
+from visionfm_jax.train.folder import RunFolder  # noqa: E402
+from visionfm_jax.train.record import changes, read_record, record_of  # noqa: E402
+from visionfm_jax.train.state import TrainState  # noqa: E402
+
+STEP = 40
+Read = Callable[[], Any]  # what comes of the files; raises UserError or DamagedRecord, or says "named"
+NAMED = "named"
+
+
+def checkpoint(folder: Path) -> Read:
+    """A state of 24 arrays, with record and scores."""
+    rng = np.random.default_rng(0)
+
+    def arrays() -> dict[str, jax.Array]:
+        shapes = {"embed": (48, 96), "kernel": (4, 96, 96), "bias": (4, 96), "norm": (96,), "head": (96, 9), "s": ()}
+        return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    state = TrainState(jnp.asarray(STEP, jnp.int32), arrays(), ({"mu": arrays(), "nu": arrays()},), arrays())
+    shapes = jax.eval_shape(lambda: state)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+        checkpoints.save(STEP, state, {"losses": rng.normal(size=5).tolist(), "skipped": 3})
+        checkpoints.failed(wait=True)
+        checkpoints.attach(STEP, {"val/top1": 0.625, "val/loss": 1.25})
+
+    def read() -> Any:
+        with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+            scores = checkpoints.scores(STEP)
+            found = checkpoints.restore(shapes, shardings)
+        if found.notes:
+            return NAMED
+        return [np.asarray(x).tobytes() for x in jax.tree.leaves(found.what)], repr(found.record), scores, found.step
+
+    return read
+
+
+def metrics(folder: Path) -> Read:
+    """Lines of training and of evaluations."""
+    rng = random.Random(0)
+    with MetricWriter(folder, tensorboard=False) as writer:
+        for step in range(1, 60):
+            writer.write(step, {"loss": rng.random(), "lr": 1e-3, "grad_norm": rng.expovariate(1)})
+
+    def read() -> Any:
+        with contextlib.redirect_stderr(io.StringIO()) as lines:
+            found = read_metrics(folder)
+        return NAMED if "damaged" in lines.getvalue() else found
+
+    return read
+
+
+def settings(folder: Path) -> Read:
+    """What a continued run compares its settings and data with; in use are always those of the command."""
+    config = Config(name="attacked", workdir=str(folder))
+    config.train.steps = 20_000
+    config.data.train = (SourceConfig(kind="bundled", path="digits"),)
+    record = record_of(config, [open_source(config.data.train[0])])
+    with RunFolder(config, owner=True) as run:
+        run.record(record, 0, "")
+
+    def read() -> Any:
+        return NAMED if changes(read_record(folder), record, folder) else "the settings of the command"
+
+    return read
+
+
+def tars(folder: Path) -> Read:
+    """All pairs of a folder of tars, with its index and a selection."""
+    write_tars(folder / "tars", tars=2, pairs=12)
+    index = TarPairs(str(folder / "tars")).index
+    chosen = [np.arange(12) % 3 > 0, np.arange(12) % 2 > 0]
+    chosen = [bits[: int(n)] for bits, n in zip(chosen, np.diff(index.starts), strict=True)]
+    selection.write_selection(folder / "some.pairs", index, "attacked", chosen)
+
+    def read() -> Any:
+        out, damaged = [], 0
+        for selected in ("", str(folder / "some.pairs")):
+            source = TarPairs(str(folder / "tars"), selection=selected)
+            for i in range(len(source)):
+                source.key(i)
+                try:
+                    out.append(source[i])
+                except DamagedRecord:
+                    damaged += 1
+        return NAMED if damaged else out
+
+    return read
+
+
+def class_folder(folder: Path) -> Read:
+    """Image files by class, as JPEG, PNG and WebP: their pixels."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        for suffix, options in (("jpg", {"quality": 90}), ("png", {}), ("webp", {"lossless": True})):
+            small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+            file = io.BytesIO()
+            small.resize((64, 48), Image.Resampling.BICUBIC).save(file, {"jpg": "jpeg"}.get(suffix, suffix), **options)
+            path = folder / "train" / f"class{i % 2}" / f"{i}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.getvalue())
+    config = SourceConfig(kind="folder", path=str(folder))
+
+    def read() -> Any:
+        source = open_source(config)
+        return [(decode(record["image"]).tobytes(), record["label"]) for record in map(source.__getitem__, range(12))]
+
+    return read
+
+
+def beside_arrays(folder: Path) -> list[Path]:
+    """The files of a checkpoint that hold no array."""
+    return sorted(p for p in (folder / f"checkpoints/{STEP}").iterdir() if p.is_file())
+
+
+# Kind -> what makes the files and how they are read; which of them are attacked.
+KINDS: dict[str, tuple[Callable[[Path], Read], Callable[[Path], list[Path]]]] = {
+    "checkpoint: arrays": (checkpoint, lambda f: files(f, "checkpoints/*/default")),
+    "checkpoint: record, scores": (checkpoint, lambda f: beside_arrays(f)),
+    "metrics.jsonl": (metrics, lambda f: [f / "metrics.jsonl"]),
+    "config.json, data.json": (settings, lambda f: sorted(f.glob("*.json"))),
+    "tar": (tars, lambda f: sorted((f / "tars").glob("*.tar"))),
+    "tar index": (tars, lambda f: [p for p in files(f, "tars") if p.suffix != ".tar"]),
+    "selection": (tars, lambda f: [f / "some.pairs"]),
+    "image file: JPEG": (class_folder, lambda f: sorted(f.rglob("*.jpg"))),
+    "image file: PNG": (class_folder, lambda f: sorted(f.rglob("*.png"))),
+    "image file: WebP": (class_folder, lambda f: sorted(f.rglob("*.webp"))),
+}  # fmt: skip
+UNPROTECTED = "image file"
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    """Every file below what `pattern` gives, in a stable order, empty ones left out."""
+    found = (p for base in folder.glob(pattern) for p in base.rglob("*"))
+    return sorted(p for p in found if p.is_file() and p.stat().st_size)
+
+
+def outcome(read: Read, expected: Any) -> str:
+    """Of one reading, while a bit is turned."""
+    try:
+        found = read()
+    except (UserError, DamagedRecord) as error:
+        return NAMED if "\n" not in str(error) or "belongs to another model" in str(error) else "crash: several lines"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {str(error)[:200]}"
+    if isinstance(found, str) and found == NAMED:
+        return NAMED
+    return "harmless" if found == expected else "silent"
+
+
+def main() -> int:
+    """Run the attack; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="turned bits of each kind of file (200)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only these; all")
+    parser.add_argument("--seed", type=int, default=0, help="of files and bits (0)")
+    arguments = parser.parse_args()
+    quiet_logs()
+    logging.set_verbosity(logging.FATAL)  # lines about damaged records are what is counted here
+    began, wrong = time.monotonic(), 0
+    table: dict[str, collections.Counter] = {}
+    for kind in arguments.kind or KINDS:
+        rng = random.Random(f"{arguments.seed} {kind}")
+        make, choose = KINDS[kind]
+        folder = Path(tempfile.mkdtemp(prefix="bit-flips-"))
+        read = make(folder)
+        expected = read()
+        assert expected == read()
+        assert not isinstance(expected, str) or expected != NAMED
+        found = table[kind] = collections.Counter()
+        for _ in range(arguments.count):
+            path = rng.choice(choose(folder))
+            times = path.stat()
+            whole = path.read_bytes()
+            bit = rng.randrange(8 * len(whole))
+            turned = bytearray(whole)
+            turned[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(turned)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            what = outcome(read, expected)
+            path.write_bytes(whole)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            found[what.partition(":")[0]] += 1
+            if what not in (NAMED, "harmless") and not kind.startswith(UNPROTECTED):
+                wrong += 1
+                print(
+                    f"{kind}: bit {bit} of {path.relative_to(folder)}, byte {turned[bit // 8]:#x}: {what}", flush=True
+                )
+        assert read() == expected, "the files are not what they were"
+        print(f"{kind}: {json.dumps(found)}", flush=True)
+        shutil.rmtree(folder)
+    columns = (NAMED, "harmless", "silent", "crash")
+    print(f"\n| file | bits | {' | '.join(columns)} |\n| --- | {' | '.join(['---:'] * (len(columns) + 1))} |")
+    for kind, found in table.items():
+        print(f"| {kind} | {found.total()} | {' | '.join(str(found[c]) for c in columns)} |")
+    print(f"\n{sum(c.total() for c in table.values())} bits, {time.monotonic() - began:.0f} s; {wrong} wrong")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
