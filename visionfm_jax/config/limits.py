@@ -192,6 +192,7 @@ LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
         "threads": Range(1, 512),
         "prefetch": Range(1, 64, "batches in memory"),
         "max_damaged": SHARE,
+        "max_pixels": Range(1, 178_956_970, "the most that Pillow opens"),
     },
     schema.OptimConfig: {
         "lr": Range(1e-12, 100),

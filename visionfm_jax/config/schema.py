@@ -163,6 +163,7 @@ class DataConfig:
     threads: int = 8  # reader threads per process
     prefetch: int = 2  # batches held ready per worker
     max_damaged: float = 0.001  # share of unreadable records past which the run stops
+    max_pixels: int = 2**26  # of an image; one with more is damaged. A process holds at most 24 bytes times this
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from visionfm_jax.config.schema import AugmentConfig, DataConfig
+from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data import transforms
 from visionfm_jax.data.batches import Batch, HostBatches, Loader, Row, Spec
 from visionfm_jax.data.fields import Fields
@@ -81,7 +81,7 @@ def train_loader(
             "set data.shuffle to True to train"
         )
     order = run_order(data, seed, sources, split)
-    rows = order.random_map(_TrainRow(tuple(sources), fields, image_size, data.augment), seed=derive_seed(seed, "crop"))
+    rows = order.random_map(_TrainRow(tuple(sources), fields, image_size, data), seed=derive_seed(seed, "crop"))
     spec = {**_image_spec(image_size), **fields.spec}
     spec |= {"source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
     batches = HostBatches(
@@ -265,9 +265,10 @@ class DamageLog:
 class _TrainRow:
     """(source, record) -> a row; steps over damaged records."""
 
-    def __init__(self, sources: tuple[Source, ...], fields: Fields, size: int, augment: AugmentConfig):
+    def __init__(self, sources: tuple[Source, ...], fields: Fields, size: int, data: DataConfig):
         self._sources, self._fields, self._size = sources, fields, size
-        self._scale, self._rand_augment = augment.crop_scale, augment.rand_augment
+        self._scale, self._rand_augment = data.augment.crop_scale, data.augment.rand_augment
+        self._max_pixels = data.max_pixels
 
     def __call__(self, asked: tuple[int, int], rng: np.random.Generator) -> Row:
         number, record = asked
@@ -288,7 +289,8 @@ class _TrainRow:
 
     def _image(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
         operations, magnitude = self._rand_augment
-        return rand_augment(transforms.train_image(image, self._size, self._scale, rng), operations, magnitude, rng)
+        pixels = transforms.train_image(image, self._size, self._scale, rng, self._max_pixels)
+        return rand_augment(pixels, operations, magnitude, rng)
 
 
 class _EvalRow:

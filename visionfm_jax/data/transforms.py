@@ -8,7 +8,8 @@ Decisions, and why:
     below 2.
   * Evaluation is exact: the whole image is decoded, and resized once by Pillow, antialiased, with the geometry of
     torchvision's Resize and CenterCrop. The same drawing gives the same pixels whatever size it is stored at.
-  * What libjpeg-turbo refuses goes to Pillow, and what Pillow refuses is damaged.
+  * What libjpeg-turbo refuses goes to Pillow, and what Pillow refuses is damaged; and so is a JPEG that lacks pixels,
+    which Pillow would fill with grey, and a PNG with a wrong checksum.
   * Images are turned upright by their EXIF orientation, in training and evaluation alike: people see them so, and the
     model cannot ask. Boxes and masks of annotated datasets that count pixels as stored have to be turned with them.
   * Transparent images are composited on white (their hidden colour is often black: halos otherwise); 16-bit ones
@@ -17,24 +18,34 @@ Decisions, and why:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin
 
-from visionfm_jax.config.schema import PreprocessConfig
+from visionfm_jax.config.schema import DataConfig, PreprocessConfig
+from visionfm_jax.data.budget import Budget
 from visionfm_jax.errors import DataError
 
 cv2.setNumThreads(1)  # the loader runs one image per thread
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-MAX_PIXELS = 178_956_970  # of the encoded image, from its header; Pillow's own limit against decompression bombs
+MAX_PIXELS = DataConfig.max_pixels
+# Bytes a pixel of the encoded image, at most, until the result is made: measured by tools/attack/images.py. The threads
+# of a process together hold no more than one image of the largest size in the most expensive format takes.
+JPEG_BYTES, OTHER_BYTES = 12, 24
+MAX_SCANS = 64  # of a JPEG; usual are 1, and 10 of a progressive one
+# Of libjpeg-turbo's complaints those after which pixels are missing or wrong, which Pillow would pass over.
+LOST = ("premature end", "Premature end", "bad Huffman code", "instead of RST", "Inconsistent progression")
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random crop
 CROP_TRIES = 10
 # What Pillow may open. Its other formats are rare among pictures, little tested, and run programs: PostScript.
@@ -44,7 +55,8 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 ChooseBox = Callable[[int, int], Box]  # (height, width of the image) -> box
 Finish = Callable[[np.ndarray], np.ndarray]  # the box's pixels, uint8 (h, w, 3) -> the result
 
-_BEFORE_IMAGE = frozenset(bytes((0xFF, marker)) for marker in (*range(0xE0, 0xF0), 0xFE))  # of JPEG: APPn, comment
+_MEMORY = Budget()
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of JPEG, but for those within pixels: stuffing, restart, fill
 INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # EXIF orientation -> what makes the stored pixels upright: swap rows and columns, then flip rows, then columns.
 UPRIGHT = {
@@ -59,11 +71,15 @@ UPRIGHT = {
 
 
 class DamagedImage(Exception):
-    """An image that cannot be decoded, or is larger than `MAX_PIXELS`."""
+    """An image that cannot be decoded, or has more pixels than is allowed."""
 
 
 def train_image(
-    image: bytes | np.ndarray, size: int, crop_scale: tuple[float, float], rng: np.random.Generator
+    image: bytes | np.ndarray,
+    size: int,
+    crop_scale: tuple[float, float],
+    rng: np.random.Generator,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Random resized crop (Szegedy et al. 2015): area share in `crop_scale`, log-uniform ratio 3/4 … 4/3.
 
@@ -72,6 +88,7 @@ def train_image(
       size: side S; a JPEG is decoded no larger than that needs.
       crop_scale: area of the crop relative to the image; (1, 1): the whole image, whatever its ratio.
       rng: always advances by the same amount, whatever the image.
+      max_pixels: of the image; one whose header states more is damaged.
 
     Returns:
       uint8 (S, S, 3), RGB.
@@ -81,7 +98,7 @@ def train_image(
     """
     draws = rng.random((CROP_TRIES, 4))
     choose = whole_box if tuple(crop_scale) == (1, 1) else functools.partial(random_box, draws, crop_scale)
-    return _read(image, size, choose, lambda pixels: resize(pixels, size))
+    return _read(image, size, choose, lambda pixels: resize(pixels, size), max_pixels)
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,12 @@ class EvalTransform:
     Attributes:
       size: side S.
       preprocess: which part is seen, and how it is resized.
+      max_pixels: of an image; one whose header states more is damaged.
     """
 
     size: int
     preprocess: PreprocessConfig
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
         """`image` as in `train_image`.
@@ -102,7 +121,7 @@ class EvalTransform:
         Raises:
           DamagedImage: the image cannot be decoded.
         """
-        return _read(image, 0, whole_box, self._resize)
+        return _read(image, 0, whole_box, self._resize, self.max_pixels)
 
     @property
     def settings(self) -> dict[str, float | str]:
@@ -126,11 +145,11 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return pixels
 
 
-def decode(image: bytes | np.ndarray) -> np.ndarray:
+def decode(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The whole image at its own size.
 
     Args:
-      image: as in `train_crop`.
+      image, max_pixels: as in `train_image`.
 
     Returns:
       uint8 (H, W, 3), RGB.
@@ -138,7 +157,7 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
     Raises:
       DamagedImage: the image cannot be decoded.
     """
-    return _read(image, 0, whole_box, lambda pixels: pixels)
+    return _read(image, 0, whole_box, lambda pixels: pixels, max_pixels)
 
 
 def whole_box(height: int, width: int) -> Box:
@@ -183,49 +202,77 @@ def eval_box(height: int, width: int, size: int, preprocess: PreprocessConfig) -
     return left * across, top * down, (left + size) * across, (top + size) * down
 
 
-def _read(image: bytes | np.ndarray, size: int, choose: ChooseBox, finish: Finish) -> np.ndarray:
+def _read(image: bytes | np.ndarray, size: int, choose: ChooseBox, finish: Finish, max_pixels: int) -> np.ndarray:
     """`finish` of the chosen box of an upright image, of a JPEG at the scale that `size` needs; size 0: at its own."""
     if isinstance(image, np.ndarray):
-        pixels = _three_channels(image)
-    elif image[:3] == b"\xff\xd8\xff":
+        return finish(_cut(_three_channels(image, max_pixels), choose))
+    if image[:3] == b"\xff\xd8\xff":
+        orientation = _jpeg_orientation(image)
         try:
-            pixels, choose = _decode_jpeg(image, size, choose), whole_box
-        except ValueError:  # CMYK, junk between markers, cut off: Pillow reads what can be read
-            pixels = _decode_other(image)
-    else:
-        pixels = _decode_other(image)
+            return _read_jpeg(image, size, choose, finish, max_pixels, orientation)
+        except ValueError as error:  # CMYK, junk between markers: Pillow reads what can be read
+            if any(what in str(error) for what in LOST):
+                raise DamagedImage(f"{error} ({len(image)} bytes)") from error
+    return _read_other(image, choose, finish, max_pixels)
+
+
+def _cut(pixels: np.ndarray, choose: ChooseBox) -> np.ndarray:
     top, left, height, width = choose(*pixels.shape[:2])
-    return finish(pixels[top : top + height, left : left + width])
+    return pixels[top : top + height, left : left + width]
 
 
-def _decode_jpeg(data: bytes, size: int, choose: ChooseBox) -> np.ndarray:
-    """The chosen box, upright. Raises ValueError on all that libjpeg-turbo cannot turn into RGB without a complaint."""
+def _read_jpeg(
+    data: bytes, size: int, choose: ChooseBox, finish: Finish, max_pixels: int, orientation: int
+) -> np.ndarray:
+    """As `_read`. Raises ValueError on all that libjpeg-turbo cannot turn into RGB without a complaint."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(height, width)
+    _check_pixels(height, width, max_pixels)
     if colours not in ("YCbCr", "RGB", "Gray"):
         raise ValueError(colours)
-    orientation = _jpeg_orientation(data)
     top, left, h, w = _stored_box(choose, height, width, orientation)
-    if size:  # the least scaled image in which the box still covers the target; factors 5/8 … 7/8 would be slower
-        least = -(-size * height // h), -(-size * width // w)
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2)
-    else:
-        pixels = simplejpeg.decode_jpeg(data, "RGB")
-    if pixels.shape[0] != height or pixels.shape[1] != width:
-        down, across = pixels.shape[0] / height, pixels.shape[1] / width
-        top, left, h, w = round(top * down), round(left * across), round(h * down), round(w * across)
-    return _upright(pixels[top : top + h, left : left + w], orientation)
+    with _MEMORY.hold(JPEG_BYTES * height * width, OTHER_BYTES * max_pixels):
+        if size:  # the least scaled image in which the box still covers the target; 5/8 … 7/8 would be slower
+            least = -(-size * height // h), -(-size * width // w)
+            pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1], min_factor=2)
+        else:
+            pixels = simplejpeg.decode_jpeg(data, "RGB")
+        if pixels.shape[0] != height or pixels.shape[1] != width:
+            down, across = pixels.shape[0] / height, pixels.shape[1] / width
+            top, left, h, w = round(top * down), round(left * across), round(h * down), round(w * across)
+        return finish(_upright(pixels[top : top + h, left : left + w], orientation))
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 … 8; 1 where there is none that can be read."""
+    """The EXIF orientation, 1 … 8; 1 where there is none that can be read.
+
+    Raises:
+      DamagedImage: so many scans, each of which is a pass over all pixels, that a small file would take hours.
+    """
+    orientation, interleaved, scans = 1, b"", 0
+    for marker, start, end in _segments(data):
+        if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
+            orientation = _orientation(functools.partial(_exif, data[start:end]))
+        elif marker in (0xC0, 0xC1):  # not progressive: a scan of all components is the only one that is read
+            interleaved = data[start + 5 : start + 6]
+        elif marker == 0xDA:
+            scans += 1
+            if data[start : start + 1] == interleaved:
+                break
+            if scans > MAX_SCANS:
+                raise DamagedImage(f"a JPEG of more than {MAX_SCANS} scans ({len(data)} bytes)")
+    return orientation
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The marker of each segment of a JPEG up to the end of its image, and where the segment's content lies."""
     place = 2
-    while data[place : place + 2] in _BEFORE_IMAGE:
-        end = place + 2 + int.from_bytes(data[place + 2 : place + 4])
-        if data[place + 4 : place + 10] == b"Exif\0\0":
-            return _orientation(functools.partial(_exif, data[place + 4 : end]))
-        place = end
-    return 1
+    while match := _MARKER.search(data, place):
+        place = match.end()
+        if (marker := data[place - 1]) == 0xD9:
+            return
+        end = place + int.from_bytes(data[place : place + 2])
+        yield marker, place + 2, end
+        place = max(end, place)
 
 
 def _exif(block: bytes) -> Image.Exif:
@@ -264,18 +311,49 @@ def _stored_box(choose: ChooseBox, height: int, width: int, orientation: int) ->
     return (left, top, w, h) if swap else (top, left, h, w)
 
 
-def _decode_other(data: bytes) -> np.ndarray:
-    """Whatever Pillow reads, upright, as uint8 (H, W, 3)."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_pixels(image.height, image.width)
-            image.load()  # some have their EXIF block after the pixels; a TIFF is turned by this already
-            return _upright(_rgb(image), _orientation(image.getexif))
-    except DamagedImage:
-        raise
-    except Exception as error:  # its parsers raise a dozen kinds (OSError, SyntaxError, struct.error, …) on bad bytes
-        what = _unknown(data) if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DamagedImage(f"{what or type(error).__name__} ({len(data)} bytes)") from error
+def _read_other(data: bytes, choose: ChooseBox, finish: Finish, max_pixels: int) -> np.ndarray:
+    """As `_read`, of whatever Pillow reads, at its own size."""
+    with contextlib.ExitStack() as held:
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                pixels = _pixels_in_memory(image, max_pixels)
+                held.enter_context(_MEMORY.hold(OTHER_BYTES * pixels, OTHER_BYTES * max_pixels))
+                if image.format == "PNG":
+                    _check_sums(data)
+                image.load()  # some have their EXIF block after the pixels; a TIFF is turned by this already
+                orientation = _orientation(image.getexif)
+                pixels = _rgb(image)
+            del image
+        except DamagedImage:
+            raise
+        except Exception as error:  # parsers raise a dozen kinds (OSError, SyntaxError, struct.error, …) on bad bytes
+            what = _unknown(data) if isinstance(error, Image.UnidentifiedImageError) else str(error)
+            raise DamagedImage(f"{what or type(error).__name__} ({len(data)} bytes)") from error
+        return finish(_cut(_upright(pixels, orientation), choose))
+
+
+def _pixels_in_memory(image: Image.Image, max_pixels: int) -> int:
+    """Pixels that decoding will hold: of the image, or of a TIFF's tile, which may be larger.
+
+    Raises:
+      DamagedImage: too many.
+    """
+    _check_pixels(image.height, image.width, max_pixels)
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.height * image.width
+    tile = image.tag_v2.get(TiffImagePlugin.TILELENGTH, 1), image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 1)
+    _check_pixels(*tile, max_pixels)
+    return max(image.height * image.width, tile[0] * tile[1])
+
+
+def _check_sums(png: bytes) -> None:
+    """Pillow does not, while decoding, compare the pixels of a PNG with their checksums.
+
+    Raises:
+      SyntaxError, OSError: one is wrong.
+    """
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        image.verify()
 
 
 def _unknown(data: bytes) -> str:
@@ -287,16 +365,15 @@ def _unknown(data: bytes) -> str:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bit (or 16 in 32); convert() would clip at 255
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return _three_channels(((grey + 128) // 257).astype(np.uint8))
+        return _three_channels(_by_rows(_high_byte, np.asarray(image)), image.height * image.width)
     if image.has_transparency_data:
-        return _on_white(np.asarray(image.convert("RGBA")))
+        return _by_rows(_on_white, np.asarray(image if image.mode == "RGBA" else image.convert("RGBA")))
     if image.mode == "F":
         image = image.convert("L")  # there is no direct way to RGB
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _three_channels(image: np.ndarray) -> np.ndarray:
+def _three_channels(image: np.ndarray, max_pixels: int) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise DataError(
             f"an image array is {image.dtype} {image.shape}, but must be uint8 (H, W), (H, W, 1), (H, W, 3) or "
@@ -304,20 +381,34 @@ def _three_channels(image: np.ndarray) -> np.ndarray:
         )
     if not image.size:
         raise DamagedImage(f"an image array of shape {image.shape} has no pixel")
-    _check_pixels(*image.shape[:2])
+    _check_pixels(*image.shape[:2], max_pixels)
     if image.ndim == 3 and image.shape[2] == 3:
         return image
     if image.ndim == 3 and image.shape[2] == 4:
-        return _on_white(image)
+        return _by_rows(_on_white, image)
     return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
 
 
+def _by_rows(function: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> np.ndarray:
+    """`function` of some rows after the other: what it holds in between is small."""
+    rows = max(1, 2**18 // pixels.shape[1])
+    out = np.empty((pixels.shape[0], *function(pixels[:1]).shape[1:]), np.uint8)
+    for top in range(0, pixels.shape[0], rows):
+        out[top : top + rows] = function(pixels[top : top + rows])
+    return out
+
+
+def _high_byte(grey: np.ndarray) -> np.ndarray:
+    """uint8 (H, W) of 16 bits in whatever integers: v / 257, rounded."""
+    return ((grey.astype(np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)
+
+
 def _on_white(rgba: np.ndarray) -> np.ndarray:
-    """Alpha composition of uint8 (H, W, 4) on white: c a + 255 (1 - a), rounded."""
-    alpha = rgba[..., 3:].astype(np.uint32)
+    """Alpha composition of uint8 (H, W, 4) on white: c a + 255 (1 - a), rounded; it fits into 16 bits."""
+    alpha = rgba[..., 3:].astype(np.uint16)
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise DamagedImage(f"{width}x{height} = {height * width / 1e6:.0f} megapixels exceed {MAX_PIXELS / 1e6:.0f}")
+def _check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise DamagedImage(f"{width} x {height} pixels are more than data.max_pixels = {max_pixels:,}")

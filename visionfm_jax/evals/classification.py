@@ -39,7 +39,7 @@ class ClassificationEval:
         self.labels.check(self.source)
         names = tuple(self.source.class_names or ())
         self.classes = names + tuple(map(str, range(len(names), run.task.num_classes)))
-        self.transform = EvalTransform(run.image_size, config.preprocess)
+        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
             **self.transform.settings,

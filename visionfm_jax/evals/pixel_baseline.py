@@ -38,7 +38,7 @@ class PixelBaseline:
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
         self.source = open_source(config.source)
-        self.transform = EvalTransform(run.image_size, config.preprocess)
+        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
         pixels = sum(map(len, self.train)) * run.image_size**2 * 3
         if pixels > MAX_PIXELS:
             raise DataError(f"{pixels:,} training pixels are too many for a baseline; remove the eval")

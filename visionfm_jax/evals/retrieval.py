@@ -101,7 +101,7 @@ class RetrievalEval:
         configs = (config.source, *config.gallery)
         self.sources = [open_source(s) for s in configs]
         self.source = self.sources[0]
-        self.transform = EvalTransform(run.image_size, config.preprocess)
+        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
         for source in self.sources:
             if not source.has_captions:
                 raise DataError(

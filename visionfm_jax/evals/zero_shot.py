@@ -48,7 +48,7 @@ class ZeroShotEval:
         require_task(config, run, ContrastiveConfig, MultimodalConfig)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
-        self.transform = EvalTransform(run.image_size, config.preprocess)
+        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
         self.classes, self.prompts = self._classes(), self._prompts()
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {

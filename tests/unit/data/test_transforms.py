@@ -3,6 +3,7 @@
 import ast
 import io
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -280,8 +281,103 @@ def test_pixel_bound_is_checked_in_the_header():
     frame = jpeg.index(b"\xff\xc0") + 5
     jpeg[frame : frame + 4] = struct.pack(">HH", 20_000, 20_000)
     for data in (png, bytes(jpeg)):
-        with pytest.raises(DamagedImage, match=r"400 megapixels exceed 179|exceeds limit"):
+        with pytest.raises(DamagedImage, match=r"20000 x 20000 pixels are more than data.max_pixels|exceeds limit"):
             transforms.decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "array"])
+def test_the_pixel_bound_is_a_setting_of_training_and_evaluation(kind):
+    image = smooth(40, 50) if kind == "array" else encoded(smooth(40, 50), kind)
+    assert transforms.train_image(image, 16, (0.08, 1.0), rng(), 2000).shape == (16, 16, 3)
+    assert EvalTransform(16, WHOLE, 2000)(image).shape == (16, 16, 3)
+    for read in (EvalTransform(16, WHOLE, 1999), lambda i: transforms.train_image(i, 16, (0.08, 1.0), rng(), 1999)):
+        with pytest.raises(DamagedImage, match=r"50 x 40 pixels are more than data.max_pixels = 1,999"):
+            read(image)
+
+
+def test_a_tile_is_bounded_as_an_image_is():
+    """A TIFF of 16 x 16 pixels in one tile of 16384 x 16384: Pillow takes 800 MB for it."""
+    entries = {
+        256: (4, 16), 257: (4, 16), 258: (3, 8), 259: (3, 8), 262: (3, 1), 277: (3, 1),
+        322: (4, 16384), 323: (4, 16384), 324: (4, 134), 325: (4, 12),
+    }  # fmt: skip
+    ifd = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in entries.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(entries)) + ifd + bytes(4) + zlib.compress(bytes(2**20))
+    with pytest.raises(DamagedImage, match="16384 x 16384 pixels are more than"):
+        transforms.decode(data)
+
+
+def test_a_jpeg_of_endless_scans_is_damaged():
+    """Each scan is a pass over all pixels, and takes 50 bytes: half a megabyte would decode for half an hour."""
+    usual = encoded(smooth(64, 64), "JPEG", progressive=True)
+    assert transforms.decode(usual).shape == (64, 64, 3)
+    last = usual[usual.rindex(b"\xff\xc4", 0, usual.rindex(b"\xff\xda")) : -2]
+    for hidden in (b"", b"\xff\xfe\0\x04\xff\xd9"):  # a comment that looks like the end
+        data = usual[:-2] + (hidden + last) * transforms.MAX_SCANS + b"\xff\xd9"
+        with pytest.raises(DamagedImage, match="more than 64 scans"):
+            transforms.decode(data)
+    assert transforms.decode(usual + last * 100).shape == (64, 64, 3)  # after the end, as a phone's film
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_pixels_is_damaged(progressive):
+    """Pillow fills them with grey, without a word, where the file ends as it should."""
+    data = encoded(smooth(200, 200), "JPEG", progressive=progressive)
+    cut = data[: len(data) * 2 // 3] + b"\xff\xd9"
+    assert np.asarray(Image.open(io.BytesIO(cut))).shape == (200, 200, 3)
+    with pytest.raises(DamagedImage, match=r"[Pp]remature end|Inconsistent progression"):
+        transforms.decode(cut)
+
+
+def test_a_flipped_bit_of_a_png_is_found():
+    data = encoded(smooth(64, 64), "PNG")
+    for place in range(20, len(data), len(data) // 40):
+        flipped = bytearray(data)
+        flipped[place] ^= 4
+        with pytest.raises(DamagedImage):
+            transforms.decode(bytes(flipped))
+
+
+def test_large_images_are_composited_and_scaled_in_parts_as_small_ones():
+    values = rng().integers(0, 2**16, (700, 800), np.uint16)  # three parts
+    expected = ((values.astype(int) + 128) // 257)[..., None]
+    assert (transforms.decode(encoded(values, "PNG")) == expected).all()
+    rgba = rng().integers(0, 256, (700, 800, 4), np.uint8)
+    alpha = rgba[..., 3:].astype(int)
+    expected = (rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
+    for image in (rgba, encoded(rgba, "PNG")):
+        assert (transforms.decode(image) == expected).all()
+
+
+def test_threads_share_the_memory_of_one_image_of_the_largest_size():
+    """Eight threads, and a bound that lets in two of these images at a time, of JPEG (half as costly) four."""
+    image, most = smooth(64, 64), 2 * 64 * 64
+    for data, allowed in ((encoded(image, "PNG"), 2), (encoded(image, "JPEG"), 4)):
+        inside, seen, lock, gate = [0], [], threading.Lock(), threading.Barrier(allowed, timeout=60)
+
+        def finish(pixels, inside=inside, seen=seen, lock=lock, gate=gate):
+            with lock:
+                inside[0] += 1
+                seen.append(inside[0])
+            gate.wait()  # for as many as may be here
+            with lock:
+                inside[0] -= 1
+            return pixels
+
+        def work(data=data, finish=finish):
+            transforms._read(data, 0, transforms.whole_box, finish, most)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(seen) == 8
+        assert max(seen) == allowed
+    assert transforms._MEMORY._held == 0
+    with pytest.raises(DamagedImage):
+        transforms.decode(encoded(image, "PNG")[:200])
+    assert transforms._MEMORY._held == 0  # what fails gives its share back
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
