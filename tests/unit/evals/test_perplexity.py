@@ -101,7 +101,9 @@ def test_protocol_tells_what_was_measured(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["perplexity", "captioning"])
 def test_sources_without_captions_are_refused(monkeypatch, kind):
-    with pytest.raises(DataError, match=rf"'held_out': numbers from 0 has no captions, which {kind}.*set caption_key"):
+    with pytest.raises(
+        DataError, match=rf"config.evals\[0\]: numbers from 0 has no captions, which {kind}.*set caption_key"
+    ):
         make(monkeypatch, Numbered(None, labels=[0, 1]), kind=kind)
 
 
