@@ -20,11 +20,11 @@ def attack():
 
 
 def test_wild_values_are_refused_in_words_or_can_be_worked_with(attack):
-    outcomes, findings = attack.attack_values(600, seed=2, shapes=3)
+    outcomes, findings = attack.attack_values(400, seed=2, shapes=1)
     assert not findings
-    assert outcomes["refused"] > 300
-    assert outcomes["accepted"] > 30
-    assert outcomes["networks"] == 3
+    assert outcomes["refused"] > 200
+    assert outcomes["accepted"] > 20
+    assert outcomes["networks"] == 1
 
 
 def test_without_rules_the_attack_finds_nonsense(attack, monkeypatch):
