@@ -385,7 +385,7 @@ def attack_commands(count: int, seed: int, jobs: int) -> tuple[list[str], list[F
         ends = pool.map(lambda line: check_command(*line), lines)
         for (program, words), (line, wrong) in zip(lines, ends, strict=True):
             where = f"{program} {' '.join(w if len(w) < 60 else w[:40] + '…' for w in words if w not in (QUICK, STOP))}"
-            shown.append(f"{where}\n    {line[:200]}")
+            shown.append(f"{where}\n    {wrong and f'WRONG, {wrong}: '}{line[:200]}")
             print(shown[-1].encode("ascii", "backslashreplace").decode(), file=sys.stderr, flush=True)
             if wrong:
                 findings.append(Finding("command", where, f"{wrong}: {line[:300]}"))

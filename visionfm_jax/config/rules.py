@@ -116,8 +116,8 @@ def _swin_problems(c: Config, name: str) -> list[Problem]:
     if not out and tower.window > side:
         rule = f"is larger than the map, {side} x {side} tokens"
         out.append((f"{name}.window", tower.window, rule, f"set it to {side} or less"))
-    if (pairs := side**2 * tower.window**2) > 2**29:
-        rule = f"compares {pairs} pairs of tokens on a map of {side} x {side}, more than {2**29}"
+    if (pairs := side**2 * tower.window**2) > 2**28:
+        rule = f"compares {pairs} pairs of tokens on a map of {side} x {side}, more than {2**28}"
         out.append((f"{name}.window", tower.window, rule, "set a smaller window, or larger patches"))
     if bool(tower.pretrained_window) != bool(tower.pretrained_image_size):
         rule = "goes with pretrained_image_size"
