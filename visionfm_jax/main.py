@@ -43,7 +43,7 @@ from visionfm_jax.telemetry.writers import append_evaluation, read_metrics, writ
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
-from visionfm_jax.train.record import record_of
+from visionfm_jax.train.record import changes, read_record, record_of
 from visionfm_jax.train.replay import run_again
 from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
@@ -69,8 +69,8 @@ def run(config: Config) -> int:
         begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
         state, record, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
-        changes = folder.record(record_of(config, sources), start, begun_in) if host == 0 else []
-        say(describe(trainer, origin, changes))
+        changed = folder.record(record_of(config, sources), start, begun_in) if host == 0 else []
+        say(describe(trainer, origin, changed))
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
@@ -250,7 +250,8 @@ def replay(config: Config, step: int) -> int:
     start = int(state.step)
     if start > step:
         raise ConfigError(f"--step={step}: the run begins with {origin}; name that step or a later one")
-    say(describe(trainer, origin, []))
+    changed = changes(read_record(folder), record_of(config, sources), folder) if host == 0 else []
+    say(describe(trainer, origin, changed))
     with (
         train_loader(
             config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
@@ -267,8 +268,8 @@ def replay(config: Config, step: int) -> int:
     return 0
 
 
-def describe(trainer: Trainer, origin: str, changes: list[str]) -> str:
-    """What is about to happen, for people; `changes` are those of the settings since the run was last here."""
+def describe(trainer: Trainer, origin: str, changed: list[str]) -> str:
+    """What is about to happen, for people; `changed` are the settings that differ from the run's last start."""
     config, mesh = trainer.config, trainer.mesh
     count = sum(p.size for p in jax.tree.leaves(trainer.shapes.params))
     kind = jax.devices()[0].device_kind
@@ -279,7 +280,7 @@ def describe(trainer: Trainer, origin: str, changes: list[str]) -> str:
             load.describe(config),
             f"  starts from      {origin}",
             f"  run folder       {config.folder}",
-            *(f"  changed          {change}" for change in changes),
+            *(f"  changed          {change}" for change in changed),
         ]
     )
 

@@ -57,7 +57,7 @@ class SpikeFolder:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(plain(line)) + "\n" for line in lines))
             temporary.replace(path)
-            self._thin_out(prefix)
+            self._thin_out(prefix, path)
         except OSError as error:
             return f"not kept, as {path} cannot be written: {error.strerror}"
         return f"kept in {path}, --mode=replay --step={step} runs it again"
@@ -76,13 +76,14 @@ class SpikeFolder:
             )  # fmt: skip
         return rows
 
-    def _thin_out(self, prefix: str) -> None:
-        """Drop from the middle what is too many of this process's own."""
+    def _thin_out(self, prefix: str, written: Path) -> None:
+        """Drop from the middle what is too many of this process's own, but for what was written just now."""
         own = f".process-{self._host}" if self._host else None
         found = [(match, path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         steps = sorted((int(match[2]), path) for match, path in found if (match[1], match[3]) == (prefix, own))
         for _, path in steps[KEPT // 2 : len(steps) - KEPT // 2]:
-            path.unlink()
+            if path != written:  # of a run that continues from an earlier step
+                path.unlink()
 
 
 def used_record(sources: Sequence[Source], batch: Mapping, at: int) -> tuple[Source, int]:

@@ -125,6 +125,8 @@ def test_overflows_of_fp16_crowd_nothing_out(tmp_path):
     kept = [*range(KEPT // 2), *range(3 * KEPT - KEPT // 2, 3 * KEPT)]  # the first and the latest
     assert names == [*(f"overflow-{step:08}.jsonl" for step in kept), "step-00000001.jsonl"]
     assert kept_step(tmp_path, 95)[0]["loss_scale"] == 1024
+    run(tmp_path, {40: float("inf")}, steps=41, start=40, loss_scale=512.0)  # continued from before the latest
+    assert kept_step(tmp_path, 40)[0]["loss_scale"] == 512
     with pytest.raises(TrainingError, match=r"its floor, .*kept in .*/step-00000002.jsonl, .*; lower config.optim.lr"):
         run(tmp_path, {2: float("inf")}, steps=3, loss_scale=1.0)
 
