@@ -101,10 +101,14 @@ def main(argv: list[str]) -> int:
     if arguments.steps < 1 or arguments.warmup < 1:
         raise UserError("--steps and --warmup must be at least 1")
     process, _ = cluster.initialize()
-    figures = measure(config, arguments.steps, arguments.warmup)
-    if process == 0:
-        print(json.dumps(figures), flush=True)
-    return 0
+
+    def work() -> int:
+        figures = measure(config, arguments.steps, arguments.warmup)
+        if process == 0:
+            print(json.dumps(figures), flush=True)
+        return 0
+
+    return cluster.run_together(work)
 
 
 if __name__ == "__main__":

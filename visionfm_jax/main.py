@@ -11,11 +11,9 @@ by SIGTERM with the state saved, if there is one: start the same command again Â
 from __future__ import annotations
 
 import faulthandler
-import functools
 import logging as standard_logging
 import os
 import sys
-import traceback
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.fields import Fields, fields_of
 from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_sources
-from visionfm_jax.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, LostError, UserError, door
+from visionfm_jax.errors import CheckpointError, ConfigError, DataError, door
 from visionfm_jax.evals.contrastive import plain
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
@@ -39,6 +37,7 @@ from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.pictures import draw
 from visionfm_jax.telemetry.replay import write as write_replay
 from visionfm_jax.telemetry.report import learning_curves
+from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import append_evaluation, read_metrics, write_details
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
@@ -51,10 +50,9 @@ from visionfm_jax.train.step import Trainer
 from visionfm_jax.train.timing import SaveTimer, StopSignal
 
 
-def run(config: Config) -> int:
+def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     """Train as `config` says, to the end or to a signal; returns the exit code."""
     host, hosts = jax.process_index(), jax.process_count()
-    stop = StopSignal()
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
     sources = open_sources(config.data.train, "data.train")
@@ -76,7 +74,7 @@ def run(config: Config) -> int:
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
         )  # fmt: skip
         with (
-            RunMonitor(config, folder.path, start) as monitor,
+            RunMonitor(config, folder.path, start, watchdog) as monitor,
             train_loader(
                 config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
                 start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.split,
@@ -204,9 +202,8 @@ def measure(
     return scores
 
 
-def evaluate(config: Config) -> int:
+def evaluate(config: Config, watchdog: Watchdog) -> int:
     """Run all evals on the newest weights of the run, or on those that the configuration starts from."""
-    StopSignal(saves=False)
     host = jax.process_index()
     config.validate_devices(jax.device_count(), jax.process_count())
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
@@ -222,7 +219,10 @@ def evaluate(config: Config) -> int:
     origin = origin_of(found, f"the weights of step {found.step} of {folder}")
     say(describe(trainer, origin, []))
     with tqdm(desc="evaluating", unit=" batches", disable=host > 0 or not config.telemetry.progress) as bar:
-        scores = measure(trainer, evals, found.what, {"weights": folder, "step": found.step}, bar.update)
+        scores = measure(
+            trainer, evals, found.what, {"weights": folder, "step": found.step},
+            lambda: (bar.update(), watchdog.beat(-1)),
+        )  # fmt: skip
     if host == 0:
         say(summary(Path(config.folder), config, evals, scores, curves=False))
         line = {"weights": folder, "protocols": {name: e.protocol for name, e in evals.items()}, **scores}
@@ -230,7 +230,7 @@ def evaluate(config: Config) -> int:
     return 0
 
 
-def replay(config: Config, step: int) -> int:
+def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     """Run `step` of the run in `config.folder` again, from the checkpoint before it; changes nothing but RUN/replay."""
     StopSignal(saves=False)
     host, hosts = jax.process_index(), jax.process_count()
@@ -262,7 +262,7 @@ def replay(config: Config, step: int) -> int:
             disable=host > 0 or not config.telemetry.progress,
         ) as bar,
     ):  # fmt: skip
-        found = run_again(trainer, state, batches, sources, step, bar.update)
+        found = run_again(trainer, state, batches, sources, step, lambda: (bar.update(), watchdog.beat(-1)))
     if host == 0:
         say(write_replay(found, folder))
     return 0
@@ -332,7 +332,10 @@ def main(argv: Sequence[str]) -> int:
     """Read the command line, join the other processes, then work."""
     parser = Parser("main", __doc__)
     parser.add_argument(
-        "--mode", choices=MODES, default="train", help="train, evaluate what was trained, or replay a step"
+        "--mode",
+        choices=("train", "evaluate", "replay"),
+        default="train",
+        help="train, evaluate what was trained, or replay a step",
     )
     parser.add_argument("--step", type=int, metavar="N", help="which, with --mode=replay")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no scheduler tells")
@@ -343,14 +346,16 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--step=N names the step of --mode=replay: give both or neither")
     faulthandler.enable()  # a crash of compiled code shows where Python was
     quiet_logs()
-    _, processes = cluster.initialize(arguments.coordinator, arguments.processes, arguments.process)
-    work = MODES[arguments.mode]
-    if arguments.mode == "replay":
-        work = functools.partial(work, step=arguments.step)
-    return work(config) if processes == 1 else run_among_others(work, config)
-
-
-MODES = {"train": run, "evaluate": evaluate, "replay": replay}
+    stop = StopSignal()
+    process, processes = cluster.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    minutes = config.telemetry.stuck_minutes
+    with Watchdog(minutes, folder=config.folder, process=process, processes=processes) as watchdog:
+        work = {
+            "train": lambda: run(config, stop, watchdog),
+            "evaluate": lambda: evaluate(config, watchdog),
+            "replay": lambda: replay(config, arguments.step, watchdog),
+        }
+        return cluster.run_together(work[arguments.mode])
 
 
 def quiet_logs() -> None:
@@ -371,31 +376,6 @@ def quiet_logs() -> None:
             sys.__unraisablehook__(info)
 
     sys.unraisablehook = unraisable
-
-
-def run_among_others(work: Callable[[Config], int], config: Config) -> int:
-    """`work`, of which a failure ends this process at once.
-
-    An ordinary end would wait minutes for the other processes, which wait in a collective for this one. Gone, it
-    breaks their collectives, and they end the same way.
-    """
-    try:
-        return work(config)
-    except UserError as error:
-        text, code = str(error), error.exit_code
-    except KeyboardInterrupt:
-        text, code = "interrupted", INTERRUPTED
-    except jax.errors.JaxRuntimeError as error:
-        text, code = f"stopped, probably as another process has ended: {one_line(error)}", LostError.exit_code
-    except Exception:
-        text, code = traceback.format_exc(), 1
-    print(f"visionfm_jax: error: process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
-    os._exit(code)
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of a message that may have hundreds of lines."""
-    return " ".join(str(error).split())[:200]
 
 
 if __name__ == "__main__":

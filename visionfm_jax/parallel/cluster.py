@@ -9,22 +9,33 @@ scripts of `launch/` export,
 
 and otherwise JAX's own detection of SLURM, Open MPI and Kubernetes is asked, but only when the
 environment says that there is more than one process: a lone process never waits for others.
+
+This is the one place that uses what `jax.distributed` has no public name for in jax 0.10 - 0.12.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.util
 import os
-import socket
-import sys
-import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
+from jax._src import clusters, distributed
 
-from visionfm_jax.errors import ConfigError, LostError
+from visionfm_jax.errors import INTERRUPTED, ConfigError, LostError, UserError
+from visionfm_jax.parallel.peers import SILENCE, Peers, exit_now
 
 START_TIMEOUT = 300  # seconds that all processes have to appear
+# Seconds after an error until it counts as this process's own: a collective of which a process has died breaks
+# before the news of that death is there.
+NEWS = 3.0
+
+_peers: Peers | None = None  # of a run of several processes, once they have met
 
 
 def initialize(
@@ -40,14 +51,14 @@ def initialize(
       coordinator: "host:port" of process 0; None: VISIONFM_COORDINATOR, else detected.
       processes: how many there are; None: VISIONFM_PROCESSES, else detected.
       process: which one this is; None: VISIONFM_PROCESS, else detected.
-      timeout: seconds to wait until all have joined. JAX aborts with a C++ stack then; this says one
-        line on stderr and exits with `LostError.exit_code` just before.
+      timeout: seconds to wait until all have come.
 
     Returns:
       (process, processes); (0, 1) for a run of one process.
 
     Raises:
       ConfigError: half of the three values, a value out of range, or a cluster that cannot be read.
+      LostError: process 0 does not come. That others do not come ends the process here, with the same code.
     """
     if "JAX_PLATFORMS" not in os.environ and _is_plugin_without_driver():
         # Plans are compiled with the plugin alone; here it would print a traceback before JAX takes the CPU.
@@ -62,10 +73,7 @@ def initialize(
     _check(coordinator, processes, process)
     if processes == 1:
         return 0, 1
-    if process == 0:
-        _check_port(coordinator)
-    _join(timeout, coordinator, coordinator_address=coordinator, num_processes=processes, process_id=process)
-    return process, processes
+    return _join(timeout, coordinator, processes, process)
 
 
 def is_installed(module: str) -> bool:
@@ -116,20 +124,6 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
         raise ConfigError(f"coordinator = {coordinator!r}: must be HOST:PORT; e.g. 10.0.0.1:12345")
 
 
-def _check_port(coordinator: str) -> None:
-    """Refuse a port on which another program listens; JAX 0.10 crashes on one."""
-    port = int(coordinator.rpartition(":")[2])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise ConfigError(
-                f"coordinator = {coordinator!r}: process 0 cannot listen on port {port} ({reason}); choose another port"
-            ) from error
-
-
 def _detect(timeout: int) -> tuple[int, int]:
     """Ask the environment; single-process unless it names several."""
     env = os.environ
@@ -139,12 +133,12 @@ def _detect(timeout: int) -> tuple[int, int]:
     if slurm > 1 and "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         per_node = _first_number(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
         ids = local_devices(_integer("SLURM_LOCALID") or 0, per_node, env)
-        _join(timeout, "the first node of the SLURM step", local_device_ids=ids, cluster_detection_method="slurm")
+        return _join(timeout, *_ask_jax("slurm", timeout, ids))
     elif mpi > 1:
         ids = local_devices(
             _integer("OMPI_COMM_WORLD_LOCAL_RANK") or 0, _integer("OMPI_COMM_WORLD_LOCAL_SIZE") or 1, env
         )
-        _join(timeout, "rank 0 of mpirun", local_device_ids=ids, cluster_detection_method=_mpi_method())
+        return _join(timeout, *_ask_jax(_mpi_method(), timeout, ids))
     elif "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         if importlib.util.find_spec("kubernetes") is None:
             raise ConfigError(
@@ -152,10 +146,8 @@ def _detect(timeout: int) -> tuple[int, int]:
                 "set VISIONFM_COORDINATOR, _PROCESSES and _PROCESS as launch/k8s-jobset.yaml does "
                 "(VISIONFM_PROCESSES=1 for a lone pod)"
             )
-        _join(timeout, "pod 0 of the job")
-    else:
-        return 0, 1
-    return jax.process_index(), jax.process_count()
+        return _join(timeout, *_ask_jax(None, timeout))
+    return 0, 1
 
 
 def _first_number(text: str) -> int:
@@ -205,41 +197,97 @@ def _mpi_method() -> str:
     )
 
 
-def _join(timeout: int, where: str, **arguments: object) -> None:
-    """`jax.distributed.initialize` that ends with a sentence when the others do not come."""
-    if "coordinator_address" in arguments:
-        arguments["cluster_detection_method"] = "deactivate"  # nothing is left to detect
-    timer = threading.Timer(timeout, _give_up, (timeout, where))
-    timer.daemon = True
-    timer.start()
+def _ask_jax(
+    method: str | None, timeout: int, devices: list[int] | None = None
+) -> tuple[str, int, int, list[int] | None]:
+    """Coordinator, processes, process and local devices by JAX's detection; the port may be $JAX_COORDINATOR_PORT."""
     try:
-        # Later than the timer: JAX's own timeout aborts the process from C++ without a Python error.
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout + 60)
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, devices, method, timeout)
     except (RuntimeError, ValueError, OSError, IndexError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LostError(
-            f"the processes cannot meet at {where}: {first}; is the port free, is the host right?"
-        ) from error
-    finally:
-        timer.cancel()
+        raise LostError(f"JAX cannot read the cluster ({method or 'Kubernetes'}): {one_line(error)}") from error
+    if None in found[:3]:
+        raise ConfigError(
+            f"JAX does not recognise the cluster ({method or 'Kubernetes'}); set VISIONFM_COORDINATOR, _PROCESSES and "
+            "_PROCESS"
+        )
+    return found
 
 
-def _give_up(timeout: int, where: str) -> None:
-    """Runs in the timer's thread while the main thread waits inside JAX."""
-    if _answers(where):
-        cause = f"{where} answers, but not all processes have joined it; see which of them did not start"
-    else:
-        cause = f"{where} does not answer; check that process 0 runs, its address, and the firewall between the hosts"
-    print(f"error: no cluster after {timeout} s: {cause}", file=sys.stderr, flush=True)
-    os._exit(LostError.exit_code)
-
-
-def _answers(where: str) -> bool:
-    host, _, port = where.rpartition(":")
-    if not port.isdigit():
-        return False
+def _join(
+    timeout: int, coordinator: str, processes: int, process: int, devices: list[int] | None = None
+) -> tuple[int, int]:
+    """Meet the others, then `jax.distributed.initialize`; its service listens where the processes have met."""
+    global _peers
+    if processes == 1:
+        return 0, 1
+    _peers = Peers(coordinator, process, processes, timeout)
+    atexit.register(_peers.close)  # before JAX's own end, which waits for the others without watching them
+    jax.config.update("jax_enable_preemption_service", False)  # until `listen_for_preemption`
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=3):
-            return True
-    except OSError:
-        return False
+        jax.distributed.initialize(
+            coordinator_address=_peers.address,
+            coordinator_bind_address=_peers.bind_address,
+            num_processes=processes,
+            process_id=process,
+            local_device_ids=devices,
+            cluster_detection_method="deactivate",  # nothing is left to detect
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=int(6 * SILENCE),  # `peers` notices first, and says who
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise LostError(f"the processes cannot meet at {coordinator}: {one_line(error)}") from error
+    return process, processes
+
+
+def run_together(work: Callable[[], int]) -> int:
+    """`work()`, of which a failure ends all processes of the run; alone it is just `work()`.
+
+    An ordinary end would wait minutes for the other processes, which wait in a collective for this one.
+    """
+    if _peers is None:
+        return work()
+    try:
+        return work()
+    except UserError as error:
+        text, code = str(error), error.exit_code
+    except KeyboardInterrupt:
+        text, code = "interrupted", INTERRUPTED
+    except jax.errors.JaxRuntimeError as error:
+        text, code = one_line(error), LostError.exit_code
+    except Exception:
+        text, code = traceback.format_exc(), 1
+    time.sleep(NEWS)  # if another process is the cause, this one ends here
+    _peers.fail(code, text)
+
+
+def end_all(code: int, text: str) -> NoReturn:
+    """End this process at once, whatever its main thread does, and with it the others; it has said why itself."""
+    if _peers is not None:
+        _peers.end(code, text)
+    exit_now(code)
+
+
+def end_alone() -> None:
+    """From now on, what happens to the others does not end this process; it is about to end by itself."""
+    if _peers is not None:
+        _peers.ending = True
+
+
+def listen_for_preemption() -> None:
+    """From now on SIGTERM is what `multihost_utils.reached_preemption_sync_point` agrees on.
+
+    Not before: the service only tells those who ask at every step, and a run that has not begun should end at once.
+    """
+    if not jax.config.jax_enable_preemption_service:
+        jax.config.update("jax_enable_preemption_service", True)
+        distributed.global_state.initialize_preemption_sync_manager()
+
+
+def store() -> Any:
+    """The key-value store of the processes; None in a run of one."""
+    return distributed.global_state.client
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of a message that may have hundreds of lines."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,18 +15,17 @@ from visionfm_jax.telemetry.writers import MetricWriter
 
 
 class RunMonitor:
-    """Files and progress bar on the first process, a watchdog on every one."""
+    """Files and progress bar on the first process; on every one the signs of life for its watchdog."""
 
-    def __init__(self, config: Config, folder: Path, start: int):
+    def __init__(self, config: Config, folder: Path, start: int, watchdog: Watchdog):
         first, telemetry = jax.process_index() == 0, config.telemetry
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.progress = Progress(config.total_steps, start, enabled=first and telemetry.progress)
         self.writer = None
         if first:
             self.writer = MetricWriter(folder, start_step=start, tensorboard=telemetry.tensorboard, note=self.note)
-        self.watchdog = Watchdog(
-            telemetry.stuck_minutes, process=jax.process_index(), processes=jax.process_count(), folder=folder
-        )
+        self.watchdog = watchdog
+        watchdog.beat(start)
 
     def step_done(self, step: int) -> None:
         """The device has finished `step`."""
@@ -47,8 +46,7 @@ class RunMonitor:
         self.progress.note(text)
 
     def close(self) -> None:
-        """Flush files, free the terminal, end the watch."""
-        self.watchdog.close()
+        """Flush files, free the terminal."""
         self.progress.close()
         if self.writer:
             self.writer.close()

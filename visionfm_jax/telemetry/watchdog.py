@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import sys
 import threading
@@ -17,11 +18,10 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from jax._src import distributed  # the store has no public name in jax 0.10 - 0.12
+from typing import Self
 
 from visionfm_jax.errors import LostError
+from visionfm_jax.parallel import cluster
 
 _KEY = "visionfm_jax/watchdog/"
 
@@ -47,6 +47,7 @@ class Watchdog:
         self._step = -1  # none finished yet
         self._beaten = time.monotonic()
         self._published: int | None = None
+        self._said = "stuck"
         self._main = threading.main_thread().ident
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -73,18 +74,21 @@ class Watchdog:
         self.close()
 
     def _watch(self) -> None:
-        tick = min(self._limit / 10, 30.0)
-        while not self._stop.wait(tick):
+        # All notice within one tick, which is less than the time they have to say where they stand.
+        for tick in itertools.count():
+            if self._stop.wait(min(self._limit / 10, 5.0)):
+                return
             if time.monotonic() - self._beaten > self._limit:
                 self._alarm()
-            if self._step != self._published:
+            if self._step != self._published and tick % 6 == 0:
                 self._published = self._step
                 self._publish("")
 
     def _alarm(self) -> None:
+        cluster.end_alone()  # the others are stuck as well, and each says where
         where = _where(self._main)
         self._dump_stacks()
-        # The others are stuck as well and notice at about the same moment: leave them time to say where.
+        # They notice at about the same moment: leave them time to say where.
         grace = min(self._limit, 10.0)
         asking = threading.Thread(target=self._compare, args=(where, grace), daemon=True)
         asking.start()
@@ -93,7 +97,7 @@ class Watchdog:
             self._say("the other processes cannot be asked: process 0, which keeps the store, does not answer")
         if self._process == 0:
             time.sleep(min(2.0, grace))  # the store ends with this process, and others may still be reading
-        os._exit(LostError.exit_code)
+        cluster.end_all(LostError.exit_code, self._said)
 
     def _compare(self, where: str, grace: float) -> None:
         self._publish(where)
@@ -104,12 +108,11 @@ class Watchdog:
         minutes = self._limit / 60
         step = f"the last was step {self._step}" if self._step >= 0 else "not one since the start"
         who = f"process {self._process} of {self._processes}"
-        print(
-            f"error: {who}: no step finished for {minutes:g} minutes, {step}; {text}; "
-            f"stacks in {self._stacks}; raise config.telemetry.stuck_minutes if a step may take that long",
-            file=sys.stderr,
-            flush=True,
+        self._said = (
+            f"no step finished for {minutes:g} minutes, {step}; {text}; "
+            f"stacks in {self._stacks}; raise config.telemetry.stuck_minutes if a step may take that long"
         )
+        print(f"error: {who}: {self._said}", file=sys.stderr, flush=True)
 
     @property
     def _stacks(self) -> Path:
@@ -125,14 +128,14 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
 
     def _publish(self, where: str) -> None:
-        client = _store()
+        client = cluster.store()
         if client is not None:
             with contextlib.suppress(Exception):  # the alarm must go on when the store is gone
                 client.key_value_set(f"{_KEY}{self._process}", f"{self._step} {where}", allow_overwrite=True)
 
     def _read(self, where: str) -> dict[int, tuple[int, str]]:
         known = {self._process: (self._step, where)}
-        client = _store()
+        client = cluster.store()
         if client is not None:
             with contextlib.suppress(Exception):
                 for key, value in client.key_value_dir_get(_KEY):
@@ -192,7 +195,3 @@ def _where(thread: int | None) -> str:
     ours = [entry for entry in stack if f"{os.sep}visionfm_jax{os.sep}" in entry.filename]
     entry = (ours or stack)[-1]
     return f"{Path(entry.filename).name}:{entry.lineno} in {entry.name}"
-
-
-def _store() -> Any:
-    return distributed.global_state.client

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,26 +14,23 @@ from jax.experimental import multihost_utils
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import INTERRUPTED, PREEMPTED
+from visionfm_jax.parallel import cluster
 
 
 class StopSignal:
     """SIGTERM (a scheduler's notice) and Ctrl-C ask for a saved state and an end; a second Ctrl-C ends at once.
 
-    Before the first step of this start there is nothing to save: they end the program at once, with the same codes,
-    even while a program is compiled, which no handler of Python's could interrupt. With several hosts the notice may
-    reach one of them only: JAX's preemption service then agrees on a step.
-
-    Args:
-      saves: False for work that saves nothing: signals end it at once all the time.
+    Until it is first asked, after the first step of this start, there is nothing to save: they end the program at
+    once, with the same codes, even while a program is compiled, which no handler of Python's could interrupt. It is
+    made before the processes meet, so that this holds from the beginning on. With several hosts the notice may reach
+    one of them only: JAX's preemption service then agrees on a step.
     """
 
-    def __init__(self, *, saves: bool = True) -> None:
-        self.several = jax.process_count() > 1 and saves
+    def __init__(self) -> None:
         self.received: int | None = None
-        self._trained, self._asked, self._stop = False, 0, False
+        self._asked, self._stop, self._several = 0, False, False
         signal.signal(signal.SIGINT, self._receive)
-        if not self.several:  # else the service has its own handler
-            signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGTERM, self._receive)
         arrivals, notice = os.pipe()
         os.set_blocking(notice, False)
         signal.set_wakeup_fd(notice, warn_on_full_buffer=False)  # written to whatever the main thread does
@@ -44,24 +40,27 @@ class StopSignal:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if self.several:
+        if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
 
     def _watch(self, arrivals: int) -> None:
         while number := os.read(arrivals, 1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM) and not self._trained:
-                print("visionfm_jax: stopped, with nothing to save", file=sys.stderr, flush=True)
-                for child in multiprocessing.active_children():  # that load data
-                    child.kill()
-                os._exit(INTERRUPTED if number[0] == signal.SIGINT else PREEMPTED)
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and not self._asked:
+                text = "stopped, with nothing to save"
+                print(f"visionfm_jax: {text}", file=sys.stderr, flush=True)
+                cluster.end_all(INTERRUPTED if number[0] == signal.SIGINT else PREEMPTED, text)
 
     def __call__(self) -> bool:
         """Whether to stop here; asked on every host at every step and evaluation batch."""
-        self._trained = True
         self._asked += 1
+        if self._asked == 1 and jax.process_count() > 1:
+            cluster.listen_for_preemption()  # it has its own handler of SIGTERM
+            self._several = True
+            if self.received:
+                os.kill(os.getpid(), signal.SIGTERM)
         if not self._stop:  # the service says so once, at the question that all hosts have in common
             self._stop = (
-                multihost_utils.reached_preemption_sync_point(self._asked) if self.several else bool(self.received)
+                multihost_utils.reached_preemption_sync_point(self._asked) if self._several else bool(self.received)
             )
         return self._stop
 

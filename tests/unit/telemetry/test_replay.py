@@ -12,6 +12,7 @@ from visionfm_jax import main
 from visionfm_jax.config import load
 from visionfm_jax.errors import ConfigError, OutputError
 from visionfm_jax.telemetry.replay import write
+from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train import spikes
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, Statistics
 from visionfm_jax.train.replay import Replayed
@@ -158,5 +159,5 @@ def test_a_step_that_there_is_not_is_refused(step, line):
     config = load.load_file("configs/vit_huge.py:tiny")
     config.workdir = "nowhere"
     with pytest.raises(ConfigError) as raised:
-        main.replay(config, step)
+        main.replay(config, step, Watchdog(0, folder=config.workdir))
     assert str(raised.value) == line
