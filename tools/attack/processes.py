@@ -76,15 +76,20 @@ def strike(number: int, mark: str) -> None:
     os.kill(os.getpid(), number)
 
 
-def worker(phase: str, name: str, mark: str) -> None:
-    """A process of the run that sends itself the signal `name` at `phase`; `phase` "-": an ordinary one."""
+def worker(phase: str, name: str, mark: str, silence: str) -> None:
+    """A process of the run that sends itself the signal `name` at `phase`; `phase` "-": an ordinary one.
+
+    `silence`: seconds after which a process counts as stopped; 0: those of the package.
+    """
     import jax
 
     from visionfm_jax import main
+    from visionfm_jax.parallel import peers
     from visionfm_jax.train.checkpoint import Checkpoints
     from visionfm_jax.train.step import Trainer
 
     number = signal.Signals[name]
+    peers.SILENCE = float(silence) or peers.SILENCE
 
     def before(owner: Any, method: str) -> None:
         original = getattr(owner, method)
@@ -148,10 +153,10 @@ def worker(phase: str, name: str, mark: str) -> None:
     sys.exit(main.door(main.main)(sys.argv[1:]))
 
 
-def start(folder: Path, case: Case | None, rank: int, processes: int, port: int) -> subprocess.Popen:
+def start(folder: Path, case: Case | None, rank: int, processes: int, port: int, silence: float) -> subprocess.Popen:
     """One process of a run; it sends itself the signal of `case` if that is its own."""
     struck = case is not None and case.rank == rank
-    words = [case.phase if struck else "-", case.signal if struck else "SIGKILL", str(folder / "mark")]
+    words = [case.phase if struck else "-", case.signal if struck else "SIGKILL", str(folder / "mark"), str(silence)]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -168,22 +173,22 @@ def start(folder: Path, case: Case | None, rank: int, processes: int, port: int)
         )  # fmt: skip
 
 
-def start_all(folder: Path, case: Case | None, processes: int) -> list[subprocess.Popen]:
+def start_all(folder: Path, case: Case | None, processes: int, silence: float) -> list[subprocess.Popen]:
     """All processes of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(folder, case, rank, processes, port) for rank in range(processes)]
+    return [start(folder, case, rank, processes, port, silence) for rank in range(processes)]
 
 
-def attack(case: Case, processes: int, scratch: Path, whole: Path) -> Case:
+def attack(case: Case, processes: int, scratch: Path, whole: Path | None = None, silence: float = 0) -> Case:
     """Run the case and fill in what came of it; its folder stays if that is not good."""
     folder = scratch / f"{case.phase}-{case.rank}-{case.signal}"
     folder.mkdir()
     if case.phase == "restore":
         shutil.copytree(whole, folder / "run")
         shutil.rmtree(folder / "run" / "checkpoints" / "8")
-    run = start_all(folder, case, processes)
+    run = start_all(folder, case, processes, silence)
     survivors = [p for rank, p in enumerate(run) if rank != case.rank]
     mark, end = folder / "mark", time.time() + START
     try:
@@ -220,7 +225,7 @@ def undisturbed(scratch: Path, processes: int) -> Path:
     """A complete run, which also fills the compilation cache."""
     folder = scratch / "whole"
     folder.mkdir()
-    codes = [p.wait() for p in start_all(folder, None, processes)]
+    codes = [p.wait() for p in start_all(folder, None, processes, 0)]
     if any(codes):
         sys.exit(f"the undisturbed run ended with {codes}; see {folder}")
     return folder / "run"
@@ -259,8 +264,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        phase, name, mark = sys.argv[2:5]
-        sys.argv = [sys.argv[0], *sys.argv[5:]]
-        worker(phase, name, mark)
+        words, sys.argv[1:] = sys.argv[2:6], sys.argv[6:]
+        worker(*words)
     else:
         sys.exit(main())

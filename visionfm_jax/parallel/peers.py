@@ -139,21 +139,11 @@ class Peers:
         if self.process:
             self._selector.register(link.sock, selectors.EVENT_READ, link)
 
-    def _drop(self, link: _Link) -> None:
-        self._selector.unregister(link.sock)
-        link.sock.close()
-
     def _read(self, link: _Link) -> None:
-        messages = link.read()
-        if messages is None:
-            self._drop(link)
-            if link.process is None:  # a port scanner
-                return
-            self._lost(link.process, "has died: killed, crashed, or its machine failed")
-            return
+        messages, open_ = link.read()
         for message in messages:
             if link.process is None:
-                self._greet(link, message)
+                open_ = self._greet(link, message) and open_
             elif "end" in message:
                 self._ended(link, message)
             elif "done" in message:
@@ -163,17 +153,23 @@ class Peers:
             elif "met" in message:
                 link.host = str(message["met"])
                 self._met.set()
+            if not open_ or self._over.is_set():
+                break
+        if not open_:
+            self._selector.unregister(link.sock)
+            link.sock.close()
+            if link.process is not None and not self._over.is_set():
+                self._lost(link.process, "has died: killed, crashed, or its machine failed")
 
-    def _greet(self, link: _Link, hello: dict[str, Any]) -> None:
-        """The first message of a process that has come."""
+    def _greet(self, link: _Link, hello: dict[str, Any]) -> bool:
+        """The first message of a process that has come; returns whether it is one of this run."""
         process, processes, host = (hello.get(key) for key in ("process", "processes", "host"))
         free = isinstance(process, int) and process in set(range(1, self.processes)) - self._links.keys()
         if processes != self.processes or not free:
             text = f"process {process} of {processes} came from {host} to a run of {self.processes} processes"
             text += "" if free else ", of which it is none or a second one"
             link.send(end=ConfigError.exit_code, text=f"{text}; is another run at the same address?")
-            self._drop(link)
-            return
+            return False
         self._adopt(link, process, str(host))
         if len(self._links) == self.processes - 1:
             self._selector.unregister(self._listener)
@@ -181,6 +177,7 @@ class Peers:
             for other in self._links.values():
                 other.send(met=socket.gethostname())
             self._met.set()
+        return True
 
     def _ended(self, link: _Link, message: dict[str, Any]) -> None:
         code, text = int(message["end"]) & 0xFF, str(message.get("text"))
@@ -235,24 +232,25 @@ class _Link:
         with contextlib.suppress(OSError):
             self.sock.send(b"\n")
 
-    def read(self) -> list[dict[str, Any]] | None:
-        """What has come; None at the end of the connection, and where something else than a process of ours speaks."""
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """All messages that have come, and whether the connection is still one to a process of this package."""
+        data, ended = b"", True
         try:
-            data = self.sock.recv(1 << 16)
+            while (part := self.sock.recv(1 << 16)) and len(data) < 1 << 20:
+                data += part
         except BlockingIOError:
-            return []
+            ended = False
         except OSError:
-            return None
-        if not data:
-            return None
-        self.heard = time.monotonic()
+            pass
+        if data:
+            self.heard = time.monotonic()
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines if line]
         except (ValueError, RecursionError):
-            return None
-        fit = len(self._rest) <= LONGEST and all(isinstance(message, dict) for message in messages)
-        return messages if fit else None
+            return [], False
+        ours = len(self._rest) <= LONGEST and all(isinstance(message, dict) for message in messages)
+        return messages if ours else [], ours and not ended
 
 
 def split(coordinator: str) -> tuple[str, int]:

@@ -205,18 +205,40 @@ def test_more_tasks_than_gpus_is_refused():
         cluster.local_devices(3, 4, {"CUDA_VISIBLE_DEVICES": "0,1"})
 
 
+# The addresses at which this process listens, from the kernel.
+LISTENING = """
+import glob, os, socket
+own = set()
+for path in glob.glob('/proc/self/fd/*'):
+    try: own.add(os.readlink(path))
+    except OSError: pass
+where = []
+for name, family in (('tcp', socket.AF_INET), ('tcp6', socket.AF_INET6)):
+    for line in open('/proc/net/' + name).read().splitlines()[1:]:
+        fields = line.split()
+        address, _, port = fields[1].partition(':')
+        words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+        if fields[3] == '0A' and 'socket:[' + fields[9] + ']' in own:
+            where.append(socket.inet_ntop(family, b''.join(words)) + ':' + str(int(port, 16)))
+print(*where)
+"""
+
+
 def test_two_processes_meet_and_sum():
     code = (
         "from visionfm_jax.parallel import cluster; me = cluster.initialize(timeout=60)\n"
         "import jax, numpy as np; from jax.experimental import multihost_utils as m\n"
-        "print(me, len(jax.devices()), m.process_allgather(np.array([me[0] + 1])).ravel().tolist())"
+        "print(me, len(jax.devices()), m.process_allgather(np.array([me[0] + 1])).ravel().tolist())\n" + LISTENING
     )
     env = {"VISIONFM_COORDINATOR": f"127.0.0.1:{free_port()}", "VISIONFM_PROCESSES": 2, "XLA_FLAGS": ""}
     two = [run(code, VISIONFM_PROCESS=p, **env) for p in range(2)]
     said = [process.communicate(timeout=60) for process in two]
     assert [process.returncode for process in two] == [0, 0], said
-    last = [out.splitlines()[-1] for out, _ in said]  # gloo says a line of its own before
-    assert last == ["(0, 2) 2 [1, 2]", "(1, 2) 2 [1, 2]"]
+    last = [out.splitlines()[-2:] for out, _ in said]  # gloo says a line of its own before
+    assert [line for line, _ in last] == ["(0, 2) 2 [1, 2]", "(1, 2) 2 [1, 2]"]
+    listening = [set(line.split()) for _, line in last]
+    assert env["VISIONFM_COORDINATOR"] in listening[0]
+    assert not [where for where in listening[0] | listening[1] if where.startswith(("0.0.0.0:", ":::"))]
 
 
 @pytest.mark.parametrize(("process", "words"), [(1, "does not answer"), (0, "process 1 of 2 did not come")])
