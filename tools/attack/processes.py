@@ -1,4 +1,4 @@
-"""Kill and stop every process of a run at every phase, and see whether the others end and name it.
+"""Kill, stop or terminate every process of a run at every phase, and see how the others end.
 
     python tools/attack/processes.py --processes=4
 
@@ -11,8 +11,9 @@ Each case is a real run of the smallest model on this machine. One process sends
     save       while a checkpoint is being written
     evaluate   while the device is busy with a batch of an evaluation
 
-A case is good if every survivor ends within two minutes of the signal, with exit code 71, and with one line on stderr
-that names the process and its host. The exit code of this program is 1 if any is not.
+A case of SIGKILL or SIGSTOP is good if every survivor ends within two minutes of the signal, with exit code 71, and
+with one line on stderr that names the process and its host; one of SIGTERM if all, the struck one too, end with 75 in
+that time. The exit code of this program is 1 if any case is not good.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("join", "restore", "compile", "step", "save", "evaluate")
+SIGNALS = ("SIGKILL", "SIGSTOP", "SIGTERM")
 LIMIT = 120  # seconds after the signal
 START = 240  # seconds until the phase is reached
 RUN = [
@@ -189,7 +191,7 @@ def attack(case: Case, processes: int, scratch: Path, whole: Path | None = None,
         shutil.copytree(whole, folder / "run")
         shutil.rmtree(folder / "run" / "checkpoints" / "8")
     run = start_all(folder, case, processes, silence)
-    survivors = [p for rank, p in enumerate(run) if rank != case.rank]
+    survivors = [p for rank, p in enumerate(run) if rank != case.rank or case.signal == "SIGTERM"]
     mark, end = folder / "mark", time.time() + START
     try:
         while not (mark.exists() and mark.read_text()) and time.time() < end:
@@ -210,9 +212,9 @@ def attack(case: Case, processes: int, scratch: Path, whole: Path | None = None,
     lines = [[line for line in text.splitlines() if "error" in line.lower()] for text in errors]
     case.lines = tuple(line.split(": ", 3)[-1] for found in lines for line in found)
     who = f"process {case.rank} on {socket.gethostname()} "
-    if any(code != 71 for code in case.codes):
+    if any(code != (75 if case.signal == "SIGTERM" else 71) for code in case.codes):
         case.fault = f"exit codes {case.codes}; see {folder}"
-    elif any(len(found) != 1 or who not in found[0] for found in lines):
+    elif case.signal != "SIGTERM" and any(len(found) != 1 or who not in found[0] for found in lines):
         case.fault = f"not one line that names {who.strip()}; see {folder}"
     elif any("Traceback" in text or "*** Check" in text for text in errors):
         case.fault = f"a stack of calls; see {folder}"
@@ -237,7 +239,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4, help="of each run")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
     parser.add_argument("--ranks", nargs="+", type=int, help="to signal; default: all")
-    parser.add_argument("--signals", nargs="+", default=("SIGKILL", "SIGSTOP"), choices=("SIGKILL", "SIGSTOP"))
+    parser.add_argument("--signals", nargs="+", default=SIGNALS, choices=SIGNALS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time: a stopped one mostly waits")
     arguments = parser.parse_args()
 
