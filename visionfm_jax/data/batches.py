@@ -25,6 +25,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
@@ -275,14 +276,7 @@ def _init_worker(index: int, count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # Grain imports it where it is installed; nothing here uses it
         jax.config.update("jax_platforms", "cpu")
-    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _portable(error: Exception) -> Exception:

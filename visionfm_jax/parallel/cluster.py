@@ -235,7 +235,7 @@ def _join(
             heartbeat_timeout_seconds=int(6 * SILENCE),  # `peers` notices first, and says who
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise LostError(f"the processes cannot meet at {coordinator}: {one_line(error)}") from error
+        _peers.fail(LostError.exit_code, f"the processes cannot meet at {coordinator}: {one_line(error)}")
     return process, processes
 
 

@@ -164,7 +164,7 @@ class Peers:
     def _greet(self, link: _Link, hello: dict[str, Any]) -> bool:
         """The first message of a process that has come; returns whether it is one of this run."""
         process, processes, host = (hello.get(key) for key in ("process", "processes", "host"))
-        free = isinstance(process, int) and process in set(range(1, self.processes)) - self._links.keys()
+        free = isinstance(process, int) and 0 < process < self.processes and process not in self._links
         if processes != self.processes or not free:
             text = f"process {process} of {processes} came from {host} to a run of {self.processes} processes"
             text += "" if free else ", of which it is none or a second one"
@@ -291,7 +291,7 @@ def listen(coordinator: str, end: float = 0.0) -> socket.socket:
     try:
         if ipaddress.ip_address(address[0].partition("%")[0]).is_loopback and not _is_loopback(host):
             raise OSError(errno.EADDRNOTAVAIL, f"it is {address[0]} here, which no other machine reaches")
-        return socket.create_server(address, family=family, backlog=1024)
+        return socket.create_server(address, family=family, backlog=4096)
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno != errno.EADDRNOTAVAIL:
@@ -299,7 +299,7 @@ def listen(coordinator: str, end: float = 0.0) -> socket.socket:
                 f"coordinator = {coordinator!r}: process 0 cannot listen on port {port} ({reason}); choose another port"
             ) from error
     print(f"visionfm_jax: {coordinator}: {reason}; listening on all interfaces", file=sys.stderr, flush=True)
-    return socket.create_server(("", port), backlog=1024)
+    return socket.create_server(("", port), backlog=4096)
 
 
 def _is_loopback(host: str) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text, printable
 from visionfm_jax.data.sources.retries import retry
@@ -215,7 +216,8 @@ def each(
         return
     pool: concurrent.futures.Executor
     if local:
-        pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=end_with_parent)
     else:
         pool = concurrent.futures.ThreadPoolExecutor(_REQUESTS)
     main = sys.modules["__main__"]
