@@ -21,7 +21,7 @@ def processes(tmp_path_factory):
 
 @pytest.mark.parametrize(("rank", "signal"), [(1, "SIGKILL"), (0, "SIGSTOP")])
 def test_the_survivor_ends_and_names_the_lost_one(tmp_path, processes, rank, signal):
-    case = processes.attack(processes.Case("step", rank, signal), 2, tmp_path, silence=6)
+    case = processes.attack(processes.Case("step", rank, signal), 2, tmp_path, silence=20)
     assert not case.fault
     assert case.codes == (71,)
-    assert case.seconds < 30
+    assert case.seconds < 60
