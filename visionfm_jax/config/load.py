@@ -104,8 +104,8 @@ def overridden(specs: Sequence[str], overrides: Sequence[Override]) -> Config:
       ConfigError: as `from_arguments`, save for broken rules.
     """
     if len(specs) != 1 or not specs[0] or specs[0].startswith("-"):
-        told = f"--config is given {len(specs)} times" if len(specs) > 1 else "--config is missing, or has no value"
-        raise ConfigError(f"{told}; give one --config=FILE.py[:VARIANT], e.g. --config=configs/quickstart.py")
+        what = f"--config is given {len(specs)} times" if len(specs) > 1 else "--config is missing, or has no value"
+        raise ConfigError(f"{what}; give one --config=FILE.py[:VARIANT], e.g. --config=configs/quickstart.py")
     return with_fields(load_file(specs[0]), overrides)
 
 
