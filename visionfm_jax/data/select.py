@@ -25,6 +25,7 @@ from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import columns
 from visionfm_jax.data.columns import Choice
 from visionfm_jax.data.conditions import Condition, parse
+from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.sources.selection import write_selection
 from visionfm_jax.data.sources.store import temporary
 from visionfm_jax.data.sources.tar_index import each
@@ -128,7 +129,8 @@ class _Report:
 
 def _check(source: TarPairs, conditions: Sequence[Condition]) -> None:
     """What would stop the work after hours is looked for first."""
-    files, store = source.store.files(), source.store
+    store = source.store
+    files = retry(store.files, lambda: store.url)
     names = [columns.parquet_of(tar["name"]) for tar in source.index.tars]
     if missing := [name for name in names if name not in files]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

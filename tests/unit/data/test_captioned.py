@@ -50,7 +50,7 @@ def test_coco_captions_in_the_order_of_their_ids(coco, caplog):
     assert (source.has_captions, source.most_captions, source.num_classes, source.class_names) == (True, 4, 0, None)
     assert source.key(2) == "train2017/000000000003.jpg"
     assert [r.message for r in caplog.records] == [
-        f"coco_captions {coco} [train2017]: 1 of 4 images have no caption and are left out"
+        f"coco_captions {coco} [train2017]: left out: 1 images without a caption: train2017/000000000002.jpg"
     ]
 
 
@@ -118,10 +118,32 @@ def test_paths_that_hold_something_else(coco, genome, tmp_path):
     assert "does not exist" in error_of("visual_genome", tmp_path / "none")
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "../other/a.jpg", "a/../../b.jpg", "a\0.jpg", "\ud800.jpg"])
+def test_a_list_names_no_file_outside_of_its_folder(coco, name):
+    path = coco / "annotations/captions_train2017.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = name
+    path.write_text(json.dumps(content))
+    message = error_of("coco_captions", coco, "train2017")
+    assert message.endswith("is no file of this folder; mend the list of images")
+    assert message.isprintable()
+
+
+def test_captions_of_control_characters_alone_are_none(tmp_path, caplog):
+    logging.get_absl_logger().propagate = True
+    path = write_coco(tmp_path, [["a cat", "\0\0"], ["\0"], [" \u200b"]], "train")
+    source = open_source(SourceConfig(kind="coco_captions", path=str(path)))
+    assert [source[i].get("caption") for i in range(len(source))] == [("a cat",)]
+    assert "left out: 2 images without a caption: train/000000000001.jpg, train/000000000002.jpg" in caplog.text
+    assert "left out: 1 empty captions: train/000000000000.jpg" in caplog.text
+
+
 def test_missing_images_are_told(coco, genome):
     (coco / "train2017/000000000003.jpg").unlink()
     message = error_of("coco_captions", coco, "train2017")
     assert f"1 of 3 images are missing, the first is {coco}/train2017/000000000003.jpg; unpack" in message
+    (coco / "train2017/000000000003.jpg").symlink_to("nowhere")
+    assert "1 of 3 images are missing" in error_of("coco_captions", coco, "train2017")
     for folder in (genome / "VG_100K", genome / "VG_100K_2"):
         folder.rename(folder.with_suffix(".zip"))
     assert f"3 of 3 images are missing, the first is {genome}/VG_100K/1.jpg" in error_of("visual_genome", genome)

@@ -206,7 +206,7 @@ def test_tars_that_do_not_fit(tmp_path):
         "tars", folder, split="test"
     )
     message = error_of("tars", folder, caption_key="long")
-    assert "holds no picture with a caption .long; 4 pictures have no caption and are left out: 00000/0000" in message
+    assert "holds no picture with a caption .long; left out: 4 pictures without a caption: 00000/0000" in message
     assert message.endswith("; set caption_key or path")
     assert "selection none.pairs: no such file; make it with" in error_of("tars", folder, selection="none.pairs")
     (folder / "00000.tar").write_bytes(tar_bytes(members(0, 2))[:100])

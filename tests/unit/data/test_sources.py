@@ -1,6 +1,7 @@
 """Datasets of each kind: what records hold, and the one line that bad input gets."""
 
 import collections
+import errno
 import io
 import json
 import multiprocessing
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging
 from caption_sets import write_coco, write_visual_genome
 from PIL import Image
 from tar_sets import write_tars
 
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data.sources import SOURCES, open_source, read_record
+from visionfm_jax.data import transforms
+from visionfm_jax.data.sources import SOURCES, open_source, read_record, retries
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
@@ -320,6 +323,86 @@ def test_folder_file_that_vanished_is_an_os_error(folder):
     (folder / "train/ant/a.jpg").unlink()
     with pytest.raises(OSError, match=r"a\.jpg"):
         source[0]
+
+
+def test_folder_counts_and_names_what_it_does_not_read(folder, caplog):
+    ant = folder / "train/ant"
+    for name in ("a.heic", "b.HEIC", "LICENSE", *(f"x.kind{i}" for i in range(6))):
+        (ant / name).touch()
+    (ant / "gone.jpg").symlink_to("nowhere")
+    (ant / "loop.jpg").symlink_to("loop.jpg")
+    (ant / "more").mkdir()
+    (ant / "new\nline.txt").touch()
+    os.mkfifo(ant / "pipe.jpg")
+    (ant / "link.jpg").symlink_to(ant / "a.jpg")
+    logging.get_absl_logger().propagate = True
+    source = opened("folder", folder)
+    assert [source.key(i) for i in range(3)] == ["ant/a.jpg", "ant/b.JPEG", "ant/link.jpg"]
+    lines = {r.message.partition("left out: ")[2] for r in caplog.records}
+    found = "\n".join(sorted(line.partition(":")[0] for line in lines))
+    assert "2 links that lead nowhere" in found
+    assert sum(int(line.split()[0]) for line in lines) == 9 + 2 + 1 + 1 + 1 + 2  # also readme.txt and ._a.jpg
+    assert len(lines) == 11
+    assert all("\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"), [(".avif", "AVIF"), (".jp2", "JPEG2000"), (".webp", "WEBP"), (".gif", "GIF"), (".tiff", "TIFF")]
+)
+def test_folder_reads_the_formats_whose_suffixes_it_knows(folder, suffix, form):
+    Image.new("RGB", (40, 30), (200, 0, 0)).save(folder / f"train/bee/d{suffix}", form)
+    source = opened("folder", folder)
+    assert source.key(3) == f"bee/d{suffix}"
+    pixels = transforms.decode(source[3]["image"])
+    assert pixels.shape == (30, 40, 3)
+    assert abs(pixels.reshape(-1, 3).mean(0) - [200, 0, 0]).max() < 4
+
+
+@pytest.mark.parametrize("target", ["nowhere", "dog"])
+def test_folder_refuses_a_class_that_leads_nowhere(folder, target):
+    (folder / "train/dog").symlink_to(target)
+    message = error_of("folder", folder)
+    assert message.endswith("/train/dog: is a link that leads nowhere; mend it, or remove it")
+
+
+def test_folder_refuses_a_class_that_it_may_not_read(folder, monkeypatch, caplog):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    locked = "train/bee"
+    message = error_of("folder", folder)
+    assert "cannot be read: [Errno 13] Permission denied: " in message
+    assert message.endswith("train/bee'; bring the file back or give this user access, then start again")
+    locked = "/lost+found"
+    (folder / "lost+found").mkdir()
+    logging.get_absl_logger().propagate = True
+    assert len(opened("folder", folder)) == 4
+    assert "lost+found cannot be read ([Errno 13] Permission denied" in caplog.text
+
+
+def test_storage_that_fails_while_a_source_is_opened_is_asked_again(folder, monkeypatch):
+    monkeypatch.setattr(retries, "WAITS", (0, 0))
+    scandir, left = os.scandir, [2]
+
+    def fail(path):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    assert len(opened("folder", folder)) == 4
+
+
+@pytest.mark.parametrize("kind", sorted(SOURCES))
+def test_nul_in_a_name_is_one_line(kind, tmp_path):
+    assert error_of(kind, "a\0b").endswith("path = 'a\\x00b': no file has NUL in its name; set another")
+    assert error_of(kind, tmp_path, "a\0b").startswith("split = 'a\\x00b'")
 
 
 def test_folder_errors(folder, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.record import printable
 from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.errors import DataError
 
@@ -85,13 +86,18 @@ def open_source(config: SourceConfig) -> Source:
 
     Raises:
       DataError: one line: the path is missing, empty or holds another format; no such kind or split; a missing key.
+      StorageError: the storage fails.
     """
     if config.kind not in SOURCES:
         raise DataError(f"source kind {config.kind!r} does not exist; the kinds are {', '.join(SOURCES)}")
     if config.selection and config.kind != "tars":
         raise DataError(f"{config.kind} {config.path}: a selection chooses among tars; set selection='' or kind='tars'")
+    for field in ("path", "split", "selection"):
+        if "\0" in getattr(config, field):
+            raise DataError(f"{field} = {getattr(config, field)!r}: no file has NUL in its name; set another")
     module, _, name = SOURCES[config.kind].partition(":")
-    source: Source = getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
+    opener = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    source: Source = retry(lambda: opener(config), lambda: printable(f"{config.kind} {config.path}"))
     if not len(source):
         raise DataError(f"{source.name}: holds no record; set another split or path")
     return source

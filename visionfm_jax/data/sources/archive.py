@@ -43,7 +43,7 @@ class ArchiveSource:
             raise self._bad(
                 f"holds no array {config.image_key!r} but {', '.join(error.args)}", "set image_key"
             ) from None
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise self._bad(f"is no readable .npz file ({error})", "write it again with np.savez") from error
         if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3, 4)):
             raise self._bad(f"{config.image_key!r} is {dtype} {shape}", "give uint8 (N, H, W) or (N, H, W, 1 | 3 | 4)")
@@ -88,7 +88,7 @@ class ArchiveSource:
                     try:
                         with np.load(self._path) as archive:
                             images = archive[self._key]
-                    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                         raise self._bad(f"is damaged ({error})", "write it again with np.savez") from error
                     self._images = images[..., None] if images.ndim == 3 else images
         return self._images

@@ -23,9 +23,11 @@ from absl import logging
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, describe, misfit, no_split
+from visionfm_jax.data.sources.record import has_text, left_out, printable
 from visionfm_jax.errors import DataError
 
 _DEFAULT = SourceConfig().caption_key
+_NAMED = 5  # files in a line of the log
 _FOLDERS = ("VG_100K", "VG_100K_2")
 
 
@@ -49,22 +51,28 @@ class CaptionedFiles:
     def __init__(self, config: SourceConfig, images: Iterable[tuple[str, Iterable[str]]]):
         self.name, self._root = describe(config), str(Path(config.path).expanduser())
         self.has_captions = bool(config.caption_key)
-        self.most_captions = without = 0
+        self.most_captions = 0
+        without: list[str] = []
+        empty: list[str] = []
         files: list[bytes] = []
         text, ends = bytearray(), [0]
         for file, captions in images:
-            lines = [line for line in (" ".join(c.split()) for c in captions) if line] if self.has_captions else []
+            texts = list(captions) if self.has_captions else []
+            lines = [" ".join(text.split()) for text in texts if has_text(text)]
             if self.has_captions and not lines:
-                without += 1
+                without.append(file)
                 continue
+            empty += [file] * (len(texts) - len(lines))
+            if os.path.isabs(file) or ".." in file.split("/") or "\0" in file or not _encodable(file):
+                raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; mend the list of images")
             files.append(os.fsencode(file))
             text += "\n".join(lines).encode("utf-8", "surrogatepass")
             ends.append(len(text))
             self.most_captions = max(self.most_captions, len(lines))
-        if without:
-            logging.warning(
-                "%s: %d of %d images have no caption and are left out", self.name, without, without + len(files)
-            )
+        for what, names in (("images without a caption", without), ("empty captions", empty)):
+            if names:
+                first = list(map(printable, names[:_NAMED]))
+                logging.warning("%s: %s", self.name, left_out(what, len(names), first))
         self._files, self._text, self._ends = np.array(files, np.bytes_), bytes(text), np.array(ends, np.int64)
         self._check_files()
 
@@ -73,7 +81,7 @@ class CaptionedFiles:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes, and its captions, a tuple of str."""
-        with open(os.path.join(self._root, self.key(index)), "rb") as file:
+        with open(os.path.join(self._root, self._file(index)), "rb") as file:
             record: dict[str, Any] = {"image": file.read()}
         if self.has_captions:
             lines = self._text[self._ends[index] : self._ends[index + 1]]
@@ -82,6 +90,9 @@ class CaptionedFiles:
 
     def key(self, index: int) -> str:
         """FOLDER/FILE."""
+        return printable(self._file(index))
+
+    def _file(self, index: int) -> str:
         if not 0 <= index < len(self._files):
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
         return os.fsdecode(bytes(self._files[index]))
@@ -100,13 +111,27 @@ class CaptionedFiles:
             os.path.join(folder, name)
             for folder in {os.path.dirname(key) for key in keys}
             if os.path.isdir(path := os.path.join(self._root, folder))
-            for name in os.listdir(path)
+            for name in _files(path)
         }
         if missing := [key for key in keys if key not in there]:
             raise DataError(
                 f"{self.name}: {len(missing)} of {len(keys)} images are missing, the first is "
                 f"{os.path.join(self._root, missing[0])}; unpack the images there"
             )
+
+
+def _encodable(name: str) -> bool:
+    """Whether it holds no lone surrogate, which JSON may and names of files may not."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _files(folder: str) -> list[str]:
+    """Names in a folder, without links that lead nowhere."""
+    with os.scandir(folder) as entries:
+        return [e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)]
 
 
 def open_coco(config: SourceConfig) -> CaptionedFiles:
@@ -175,15 +200,13 @@ def _read(
     """What `images` makes of a JSON file, each of whose objects `slim` replaces.
 
     Raises:
-      DataError: the file cannot be read, is no JSON, or `images` does not find in it what is needed.
+      DataError: the file is no JSON, or `images` does not find in it what is needed.
+      OSError: it cannot be read.
     """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=slim)
-    except OSError as error:
-        rule = "give this user access"
-        raise DataError(f"{describe(config)}: {path} cannot be read ({error.strerror}); {rule}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{describe(config)}: {path} is no JSON ({error}); copy or unpack it again") from error
     try:
         return images(content)

@@ -2,6 +2,9 @@
 
 Labels count the sorted class names. So that a split which lacks a class still gets the others' ids, the classes are
 those of all splits that share a class with the one asked for; other folders beside the splits do not count.
+
+A class folder that cannot be read is refused: without it other labels would change. Of what lies in class folders and
+is no image file of a known kind, the log tells the number and names.
 """
 
 from __future__ import annotations
@@ -11,10 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.fingerprint import of_files
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
+from visionfm_jax.data.sources.record import left_out, printable
+from visionfm_jax.errors import DataError
+
+_NAMED = 5  # names of files that are not read, in a line of the log
+_KINDS = 10  # reasons why files are not read that are told apart
 
 
 class FolderSource:
@@ -35,9 +44,12 @@ class FolderSource:
         self._root = str(path / config.split)
         self.class_names: tuple[str, ...] | None = _class_names(path, config.split)
         self.num_classes = len(self.class_names)
-        files = [_images(os.path.join(self._root, name)) for name in self.class_names]
+        others: dict[str, list[str]] = {}
+        files = [self._images(name, others) for name in self.class_names]
         if not any(files):
             raise misfit(config, "PATH/SPLIT/CLASS/FILE" if config.split else "PATH/CLASS/FILE")
+        for reason, names in others.items():
+            logging.warning("%s: %s", self.name, left_out(reason, len(names), [printable(n) for n in names[:_NAMED]]))
         # Arrays, not lists: an index of millions of files travels to every worker process.
         self._files = np.array([file for names in files for file in names])
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
@@ -47,11 +59,14 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes and its class."""
-        with open(os.path.join(self._root, self.key(index)), "rb") as file:
+        with open(os.path.join(self._root, self._file(index)), "rb") as file:
             return {"image": file.read(), "label": int(self._labels[index])}
 
     def key(self, index: int) -> str:
         """CLASS/FILE."""
+        return printable(self._file(index))
+
+    def _file(self, index: int) -> str:
         if not 0 <= index < len(self._files):
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
         assert self.class_names is not None
@@ -64,30 +79,68 @@ class FolderSource:
         files = {n: (n, self._files[ends[i] : ends[i + 1]].tolist()) for i, n in enumerate(self.class_names)}
         return of_files(self._root, files)
 
+    def _images(self, name: str, others: dict[str, list[str]]) -> list[bytes]:
+        """Names of the image files of a class, sorted; what else there is goes to `others`, by reason."""
+        folder = os.path.join(self._root, name)
+        if not os.path.lexists(folder):  # a class of another split
+            return []
+        images = []
+        with os.scandir(folder) as entries:
+            for e in entries:
+                if reason := _why_no_image(e):
+                    if reason not in others and len(others) >= _KINDS:
+                        reason = "files of other kinds"
+                    others.setdefault(reason, []).append(f"{name}/{e.name}")
+                else:
+                    images.append(os.fsencode(e.name))
+        return sorted(images)
+
+
+def _why_no_image(entry: os.DirEntry[str]) -> str:
+    """What an entry of a class folder is; empty: an image file."""
+    if _leads_nowhere(entry):
+        return "links that lead nowhere"
+    if entry.is_dir():
+        return "folders within class folders"
+    if entry.name.startswith("."):
+        return "files whose name begins with a dot"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in IMAGE_SUFFIXES:
+        return f"{printable(suffix)} files" if suffix else "files without an extension"
+    return "" if entry.is_file() else "devices, pipes or sockets"
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to something that is not there, or a link in a circle."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
 
 def _folders(path: Path) -> list[str]:
-    """Names of the folders in `path`, without hidden ones, sorted."""
+    """Names of the folders in `path`, without hidden ones, sorted.
+
+    Raises:
+      DataError: a link leads nowhere, so that nobody knows whether it is a folder.
+      OSError: the folder cannot be read.
+    """
     with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-
-
-def _images(folder: str) -> list[bytes]:
-    """Names of the image files in `folder`, sorted; none if there is no such folder."""
-    if not os.path.isdir(folder):
-        return []
-    with os.scandir(folder) as entries:
-        names = [
-            e.name
-            for e in entries
-            if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES and not e.name.startswith(".") and e.is_file()
-        ]
-    return sorted(map(os.fsencode, names))
+        seen = [e for e in entries if not e.name.startswith(".")]
+    if lost := [e.name for e in seen if _leads_nowhere(e)]:
+        raise DataError(f"{printable(str(path / min(lost)))}: is a link that leads nowhere; mend it, or remove it")
+    return sorted(e.name for e in seen if e.is_dir())
 
 
 def _class_names(path: Path, split: str) -> tuple[str, ...]:
     classes = set(_folders(path / split))
     if split and os.sep not in split:
-        for other in _folders(path):
-            names = set(_folders(path / other))
+        with os.scandir(path) as entries:
+            others = sorted(e.name for e in entries if not e.name.startswith(".") and (e.is_symlink() or e.is_dir()))
+        for other in others:
+            try:
+                names = set(_folders(path / other))
+            except NotADirectoryError:
+                continue
+            except (OSError, DataError) as error:
+                logging.warning("%s cannot be read (%s); its classes do not count", path / other, error)
+                continue
             classes |= names if names & classes else set()
     return tuple(sorted(classes))

@@ -26,19 +26,15 @@ def check_path(config: SourceConfig) -> Path:
     """`config.path`, which exists and is not an empty folder or file.
 
     Raises:
-      DataError: it is missing, empty or unreadable.
+      DataError: it is missing or empty.
+      OSError: it cannot be read.
     """
-    if "\0" in config.path + config.split:
-        raise DataError(f"{describe(config)}: a path holds no NUL character; set the dataset's path and split")
     path = Path(config.path).expanduser()
-    try:
-        if not path.exists():
-            parent = next(p for p in path.absolute().parents if p.exists())
-            raise DataError(f"{describe(config)}: the path does not exist (but {parent} does); set the dataset's path")
-        if (path.is_dir() and not any(path.iterdir())) or (path.is_file() and not path.stat().st_size):
-            raise DataError(f"{describe(config)}: the path is empty; set the dataset's path, or fill it")
-    except OSError as error:
-        raise DataError(f"{describe(config)}: cannot be read ({error.strerror}); give this user access") from error
+    if not path.exists():
+        parent = next(p for p in path.absolute().parents if p.exists())
+        raise DataError(f"{describe(config)}: the path does not exist (but {parent} does); set the dataset's path")
+    if (path.is_dir() and not any(path.iterdir())) or (path.is_file() and not path.stat().st_size):
+        raise DataError(f"{describe(config)}: the path is empty; set the dataset's path, or fill it")
     return path
 
 

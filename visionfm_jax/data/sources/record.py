@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 _SILENT = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}  # Unicode's categories of control, format, surrogate and space
 
@@ -14,6 +15,12 @@ class DamagedRecord(Exception):
 def has_text(caption: str) -> bool:
     """Whether there is more in a caption than white space and control characters."""
     return any(unicodedata.category(c) not in _SILENT for c in caption)
+
+
+def left_out(reason: str, count: int, first: Sequence[str]) -> str:
+    """A line of the log on what a source does not read: how many, and the names of the first ones."""
+    more = " …" if count > len(first) else ""
+    return f"left out: {count:,} {reason}: {', '.join(first)}{more}"
 
 
 def printable(name: str) -> str:

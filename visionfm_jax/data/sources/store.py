@@ -61,6 +61,7 @@ class Store:
 
         Raises:
           DataError: the folder is missing or cannot be read.
+          OSError: the storage fails.
         """
         try:
             if self.local:
@@ -74,7 +75,7 @@ class Store:
             raise DataError(f"{self.url}: the path does not exist; set the dataset's path") from None
         except NotADirectoryError:
             raise DataError(f"{self.url}: is a file; set the path of the folder with the .tar files") from None
-        except DataError:
+        except (DataError, OSError):
             raise
         except Exception as error:  # every store has its own
             raise DataError(f"{self.url}: cannot be read ({_line(error)}); check the path and your access") from error

@@ -102,7 +102,8 @@ def open_index(store: Store, suffix: str) -> Index:
     Raises:
       DataError: no tar, a folder or tar that cannot be read, or no place for the index.
     """
-    tars = {name: stat for name, stat in store.files().items() if name.endswith(".tar") and not name.startswith(".")}
+    files = retry(store.files, lambda: store.url)
+    tars = {name: stat for name, stat in files.items() if name.endswith(".tar") and not name.startswith(".")}
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
     name = f"visionfm_pairs_{suffix}.index" if suffix else "visionfm_pictures.index"

@@ -18,7 +18,7 @@ from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.layout import check_path, describe, misfit
-from visionfm_jax.data.sources.record import DamagedRecord, printable
+from visionfm_jax.data.sources.record import DamagedRecord, left_out, printable
 from visionfm_jax.data.sources.selection import Selection, read_selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, Index
@@ -157,8 +157,7 @@ class TarPairs:
             count = f"{len(cut)} of {report['tars']} tars"
             lines.append(f"{count} are cut short, at {', '.join(cut[:_NAMED])}{more}; the whole pairs before are used")
         for reason, found in report["skipped"].items():
-            more = " …" if found["count"] > len(found["first"]) else ""
-            lines.append(f"left out: {found['count']:,} {reason}: {', '.join(found['first'])}{more}")
+            lines.append(left_out(reason, found["count"], found["first"]))
         return lines
 
     def fingerprint(self) -> dict[str, str]:
