@@ -192,12 +192,18 @@ def test_tars_without_their_captions(tmp_path):
     source = opened("tars", tmp_path, caption_key="")
     assert (source.has_captions, source.most_captions) == (False, 0)
     assert list(source) == [{"image": picture(1)}, {"image": picture(2)}]
-    assert source.report()["skipped"] == {}
+    assert source.report()["skipped"] == {
+        "files whose name begins with a dot or has no extension": {"count": 1, "first": ["00000/3"]},
+        ".txt files, which are not read as pictures": {"count": 1, "first": ["00000/4"]},
+    }
     assert len(opened("tars", tmp_path)) == 1  # an index of its own
     message = error_of("tars", tmp_path, caption_key="", selection="good.pairs")
     assert "a selection chooses among pairs, but caption_key is empty; set selection=''" in message
     (tmp_path / "00000.tar").write_bytes(tar_bytes({"4.txt": b"no picture"}))
-    assert error_of("tars", tmp_path, caption_key="").endswith("holds no picture; set path")
+    message = error_of("tars", tmp_path, caption_key="")
+    assert message.endswith(
+        "holds no picture; left out: 1 .txt files, which are not read as pictures: 00000/4; set path"
+    )
 
 
 def test_tars_that_do_not_fit(tmp_path):
