@@ -4,7 +4,8 @@
 
 Every file is decoded as evaluation and as training do, in a process of its own, whose peak of memory is read from the
 kernel. Then valid small files of every format are damaged at random: whatever a decoder makes of them, it must be
-pixels or `DamagedImage`. The summary has a line for each file; the exit code is 1 if a bound was broken.
+pixels or `DamagedImage`; and single bits are flipped, which only a format with a checksum, PNG, can always tell. The
+summary has a line for each file; the exit code is 1 if a bound was broken.
 """
 
 from __future__ import annotations
@@ -293,23 +294,27 @@ def run(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
+def small_files(rng: np.random.Generator) -> dict[str, bytes]:
+    """Valid ones of every format."""
+    y, x = np.mgrid[:48, :64] / 9.0
+    waves = 127 + 90 * np.stack([np.sin(x + y), np.cos(x - y), np.sin(y), np.cos(x / 2)], -1)
+    picture = Image.fromarray((waves + rng.normal(0, 9, waves.shape)).clip(0, 255).astype(np.uint8))
+    plain, turn = picture.convert("RGB"), orientation_tag(6)
+    out = {kind: saved(plain, kind, exif=turn) for kind in ("JPEG", "PNG", "WEBP", "AVIF")}
+    out |= {kind: saved(picture.convert("P"), kind) for kind in ("GIF", "BMP")}
+    out |= {f"{kind} alpha": saved(picture, kind) for kind in ("PNG", "WEBP", "TIFF", "JPEG2000", "AVIF")}
+    out["JPEG progressive"] = saved(plain, "JPEG", progressive=True)
+    out["TIFF deflate"] = saved(plain, "TIFF", compression="tiff_deflate")
+    return out
+
+
 def damage(count: int, seed: int) -> collections.Counter:
     """Valid files with some bytes changed, cut out or cut off: how many were read, how many were damaged."""
-    warnings.simplefilter("ignore")
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(rng.integers(0, 256, (24, 32, 4), np.uint8))
-    view, found = transforms.EvalTransform(16, PreprocessConfig()), collections.Counter()
-    kinds = {
-        kind: saved(picture.convert("RGB"), kind, exif=orientation_tag(6)) for kind in ("JPEG", "PNG", "WEBP", "AVIF")
-    }
-    kinds |= {kind: saved(picture.convert("P"), kind) for kind in ("GIF", "BMP")}
-    kinds |= {f"{k} alpha": saved(picture, k) for k in ("PNG", "WEBP", "TIFF", "JPEG2000", "AVIF")}
-    kinds["JPEG progressive"] = saved(picture.convert("RGB"), "JPEG", progressive=True)
-    kinds["TIFF deflate"] = saved(picture.convert("RGB"), "TIFF", compression="tiff_deflate")
+    view, found, kinds = transforms.EvalTransform(16, PreprocessConfig()), collections.Counter(), small_files(rng)
     names = sorted(kinds)
     for number in range(count):
-        name = names[number % len(names)]
-        data = bytearray(kinds[name])
+        data = bytearray(kinds[names[number % len(names)]])
         where = rng.integers(0, len(data), rng.integers(1, 9))
         data[where[0]] ^= 1 << rng.integers(8)
         if rng.random() < 0.5:
@@ -330,12 +335,30 @@ def damage(count: int, seed: int) -> collections.Counter:
     return found
 
 
+def flip(count: int, seed: int) -> dict[str, collections.Counter]:
+    """Valid files with one bit flipped: how many were found damaged, gave the same pixels, gave others in silence."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for name, whole in sorted(small_files(rng).items()):
+        out[name] = collections.Counter()
+        expected = transforms.decode(whole)
+        for _ in range(count):
+            data = bytearray(whole)
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            try:
+                out[name]["same" if np.array_equal(transforms.decode(bytes(data)), expected) else "silent"] += 1
+            except transforms.DamagedImage:
+                out[name]["damaged"] += 1
+    return out
+
+
 def main() -> int:
     """Print a line for each file; 1 if a bound was broken."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--megapixels", type=float, default=DataConfig.max_pixels / 1e6, help="data.max_pixels / 1e6")
     words.add_argument("--seconds", type=float, default=30.0, help="bound of one file")
     words.add_argument("--damages", type=int, default=20_000, help="small files that are damaged at random")
+    words.add_argument("--flips", type=int, default=1000, help="single bits that are flipped in a file of each format")
     words.add_argument("--threads", type=int, default=8, help="that decode the costliest file at once")
     words.add_argument("--only", default="", help="part of the names of the files to try")
     words.add_argument("--seed", type=int, default=0)
@@ -349,6 +372,7 @@ def main() -> int:
     if given.together:
         print(json.dumps(together(given.together, given.threads, pixels)))
         return 0
+    warnings.simplefilter("ignore")
     broken = 0
     folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"attack_images_{os.getpid()}"
     folder.mkdir()
@@ -383,6 +407,9 @@ def main() -> int:
         broken += bad
         print(f"the costliest in {found['result']}: {found['seconds']:.1f} s, {found['bytes'] / 1e6:.0f} MB")
     print(f"{given.damages} damaged small files: {dict(damage(given.damages, given.seed))}; nothing else was raised")
+    print(f"{given.flips} flipped bits: {'format':18} {'damaged':>8} {'same':>8} {'silent':>8}")
+    for name, found in flip(given.flips, given.seed).items():
+        print(f"{'':>20}{name:18} {found['damaged']:8} {found['same']:8} {found['silent']:8}")
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
