@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from visionfm_jax.config.rules import shown
 from visionfm_jax.errors import ConfigError
 
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
@@ -58,7 +59,9 @@ def parse(where: str) -> list[Condition]:
     try:
         tree = ast.parse(where.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ConfigError(f"--where={where!r}: {getattr(error, 'msg', error)}; write COLUMN >= NUMBER and …") from None
+        raise ConfigError(
+            f"--where={shown(where)}: {getattr(error, 'msg', error)}; write COLUMN >= NUMBER and …"
+        ) from None
     joined = isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And)
     conditions = []
     for part in tree.values if isinstance(tree, ast.BoolOp) and joined else [tree]:
