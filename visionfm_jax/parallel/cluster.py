@@ -120,7 +120,11 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
         names = " and ".join(f"VISIONFM_{name.upper()}" for name in missing)
         raise ConfigError(f"{have}: given without {' and '.join(missing)}; set {names} too, or none of the three")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    try:
+        host.encode("idna")  # as Python looks it up
+    except UnicodeError:
+        host = ""
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 65536:
         raise ConfigError(f"coordinator = {coordinator!r}: must be HOST:PORT; e.g. 10.0.0.1:12345")
 
 

@@ -95,6 +95,8 @@ def test_one_process_needs_no_coordinator(joined):
         ({"processes": 1, "process": 1}, ["process = 1", "0 .. 0"]),
         ({"coordinator": "h", "processes": 2, "process": 1}, ["'h'", "HOST:PORT"]),
         ({"coordinator": "h:99999", "processes": 2, "process": 1}, ["'h:99999'", "HOST:PORT"]),
+        ({"coordinator": "h:" + "9" * 5000, "processes": 2, "process": 1}, ["HOST:PORT"]),
+        ({"coordinator": "a..b:80", "processes": 2, "process": 1}, ["'a..b:80'", "HOST:PORT"]),
     ],
 )
 def test_a_half_given_or_wrong_set_is_one_line(joined, arguments, words):
