@@ -232,7 +232,6 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
 
 def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     """Run `step` of the run in `config.folder` again, from the checkpoint before it; changes nothing but RUN/replay."""
-    StopSignal(saves=False)
     host, hosts = jax.process_index(), jax.process_count()
     if not 0 <= step < config.total_steps:
         raise ConfigError(f"--step={step}: the run has the steps 0 to {config.total_steps - 1}; name one of them")
