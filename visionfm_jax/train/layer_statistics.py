@@ -121,7 +121,7 @@ class LayerStatistics:
     def __call__(self, state: TrainState, batch: dict, step: int) -> list[Layer]:
         """`step`: whose random draws the batch gets."""
         scale = state.loss_scale.scale if state.loss_scale else None
-        probes = jax.device_get(self._compiled(state.params, batch, jnp.int32(step), scale))
+        probes = jax.device_get(self._compiled(state.params, batch, np.int32(step), scale))
         values = {p.name: p.zeros for p in jax.tree.leaves(probes, is_leaf=_is_probe)}
         rows = self._trainer.config.train.batch_size // (
             self._trainer.mesh.size * self._trainer.config.train.accumulate

@@ -106,14 +106,18 @@ def run_again(
     statistics = LayerStatistics(trainer)
     layers, beside = statistics(state, batch, step), statistics(state, on_devices(following), step + 1)
     names = trainer.tensor_names
-    finite = jax.jit(lambda params: jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))(state.params)
-    bad_weights = [name for name, good in zip(names, finite.tolist(), strict=True) if not good]
+    whole = NamedSharding(trainer.mesh, WHOLE)
+    are_finite = jax.jit(
+        lambda params: jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]), out_shardings=whole
+    )
+    good = np.asarray(are_finite(state.params))
+    bad_weights = [name for name, good in zip(names, good, strict=True) if not good]
     _, metrics = trainer.step(state, batch)
     metrics = jax.device_get(metrics)
 
     losses = metrics["losses"]
     suspects = _suspects(layers, losses)
-    keep = jax.jit(lambda images: images[np.array(suspects)], out_shardings=NamedSharding(trainer.mesh, WHOLE))
+    keep = jax.jit(lambda images: images[np.array(suspects)], out_shardings=whole)
     return Replayed(
         step=step,
         metrics={k: float(v) for k, v in metrics.items() if np.ndim(v) == 0},
