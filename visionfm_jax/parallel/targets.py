@@ -122,6 +122,9 @@ class Cluster:
         return f"{self.target.name}:{self.hosts}x{self.per_host}"
 
 
+MOST_GPUS = 2**17  # of a cluster; no plan compiles for more in a person's time
+
+
 def find_cluster(spec: str, targets: dict[str, Target] = TARGETS) -> Cluster:
     """The cluster of "TARGET:HOSTSxGPUS", such as h100:4x8; "TARGET" alone is one GPU.
 
@@ -132,10 +135,13 @@ def find_cluster(spec: str, targets: dict[str, Target] = TARGETS) -> Cluster:
     if name not in targets:
         near = difflib.get_close_matches(name, targets, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--cluster={spec}: no data sheet named {name!r}; there is {', '.join(targets)}{hint}")
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", counts or "1x1")
-    if not match:
-        raise ConfigError(f"--cluster={spec}: write hosts x GPUs per host after the colon, such as {name}:4x8")
+        raise ConfigError(
+            f"--cluster={spec[:60]}: no data sheet named {name[:60]!r}; there is {', '.join(targets)}{hint}"
+        )
+    match = re.fullmatch(r"([1-9]\d{0,9})x([1-9]\d{0,9})", counts or "1x1")
+    if not match or int(match[1]) * int(match[2]) > MOST_GPUS:
+        rule = f"write hosts x GPUs per host after the colon, at most {MOST_GPUS} GPUs, such as {name}:4x8"
+        raise ConfigError(f"--cluster={spec[:60]}: {rule}")
     return Cluster(targets[name], int(match[1]), int(match[2]))
 
 
