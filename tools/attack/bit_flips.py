@@ -41,8 +41,8 @@ from PIL import Image  # noqa: E402
 from tar_sets import write_tars  # noqa: E402
 
 from visionfm_jax.config import CheckpointConfig, Config, SourceConfig  # noqa: E402
+from visionfm_jax.data.loader import DAMAGED  # noqa: E402
 from visionfm_jax.data.sources import open_source, selection  # noqa: E402
-from visionfm_jax.data.sources.record import DamagedRecord  # noqa: E402
 from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
 from visionfm_jax.data.transforms import decode  # noqa: E402
 from visionfm_jax.errors import UserError  # noqa: E402
@@ -54,7 +54,7 @@ from visionfm_jax.train.record import changes, read_record, record_of  # noqa: E
 from visionfm_jax.train.state import TrainState  # noqa: E402
 
 STEP = 40
-Read = Callable[[], Any]  # what comes of the files; raises UserError or DamagedRecord, or says "named"
+Read = Callable[[], Any]  # what comes of the files; raises UserError or one of DAMAGED, or says "named"
 NAMED = "named"
 
 
@@ -131,7 +131,7 @@ def tars(folder: Path) -> Read:
                 source.key(i)
                 try:
                     out.append(source[i])
-                except DamagedRecord:
+                except DAMAGED:
                     damaged += 1
         return NAMED if damaged else out
 
@@ -189,7 +189,7 @@ def outcome(read: Read, expected: Any) -> str:
     """Of one reading, while a bit is turned."""
     try:
         found = read()
-    except (UserError, DamagedRecord) as error:
+    except (UserError, *DAMAGED) as error:
         return NAMED if "\n" not in str(error) or "belongs to another model" in str(error) else "crash: several lines"
     except Exception as error:
         return f"crash: {type(error).__name__}: {str(error)[:200]}"

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from absl import logging  # noqa: E402
 from runs import EVERY, SMALL, STEPS, finish, start, state, steps  # noqa: E402
 
 from visionfm_jax.telemetry.writers import read_metrics  # noqa: E402
@@ -133,6 +134,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (0)")
     parser.add_argument("--folder", type=Path, help="where the runs are kept; a temporary folder otherwise")
     arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # Orbax misses a file when it reads one item of a checkpoint alone
     rng = random.Random(arguments.seed)
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="interruptions-"))
     base.mkdir(parents=True, exist_ok=True)
