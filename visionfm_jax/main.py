@@ -14,6 +14,7 @@ import faulthandler
 import logging as standard_logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,7 @@ def quiet_logs() -> None:
             sys.__unraisablehook__(info)
 
     sys.unraisablehook = unraisable
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Turn single bits of the files that a run reads, and see what is made of them.
 
-    PYTHONPATH=. python tools/attack/bit_flips.py --count=200
+    python tools/attack/bit_flips.py --count=200
 
 Each time one bit of one file is turned, size and times of the file stay, everything that the file belongs to is read as
 a run reads it, and the bit is turned back. That must be
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit" / "data")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402

@@ -1,6 +1,6 @@
 """Interrupt a tiny run at random moments, continue it with the same command, and compare it to the last bit.
 
-    PYTHONPATH=. python tools/attack/interruptions.py --count=100
+    python tools/attack/interruptions.py --count=100
 
 A reference run, which nothing disturbs, saves the state after every step. Other runs are sent SIGKILL, SIGTERM or
 SIGINT in one of six phases, again and again until they are done: while they start, while the step is compiled (on
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from absl import logging  # noqa: E402
 from runs import EVERY, SMALL, STEPS, finish, start, state, steps  # noqa: E402
