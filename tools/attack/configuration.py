@@ -5,7 +5,7 @@
 A value must be refused by a ConfigError of short lines that name the field, or be one that a run can work with: of the
 declared type, finite, kept by JSON, with a length that its counters hold, numbers that survive float32, a folder below
 runs/, and a network whose shapes follow in bounded time and memory. A command must end by itself with exit code 2 and
-one line. What does neither is listed. Exit codes: 0 nothing found · 1 something.
+a line for each broken rule. What does neither is listed. Exit codes: 0 nothing found · 1 something.
 """
 
 from __future__ import annotations
@@ -369,7 +369,10 @@ def check_command(program: str, words: list[str]) -> tuple[str, str]:
         return line, "a traceback"
     if done.returncode != 2:
         return line, f"exit code {done.returncode}"
-    if len(err.splitlines()) != 1 or len(err) > LONGEST or not line.isprintable() or done.stdout:
+    wrong_lines = [
+        x for x in err.splitlines() if not x.startswith(("visionfm_jax: error: ", "config."))
+    ]  # a rule a line
+    if wrong_lines or len(err) > LONGEST or not line.isprintable() or done.stdout:
         return line, f"{len(err.splitlines())} lines, {len(err)} characters"
     if left:
         return line, f"left {left}"
