@@ -8,7 +8,9 @@ import difflib
 import functools
 import inspect
 import io
+import os
 import re
+import sys
 import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,8 +65,11 @@ class Parser(argparse.ArgumentParser):
         )
         specs, overrides, own = load.split(arguments)
         if "--help" in own or "-h" in own:
-            self.print_help()
-            print("\n" + (field_help(load.overridden(specs, overrides)) if specs else _configurations(self.prog)))
+            more = field_help(load.overridden(specs, overrides)) if specs else _configurations(self.prog)
+            try:
+                print(f"{self.format_help()}\n{more}", flush=True)
+            except BrokenPipeError:  # `| head` has read enough; Python shall not complain when it flushes at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit()
         values = self.parse_args(own)
         config = load.overridden(specs, overrides)

@@ -1,6 +1,9 @@
 """Command lines: the words of every program, what is wrong with them, and what --help lists."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,17 @@ def test_help_of_a_configuration_lists_every_field(capsys, monkeypatch):
         assert f"\n  {name} " in text
     for words in ("seed                             3  ", "int [1, 65536]", "'bundled'", "A whole run."):
         assert words in text
+
+
+def test_help_ends_quietly_when_nobody_reads_on():
+    read, write = os.pipe()
+    os.close(read)
+    code = "from visionfm_jax.config.arguments import Parser; Parser('main', '').parse_with_config(['--help'])"
+    with open(write, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_fields_are_explained_by_the_comments_beside_them(capsys):
