@@ -103,7 +103,10 @@ def refuse_links(folder: str | Path) -> None:
     for at, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(at, name)
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a run that is in there has just renamed or removed it
+                continue
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 what = f"a link to {str(path.readlink())!r}" if stat.S_ISLNK(mode) else "no ordinary file"
                 raise UserError(

@@ -11,7 +11,7 @@ import pytest
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, OutputError, UserError
-from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.record import record_of
 
 DIGITS = SourceConfig(kind="bundled", path="digits")
@@ -102,6 +102,11 @@ def test_a_pipe_in_the_run_folder_is_refused(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")  # to open it would wait for ever
     with pytest.raises(UserError, match="is no ordinary file"):
         RunFolder(config_in(tmp_path), owner=True)
+
+
+def test_a_run_may_rename_its_files_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "walk", lambda folder: [(str(folder), ["checkpoints"], ["config.tmp"])])
+    refuse_links(tmp_path)
 
 
 def test_a_full_disk_at_the_configuration(tmp_path, monkeypatch):
