@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -14,9 +15,11 @@ from runs import (
     STEPS,
     assert_identical,
     copy,
+    files,
     finish,
     last_step,
     losses,
+    only_error,
     run,
     signal_after,
     start,
@@ -144,6 +147,21 @@ def test_resume_continues_another_run(tmp_path, whole):
     assert f"starts from      step {EVERY * 2} of {first}" in out
     assert_identical(state(folder), state(whole))
     assert list(losses(folder)) == list(range(EVERY * 2 + 1, STEPS + 1))
+
+
+def test_other_data_than_those_of_the_run_are_refused(tmp_path, whole):
+    first = copy(whole, tmp_path / "first", EVERY)
+    kept = json.loads((first / "data.json").read_text())
+    kept["sources"][0]["records"] += 1  # as if one had been removed since
+    (first / "data.json").write_text(json.dumps(kept))
+    before = files(first)
+    _, err = run(tmp_path / "second", f"--config.checkpoint.resume={first}", code=2)
+    line = only_error(err)
+    assert f"not the data that the run in {first} has learned from: " in line
+    assert " records were there, " in line
+    assert f"with its weights by config.checkpoint.weights='{first}'" in line
+    assert files(first) == before
+    assert not (tmp_path / "second/data.json").exists()
 
 
 def test_weights_alone_start_a_new_run_from_the_averaged_ones(tmp_path, whole):
