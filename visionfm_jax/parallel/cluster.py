@@ -256,10 +256,10 @@ def run_together(work: Callable[[], int]) -> int:
         text, code = str(error), error.exit_code
     except KeyboardInterrupt:
         text, code = "interrupted", INTERRUPTED
-    except jax.errors.JaxRuntimeError as error:
-        text, code = one_line(error), LostError.exit_code
-    except Exception:
-        text, code = traceback.format_exc(), 1
+    except Exception as error:
+        # So come lost connections, but also memory that is too small, and would be at the next start.
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        text, code = (one_line(error), LostError.exit_code) if lost else (traceback.format_exc(), 1)
     time.sleep(NEWS)  # if another process is the cause, this one ends here
     _peers.fail(code, text)
 

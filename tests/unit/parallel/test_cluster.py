@@ -3,6 +3,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -259,3 +260,20 @@ def test_absent_processes_end_the_wait_with_one_line(process, words):
     assert line.startswith("visionfm_jax: error: ")
     assert where in line
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("message", "code"), [("UNKNOWN: Connection reset by peer", 71), ("RESOURCE_EXHAUSTED: Out of memory", 1)]
+)
+def test_memory_that_is_too_small_is_no_lost_process(monkeypatch, message, code):
+    ended = []
+    monkeypatch.setattr(cluster, "NEWS", 0)
+    monkeypatch.setattr(cluster, "_peers", types.SimpleNamespace(fail=lambda *what: ended.append(what)))
+
+    def work():
+        raise jax.errors.JaxRuntimeError(message)
+
+    cluster.run_together(work)
+    assert ended[0][0] == code
+    assert message in ended[0][1]
+    assert ("in work" in ended[0][1]) == (code == 1)  # a traceback says what has taken the memory
