@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Self
 
 import jax
 
 from visionfm_jax.config import Config
+from visionfm_jax.errors import OutputError
 from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.telemetry.progress import Progress
 from visionfm_jax.telemetry.watchdog import Watchdog
@@ -54,5 +56,6 @@ class RunMonitor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(OutputError) if kind else contextlib.nullcontext():  # what came first is the cause
+            self.close()

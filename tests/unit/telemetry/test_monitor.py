@@ -1,0 +1,24 @@
+"""What watches a run does not hide how the run has ended."""
+
+import types
+
+import pytest
+
+from visionfm_jax.config import Config
+from visionfm_jax.config.schema import TelemetryConfig, TrainConfig
+from visionfm_jax.errors import OutputError, TrainingError
+from visionfm_jax.telemetry.monitor import RunMonitor
+
+
+def test_a_full_disk_does_not_take_the_place_of_an_error(tmp_path, monkeypatch):
+    config = Config(name="m", train=TrainConfig(steps=2), telemetry=TelemetryConfig(tensorboard=False, progress=False))
+
+    def full():
+        raise OutputError("cannot write metrics.jsonl")
+
+    monitor = RunMonitor(config, tmp_path, 0, types.SimpleNamespace(beat=lambda step: None))
+    monkeypatch.setattr(monitor.writer, "close", full)
+    with pytest.raises(TrainingError), monitor:
+        raise TrainingError("the loss is not finite")
+    with pytest.raises(OutputError), monitor:
+        pass
