@@ -56,7 +56,7 @@ export VISIONFM_COORDINATOR=127.0.0.1:$port VISIONFM_PROCESSES=$count
 
 # What ends the processes when SIGKILL ends this script: it reads their numbers, and goes on when nobody holds the
 # other end of its pipe any more, unless the last line said that all is done.
-mourn() {
+end_orphans() {
     local pid pids=()
     while read -r pid; do
         [[ "$pid" != done ]] || exit 0
@@ -73,7 +73,7 @@ mourn() {
 # Job control: each process leads its own group. Otherwise bash would start them with SIGINT ignored, and a
 # Ctrl-C on the terminal would reach them past this script.
 set -m
-coproc mourn >/dev/null 2>&1
+coproc end_orphans >/dev/null 2>&1
 pids=()
 for ((i = 0; i < count; i++)); do
     ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[i]}
