@@ -7,7 +7,7 @@ happened, and every process ends by `os._exit` in the thread that watches, as it
 
 `jax.distributed` notices too, but ends every process with a C++ stack that names nobody, within milliseconds when
 process 0 dies. So it must not be the first: its timeout is longer than `SILENCE`, and the other processes reach its
-service through `relay`, whose near end stays open when process 0 is gone.
+service through `parallel/relay.py`, whose near end stays open when process 0 is gone.
 
 Nothing here is authenticated, as little as JAX's own service is: see SECURITY.md.
 """
@@ -28,6 +28,7 @@ import time
 from typing import Any, NoReturn
 
 from visionfm_jax.errors import ConfigError, LostError
+from visionfm_jax.parallel import relay
 
 BEAT = 5.0  # seconds between two signs of life
 # Longer than the longest call that holds Python's lock (serialising a large program takes seconds), and short enough
@@ -66,7 +67,8 @@ class Peers:
             link = _Link(_connect(coordinator, end, timeout))
             link.send(process=process, processes=processes, host=socket.gethostname())
             self._adopt(link, 0, coordinator.rpartition(":")[0])
-            self.address, self.bind_address = f"127.0.0.1:{relay(link.sock.getpeername()[:2])}", None
+            self._relay, port = relay.start(*link.sock.getpeername()[:2])  # it ends when this object does
+            self.address, self.bind_address = f"127.0.0.1:{port}", None
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
         # Process 0 knows who is missing and says so to those who wait; they wait a little longer than it does.
         if not self._met.wait(max(end - time.monotonic(), 1) + (10 if process else 0)):
@@ -329,49 +331,6 @@ def _connect(coordinator: str, end: float, timeout: float) -> socket.socket:
                     "that process 0 runs, its address, and the firewall between the hosts"
                 ) from error
         time.sleep(0.2)
-
-
-def relay(target: tuple[str, int]) -> int:
-    """A port of the loopback interface that leads to `target`, and whose connections stay open when that closes them.
-
-    The client of `jax.distributed` aborts its process in the moment its connection is closed.
-    """
-    server = socket.create_server(("127.0.0.1", 0))
-    kept: list[socket.socket] = []  # else collected, and closed
-
-    def serve() -> None:
-        while True:
-            near, _ = server.accept()
-            far = _reach(target)
-            if far is None:
-                near.close()
-                continue
-            kept.extend((near, far))
-            threading.Thread(target=_pump, args=(far, near), name="relay", daemon=True).start()
-            threading.Thread(target=_pump, args=(near, far), kwargs={"close": True}, name="relay", daemon=True).start()
-
-    threading.Thread(target=serve, name="relay", daemon=True).start()
-    return server.getsockname()[1]
-
-
-def _reach(target: tuple[str, int], seconds: float = 60) -> socket.socket | None:
-    """A connection; JAX's service may need a moment to listen."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            sock = socket.create_connection(target, timeout=5)
-            sock.settimeout(None)
-            return sock
-        time.sleep(0.1)
-    return None
-
-
-def _pump(source: socket.socket, sink: socket.socket, *, close: bool = False) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-        if close:
-            sink.shutdown(socket.SHUT_WR)
 
 
 def _numbers(processes: list[int]) -> str:

@@ -244,6 +244,29 @@ def test_two_processes_meet_and_sum():
     assert not [where for where in listening[0] | listening[1] if where.startswith(("0.0.0.0:", ":::"))]
 
 
+def test_a_notice_to_one_stops_both_at_the_same_question():
+    """JAX asks its service with Python's lock held: what lies between must not need it."""
+    code = (
+        "import os, signal, sys, time; from visionfm_jax.train.timing import StopSignal; stop = StopSignal()\n"
+        "from visionfm_jax.parallel import cluster; me, _ = cluster.initialize(timeout=60)\n"
+        "def work():\n"
+        "    for i in range(1000):\n"
+        "        if stop(): print(i); return 75\n"
+        "        if i == 5 and me == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.03)\n"
+        "sys.exit(cluster.run_together(work))"
+    )
+    env = {"VISIONFM_COORDINATOR": f"127.0.0.1:{free_port()}", "VISIONFM_PROCESSES": 2, "XLA_FLAGS": ""}
+    two = [run(code, VISIONFM_PROCESS=p, **env) for p in range(2)]
+    try:
+        said = [process.communicate(timeout=60)[0] for process in two]
+    finally:
+        for process in two:
+            process.kill()
+    assert [process.returncode for process in two] == [75, 75]
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(("process", "words"), [(1, "does not answer"), (0, "process 1 of 2 did not come")])
 def test_absent_processes_end_the_wait_with_one_line(process, words):
     code = (

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.parallel import peers
+from visionfm_jax.parallel import peers, relay
 
 HOST = socket.gethostname()
 # A process of a run that says "met", and does what it is sent.
@@ -188,29 +188,42 @@ def test_an_unknown_name_is_refused():
         peers.listen("no-such-host.invalid:12345")
 
 
-def test_a_relay_stays_open_when_the_far_end_closes():
+@pytest.fixture
+def relayed():
+    """A server, and a connection to it through a relay: the server, its end, the other end, the relay."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        near = socket.create_connection(("127.0.0.1", peers.relay(server.getsockname())))
-        far, _ = server.accept()
-        near.sendall(b"to")
-        assert far.recv(10) == b"to"
-        far.sendall(b"fro")
-        assert near.recv(10) == b"fro"
-        far.close()
-        near.settimeout(0.3)
-        with pytest.raises(TimeoutError):
-            near.recv(10)
-        near.sendall(b"more")
-    near.close()
-
-
-def test_the_near_end_of_a_relay_closes_the_far_one():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(("127.0.0.1", peers.relay(server.getsockname()))):
+        process, port = relay.start(*server.getsockname())
+        with socket.create_connection(("127.0.0.1", port)) as near:
             far, _ = server.accept()
-        far.settimeout(5)
-        assert far.recv(10) == b""
-        far.close()
+            with far:
+                yield server, far, near, process
+        process.kill()
+        process.communicate()
+
+
+def test_a_relay_stays_open_when_the_far_end_closes(relayed):
+    server, far, near, process = relayed
+    near.sendall(b"to")
+    assert far.recv(10) == b"to"
+    far.sendall(b"fro")
+    assert near.recv(10) == b"fro"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # sent to a whole group
+        process.send_signal(number)
+    far.close()
+    server.close()
+    near.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        near.recv(10)
+    near.sendall(b"more")
+
+
+def test_the_near_end_of_a_relay_closes_the_far_one_and_its_process_ends_with_ours(relayed):
+    _, far, near, process = relayed
+    near.close()
+    far.settimeout(5)
+    assert far.recv(10) == b""
+    process.stdin.close()  # as when this process dies
+    assert process.wait(5) == 0
 
 
 def test_addresses():
