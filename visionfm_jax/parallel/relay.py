@@ -2,7 +2,8 @@
 
 The client of `jax.distributed` aborts its process in the moment its connection is closed; behind this it does not see
 that. It is a process of its own, started by the one that needs it: the threads of that one may all wait for an answer
-that comes through here, one of them with Python's lock. This file is run as a program and imports nothing of the package.
+that comes through here, one of them with Python's lock. This file is run as a program: it imports nothing of the
+package.
 """
 
 from __future__ import annotations

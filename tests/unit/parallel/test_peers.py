@@ -198,7 +198,9 @@ def relayed():
             with far:
                 yield server, far, near, process
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def test_a_relay_stays_open_when_the_far_end_closes(relayed):
