@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_layers_computed_one_by_one(measured):
     keys = with_keys(config, measured.trainer.mesh, jnp.int32(STEP), {})["key"]
     images = augment(jnp.asarray(batch["image"]), keys, config.data.augment)
     size = SIZES["P"]
-    block = Block(size.heads, size.mlp, jnp.float32, "xla")
+    block = Block(size.heads, size.mlp, jnp.float32, "xla", config.model.norm_eps)
 
     def whole(added: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         """The mean loss, with something added to each block's output and to the logits; and these."""
