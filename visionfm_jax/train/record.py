@@ -18,6 +18,7 @@ from visionfm_jax.config import ClassificationConfig, Config
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
+from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.tokenizer import file_digest
 from visionfm_jax.errors import ConfigError, DataError
 
@@ -56,6 +57,7 @@ def read_record(folder: Path) -> Record:
 
     Raises:
       ConfigError: one is damaged.
+      DataError, StorageError: one cannot be read.
     """
     compared = "move it away to continue, and see yourself that the settings are those of before"
     settings = _read(folder / SETTINGS, {"config": dict}, compared)
@@ -133,20 +135,19 @@ def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _read(path: Path, parts: dict[str, type], remedy: str) -> dict[str, Any]:
-    """A JSON object with these parts.
+    """A JSON object with these parts; {}: there is no such file.
 
     Raises:
       ConfigError: it is none.
+      DataError, StorageError: it cannot be read.
     """
+    if not path.exists():
+        return {}
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(retry(path.read_text, lambda: str(path)))
         if isinstance(kept, dict) and all(isinstance(kept.get(k), kind) for k, kind in parts.items()):
             return kept
         cause = f"it lacks {', '.join(parts)}"
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        cause = str(error.strerror)
     except (ValueError, RecursionError) as error:
         cause = " ".join(str(error).split())[:100]
     raise ConfigError(f"{path} is damaged: {cause}; {remedy}")

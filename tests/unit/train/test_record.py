@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +13,8 @@ import pytest
 
 from visionfm_jax.config import Config, ContrastiveConfig, MultimodalConfig, SourceConfig
 from visionfm_jax.data import loader
-from visionfm_jax.data.sources import open_source
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.data.sources import open_source, retries
+from visionfm_jax.errors import ConfigError, DataError, StorageError
 from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, read_record, record_of
 
 
@@ -198,6 +200,25 @@ def test_a_damaged_record_is_one_line(kept, name, content):
     assert message.startswith(f"{folder / name} is damaged: ")
     assert ("; move it away to continue" if name == SETTINGS else "; start in another config.workdir") in message
     assert "\n" not in message
+
+
+def test_storage_that_fails_is_no_damage(kept, monkeypatch):
+    folder, _ = kept
+    read, asked = Path.read_text, []
+
+    def stale(path):
+        asked.append(path)
+        if len(asked) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    monkeypatch.setattr(retries, "WAITS", (0, 0))
+    assert read_record(folder).settings
+    asked.clear()
+    monkeypatch.setattr(retries, "WAITS", (0,))
+    with pytest.raises(StorageError, match=r"config\.json cannot be read: .* 2 times"):
+        read_record(folder)
 
 
 def test_settings_that_were_moved_away_are_not_compared_but_order_and_data_are(kept):
