@@ -308,7 +308,12 @@ class Checkpoints:
         arguments = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        with self._reading(step):
+        what = f"{self.folder / str(step)} is damaged"
+        if jax.process_count() == 1:
+            reading = _plain_errors(what, kind=DamagedError)
+        else:  # one may fail where the others do not, and would look for an older step alone
+            reading = _plain_errors(what, "move it away, then start again: an older step beside it is taken")
+        with reading:
             return self._manager.restore(step, args=arguments)
 
     def _reading(self, step: int) -> contextlib.AbstractContextManager:

@@ -204,3 +204,19 @@ def test_one_without_checksums_is_loaded_with_a_word(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         notes = checkpoints.restore(*shapes_and_shardings(state_of(7))).notes
     assert notes == ["step 7 is not verified: it was saved by a version without checksums"]
+
+
+def test_of_several_processes_none_looks_for_an_older_step_alone(tmp_path, monkeypatch):
+    older = CheckpointConfig(on_damage="older")
+    save(tmp_path, older, {1: None, 2: None})
+
+    def damaged(*_, **__):
+        raise ValueError("a block cannot be decoded")
+
+    with Checkpoints(tmp_path, older, read_only=True) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", damaged)
+        monkeypatch.setattr(checkpoints, "record", lambda step: {})
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: a block .*; move it away, then start"):
+            checkpoints._newest_whole(lambda step: checkpoints._read(step, {}))
+        monkeypatch.undo()
