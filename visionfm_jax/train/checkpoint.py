@@ -168,18 +168,27 @@ class Checkpoints:
           CheckpointError: no space, ….
           StorageError: as `failed`.
         """
-        with _plain_errors(f"saving the scores of step {step} to {self.folder}"):
-            if jax.process_index() == 0:
-                path = self.folder / str(step) / SCORES
-                temporary = path.with_suffix(".tmp")
-                with open(temporary, "w") as file:
-                    file.write(_seal({k: float(v) for k, v in scores.items()}) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            self._keep.scores[step] = scores
-            for old in set(self._manager.all_steps()) - self._keep.of(self._manager.all_steps()):
-                self._manager.delete(old)
+        self._keep.scores[step] = scores
+        while True:
+            try:
+                with _plain_errors(f"saving the scores of step {step} to {self.folder}"):
+                    if jax.process_index() == 0:
+                        self._write_scores(step, scores)
+                    steps = self._manager.all_steps()
+                    for old in set(steps) - self._keep.of(steps):
+                        self._manager.delete(old)
+                return
+            except StorageError as error:
+                self._pause(error)
+
+    def _write_scores(self, step: int, scores: dict[str, float]) -> None:
+        path = self.folder / str(step) / SCORES
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "w") as file:
+            file.write(_seal({k: float(v) for k, v in scores.items()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
     def scores(self, step: int) -> dict[str, float]:
         """Those attached to `step`; {}: none."""

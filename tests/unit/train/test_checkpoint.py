@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import jax
@@ -220,3 +222,23 @@ def test_of_several_processes_none_looks_for_an_older_step_alone(tmp_path, monke
         with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: a block .*; move it away, then start"):
             checkpoints._newest_whole(lambda step: checkpoints._read(step, {}))
         monkeypatch.undo()
+
+
+def test_scores_are_attached_again_where_storage_fails_for_a_moment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0,))
+    sync, asked = os.fsync, []
+
+    def fails_once(file):
+        asked.append(file)
+        if len(asked) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(file)
+
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, state_of(1), {})
+        assert not checkpoints.failed(wait=True)
+        monkeypatch.setattr(os, "fsync", fails_once)
+        checkpoints.attach(1, {"val/top1": 0.5})
+        assert checkpoints.scores(1) == {"val/top1": 0.5}
+        assert checkpoints.latest() == 1
+    assert "Input/output error; trying again in 0 s" in capsys.readouterr().err
