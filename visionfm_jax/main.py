@@ -56,10 +56,11 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     host, hosts = jax.process_index(), jax.process_count()
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
-    sources = open_sources(config.data.train, "data.train")
-    fields = fields_of(config)
-    check_sources(config, sources, fields)
-    evals = make_evals(config, host, hosts)
+    with watchdog.suspended():
+        sources = open_sources(config.data.train, "data.train")
+        fields = fields_of(config)
+        check_sources(config, sources, fields)
+        evals = make_evals(config, host, hosts)
 
     with (
         RunFolder(config, owner=host == 0) as folder,
@@ -208,7 +209,8 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
     host = jax.process_index()
     config.validate_devices(jax.device_count(), jax.process_count())
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
-    evals = make_evals(config, host, jax.process_count())
+    with watchdog.suspended():
+        evals = make_evals(config, host, jax.process_count())
     if not evals:
         raise ConfigError("config.evals = (): there is nothing to measure; name an eval in the configuration")
     folder, field = config.folder, "workdir"
@@ -242,9 +244,10 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     refuse_links(folder)
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
-    sources = open_sources(config.data.train, "data.train")
-    fields = fields_of(config)
-    check_sources(config, sources, fields)
+    with watchdog.suspended():
+        sources = open_sources(config.data.train, "data.train")
+        fields = fields_of(config)
+        check_sources(config, sources, fields)
     with Checkpoints(folder, config.checkpoint, read_only=True, until=step) as stored:
         state, _, origin = starting_state(trainer, stored)
     start = int(state.step)

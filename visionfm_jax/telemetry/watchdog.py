@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,6 +47,7 @@ class Watchdog:
         self._process, self._processes = process, processes
         self._step = -1  # none finished yet
         self._beaten = time.monotonic()
+        self._suspended = False
         self._published: int | None = None
         self._said = "stuck"
         self._main = threading.main_thread().ident
@@ -59,6 +61,16 @@ class Watchdog:
         """Say that `step` is done, or that a long evaluation or save after it has got further. Costs nothing."""
         self._step = step
         self._beaten = time.monotonic()
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No alarm meanwhile: opening a dataset for the first time may take hours of reading, and is no standstill."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._beaten = time.monotonic()
+            self._suspended = False
 
     def close(self) -> None:
         """Stop watching; safe to call twice."""
@@ -78,7 +90,7 @@ class Watchdog:
         for tick in itertools.count():
             if self._stop.wait(min(self._limit / 10, 5.0)):
                 return
-            if time.monotonic() - self._beaten > self._limit:
+            if not self._suspended and time.monotonic() - self._beaten > self._limit:
                 self._alarm()
             if self._step != self._published and tick % 6 == 0:
                 self._published = self._step

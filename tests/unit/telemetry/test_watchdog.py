@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 from visionfm_jax.telemetry.watchdog import Watchdog, verdict
@@ -68,6 +69,16 @@ def test_zero_minutes_is_off_and_close_ends_the_watch(tmp_path):
     dog.close()
     time.sleep(0.3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_alarm_while_suspended(tmp_path, monkeypatch):
+    alarm = threading.Event()
+    monkeypatch.setattr(Watchdog, "_alarm", lambda self: alarm.set())
+    with Watchdog(0.005, folder=tmp_path) as dog:  # 0.3 s
+        with dog.suspended():
+            alarm.clear()
+            assert not alarm.wait(0.6)
+        assert alarm.wait(30)
 
 
 def test_the_verdict_names_who_is_behind():
