@@ -96,10 +96,12 @@ def interrupt(phase: str, kind: signal.Signals, folder: Path, log: Path, rng: ra
     """Start the run in `folder` and send it `kind` in `phase`; whether it came to that, and what is wrong with it."""
     devices = rng.choice((1, 4)) if phase == "compile" else 2
     every = rng.choice((5, 8, 20))
+    logged = read_metrics(folder)
     process = start(folder, f"--config.checkpoint.every_steps={every}", devices=devices, base=BASE, log=log)
     if phase == "start":
         time.sleep(rng.uniform(0, 4))
-    target = newest(folder) + rng.randint(1, 15)
+    # Beyond what an earlier attempt has logged, which is there until the new one begins to log.
+    target = max([newest(folder), *(row["step"] for row in logged)]) + rng.randint(1, 15)
     end = time.monotonic() + 600
     while process.poll() is None and not is_in(phase, folder, log, target):
         if time.monotonic() > end:
@@ -136,6 +138,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax misses a file when it reads one item of a checkpoint alone
     rng = random.Random(arguments.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has its children ignore it
     base = arguments.folder or Path(tempfile.mkdtemp(prefix="interruptions-"))
     base.mkdir(parents=True, exist_ok=True)
     os.environ |= {
