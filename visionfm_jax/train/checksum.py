@@ -25,7 +25,8 @@ def checksums(tree: Any) -> dict[str, str]:
     Each array is read once, on its device; only the sums, 8 bytes an array, come to the host.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_on(leaf.sharding)(leaf) for _, leaf in leaves])
+    mesh = getattr(leaves[0][1].sharding, "mesh", None)
+    sums = jax.device_get(_program(mesh)([leaf for _, leaf in leaves]))
     return {name_of(path): f"{a:08x}{b:08x}" for (path, _), (a, b) in zip(leaves, sums, strict=True)}
 
 
@@ -55,7 +56,11 @@ def mixed_sums(x: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _on(sharding: jax.sharding.Sharding) -> Any:
-    """`mixed_sums` of an array laid out so, known to every host."""
-    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-    return jax.jit(mixed_sums, out_shardings=whole)
+def _program(mesh: jax.sharding.Mesh | None) -> Any:
+    """(arrays on `mesh`) -> (number of arrays, 2), known to every host.
+
+    One program for all arrays: on CPU devices of one process, small programs whose sums cross devices and that are in
+    flight together can wait for each other for ever.
+    """
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda arrays: jnp.stack([mixed_sums(x) for x in arrays]), out_shardings=whole)
