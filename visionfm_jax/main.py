@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from tqdm import tqdm
 
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, load
@@ -100,6 +100,8 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
+        if damage.damaged:
+            say(f"  {damage.damaged} samples were of {damage.records} damaged records; the next ones took their places")
         if damage.truncated:
             say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
         if host == 0 and (metrics := read_metrics(folder.path)):
@@ -119,7 +121,10 @@ def check_sources(config: Config, sources: Sequence[Source], fields: Fields) -> 
     check_split(sources, config.split)
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
-        raise DataError(f"{sources[0].name} has {records} records; set config.data.num_examples={records}")
+        raise DataError(
+            f"{sources[0].name} has {records} records; set config.data.num_examples={records}, or, to continue a run, "
+            "put back the data that it began with"
+        )
 
 
 def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], str]:
@@ -155,8 +160,11 @@ def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
     """The checkpoints of the run in `folder`, which `config.FIELD` names.
 
     Raises:
+      ConfigError: there is no such folder.
       CheckpointError: there are none.
     """
+    if not Path(folder).exists():
+        raise ConfigError(f"config.{field} = {folder!r}: there is no such folder; name that of a run")
     if Path(folder, SUBFOLDER).is_dir():
         other = Checkpoints(folder, config, read_only=True)
         if other.latest() is not None:
@@ -345,8 +353,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
     config, arguments = parser.parse_with_config(argv)
-    if (arguments.step is None) != (arguments.mode != "replay"):
-        parser.error("--step=N names the step of --mode=replay: give both or neither")
+    if arguments.mode == "replay" and arguments.step is None:
+        parser.error("--mode=replay needs a step; add --step=N")
+    if arguments.mode != "replay" and arguments.step is not None:
+        parser.error(f"--step={arguments.step} is for --mode=replay; add that, or leave --step out")
     faulthandler.enable()  # a crash of compiled code shows where Python was
     quiet_logs()
     stop = StopSignal()
@@ -367,6 +377,7 @@ def quiet_logs() -> None:
     After the first array that it cannot read or write, Orbax abandons those of all other arrays, and each would
     print a page when it is collected. Nobody else here uses asyncio.
     """
+    flags.FLAGS.mark_as_parsed()  # else absl complains of it at its first line
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     inside = f"{os.sep}orbax{os.sep}", f"{os.sep}asyncio{os.sep}"

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from visionfm_jax.main import measure
+from visionfm_jax.config import CheckpointConfig
+from visionfm_jax.errors import CheckpointError, ConfigError
+from visionfm_jax.main import measure, other_run
 from visionfm_jax.parallel.mesh import make_mesh
 
 
@@ -41,3 +43,10 @@ def test_a_stop_ends_it_between_two_batches_without_scores(stop_at):
         assert (scores, done) == ({"one/top1": 0.5, "two/top1": 0.5}, 20)
     else:
         assert (scores, done) == (None, stop_at - 1)
+
+
+def test_a_folder_without_a_run_is_a_wrong_setting_one_without_checkpoints_a_fault(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.workdir = .*: there is no such folder"):
+        other_run(CheckpointConfig(), str(tmp_path / "mistyped"), "workdir")
+    with pytest.raises(CheckpointError, match=r"config\.checkpoint\.weights = .*: holds no complete checkpoint"):
+        other_run(CheckpointConfig(), str(tmp_path), "checkpoint.weights")

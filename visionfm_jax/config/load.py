@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ def load_file(spec: str) -> Config:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        if not inspect.signature(module.get_config).parameters:
+            raise ConfigError('get_config takes no argument; define it as get_config(variant: str = "")')
         config = module.get_config(variant)
     except ConfigError as error:
         raise ConfigError(f"--config={spec}: {error}") from error

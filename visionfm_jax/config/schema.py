@@ -162,7 +162,7 @@ class DataConfig:
     workers: int = 0  # processes per host; 0: threads of the training process
     threads: int = 8  # reader threads per process
     prefetch: int = 2  # batches held ready per worker
-    max_damaged: float = 0.001  # share of unreadable records past which the run stops
+    max_damaged: float = 0.001  # share of samples with unreadable records past which the run stops
     max_pixels: int = 2**26  # of an image; one with more is damaged. A process holds at most 24 bytes times this
 
 
@@ -196,7 +196,7 @@ class TrainConfig:
 
     batch_size: int = 2048  # images per optimiser step, over all devices
     accumulate: int = 1  # micro-batches per step
-    epochs: float = 0.0  # exactly one of epochs and steps is set
+    epochs: float = 0.0  # a file sets epochs or steps; a flag for one overrides the other
     steps: int = 0
     precision: str = "bf16"  # compute: bf16 | fp16 | fp32; what stays fp32: docs/precision.md
     on_nonfinite: str = "stop"  # a non-finite loss or gradient: stop | skip the step, as fp16 always does

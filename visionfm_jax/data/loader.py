@@ -234,9 +234,9 @@ class DamageLog:
         allowed = self._max * self.seen
         if self.damaged > allowed + (4 * allowed**0.5 + 1 if self._max else 0):
             raise DataError(
-                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) could not be decoded, more "
-                f"than data.max_damaged = {self._max:g} allows; the log names the records: repair them, or raise the "
-                "limit"
+                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) since this start, of "
+                f"{self.records} different records, could not be decoded, more than config.data.max_damaged = "
+                f"{self._max:g} allows; the log names the records: repair or remove them, or raise the limit"
             )
 
     def _see_captions(self, text: np.ndarray, truncated: np.ndarray) -> None:

@@ -79,14 +79,20 @@ def _as_in_the_run(found: Replayed, run: Path) -> str:
     if np.array_equal(then, now, equal_nan=True):
         return f"{head['kind']}, the same to the last bit"
     return (
-        f"{head['kind']}, loss {head['loss']:g}, gradient norm {head['grad_norm']:g}: other devices, versions or data"
+        f"{head['kind']}, loss {head['loss']:g}, gradient norm {head['grad_norm']:g}: other settings, devices, "
+        "versions or data"
     )
 
 
 def _named(found: Replayed) -> str:
     shown = [found.samples[row] for row in found.suspects[:4]]
     names = [f"{s['sample']} = {s['source']} {s['key']} (loss {s['loss']:.4g})" for s in shown]
-    return ", ".join(names) + (f" and {len(found.suspects) - 4} more" if len(found.suspects) > 4 else "")
+    finite = all(math.isfinite(s["loss"]) for s in shown)
+    return (
+        ("of the largest losses: " if finite else "")
+        + ", ".join(names)
+        + (f" and {len(found.suspects) - 4} more" if len(found.suspects) > 4 else "")
+    )
 
 
 def _most_grown(found: Replayed, direction: str) -> tuple[float, Layer] | None:

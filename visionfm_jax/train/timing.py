@@ -46,7 +46,7 @@ class StopSignal:
     def _watch(self, arrivals: int) -> None:
         while number := os.read(arrivals, 1):
             if number[0] in (signal.SIGINT, signal.SIGTERM) and not self._asked:
-                text = "stopped, with nothing to save"
+                text = "stopped before a new step: there is nothing new to save"
                 print(f"visionfm_jax: {text}", file=sys.stderr, flush=True)
                 cluster.end_all(INTERRUPTED if number[0] == signal.SIGINT else PREEMPTED, text)
 

@@ -36,7 +36,10 @@ def refused(capsys, main, *words):
         ([QUICK, "--procesess=2"], "no argument '--procesess'; did you mean --processes?"),
         ([QUICK, "-config.optim.lr=1"], "no argument '-config.optim.lr'; did you mean --config.optim.lr?"),
         ([QUICK, "--wat"], "no argument '--wat'; see python -m visionfm_jax.main --help"),
-        ([QUICK, "optim.lr=1"], "unexpected argument 'optim.lr=1': every argument starts with --"),
+        (
+            [QUICK, "optim.lr=1"],
+            "unexpected argument 'optim.lr=1': every argument starts with -- and has its value behind =",
+        ),
         ([QUICK, "--config.optim.rl=1"], "--config.optim.rl: no such field; did you mean optim.lr"),
     ],
 )

@@ -108,3 +108,9 @@ def test_a_broken_file_is_named(tmp_path):
     path.write_text("def get_config(variant=''):\n    return {}\n")
     with pytest.raises(ConfigError, match="returned dict"):
         load.load_file(str(path))
+
+
+def test_a_file_whose_function_takes_no_variant_is_told_how_to(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config():\n    return None\n")
+    with pytest.raises(ConfigError, match=r'define it as get_config\(variant: str = ""\)'):
+        load.load_file(str(tmp_path / "c.py"))

@@ -90,7 +90,7 @@ def test_a_spike_is_compared_with_the_next_batch(tmp_path):
         "step 5 again: loss 2, gradient norm 12",
         "  in the run       not kept",
         "  first not finite nowhere: everything is finite",
-        "  samples          22 = animals 2.jpg (loss 2.5), 20 = animals 0.jpg (loss 2)",
+        "  samples          of the largest losses: 22 = animals 2.jpg (loss 2.5), 20 = animals 0.jpg (loss 2)",
         "  tensors          head.kernel 12, embed.kernel 0.5 (gradient norms)",
         "  activations      most beside the next batch: 1.5 times its RMS, output of embed",
         "  gradients        most beside the next batch: 40 times its RMS, output of blocks[0]",
@@ -136,8 +136,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--mode=replay"], "--step=N names the step of --mode=replay: give both or neither"),
-        (["--step=3"], "--step=N names the step of --mode=replay: give both or neither"),
+        (["--mode=replay"], "--mode=replay needs a step; add --step=N"),
+        (["--step=3"], "--step=3 is for --mode=replay; add that, or leave --step out"),
         (["--mode=replay", "--step=two"], "argument --step: invalid int value: 'two'"),
     ],
 )

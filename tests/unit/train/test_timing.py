@@ -106,4 +106,4 @@ def test_with_nothing_to_save_it_ends_at_once(number, code):
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert process.returncode == code
-    assert err.splitlines()[-1] == "visionfm_jax: stopped, with nothing to save"
+    assert err.splitlines()[-1] == "visionfm_jax: stopped before a new step: there is nothing new to save"
