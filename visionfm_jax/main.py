@@ -93,6 +93,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                     lambda: monitor.step_done(step),  # a long evaluation is no standstill
                     stop,
                 ),
+                protocols=lambda step: {e.name: evals[e.name].protocol or "" for e in due_evals(config, step)},
                 stop_requested=stop,
                 save_due=SaveTimer(config),
                 describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
@@ -140,6 +141,11 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainSta
     if config.resume:
         with other_run(config, config.resume, "checkpoint.resume") as other:
             found = other.restore(trainer.shapes, trainer.shardings)
+        if found.step >= (total := trainer.config.total_steps):
+            raise ConfigError(
+                f"config.checkpoint.resume = {config.resume!r}: is at step {found.step}, and config.train sets {total} "
+                "steps; set more, or evaluate it by --mode=evaluate"
+            )
         return found.what, found.record, origin_of(found, f"step {found.step} of {config.resume}")
     state = trainer.init()
     if config.weights:

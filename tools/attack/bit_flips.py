@@ -72,7 +72,7 @@ def checkpoint(folder: Path) -> Read:
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         checkpoints.save(STEP, state, {"losses": rng.normal(size=5).tolist(), "skipped": 3})
         checkpoints.failed(wait=True)
-        checkpoints.attach(STEP, {"val/top1": 0.625, "val/loss": 1.25})
+        checkpoints.attach(STEP, {"val/top1": 0.625, "val/loss": 1.25}, {"val": "0123abcd"})
 
     def read() -> Any:
         with Checkpoints(folder, CheckpointConfig()) as checkpoints:

@@ -38,10 +38,11 @@ class RunMonitor:
         if "tflops_per_device" in metrics:
             mfu = metrics["tflops_per_device"] * 1e12 / self.peak if self.peak else None
             metrics = metrics if mfu is None else {**metrics, "mfu": mfu}
-            shown = {k: metrics[k] for k in ("loss", "images_per_s", "tflops_per_device", "data_wait")}
-            self.progress.update(step, mfu=mfu, **shown)
         if self.writer:
             self.writer.write(step, metrics)
+        if "tflops_per_device" in metrics:
+            shown = {k: metrics[k] for k in ("loss", "images_per_s", "tflops_per_device", "data_wait")}
+            self.progress.update(step, mfu=metrics.get("mfu"), **shown)
 
     def note(self, text: str) -> None:
         """A line above the progress bar."""

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from visionfm_jax.telemetry.report import BLUE, DPI, GREEN, GREY, INK, RED, predictions, save
+from visionfm_jax.telemetry.report import BLUE, DPI, GREEN, GREY, INK, RED, drawable, predictions, save
 
 MATRIX = 40  # classes up to which a confusion matrix is drawn; above, the largest confusions
 NUMBERS = 20  # classes up to which its cells hold numbers
@@ -332,5 +332,5 @@ def _place(rank: float) -> str:
 
 def _short(text: str, length: int) -> str:
     """One line of at most `length` signs."""
-    text = " ".join(text.split()).replace("$", r"\$")  # matplotlib reads formulas between dollars
-    return text if len(text) <= length else text[: length - 1] + "…"
+    text = " ".join(text.split())
+    return drawable(text if len(text) <= length else text[: length - 1] + "…")

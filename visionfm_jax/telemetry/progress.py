@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -91,10 +92,11 @@ class Progress:
         """Print a line of its own, above the bar."""
         if not self._enabled:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a full disk below the log, a reader that has gone: no reason to end a run
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave the last state standing; safe to call twice."""
@@ -107,7 +109,8 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
-        print(self._unsaid, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # as in `note`
+            print(self._unsaid, file=self._stream, flush=True)
         self._unsaid = ""
         self._last_line = self._clock()
 

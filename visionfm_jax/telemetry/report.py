@@ -128,7 +128,12 @@ def _captions(labels: Sequence[int], predicted: Sequence[int], class_names: Sequ
 def _name(label: int, class_names: Sequence[str] | None) -> str:
     label = int(label)
     name = class_names[label] if class_names is not None and 0 <= label < len(class_names) else str(label)
-    return name if len(name) <= 16 else name[:15] + "…"
+    return drawable(name if len(name) <= 16 else name[:15] + "…")
+
+
+def drawable(text: str) -> str:
+    """A text from a dataset as matplotlib draws it: no formulas between dollars, no bytes that are no UTF-8."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _shares(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -158,11 +158,17 @@ class Checkpoints:
           CheckpointError: it is damaged.
         """
         with self._reading(step):
-            sealed = (self._manager.metadata(step).custom_metadata or {}).get("record")
+            kept = self._manager.metadata(step)
+            if kept.commit_timestamp_nsecs is None:  # which versions without a record left, too
+                raise ValueError("the file of its record is missing or empty")
+            sealed = (kept.custom_metadata or {}).get("record")
             return _unseal(sealed) if sealed else {}
 
-    def attach(self, step: int, scores: dict[str, float]) -> None:
+    def attach(self, step: int, scores: dict[str, float], protocols: dict[str, str]) -> None:
         """Keep the scores of the evals with the state of `step`, which is on disk, and the best states as they say.
+
+        Args:
+          protocols: by which each eval measured.
 
         Raises:
           CheckpointError: no space, ….
@@ -173,7 +179,7 @@ class Checkpoints:
             try:
                 with _plain_errors(f"saving the scores of step {step} to {self.folder}"):
                     if jax.process_index() == 0:
-                        self._write_scores(step, scores)
+                        self._write_scores(step, scores, protocols)
                     steps = self._manager.all_steps()
                     for old in set(steps) - self._keep.of(steps):
                         self._manager.delete(old)
@@ -181,18 +187,20 @@ class Checkpoints:
             except StorageError as error:
                 self._pause(error)
 
-    def _write_scores(self, step: int, scores: dict[str, float]) -> None:
+    def _write_scores(self, step: int, scores: dict[str, float], protocols: dict[str, str]) -> None:
         path = self.folder / str(step) / SCORES
         temporary = path.with_suffix(".tmp")
         with open(temporary, "w") as file:
-            file.write(_seal({k: float(v) for k, v in scores.items()}) + "\n")
+            kept = {"scores": {k: float(v) for k, v in scores.items()}, "protocols": protocols}
+            file.write(_seal(kept) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
 
-    def scores(self, step: int) -> dict[str, float]:
-        """Those attached to `step`; {}: none."""
-        return _read_scores(self.folder / str(step))
+    def scores(self, step: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Those attached to `step`, and by which protocols each eval measured; empty: none."""
+        kept = _read_scores(self.folder / str(step))
+        return kept["scores"], kept["protocols"]
 
     def close(self) -> None:
         """Wait, and free the threads.
@@ -231,6 +239,8 @@ class Checkpoints:
             _refuse_other_tree(self.folder / str(step), stored, wanted.replace(loss_scale=None))
             parts = {k: v for k, v in vars(_targets(wanted, layout)).items() if v is not None}
             read = self._read(step, parts)
+            if (number := int(read["step"])) != step:
+                raise DamagedError(f"{self.folder / str(step)} is damaged: it holds step {number}")
             return shapes.replace(**read, **fresh), checksums(read)
 
         return self._newest_whole(load)
@@ -338,7 +348,9 @@ class _Keep(managers.PreservationPolicy):
     def __init__(self, config: CheckpointConfig, folder: Path):
         self.config = config
         steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-        self.scores = {step: _read_scores(folder / str(step)) or _former_scores(folder / str(step)) for step in steps}
+        self.scores = {
+            step: _read_scores(folder / str(step))["scores"] or _former_scores(folder / str(step)) for step in steps
+        }
 
     def of(self, steps: Sequence[int]) -> set[int]:
         """Those of `steps` that stay."""
@@ -356,15 +368,15 @@ class _Keep(managers.PreservationPolicy):
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def _read_scores(folder: Path) -> dict[str, float]:
-    """What `attach` has left in the folder of a step; {}: nothing.
+def _read_scores(folder: Path) -> dict[str, dict]:
+    """What `attach` has left in the folder of a step.
 
     Raises:
       CheckpointError: it is damaged.
     """
     path = folder / SCORES
     if not path.exists():
-        return {}
+        return {"scores": {}, "protocols": {}}
     try:
         return _unseal(path.read_text())
     except (OSError, ValueError) as error:

@@ -47,6 +47,7 @@ class Hooks:
     monitor: Monitor
     eval_due: Callable[[int], bool]  # whether any eval is due after this many steps
     evaluate: Callable[[int, TrainState], dict[str, float] | None]  # the metrics of those that are; None: cut off
+    protocols: Callable[[int], dict[str, str]]  # by which the evals that are due after this many steps measure
     stop_requested: Callable[[], bool]  # asked on every host at every step: a signal has come
     save_due: Callable[[int], bool]  # by steps or minutes, the same answer on every host
     describe: Callable[[int, dict, np.ndarray], str]  # step, host batch, row numbers -> which samples they are
@@ -98,14 +99,15 @@ def train(
         if scores is None:
             return False
         save_surely()
-        checkpoints.attach(saved, scores)
+        checkpoints.attach(saved, scores, hooks.protocols(saved))
         hooks.monitor.log(saved, scores)
         window.restart_clock()  # evaluation is not training time
         return True
 
     stop = False
     if checkpoints.latest() == start <= total and hooks.eval_due(start):
-        if scores := checkpoints.scores(start):
+        scores, protocols = checkpoints.scores(start)
+        if scores and protocols == hooks.protocols(start):
             hooks.monitor.log(start, scores)
         else:
             stop = not evaluated()

@@ -1,3 +1,4 @@
+import contextlib
 import io
 
 import pytest
@@ -82,3 +83,13 @@ def test_other_processes_stay_silent():
 )
 def test_durations(seconds, text):
     assert progress._duration(seconds) == text
+
+
+def test_a_log_that_cannot_be_written_ends_no_run():
+    with open("/dev/full", "w") as full:
+        progress = Progress(10, stream=full)
+        progress.note("a line")
+        progress.update(10, loss=1.0, images_per_s=1.0, tflops_per_device=1.0, mfu=None, data_wait=0.0)
+        progress.close()
+        with contextlib.suppress(OSError):
+            full.close()

@@ -84,3 +84,9 @@ def test_captions_say_what_it_is_and_stay_even():
 def test_unequal_counts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="2 images, 1 labels"):
         report.predictions(np.zeros((2, 4, 4, 3), np.uint8), [0], [0, 1], None, tmp_path / "x.png", "")
+
+
+def test_names_that_are_formulas_or_no_utf8_are_drawn(tmp_path):
+    names = ("cost $\\foo$", "\udcff", "$\\frac{$")
+    report.predictions(np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 2], [1, 2, 0], names, tmp_path / "p.png", "test")
+    assert (tmp_path / "p.png").stat().st_size > 0

@@ -42,7 +42,7 @@ def save(folder: Path, config: CheckpointConfig, scores: dict[int, float | None]
             checkpoints.save(step, state_of(step), {})
             if score is not None:
                 assert not checkpoints.failed(wait=True)
-                checkpoints.attach(step, {"val/top1": score, "val/loss": 1.0})
+                checkpoints.attach(step, {"val/top1": score, "val/loss": 1.0}, {"val": "0123abcd"})
 
 
 def kept(folder: Path) -> list[int]:
@@ -86,8 +86,8 @@ def test_the_best_survives_restarts(tmp_path):
 def test_scores_come_back_and_damaged_ones_are_named(tmp_path):
     save(tmp_path, CheckpointConfig(), {1: None, 2: 0.25})
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        assert checkpoints.scores(1) == {}
-        assert checkpoints.scores(2) == {"val/top1": 0.25, "val/loss": 1.0}
+        assert checkpoints.scores(1) == ({}, {})
+        assert checkpoints.scores(2) == ({"val/top1": 0.25, "val/loss": 1.0}, {"val": "0123abcd"})
     file = tmp_path / "checkpoints" / "2" / "scores.json"
     file.write_text(file.read_text().replace("0.25", "0.75"))
     with pytest.raises(CheckpointError, match=r"scores\.json is damaged: .*; remove it, .*evaluated again"):
@@ -238,7 +238,33 @@ def test_scores_are_attached_again_where_storage_fails_for_a_moment(tmp_path, mo
         checkpoints.save(1, state_of(1), {})
         assert not checkpoints.failed(wait=True)
         monkeypatch.setattr(os, "fsync", fails_once)
-        checkpoints.attach(1, {"val/top1": 0.5})
-        assert checkpoints.scores(1) == {"val/top1": 0.5}
+        checkpoints.attach(1, {"val/top1": 0.5}, {})
+        assert checkpoints.scores(1) == ({"val/top1": 0.5}, {})
         assert checkpoints.latest() == 1
     assert "Input/output error; trying again in 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_one_whose_record_is_lost_is_damaged_not_old(tmp_path, content):
+    save(tmp_path, CheckpointConfig(), {3: None, 7: None})
+    file = tmp_path / "checkpoints" / "7" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with (
+        Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match="7 is damaged: the file of its record is missing or empty"),
+    ):
+        checkpoints.restore(*shapes_and_shardings(state_of(7)))
+    with Checkpoints(tmp_path, CheckpointConfig(on_damage="older"), read_only=True) as checkpoints:
+        assert checkpoints.restore(*shapes_and_shardings(state_of(3))).step == 3
+
+
+def test_a_step_under_the_number_of_another_is_damaged(tmp_path):
+    save(tmp_path, CheckpointConfig(), {7: None})
+    (tmp_path / "checkpoints" / "7").rename(tmp_path / "checkpoints" / "20")
+    with (
+        Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match="20 is damaged: it holds step 7"),
+    ):
+        checkpoints.restore(*shapes_and_shardings(state_of(7)))

@@ -30,6 +30,7 @@ class Toy:
 
     def __init__(self, folder: Path, log_every: int = 5, evaluate_at: tuple[int, ...] = (), save_every: int = 3):
         self.folder, self.evaluate_at, self.save_every = folder, evaluate_at, save_every
+        self.protocols = {"val": "0123abcd"}
         self.config = Config(
             name="toy", train=TrainConfig(batch_size=2, steps=TOTAL), telemetry=TelemetryConfig(log_every=log_every)
         )
@@ -68,6 +69,7 @@ class Toy:
                     monitor=monitor,
                     eval_due=lambda done: done in self.evaluate_at,
                     evaluate=evaluate,
+                    protocols=lambda step: self.protocols,
                     stop_requested=stop,
                     save_due=lambda done: done % self.save_every == 0,
                     describe=lambda *_: "",
@@ -120,6 +122,14 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_step(tmp_path):
     assert run.scored() == [TOTAL]
     assert run.start(evaluate=fails)  # it has its scores: not evaluated again
     assert [row["step"] for row in run.metrics() if "val/top1" in row] == [TOTAL]
+
+
+def test_scores_of_another_protocol_do_not_count(tmp_path):
+    run = Toy(tmp_path, evaluate_at=(TOTAL,))
+    assert run.start()
+    run.protocols = {"val": "4567cdef"}  # another crop, say
+    assert run.start(evaluate=lambda step, state: {"val/top1": 0.25})
+    assert run.metrics()[-1] == {"step": TOTAL, "val/top1": 0.25}
 
 
 @pytest.mark.parametrize("at", [4, TOTAL])

@@ -59,7 +59,8 @@ def run(folder: Path, norms: dict[int, float], *, steps: int, start: int = 0, re
     notes: list[str] = []
     monitor = types.SimpleNamespace(step_done=lambda s: None, log=lambda s, m: None, note=notes.append)
     hooks = Hooks(
-        monitor=monitor, eval_due=lambda s: False, evaluate=lambda s, state: {}, stop_requested=lambda: False,
+        monitor=monitor, eval_due=lambda s: False, evaluate=lambda s, state: {},
+            protocols=lambda s: {}, stop_requested=lambda: False,
         save_due=lambda s: False, describe=lambda step, batch, rows: f"rows {rows.tolist()}",
         batch_seen=lambda batch: None, keep=SpikeFolder(folder, [Letters()]).keep,
     )  # fmt: skip
