@@ -120,7 +120,7 @@ def test_a_restored_run_is_the_same_to_the_last_bit(injected, tmp_path):
         state = checkpoints.restore(other.shapes, other.shardings).what
         assert state.loss_scale is None
         chex.assert_trees_all_equal(jax.device_get(state), states[half].replace(loss_scale=None))
-        checkpoints.save(half + 1, state, {})
+        checkpoints.save(half + 1, state.replace(step=state.step + 1), {})
         assert not checkpoints.failed(wait=True)
         state = checkpoints.restore(trainer.shapes, trainer.shardings).what
         assert jax.tree.map(float, state.loss_scale) == loss_scale.LossScale(loss_scale.START, 0, loss_scale.HYSTERESIS)

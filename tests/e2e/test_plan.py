@@ -87,7 +87,7 @@ def test_nothing_fits(cache, tmp_path):
         ((TINY,), "--cluster is missing"),
         ((TINY, "--cluster=h10:1x8"), "did you mean h100?"),
         ((TINY, "--cluster=h100:8"), "such as h100:4x8"),
-        ((FULL, "--cluster=h100:1x7"), "config.train.batch_size = 2048: must be a multiple of 7"),
+        ((FULL, "--cluster=h100:1x7", "--config.evals=()"), "config.train.batch_size = 2048: must be a multiple of 7"),
         ((TINY, "--cluster=h100:1x8", "--json=/no/such/folder/plan.json"), "--json=/no/such/folder/plan.json: No such"),
         ((TINY, "--cluster=h100:1x8", "--targets=nowhere.toml"), "--targets=nowhere.toml"),
         (("--config=configs/vit_hug.py", "--cluster=h100:1x8"), "did you mean configs/vit_huge.py?"),
