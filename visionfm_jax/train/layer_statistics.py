@@ -66,19 +66,22 @@ class _Probe:
     name: str = dataclasses.field(metadata={"static": True})
 
 
+# Squares are taken in units of this share of the largest value: no number overflows, and no reciprocal that a compiler
+# may divide by is too small to be a normal one.
+UNIT, TINY = 2.0**-30, float(np.finfo(np.float32).tiny)
 NUMBERS = ("ran", "mean_square", "largest", "bad", "row")
 
 
 def _numbers(leaves: list[jax.Array], rows: int) -> jax.Array:
-    """The NUMBERS of some arrays, the mean square in units of the largest value's, which fp32 may have no room for.
+    """The NUMBERS of some arrays, the mean square in squared units of `UNIT` of the largest value.
 
     `row` is that of the first bad value, -1: there is none, or the arrays have not one row each.
     """
     leaves = [x.astype(jnp.float32) for x in leaves]
     finite = [jnp.isfinite(x) for x in leaves]
     largest = jnp.stack([jnp.abs(jnp.where(f, x, 0)).max() for x, f in zip(leaves, finite, strict=True)]).max()
-    unit = jnp.where(largest > 0, largest, 1) / 4  # the reciprocal of the largest number of all is no normal one
-    squares = sum(jnp.sum(jnp.where(f, x / 4 / unit, 0) ** 2) for x, f in zip(leaves, finite, strict=True))
+    unit = jnp.maximum(largest * UNIT, TINY)
+    squares = sum(jnp.sum(jnp.where(f, x / unit, 0) ** 2) for x, f in zip(leaves, finite, strict=True))
     good = sum(jnp.sum(f, dtype=jnp.float32) for f in finite)
     row = jnp.float32(-1)
     for f in finite:
@@ -221,6 +224,6 @@ def _layer_name(name: str, i: int) -> str:
 def _over_micro_batches(numbers: np.ndarray, rows: int) -> Statistics:
     """One for all of (D A, numbers), of b rows each."""
     _, square, largest, bad, row = numbers.T.astype(np.float64)
-    rms = np.sqrt(np.mean(square * largest**2))
+    rms = np.sqrt(np.mean(square * np.maximum(largest * UNIT, TINY) ** 2))
     first = [int(i * rows + r) for i, r in enumerate(row) if r >= 0]
     return Statistics(float(rms), float(largest.max()), round(bad.sum()), tuple(first))
