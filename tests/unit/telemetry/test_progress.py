@@ -91,5 +91,8 @@ def test_a_log_that_cannot_be_written_ends_no_run():
         progress.note("a line")
         progress.update(10, loss=1.0, images_per_s=1.0, tflops_per_device=1.0, mfu=None, data_wait=0.0)
         progress.close()
+        assert progress._unsaid == ""
+        with pytest.raises(OSError, match="No space left"):
+            print("a line", file=full, flush=True)  # it does refuse
         with contextlib.suppress(OSError):
             full.close()
