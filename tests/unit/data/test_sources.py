@@ -205,7 +205,9 @@ def flipped(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda c: b"", lambda c: c[: len(c) // 2], flipped, lambda c: bytes(len(c))], ids=str
+    "damage",
+    [lambda c: b"", lambda c: c[: len(c) // 2], flipped, lambda c: bytes(len(c))],
+    ids=["emptied", "cut", "flipped", "zeros"],
 )
 def test_tfds_file_cut_short_or_overwritten_gives_damaged_records(tiny, damage):
     (path,) = tiny.glob("tiny/1.0.0/*train*")
