@@ -19,8 +19,8 @@ from absl import logging
 from tar_sets import caption, members, picture, tar_bytes, write_tars
 
 from visionfm_jax.data import transforms
+from visionfm_jax.data.sources import claim, tar_index
 from visionfm_jax.data.sources import store as store_module
-from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import write_selection
 from visionfm_jax.data.sources.store import Store
@@ -458,14 +458,14 @@ def test_a_tar_that_leads_nowhere_is_refused(folder):
 
 
 def test_the_index_goes_to_the_cache_where_the_data_cannot_be_written(folder, cache, scanned, monkeypatch):
-    write = tar_index.write_table
+    take = claim._take
 
-    def refuse(path, *rest):
+    def refuse(path):
         if path.parent == folder:
             raise PermissionError(13, "Permission denied")
-        write(path, *rest)
+        return take(path)
 
-    monkeypatch.setattr(tar_index, "write_table", refuse)
+    monkeypatch.setattr(claim, "_take", refuse)
     assert len(TarPairs(str(folder))) == 12
     assert not (folder / INDEX).exists()
     assert len(list(cache.rglob(INDEX))) == 1
@@ -485,6 +485,88 @@ def test_nobody_sees_half_an_index(folder, monkeypatch):
     with pytest.raises(DataError, match="stopped"):
         TarPairs(str(folder))
     assert sorted(p.name for p in folder.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_what_was_read_before_an_interruption_is_kept(folder, scanned, monkeypatch):
+    spy = tar_index.scan
+
+    def fail(store, suffix, tar):
+        if tar[0] == "00002.tar":
+            raise DataError("interrupted")
+        return spy(store, suffix, tar)
+
+    monkeypatch.setattr(tar_index, "_KEPT", 0.0)
+    monkeypatch.setattr(tar_index, "scan", fail)
+    with pytest.raises(DataError, match="interrupted"):
+        TarPairs(str(folder))
+    part, damaged = (p for p in folder.iterdir() if p.suffix != ".tar")
+    assert part.name.startswith(f"{INDEX}.part-")
+    damaged.write_bytes(bytes([damaged.read_bytes()[0] ^ 1]) + damaged.read_bytes()[1:])
+    (folder / f".{INDEX}.{16 * 'a'}").write_bytes(b"of a table that was being written")
+    monkeypatch.setattr(tar_index, "scan", spy)
+    scanned.clear()
+    source = TarPairs(str(folder))
+    assert len(scanned) == 2  # one of them for the damage
+    assert "00002.tar" in scanned
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tar") == [INDEX]
+    (folder / INDEX).unlink()
+    assert pickle.dumps(source) == pickle.dumps(TarPairs(str(folder)))
+
+
+def index_slowly(path: str, there, go_on, names) -> None:
+    """To be run by a process: it opens the tars, and says what it does; at the last one it waits."""
+    scan, finished = tar_index.scan, claim._finished
+
+    def slow(store, suffix, tar):
+        names.put(tar[0])
+        if tar[0] == "00002.tar":
+            there.set()
+            go_on.wait(60)
+        return scan(store, suffix, tar)
+
+    def spy(path):
+        there.set()
+        return finished(path)
+
+    tar_index.scan, claim._finished, tar_index._KEPT, claim.LOOK = slow, spy, 0.0, 0.01
+    names.put(f"{len(TarPairs(path))} pairs")
+
+
+@pytest.mark.parametrize("end", ["finished", "killed"])
+def test_one_process_indexes_and_another_waits_and_takes_over(folder, end):
+    context = multiprocessing.get_context("spawn")
+    there, go_on = [context.Event(), context.Event()], [context.Event(), context.Event()]
+    names = [context.SimpleQueue(), context.SimpleQueue()]
+    first, second = (
+        context.Process(target=index_slowly, args=(str(folder), there[i], go_on[i], names[i])) for i in range(2)
+    )
+    first.start()
+    assert there[0].wait(60)  # at the last tar
+    go_on[1].set()
+    second.start()
+    assert there[1].wait(60)  # at the other's claim
+    first.kill() if end == "killed" else go_on[0].set()
+    for process in (first, second):
+        process.join(60)
+    read = []
+    for queue in names:
+        read.append([])
+        while not queue.empty():
+            read[-1].append(queue.get())
+    tars = ["00000.tar", "00001.tar", "00002.tar"]
+    assert read == ([tars, [tars[2], "12 pairs"]] if end == "killed" else [[*tars, "12 pairs"], ["12 pairs"]])
+    assert sorted(p.name for p in folder.iterdir()) == [*tars, INDEX]
+
+
+def test_a_silent_claim_of_another_machine_is_taken_over(folder, monkeypatch, caplog):
+    logging.get_absl_logger().propagate = True
+    monkeypatch.setattr(claim, "SILENCE", 0.05)
+    monkeypatch.setattr(claim, "LOOK", 0.01)
+    (folder / f".{INDEX}.claim-0").write_text('{"host": "elsewhere", "process": 1}')
+    assert len(TarPairs(str(folder))) == 12
+    assert "waiting until it has finished" in caplog.text
+    assert "another one takes over" in caplog.text
+    assert not list(folder.glob(".*"))
 
 
 def test_threads_read_the_same(folder):

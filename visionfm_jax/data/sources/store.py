@@ -158,9 +158,13 @@ class Store:
 
     def cache(self, name: str) -> Path:
         """Where this user keeps `name` when it cannot be beside the data."""
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        where = self._fs.unstrip_protocol(self._root)
-        return Path(base) / "visionfm_jax" / hashlib.sha256(where.encode()).hexdigest()[:16] / name
+        return cached(self._fs.unstrip_protocol(self._root), name)
+
+
+def cached(url: str, name: str) -> Path:
+    """Where this user keeps what is to be beside the data at `url`, when it cannot be there."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "visionfm_jax" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
 @contextlib.contextmanager

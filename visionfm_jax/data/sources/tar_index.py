@@ -1,6 +1,7 @@
 """Where every picture and caption lies in a folder of tars, found once and kept as a file beside them.
 
-Every tar is read once, from end to end, for the checksums of its pictures and captions. A pair takes 20 bytes, which
+Every tar is read once, from end to end, for the checksums of its pictures and captions, by one process of those that
+share the file's folder (`claim`); an interruption costs what was read in the last minute. A pair takes 20 bytes, which
 are mapped into memory, so that all processes of a host share them: 1.2 billion pairs are a file of 24 GB and hardly
 any memory of a process.
 """
@@ -9,10 +10,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import glob
 import multiprocessing
 import os
+import secrets
 import sys
 import tarfile
+import time
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +29,7 @@ from absl import logging
 from tqdm import tqdm
 
 from visionfm_jax.data.children import end_with_parent
+from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text, printable
 from visionfm_jax.data.sources.retries import retry
@@ -49,6 +54,7 @@ _NAMED = 3  # keys of what is left out that are kept, per tar and reason
 _VERSION = 2
 _PIECE = 2**20  # bytes that are read at once
 _PROCESSES_FROM = 16  # tars; for fewer, other processes take longer to start than to read
+_KEPT = 60.0  # seconds after which what was read is kept
 _REQUESTS = 32  # tars of a store that are read side by side
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -107,29 +113,38 @@ def open_index(store: Store, suffix: str) -> Index:
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
     name = f"visionfm_pairs_{suffix}.index" if suffix else "visionfm_pictures.index"
-    beside, cache = Path(store.path(name)), store.cache(name)
-    places = [beside, cache] if store.local else [cache]
-    known = _best(places, tars)
-    if not store.local and not _fresh(known, tars) and store.fetch(name, cache):
-        known = _best(places, tars)
-    if known is not None and _fresh(known, tars):
-        return known
-    index = _write(store, suffix, tars, known, places)
-    if not store.local and not store.put(index.path, name):
-        logging.info("%s: cannot be written, so the index is kept in %s only", store.url, index.path)
+    places = [*([Path(store.path(name))] if store.local else []), store.cache(name)]
+
+    def known(log: Callable[..., None]) -> Index | None:
+        found = _best(places, tars, log)
+        if not store.local and not _fresh(found, tars) and store.fetch(name, places[0]):
+            found = _best(places, tars, log)
+        return found
+
+    while not _fresh(index := known(logging.info), tars):
+        with claimed(places, f"the index of the tars of {store.url}") as place:
+            if place is None or _fresh(index := known(logging.warning), tars):  # another process has made it
+                continue
+            _write(store, suffix, tars, index, place)
+            if not store.local and not store.put(place, name):
+                logging.info("%s: cannot be written, so the index is kept in %s only", store.url, place)
+    assert index is not None
     return index
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Path, *, verify: bool = False) -> Index:
     """An index as it was written.
 
-    The records are not looked at, for that takes too long where there are billions; see `checksum`.
+    Args:
+      path: the file.
+      verify: compare the checksum of all records, which takes too long at every start where there are billions; each
+        is compared when it is read, see `checksum`.
 
     Raises:
       OSError: there is none, or it cannot be read.
       ValueError: it is damaged, of another version, or no index.
     """
-    records, meta = read_table(path, RECORD, verify=False)
+    records, meta = read_table(path, RECORD, verify=verify)
     tars = meta.get("tars")
     if meta.get("version") != _VERSION or not isinstance(tars, list) or not all(map(_is_entry, tars)):
         raise ValueError("the file is of another kind or version")
@@ -326,8 +341,8 @@ def _count_other(skipped: dict[str, list[str]], kind: str, key: str) -> None:
     skipped.setdefault(reason, []).append(key)
 
 
-def _best(places: Iterable[Path], tars: dict[str, tuple[int, str]]) -> Index | None:
-    """The index that knows most of the tars as they are now."""
+def _best(places: Iterable[Path], tars: dict[str, tuple[int, str]], log: Callable[..., None]) -> Index | None:
+    """The index that knows most of the tars as they are now; damaged ones are logged."""
     found = []
     for path in places:
         try:
@@ -335,7 +350,7 @@ def _best(places: Iterable[Path], tars: dict[str, tuple[int, str]]) -> Index | N
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            logging.warning("%s: cannot be used (%s); the tars are indexed again", path, error)
+            log("%s: cannot be used (%s); the tars are indexed again", path, error)
     return max(found, key=lambda index: len(_known(index, tars)), default=None)
 
 
@@ -348,35 +363,60 @@ def _fresh(index: Index | None, tars: dict[str, tuple[int, str]]) -> bool:
     return index is not None and len(_known(index, tars)) == len(tars) == len(index.tars)
 
 
-def _write(
-    store: Store, suffix: str, tars: dict[str, tuple[int, str]], known: Index | None, places: Sequence[Path]
-) -> Index:
-    """Read the tars that are not known, and write an index to the first place that can be written."""
-    old = _known(known, tars) if known is not None else {}
-    todo = [tar for tar in tars.items() if tar[0] not in old]
+def _write(store: Store, suffix: str, tars: dict[str, tuple[int, str]], known: Index | None, path: Path) -> None:
+    """Write the index of all tars to `path`; of those that are not known, after they were read.
+
+    What was read is kept beside `path` every `_KEPT` seconds, for the next start if this one is interrupted.
+
+    Raises:
+      DataError: a tar cannot be read, or `path` cannot be written.
+      StorageError: a tar cannot be read for the moment.
+    """
+    parts = [p for p in path.parent.glob(f"{glob.escape(path.name)}.part-*") if not p.name.startswith(".")]
+    where: dict[str, tuple[Index, int]] = {}  # tar -> an index that knows it, its number there
+    for index in [known, *map(_part, parts)]:
+        if index is not None:
+            where |= {name: (index, t) for name, t in _known(index, tars).items()}
+    todo = [tar for tar in tars.items() if tar[0] not in where]
+    logging.info("%s: indexing %d of %d tars", store.url, len(todo), len(tars))
+    read: list[tuple[np.ndarray, dict[str, Any]]] = []
+    kept = time.monotonic()
+    try:
+        for found in each(functools.partial(scan, store, suffix), todo, local=store.local, title="indexing"):
+            read.append(found)
+            if time.monotonic() - kept >= _KEPT or len(where) + len(read) == len(tars):
+                parts.append(path.with_name(f"{path.name}.part-{secrets.token_hex(4)}"))
+                _write_index(parts[-1], read)
+                index = read_index(parts[-1])
+                where |= {tar["name"]: (index, t) for t, tar in enumerate(index.tars)}
+                read, kept = [], time.monotonic()
+        _write_index(path, (_of_tar(*where[name]) for name in tars))
+        for part in parts:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space there") from error
+
+
+def _write_index(path: Path, tars: Iterable[tuple[np.ndarray, dict[str, Any]]]) -> None:
+    """Write the index of tars of which the records and the entry are given."""
     entries: list[dict[str, Any]] = []
 
     def pieces() -> Iterator[np.ndarray]:
-        entries.clear()
-        logging.info("%s: indexing %d of %d tars", store.url, len(todo), len(tars))
-        read = each(functools.partial(scan, store, suffix), todo, local=store.local, title="indexing")
-        for name in tars:
-            if name in old:
-                assert known is not None
-                t = old[name]
-                records, entry = known.records[known.starts[t] : known.starts[t + 1]], known.tars[t]
-            else:
-                records, entry = next(read)
+        for records, entry in tars:
             entries.append(entry)
             yield records
 
-    reasons = []
-    for path in places:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_table(path, pieces(), lambda: {"version": _VERSION, "tars": entries})
-        except OSError as error:
-            reasons.append(f"{path}: {error.strerror}")
-            continue
-        return read_index(path)
-    raise DataError(f"{store.url}: no place for the index of the tars ({'; '.join(reasons)}); make one writable")
+    write_table(path, pieces(), lambda: {"version": _VERSION, "tars": entries})
+
+
+def _of_tar(index: Index, t: int) -> tuple[np.ndarray, dict[str, Any]]:
+    return index.records[index.starts[t] : index.starts[t + 1]], index.tars[t]
+
+
+def _part(path: Path) -> Index | None:
+    """What an interrupted start has read; None: it is damaged."""
+    try:
+        return read_index(path, verify=True)
+    except (OSError, ValueError) as error:
+        logging.warning("%s: cannot be used (%s); its tars are read again", path, error)
+        return None
