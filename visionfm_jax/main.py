@@ -11,6 +11,7 @@ by SIGTERM with the state saved, if there is one: start the same command again Â
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging as standard_logging
 import os
 import sys
@@ -43,8 +44,8 @@ from visionfm_jax.telemetry.writers import append_evaluation, read_metrics, writ
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
-from visionfm_jax.train.record import changes, read_record, record_of
-from visionfm_jax.train.replay import run_again
+from visionfm_jax.train.record import changes, read_record, record_of, settings_files, with_settings
+from visionfm_jax.train.replay import PASSES, run_again
 from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
@@ -248,14 +249,19 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
 
 
 def replay(config: Config, step: int, watchdog: Watchdog) -> int:
-    """Run `step` of the run in `config.folder` again, from the checkpoint before it; changes nothing but RUN/replay."""
+    """Run `step` of the run in `config.folder` again, from the checkpoint before it; changes nothing but RUN/replay.
+
+    What the step follows from is taken from the run folder, whatever the command says.
+    """
     host, hosts = jax.process_index(), jax.process_count()
-    if not 0 <= step < config.total_steps:
-        raise ConfigError(f"--step={step}: the run has the steps 0 to {config.total_steps - 1}; name one of them")
     folder = Path(config.folder)
     if not (folder / SUBFOLDER).is_dir():
         raise ConfigError(f"config.workdir = {config.folder!r}: holds no run; name the folder of the step's run")
     refuse_links(folder)
+    settings = settings_files(folder, 0, max(step, 0))[-1]
+    config, taken = with_settings(config, folder, settings)
+    if not 0 <= step < config.total_steps:
+        raise ConfigError(f"--step={step}: the run has the steps 0 to {config.total_steps - 1}; name one of them")
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
     with watchdog.suspended():
@@ -267,19 +273,33 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     start = int(state.step)
     if start > step:
         raise ConfigError(f"--step={step}: the run begins with {origin}; name that step or a later one")
-    changed = changes(read_record(folder), record_of(config, sources), folder) if host == 0 else []
+    for other in settings_files(folder, start, step)[:-1]:
+        if changed := with_settings(config, folder, other)[1]:
+            raise ConfigError(
+                f"--step={step}: no checkpoint between {origin} and it is left, and the settings changed on the way "
+                f"({other} has {changed[0]}); name a step that {other.name} or a later checkpoint reaches"
+            )
+    changed = changes(read_record(folder, settings), record_of(config, sources), folder) if host == 0 else []
     say(describe(trainer, origin, changed))
+    say("\n".join(f"  as in the run    {change}" for change in taken))
     with (
         train_loader(
             config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
             start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.split,
         ) as batches,
         tqdm(
-            desc=f"up to step {step}", total=step - start, unit=" steps",
-            disable=host > 0 or not config.telemetry.progress,
+            total=step - start + PASSES, unit=" passes", disable=host > 0 or not config.telemetry.progress,
         ) as bar,
     ):  # fmt: skip
-        found = run_again(trainer, state, batches, sources, step, lambda: (bar.update(), watchdog.beat(-1)))
+        done = itertools.count()
+
+        def begins(what: str) -> None:
+            bar.n = next(done)
+            bar.set_description(what)
+            watchdog.beat(-1)
+
+        found = run_again(trainer, state, batches, sources, step, begins)
+        bar.update()
     if host == 0:
         say(write_replay(found, folder))
     return 0

@@ -146,7 +146,15 @@ def test_a_value_that_is_not_finite(tmp_path, overflowing):
     assert [s["key"] for s in samples if not np.isfinite(s["loss"])] == ["train.npz[37]"]
 
     before = files(folder)
-    out, _ = run_unbounded(folder, *arguments, "--mode=replay", f"--step={bad}", "--config.train.on_nonfinite=skip")
+    out, _ = run_unbounded(
+        folder,
+        *arguments,
+        "--mode=replay",
+        f"--step={bad}",
+        "--config.train.on_nonfinite=skip",
+        "--config.optim.lr=0.7",
+    )
+    assert "\n  as in the run    optim.lr: 0.7 -> " in out
     assert "\n  changed          train.on_nonfinite: stop -> skip\n" in out
     assert "\n  in the run       not finite, the same to the last bit\n" in out
     assert "\n  first not finite forward pass, output of blocks[0].ln1; the input of blocks[0].ln1 is finite\n" in out

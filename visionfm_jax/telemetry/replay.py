@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from visionfm_jax.errors import OutputError
+from visionfm_jax.errors import DataError, OutputError
 from visionfm_jax.telemetry.report import BLUE, DPI, GREY, INK, ORANGE, RED, save
 from visionfm_jax.train.layer_statistics import OUTPUT, Layer
 from visionfm_jax.train.replay import Replayed
@@ -70,7 +70,11 @@ def _summary(found: Replayed, run: Path) -> list[str]:
 
 def _as_in_the_run(found: Replayed, run: Path) -> str:
     """Whether the run saw the same, where it has kept the step."""
-    if (kept := kept_step(run, found.step)) is None:
+    try:
+        kept = kept_step(run, found.step)
+    except DataError as error:
+        return f"unknown: {error}"
+    if kept is None:
         return "not kept"
     head, rows = kept
     then = [head["loss"], head["grad_norm"], *head["gradient_norms"].values(), *(row["loss"] for row in rows)]

@@ -12,7 +12,7 @@ from typing import Self
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import OutputError, UserError
-from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, read_record
+from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, former_settings, read_record, settings_files
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -65,11 +65,24 @@ class RunFolder:
         """
         changed = changes(read_record(Path(begun_in)), new, Path(begun_in)) if begun_in else []
         path = self.path / SETTINGS
-        if changed and path.exists():
-            self._write(self.path / f"config-until-{step}.json", path.read_text())
+        self._keep_former(self.path / f"config-until-{step}.json", step, bool(changed))
         self._write(self.path / DATA, json.dumps(new.data, indent=1) + "\n")
         self._write(path, json.dumps(new.settings, indent=2) + "\n")
         return changed
+
+    def _keep_former(self, path: Path, step: int, changed: bool) -> None:
+        """Name the settings of the steps before `step` by it; those of later steps, which come anew, are dropped."""
+        [before] = settings_files(self.path, max(step - 1, 0), max(step - 1, 0))
+        if before.name == SETTINGS:
+            if changed and before.exists():
+                self._write(path, before.read_text())
+            return
+        try:
+            before.replace(path)
+            for later in [file for end, file in former_settings(self.path).items() if end > step]:
+                later.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}; free space there") from error
 
     def _write(self, path: Path, text: str) -> None:
         """Whole or not at all."""

@@ -1,6 +1,7 @@
 """What the samples of a run follow from: kept in its folder, and compared when somebody continues it.
 
-`config.json` has the exact settings, `data.json` the first samples of the order and what the training data are made of.
+`config.json` has the exact settings, `config-until-N.json` those of the steps before N where they were others,
+`data.json` the first samples of the order and what the training data are made of.
 Refused are differences that would give a continued run other samples than it was promised: the settings below, another
 order, other records, another tokenizer. Every other setting may change on purpose between two stages of a run (image
 size, augmentation, learning rate, length, …) and is listed at the start. Paths may change: what is there is compared.
@@ -8,7 +9,11 @@ size, augmentation, learning rate, length, …) and is listed at the start. Path
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import math
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +30,11 @@ from visionfm_jax.errors import ConfigError, DataError
 SETTINGS, DATA = "config.json", "data.json"
 FIXED = ("seed", "train.batch_size", "data.shuffle", "task.split")  # and data.train, but for the paths in it
 PATHS = (".path", ".selection")
+# What a step does not follow from: a replay leaves it as it is given. The devices may be others than the run's.
+NOT_OF_A_STEP = (
+    "name", "workdir", "evals", "checkpoint", "telemetry", "parallel", "data.workers", "data.threads", "data.prefetch",
+    "data.max_damaged", "train.on_nonfinite", "task.tokenizer",
+)  # fmt: skip
 SAMPLES = (0, 1, 2, 3, 10**2, 10**4, 10**6, 10**9)  # of the order, that are kept
 
 
@@ -52,17 +62,90 @@ def record_of(config: Config, sources: Sequence[Source]) -> Record:
     return Record(*json.loads(json.dumps([settings, data])))
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path, settings: Path | None = None) -> Record:
     """Of the run in `folder`, which has checkpoints; {} for a file that is not there.
+
+    Args:
+      folder: the run's.
+      settings: its file with the settings of the steps in question; None: the newest.
 
     Raises:
       ConfigError: one is damaged.
       DataError, StorageError: one cannot be read.
     """
     compared = "move it away to continue, and see yourself that the settings are those of before"
-    settings = _read(folder / SETTINGS, {"config": dict}, compared)
+    settings = _read(settings or folder / SETTINGS, {"config": dict}, compared)
     parts = {"order": list, "grain": str, "tokenizer": str, "sources": list}
     return Record(settings, _read(folder / DATA, parts, _anew(folder)))
+
+
+def former_settings(folder: Path) -> dict[int, Path]:
+    """The files with settings that the run in `folder` had until a step, by that step, in order."""
+    found = {path: re.fullmatch(r"config-until-(\d+)\.json", path.name) for path in folder.glob("config-until-*.json")}
+    return dict(sorted((int(match[1]), path) for path, match in found.items() if match))
+
+
+def settings_files(folder: Path, first: int, last: int) -> list[Path]:
+    """The files with the settings of the steps `first` to `last` of the run in `folder`, in order."""
+    out, begin = [], 0
+    for end, path in {**former_settings(folder), math.inf: folder / SETTINGS}.items():
+        if first < end and begin <= last:
+            out.append(path)
+        begin = end
+    return out
+
+
+def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, list[str]]:
+    """`config` with all that a step of the run in `folder` follows from as the settings at `path` have it, checked.
+
+    Paths stay: what is there is compared (`changes`). Where there is no such file, all stays.
+
+    Returns:
+      The configuration, and what has changed, "field: old -> new".
+
+    Raises:
+      ConfigError: the file is damaged, or of a run with another kind of model or task.
+      DataError, StorageError: it cannot be read.
+    """
+    kept = _read(path, {"config": dict}, "move it away, and give the settings of the step by flags").get("config", {})
+    out, changed = copy.deepcopy(config), []
+    _take(out, kept, "", path, changed)
+    [first] = settings_files(folder, 0, 0)
+    if begun := read_record(folder, first).settings.get("config", {}).get("checkpoint"):
+        for leaf in ("resume", "weights"):  # the path may be another one now, but not be there where none was
+            then = begun.get(leaf) and (getattr(out.checkpoint, leaf) or begun[leaf])
+            setattr(out.checkpoint, leaf, then)
+    try:
+        out.validate()
+    except ConfigError as error:
+        raise ConfigError(f"{path} does not fit this release or this command: {error}") from error
+    return out, changed
+
+
+def _take(holder: Any, kept: Any, prefix: str, path: Path, changed: list[str]) -> None:
+    """As `with_settings`, of a dataclass within the configuration."""
+    known = [field.name for field in dataclasses.fields(holder)]
+    if not isinstance(kept, dict) or kept.keys() - known:
+        raise ConfigError(
+            f"config.{prefix.rstrip('.') or 'name'}: is a {type(holder).__name__}, and something else in {path}; name "
+            "the configuration that the run was started with"
+        )
+    for leaf in known:
+        name = prefix + leaf
+        if name in NOT_OF_A_STEP or name.endswith(PATHS) or leaf not in kept:
+            continue
+        now, then = getattr(holder, leaf), kept[leaf]
+        if dataclasses.is_dataclass(now):
+            _take(now, then, f"{name}.", path, changed)
+        elif isinstance(now, tuple) and now and dataclasses.is_dataclass(now[0]):
+            if isinstance(then, list) and len(then) == len(now):  # else `changes` refuses
+                for i, (one, other) in enumerate(zip(now, then, strict=True)):
+                    _take(one, other, f"{name}[{i}].", path, changed)
+        else:
+            then = tuple(then) if isinstance(then, list) else then
+            if then != now:
+                setattr(holder, leaf, then)
+                changed.append(f"{name}: {now} -> {then}")
 
 
 def changes(old: Record, new: Record, folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 
 SHOWN = 12  # samples whose images are kept
+PASSES = 3  # over the step: its layers, those of the next batch, the step itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def run_again(
     batches: Iterator[dict],
     sources: Sequence[Source],
     step: int,
-    step_done: Callable[[], object],
+    begins: Callable[[str], object],
 ) -> Replayed:
     """Train from `state` up to `step`, which is then run with statistics; to be called on every host alike.
 
@@ -90,21 +91,24 @@ def run_again(
       batches: of this host, from `state.step` on.
       sources: of the training data.
       step: at least `state.step`.
-      step_done: called after each step before it.
+      begins: called with a name for people before each step up to it, and before each of `PASSES` passes of its own.
     """
     fields = trainer.task.batch_spec(1).keys()
 
     def on_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return to_global(trainer.mesh, {k: batch[k] for k in fields})
 
-    for _ in range(int(state.step), step):
+    for before in range(int(state.step), step):
+        begins(f"step {before}, on the way to step {step}")
         state, metrics = trainer.step(state, on_devices(next(batches)))
         jax.block_until_ready(metrics)  # no more than one batch at a time: memory is that of training
-        step_done()
     own, following = next(batches), next(batches)
     batch = on_devices(own)
     statistics = LayerStatistics(trainer)
-    layers, beside = statistics(state, batch, step), statistics(state, on_devices(following), step + 1)
+    begins(f"layers of step {step}; compiling comes first")
+    layers = statistics(state, batch, step)
+    begins("layers on the next step's batch")
+    beside = statistics(state, on_devices(following), step + 1)
     names = trainer.tensor_names
     whole = NamedSharding(trainer.mesh, WHOLE)
     are_finite = jax.jit(
@@ -112,6 +116,7 @@ def run_again(
     )
     good = np.asarray(are_finite(state.params))
     bad_weights = [name for name, good in zip(names, good, strict=True) if not good]
+    begins(f"step {step}")
     _, metrics = trainer.step(state, batch)
     metrics = jax.device_get(metrics)
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.data.sources import Source
+from visionfm_jax.errors import DataError
 
 SUBFOLDER = "spikes"
 KEPT = 32  # steps of either sort: the first half of what there was, and the latest
@@ -93,12 +94,27 @@ def used_record(sources: Sequence[Source], batch: Mapping, at: int) -> tuple[Sou
 
 
 def kept_step(run: Path, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """What the first process has kept of `step`: its first line, and those of the samples; None: nothing."""
+    """What the first process has kept of `step`: its first line, and those of the samples; None: nothing.
+
+    Raises:
+      DataError: the file is damaged, or cannot be read.
+    """
     for prefix in ("step", "overflow"):
         path = run / SUBFOLDER / f"{prefix}-{step:08}.jsonl"
-        if path.exists():
+        if not path.exists():
+            continue
+        try:
             head, *rows = map(json.loads, path.read_text().splitlines())
-            return _numbers(head), [{**row, "loss": float(row["loss"])} for row in rows]
+            head, rows = _numbers(head), [{**row, "loss": float(row["loss"])} for row in rows]
+            numbers = [head["loss"], head["grad_norm"], *head["gradient_norms"].values()]
+            if isinstance(head["kind"], str) and all(isinstance(number, float | int) for number in numbers):
+                return head, rows
+            cause = "it lacks numbers"
+        except OSError as error:
+            cause = error.strerror
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            cause = " ".join(repr(error).split())[:100]
+        raise DataError(f"{path} is damaged or cannot be read: {cause}")
     return None
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from visionfm_jax import main
-from visionfm_jax.config import load
+from visionfm_jax.config import ClipConfig, load
+from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import ConfigError, OutputError
 from visionfm_jax.telemetry.replay import write
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train import spikes
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, Statistics
+from visionfm_jax.train.record import with_settings
 from visionfm_jax.train.replay import Replayed
 
 NAMES = ["embed", "blocks[0]", "blocks[1].attn.out", "blocks[1]", ""]
@@ -147,17 +151,96 @@ def test_a_step_is_for_replay_alone(arguments, line):
     assert line in str(raised.value)
 
 
+def test_a_damaged_file_of_the_step_does_not_end_a_replay(tmp_path):
+    (tmp_path / "spikes").mkdir()
+    (tmp_path / "spikes" / "step-00000005.jsonl").write_text('{"step": 5')
+    assert " step-00000005.jsonl is damaged or cannot be read: " in write(replayed(), tmp_path).replace("/", " ")
+
+
+def run_with(folder, edit, name="config.json"):
+    """The tiny configuration, and the record of a run of it, edited, in `folder`."""
+    config = load.load_file("configs/vit_huge.py:tiny")
+    config.workdir = str(folder)
+    was = copy.deepcopy(config)
+    edit(was)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps({"config": to_dict(was), "derived": {}}))
+    return config
+
+
 @pytest.mark.parametrize(
     ("step", "line"),
     [
-        (300, "--step=300: the run has the steps 0 to 299; name one of them"),
-        (-1, "--step=-1: the run has the steps 0 to 299; name one of them"),
-        (3, "config.workdir = 'nowhere': holds no run; name the folder of the step's run"),
+        (200, "--step=200: the run has the steps 0 to 199; name one of them"),
+        (-1, "--step=-1: the run has the steps 0 to 199; name one of them"),
     ],
 )
-def test_a_step_that_there_is_not_is_refused(step, line):
-    config = load.load_file("configs/vit_huge.py:tiny")
-    config.workdir = "nowhere"
+def test_a_step_that_there_is_not_is_refused(tmp_path, step, line):
+    config = run_with(tmp_path, lambda c: setattr(c.train, "steps", 200))
     with pytest.raises(ConfigError) as raised:
         main.replay(config, step, Watchdog(0, folder=config.workdir))
     assert str(raised.value) == line
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    config = load.load_file("configs/vit_huge.py:tiny")
+    config.workdir = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no run; name the folder of the step's run$"):
+        main.replay(config, 3, Watchdog(0, folder=config.workdir))
+
+
+def test_what_a_step_follows_from_is_the_runs(tmp_path):
+    def other(c):
+        c.optim.lr, c.seed, c.data.augment.crop_scale, c.task.num_classes = 0.5, 3, (0.4, 1.0), 9
+        c.data.train[0].weight = 2.0
+        c.telemetry.log_every, c.parallel.stage, c.data.train[0].path, c.evals = 7, 0, "there", ()
+        c.checkpoint.weights, c.train.on_nonfinite = "from", "skip"
+
+    config = run_with(tmp_path, other)
+    before = copy.deepcopy(config)
+    found, changed = with_settings(config, tmp_path, tmp_path / "config.json")
+    assert config == before  # untouched
+    assert changed == [
+        "seed: 0 -> 3",
+        "data.train[0].weight: 1.0 -> 2.0",
+        f"data.augment.crop_scale: {before.data.augment.crop_scale} -> (0.4, 1.0)",
+        f"optim.lr: {before.optim.lr} -> 0.5",
+    ]
+    assert found.checkpoint.weights == "from"  # what it began with
+    assert (found.telemetry, found.parallel, found.evals) == (before.telemetry, before.parallel, before.evals)
+    assert found.data.train[0].path == before.data.train[0].path
+    config.checkpoint.weights = "elsewhere"
+    assert with_settings(config, tmp_path, tmp_path / "config.json")[0].checkpoint.weights == "elsewhere"
+    run_with(tmp_path, lambda c: None)
+    assert with_settings(config, tmp_path, tmp_path / "config.json")[0].checkpoint.weights == ""
+
+
+def test_another_kind_of_run_is_refused(tmp_path):
+    run_with(tmp_path, lambda c: setattr(c, "model", ClipConfig()))
+    config = load.load_file("configs/vit_huge.py:tiny")
+    with pytest.raises(ConfigError, match=rf"^config.model: is a ViTConfig, and something else in {tmp_path}/config"):
+        with_settings(config, tmp_path, tmp_path / "config.json")
+
+
+def test_settings_that_break_a_rule_are_refused(tmp_path):
+    config = run_with(tmp_path, lambda c: setattr(c.optim, "lr", [1]))
+    with pytest.raises(ConfigError, match=r"config.json does not fit this release or this command: config.optim.lr = "):
+        with_settings(config, tmp_path, tmp_path / "config.json")
+
+
+def test_settings_that_changed_between_the_checkpoint_and_the_step_are_refused(tmp_path, monkeypatch):
+    config = run_with(tmp_path, lambda c: None)
+    run_with(tmp_path, lambda c: setattr(c.optim, "lr", 0.5), "config-until-40.json")
+    run_with(tmp_path, lambda c: setattr(c.telemetry, "log_every", 9), "config-until-60.json")
+    state = types.SimpleNamespace(step=30)
+    monkeypatch.setattr(main, "starting_state", lambda *_: (state, {}, "step 30 of its own folder"))
+    monkeypatch.setattr(main, "changes", lambda *_: pytest.fail("not refused"))
+    with pytest.raises(ConfigError) as raised:
+        main.replay(config, 65, Watchdog(0, folder=config.workdir))
+    assert str(raised.value).startswith(
+        "--step=65: no checkpoint between step 30 of its own folder and it is left, and the settings changed on the "
+        f"way ({tmp_path}/config-until-40.json has optim.lr: "
+    )
+    monkeypatch.setattr(state, "step", 40)  # what changed at 60 makes no other step
+    with pytest.raises(pytest.fail.Exception):
+        main.replay(config, 65, Watchdog(0, folder=config.workdir))

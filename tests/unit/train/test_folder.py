@@ -12,7 +12,7 @@ from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, OutputError, UserError
 from visionfm_jax.train.folder import RunFolder, refuse_links
-from visionfm_jax.train.record import record_of
+from visionfm_jax.train.record import record_of, settings_files
 
 DIGITS = SourceConfig(kind="bundled", path="digits")
 SOURCES = [open_source(DIGITS)]
@@ -61,6 +61,33 @@ def test_changes_of_settings_are_listed_and_the_former_file_kept(tmp_path):
         kept = json.loads((tmp_path / "config-until-40.json").read_text())
         assert kept["config"]["optim"]["lr"] == 1e-3
         assert folder.record(record_of(config, SOURCES), 50, tmp_path) == []
+
+
+def test_settings_stay_with_their_steps_where_a_run_goes_back(tmp_path):
+    config = config_in(tmp_path)
+
+    def restart(lr, step):
+        config.optim.lr = lr
+        folder.record(record_of(config, SOURCES), step, tmp_path if step else "")
+
+    def rates(*at):
+        files = [settings_files(tmp_path, step, step) for step in at]
+        return [json.loads(file.read_text())["config"]["optim"]["lr"] for [file] in files]
+
+    with RunFolder(config, owner=True) as folder:
+        restart(1e-3, 0)
+        restart(2e-3, 40)
+        restart(3e-3, 40)  # nothing was run with the second
+        assert rates(0, 39, 40, 50) == [1e-3, 1e-3, 3e-3, 3e-3]
+        restart(4e-3, 60)
+        assert rates(39, 40, 59, 60) == [1e-3, 3e-3, 3e-3, 4e-3]
+        assert [file.name for file in settings_files(tmp_path, 39, 60)] == [
+            "config-until-40.json", "config-until-60.json", "config.json"
+        ]  # fmt: skip
+        restart(4e-3, 20)  # of a checkpoint from before
+        assert rates(0, 19, 20, 39, 40, 60) == [1e-3, 1e-3, 4e-3, 4e-3, 4e-3, 4e-3]
+        restart(5e-3, 0)  # all are gone
+        assert rates(0, 19, 20) == [5e-3, 5e-3, 5e-3]
 
 
 def test_what_does_not_fit_leaves_the_record_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from visionfm_jax.config import Config, TrainConfig
-from visionfm_jax.errors import TrainingError
+from visionfm_jax.errors import DataError, TrainingError
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train import spikes
 from visionfm_jax.train.loop import SPIKE_AFTER, Hooks, train
@@ -19,6 +19,7 @@ from visionfm_jax.train.spikes import KEPT, SpikeFolder, kept_step
 from visionfm_jax.train.state import TrainState
 
 BATCH = 4
+VALUES = {"loss": 1.0, "grad_norm": 2.0, "gradient_norms": {"head": 2.0}}  # of a step
 
 
 class Letters:
@@ -94,7 +95,7 @@ def test_a_spike_is_noted_and_kept_with_its_samples(tmp_path):
 
 
 def test_the_record_that_took_a_damaged_ones_place_is_named(tmp_path):
-    SpikeFolder(tmp_path, [Letters()]).keep(spikes.SPIKE, 6, {}, np.zeros(BATCH), batch_of(6))
+    SpikeFolder(tmp_path, [Letters()]).keep(spikes.SPIKE, 6, VALUES, np.zeros(BATCH), batch_of(6))
     assert [row["key"] for row in kept_step(tmp_path, 6)[1]] == ["y", "a", "a", "b"]  # z is damaged
 
 
@@ -135,10 +136,25 @@ def test_overflows_of_fp16_crowd_nothing_out(tmp_path):
 def test_each_process_writes_what_it_has_loaded(tmp_path):
     losses = np.arange(2.0 * BATCH)
     for host in (0, 1):
-        SpikeFolder(tmp_path, [Letters()], host, 2).keep(spikes.SPIKE, 3, {}, losses, batch_of(host))
+        SpikeFolder(tmp_path, [Letters()], host, 2).keep(spikes.SPIKE, 3, VALUES, losses, batch_of(host))
     text = (tmp_path / "spikes" / "step-00000003.process-1.jsonl").read_text()
     assert '"sample": 28, "source": "letters", "record": 4, "key": "e", "loss": 4.0' in text.splitlines()[1]
     assert [row["sample"] for row in kept_step(tmp_path, 3)[1]] == [24, 25, 26, 27]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: "", lambda text: text[:70], lambda text: text.replace("2.0", '"two"', 1), lambda text: "[1]\n" + text,
+     lambda text: text.replace('"kind"', '"kin"'), lambda text: text.replace('"loss": 3', '"los": 3'),
+     lambda text: "[" * 100_000, lambda text: text.replace("{", "{\x00", 1)],
+)  # fmt: skip
+def test_a_damaged_file_of_a_step_is_one_line(tmp_path, damage):
+    SpikeFolder(tmp_path, [Letters()]).keep(spikes.SPIKE, 3, VALUES, np.arange(BATCH), batch_of(3))
+    path = tmp_path / "spikes" / "step-00000003.jsonl"
+    assert kept_step(tmp_path, 3)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DataError, match=rf"^{path} is damaged or cannot be read: .+$"):
+        kept_step(tmp_path, 3)
 
 
 def test_a_folder_that_cannot_be_written_is_a_note(tmp_path):
