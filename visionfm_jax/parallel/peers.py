@@ -64,10 +64,11 @@ class Peers:
             self._selector.register(self._listener, selectors.EVENT_READ)
         else:
             self._listener = None
-            link = _Link(_connect(coordinator, end, timeout))
+            sock, there = _connect(coordinator, end, timeout)
+            link = _Link(sock)
             link.send(process=process, processes=processes, host=socket.gethostname())
             self._adopt(link, 0, coordinator.rpartition(":")[0])
-            self._relay, port = relay.start(*link.sock.getpeername()[:2])  # it ends when this object does
+            self._relay, port = relay.start(*there[:2])  # it ends when this object does
             self.address, self.bind_address = f"127.0.0.1:{port}", None
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
         # Process 0 knows who is missing and says so to those who wait; they wait a little longer than it does.
@@ -142,10 +143,12 @@ class Peers:
             self._selector.register(link.sock, selectors.EVENT_READ, link)
 
     def _read(self, link: _Link) -> None:
-        messages, open_ = link.read()
+        messages, open_ = link.read()  # what came before the end of the connection counts
         for message in messages:
             if link.process is None:
-                open_ = self._greet(link, message) and open_
+                if not self._greet(link, message):
+                    open_ = False
+                    break
             elif "end" in message:
                 self._ended(link, message)
             elif "done" in message:
@@ -155,7 +158,7 @@ class Peers:
             elif "met" in message:
                 link.host = str(message["met"])
                 self._met.set()
-            if not open_ or self._over.is_set():
+            if self._over.is_set():
                 break
         if not open_:
             self._selector.unregister(link.sock)
@@ -317,12 +320,14 @@ def _own_addresses(listener: socket.socket) -> tuple[str, str]:
     return join("127.0.0.1" if host == "0.0.0.0" else host, port), join(host, port)
 
 
-def _connect(coordinator: str, end: float, timeout: float) -> socket.socket:
+def _connect(coordinator: str, end: float, timeout: float) -> tuple[socket.socket, tuple]:
+    """A connection to process 0, and its address."""
     while True:
         try:
             sock = socket.create_connection(split(coordinator), timeout=5)
-            if sock.getsockname() != sock.getpeername():
-                return sock
+            there = sock.getpeername()
+            if sock.getsockname() != there:
+                return sock, there
             sock.close()  # a free port of this machine may be connected to itself
         except OSError as error:
             if time.monotonic() > end:

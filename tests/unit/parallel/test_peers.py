@@ -101,6 +101,16 @@ def test_an_error_of_one_ends_all_with_its_code_and_words(start, failing):
             ends(process, 2, f"process {failing} on {HOST} has ended with code 2: the disk is gone")
 
 
+def test_words_that_come_at_once_with_the_end_of_the_connection_are_all_read(start):
+    """A slow process finds "met", the reason of the end and the end itself in one look."""
+    with socket.create_server(("127.0.0.1", 0)) as process0:
+        (process,) = start(2, numbers=[1], where=f"127.0.0.1:{process0.getsockname()[1]}")
+        link, _ = process0.accept()
+        with link:
+            link.sendall(b'{"met": "h0"}\n{"end": 75, "text": "process 0 on h0 has ended with code 75: stopped"}\n')
+        ends(process, 75, "process 0 on h0 has ended with code 75: stopped")
+
+
 def test_all_wait_for_the_last_to_be_done_and_end_quietly(start):
     run = start(3)
     met(run)
