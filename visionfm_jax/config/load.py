@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import inspect
 import re
+import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,19 +44,56 @@ def load_file(spec: str) -> Config:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError("defines no get_config(variant); define it to return a visionfm_jax.config.Config")
         if not inspect.signature(module.get_config).parameters:
             raise ConfigError('get_config takes no argument; define it as get_config(variant: str = "")')
         config = module.get_config(variant)
+        if type(config) is not Config:
+            what = "a subclass of Config" if isinstance(config, Config) else f"{type(config).__name__}"
+            raise ConfigError(f"get_config returned {what}; return a visionfm_jax.config.Config")
+        _check_groups(config)
     except ConfigError as error:
-        raise ConfigError(f"--config={spec}: {error}") from error
-    except (Exception, SystemExit) as error:  # whatever the file does wrong is the user's to see in one line
-        message = " ".join(str(error).split())[:500]
-        raise ConfigError(f"--config={spec}: {type(error).__name__} in the file: {message}") from error
-    if not isinstance(config, Config):
+        raise ConfigError(f"--config={spec}: {_text(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the file does wrong is the user's to see in one line
         raise ConfigError(
-            f"--config={spec}: get_config returned {type(config).__name__}; return a visionfm_jax.config.Config"
-        )
+            f"--config={spec}: {_line(error, module_spec.origin)}{type(error).__name__}: {_text(error)}; mend the file"
+        ) from error
     return config
+
+
+def _check_groups(holder: Any, prefix: str = "") -> None:
+    """Refuse a configuration whose fields cannot be named, as one was deleted or a group of them is something else."""
+    for field in dataclasses.fields(holder):
+        name = f"config.{prefix}{field.name}"
+        if not hasattr(holder, field.name):
+            raise ConfigError(f"{name}: was deleted; give it a value")
+        value = getattr(holder, field.name)
+        groups = [k for k in (field.type, *typing.get_args(field.type)) if dataclasses.is_dataclass(k)]
+        several = isinstance(value, tuple) and typing.get_origin(field.type) is tuple
+        for i, item in enumerate((value if several else (value,)) if groups else ()):
+            if type(item) not in groups:
+                what = " or ".join(group.__name__ for group in groups)
+                raise ConfigError(f"{name}{f'[{i}]' * several}: is a {type(item).__name__}; set a {what}")
+            _check_groups(item, f"{prefix}{field.name}{f'[{i}]' * several}.")
+
+
+def _line(error: BaseException, path: str) -> str:
+    """Where in the file at `path` an error came up, for people; empty: nowhere in it."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines.append(error.lineno)
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def _text(error: BaseException) -> str:
+    """What an error says, in one line."""
+    try:
+        return " ".join(str(error).split())[:500] or "no reason given"
+    except BaseException as other:
+        return f"its text cannot be had ({type(other).__name__})"
 
 
 def variant_of(allowed: Sequence[str], variant: str) -> str:

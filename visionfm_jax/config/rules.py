@@ -37,8 +37,8 @@ def shown(value: object) -> str:
     """`value` as Python writes it, its beginning if that is long."""
     try:
         text = repr(value)
-    except ValueError as error:  # an int of thousands of digits
-        return f"({type(value).__name__}: {error})"
+    except Exception as error:  # an int of thousands of digits, or a class of the user's
+        return f"({type(value).__name__}, which cannot be written: {type(error).__name__})"
     return text if len(text) <= 120 else f"{text[:60]} … ({len(text):,} characters)"
 
 

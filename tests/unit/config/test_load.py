@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from visionfm_jax.config import load
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, door
 
 ROOT = Path(__file__).parents[3]
 QUICK = str(ROOT / "configs" / "quickstart.py")
@@ -97,20 +97,61 @@ def test_bad_words_get_one_clear_line(words, message, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_broken_file_is_named(tmp_path):
+HEAD = "from visionfm_jax.config import *\ndef get_config(variant=''):\n    config = Config(name='x')\n"
+ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("def get_config(variant=''):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero; mend the file"),
+        ("import sys\nsys.exit(3)", "line 2: SystemExit: 3; mend the file"),
+        ("import sys\n\nsys.exit()", "line 3: SystemExit: no reason given; mend the file"),
+        ("x = 1\n\ndef get_config(:", "line 3: SyntaxError: invalid syntax"),
+        ("def get_config(variant=''):\n    return get_config()", "line 2: RecursionError: maximum recursion depth"),
+        (ODD + "raise Odd", "line 4: Odd: its text cannot be had (Odd); mend the file"),
+        ("raise GeneratorExit('a\\nb\\x1b[31m')", "line 1: GeneratorExit: a b"),
+        ("import json\njson.loads('{')", "line 2: JSONDecodeError: Expecting property name"),
+        ("from visionfm_jax.errors import CheckpointError\nraise CheckpointError('x')", "line 2: CheckpointError: x"),
+        ("x = 1", "defines no get_config(variant); define it"),
+        ("get_config = 1", "defines no get_config(variant); define it"),
+        ("def get_config():\n    return None", "define it as get_config(variant: str = "),
+        ("def get_config(a, b):\n    return None", "TypeError: get_config() missing 1 required positional"),
+        ("def get_config(variant=''):\n    return {}", "get_config returned dict; return a visionfm_jax.config.Config"),
+        (HEAD + "    class Mine(Config): pass\n    return Mine(name='x')", "returned a subclass of Config; return"),
+        (HEAD + "    return Config", "get_config returned type; return"),
+        (HEAD + "    del config.optim\n    return config", "config.optim: was deleted; give it a value"),
+        (HEAD + "    del config.name\n    return config", "config.name: was deleted; give it a value"),
+        (HEAD + "    del config.data.augment\n    return config", "config.data.augment: was deleted; give it a value"),
+        (HEAD + "    config.data = config\n    return config", "config.data: is a Config; set a DataConfig"),
+        (
+            HEAD + "    config.model = config\n    return config",
+            "config.model: is a Config; set a ViTConfig or ClipConf",
+        ),
+        (HEAD + "    config.evals = (1,)\n    return config", "config.evals[0]: is a int; set a EvalConfig"),
+    ],
+)
+def test_a_broken_file_is_one_line_with_its_place(tmp_path, text, line):
     path = tmp_path / "broken.py"
-    path.write_text("def get_config(variant=''):\n    return 1 / 0\n")
-    with pytest.raises(ConfigError, match=r"broken.py: ZeroDivisionError in the file: division by zero"):
+    path.write_text(text + "\n")
+    with pytest.raises(ConfigError) as error:
         load.load_file(str(path))
-    path.write_text("import sys\nsys.exit(3)\n")
-    with pytest.raises(ConfigError, match=r"broken.py: SystemExit in the file: 3"):
-        load.load_file(str(path))
-    path.write_text("def get_config(variant=''):\n    return {}\n")
-    with pytest.raises(ConfigError, match="returned dict"):
-        load.load_file(str(path))
+    assert str(error.value).startswith(f"--config={path}: ")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_file_whose_function_takes_no_variant_is_told_how_to(tmp_path):
-    (tmp_path / "c.py").write_text("def get_config():\n    return None\n")
-    with pytest.raises(ConfigError, match=r'define it as get_config\(variant: str = ""\)'):
-        load.load_file(str(tmp_path / "c.py"))
+def test_a_value_that_cannot_be_written_is_refused_by_its_type(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(HEAD + "    class Odd:\n        __repr__ = 1\n    config.optim.lr = Odd()\n    return config\n")
+    with pytest.raises(ConfigError, match=r"config.optim.lr = \(Odd, which cannot be written: TypeError\): must be"):
+        load.from_arguments([f"--config={path}"])
+
+
+def test_nothing_in_an_error_is_obeyed_by_a_terminal(capsys):
+    @door
+    def fails():
+        raise ConfigError("red \x1b[31m, wide \x9b, é\nnext line")
+
+    assert fails() == 2
+    assert capsys.readouterr().err == "visionfm_jax: error: red \\x1b[31m, wide \\x9b, é\nnext line\n"
