@@ -109,7 +109,7 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
         ("import sys\n\nsys.exit()", "line 3: SystemExit: no reason given; mend the file"),
         ("x = 1\n\ndef get_config(:", "line 3: SyntaxError: invalid syntax"),
         ("def get_config(variant=''):\n    return get_config()", "line 2: RecursionError: maximum recursion depth"),
-        (ODD + "raise Odd", "line 4: Odd: its text cannot be had (Odd); mend the file"),
+        (ODD + "raise Odd", "line 3: Odd: its text cannot be had (Odd); mend the file"),
         ("raise GeneratorExit('a\\nb\\x1b[31m')", "line 1: GeneratorExit: a b"),
         ("import json\njson.loads('{')", "line 2: JSONDecodeError: Expecting property name"),
         ("from visionfm_jax.errors import CheckpointError\nraise CheckpointError('x')", "line 2: CheckpointError: x"),
