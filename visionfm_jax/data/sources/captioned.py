@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, describe, misfit, no_split
 from visionfm_jax.data.sources.record import has_text, left_out, printable
@@ -49,7 +50,7 @@ class CaptionedFiles:
     class_names: tuple[str, ...] | None = None
 
     def __init__(self, config: SourceConfig, images: Iterable[tuple[str, Iterable[str]]]):
-        self.name, self._root = describe(config), str(Path(config.path).expanduser())
+        self.name, self.root = describe(config), str(Path(config.path).expanduser())
         self.has_captions = bool(config.caption_key)
         self.most_captions = 0
         without: list[str] = []
@@ -75,14 +76,14 @@ class CaptionedFiles:
                 logging.warning("%s: %s", self.name, left_out(what, len(names), first))
         self._files, self._text, self._ends = np.array(files, np.bytes_), bytes(text), np.array(ends, np.int64)
         self._check_files()
+        self._checksums = checksums.find(config, self)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes, and its captions, a tuple of str."""
-        with open(os.path.join(self._root, self._file(index)), "rb") as file:
-            record: dict[str, Any] = {"image": file.read()}
+        record: dict[str, Any] = {"image": checksums.read_file(self.root, self.file(index), self._checksums)}
         if self.has_captions:
             lines = self._text[self._ends[index] : self._ends[index + 1]]
             record["caption"] = tuple(lines.decode("utf-8", "surrogatepass").split("\n"))
@@ -90,19 +91,24 @@ class CaptionedFiles:
 
     def key(self, index: int) -> str:
         """FOLDER/FILE."""
-        return printable(self._file(index))
+        return printable(self.file(index))
 
-    def _file(self, index: int) -> str:
+    def file(self, index: int) -> str:
+        """Path of a record's file below `root`."""
         if not 0 <= index < len(self._files):
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
         return os.fsdecode(bytes(self._files[index]))
+
+    def listing(self) -> str:
+        """Digest of the files' names."""
+        return digest(self._files)
 
     def fingerprint(self) -> dict[str, str]:
         """Of the captions, and of each thousand images."""
         starts = range(0, len(self), 1000)
         files = {f"images from {i:,} on": ("", self._files[i : i + 1000].tolist()) for i in starts}
         captions = {"captions": f"{len(self._text):,} bytes, {digest(self._text, self._ends)}"}
-        return (captions if self.has_captions else {}) | of_files(self._root, files)
+        return (captions if self.has_captions else {}) | of_files(self.root, files)
 
     def _check_files(self) -> None:
         """Folders are listed, for asking after each file takes minutes where these are on a network."""
@@ -110,13 +116,13 @@ class CaptionedFiles:
         there = {
             os.path.join(folder, name)
             for folder in {os.path.dirname(key) for key in keys}
-            if os.path.isdir(path := os.path.join(self._root, folder))
+            if os.path.isdir(path := os.path.join(self.root, folder))
             for name in _files(path)
         }
         if missing := [key for key in keys if key not in there]:
             raise DataError(
                 f"{self.name}: {len(missing)} of {len(keys)} images are missing, the first is "
-                f"{os.path.join(self._root, missing[0])}; unpack the images there"
+                f"{os.path.join(self.root, missing[0])}; unpack the images there"
             )
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from absl import logging
 
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data.sources.fingerprint import of_files
+from visionfm_jax.data.sources import checksums
+from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
 from visionfm_jax.data.sources.record import left_out, printable
 from visionfm_jax.errors import DataError
@@ -41,7 +42,7 @@ class FolderSource:
             if splits := class_splits(path):
                 raise no_split(config, splits)
             raise misfit(config, "PATH/SPLIT/CLASS/FILE")
-        self._root = str(path / config.split)
+        self.root = str(path / config.split)
         self.class_names: tuple[str, ...] | None = _class_names(path, config.split)
         self.num_classes = len(self.class_names)
         others: dict[str, list[str]] = {}
@@ -53,35 +54,41 @@ class FolderSource:
         # Arrays, not lists: an index of millions of files travels to every worker process.
         self._files = np.array([file for names in files for file in names])
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+        self._checksums = checksums.find(config, self)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes and its class."""
-        with open(os.path.join(self._root, self._file(index)), "rb") as file:
-            return {"image": file.read(), "label": int(self._labels[index])}
+        image = checksums.read_file(self.root, self.file(index), self._checksums)
+        return {"image": image, "label": int(self._labels[index])}
 
     def key(self, index: int) -> str:
         """CLASS/FILE."""
-        return printable(self._file(index))
+        return printable(self.file(index))
 
-    def _file(self, index: int) -> str:
+    def file(self, index: int) -> str:
+        """Path of a record's file below `root`."""
         if not 0 <= index < len(self._files):
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
         assert self.class_names is not None
         return os.path.join(self.class_names[self._labels[index]], os.fsdecode(bytes(self._files[index])))
+
+    def listing(self) -> str:
+        """Digest of the files' names."""
+        return digest(repr(self.class_names).encode(), self._labels, self._files)
 
     def fingerprint(self) -> dict[str, str]:
         """Of each class folder."""
         assert self.class_names is not None
         ends = np.searchsorted(self._labels, np.arange(self.num_classes + 1))
         files = {n: (n, self._files[ends[i] : ends[i + 1]].tolist()) for i, n in enumerate(self.class_names)}
-        return of_files(self._root, files)
+        return of_files(self.root, files)
 
     def _images(self, name: str, others: dict[str, list[str]]) -> list[bytes]:
         """Names of the image files of a class, sorted; what else there is goes to `others`, by reason."""
-        folder = os.path.join(self._root, name)
+        folder = os.path.join(self.root, name)
         if not os.path.lexists(folder):  # a class of another split
             return []
         images = []

@@ -1,0 +1,181 @@
+"""Checksums of loose image files: every bit that turns is noticed, and nothing is read that need not be."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import logging
+from caption_sets import write_coco, write_visual_genome
+from tar_sets import picture
+
+from visionfm_jax.config import Config, EvalConfig, SourceConfig
+from visionfm_jax.data import checksums as command
+from visionfm_jax.data.sources import checksums, claim, open_source
+from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.train.record import record_of
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, caplog):
+    logging.use_python_logging(quiet=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for i in range(6):
+        path = tmp_path / f"data/train/class{i % 2}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(i))
+    os.rename(path, os.path.join(os.fsencode(path.parent), b"\xff.png"))
+    return tmp_path / "data"
+
+
+def source_config(kind: str, path: Path, split: str = "train") -> SourceConfig:
+    return SourceConfig(kind=kind, path=str(path), split=split)
+
+
+def turn_a_bit(path: Path | bytes, byte: int = 20) -> None:
+    """Size and times stay, as when a disk rots."""
+    times = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(byte)
+        value = file.read(1)[0]
+        file.seek(byte)
+        file.write(bytes([value ^ 4]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def damaged(config: SourceConfig) -> list[str]:
+    """Keys of the records that are refused."""
+    source, out = open_source(config), []
+    source = pickle.loads(pickle.dumps(source))  # as it reaches a worker
+    for i in range(len(source)):
+        try:
+            source[i]
+        except DamagedRecord:
+            out.append(source.key(i))
+    return out
+
+
+@pytest.mark.parametrize("kind", checksums.KINDS)
+def test_a_turned_bit_is_a_damaged_record(kind, folder, tmp_path):
+    if kind == "folder":
+        config, file = source_config(kind, folder), os.path.join(os.fsencode(folder), b"train/class1/\xff.png")
+    elif kind == "coco_captions":
+        config = source_config(kind, write_coco(tmp_path / "coco", [["a"], ["b"], ["c"]]), "train2017")
+        file = tmp_path / "coco/train2017/000000000001.jpg"
+    else:
+        config = source_config(kind, write_visual_genome(tmp_path / "vg", [["a"], ["b"]]), "")
+        file = tmp_path / "vg/VG_100K_2/2.jpg"
+    turn_a_bit(file)
+    assert damaged(config) == []  # nobody can know
+    turn_a_bit(file)
+    assert command.make(config).endswith(".checksums")
+    assert damaged(config) == []
+    turn_a_bit(file)
+    (key,) = damaged(config)
+    assert key.endswith(("ff.png", "1.jpg", "2.jpg"))
+    command.make(config)  # takes what is not new as it was
+    assert damaged(config) == [key]
+
+
+def test_only_new_and_changed_files_are_read_again(folder):
+    config = source_config("folder", folder)
+    path = folder / "visionfm_train.checksums"
+    assert command.make(config) == f"folder {folder} [train]: 6 files, 6 of them read: {path}"
+    assert command.make(config) == f"folder {folder} [train]: 6 files, 0 of them read: {path}"
+    (folder / "train/class0/0.png").write_bytes(picture(7))
+    os.utime(folder / "train/class0/0.png", ns=(1, 1))
+    assert damaged(config) == ["class0/0.png"]
+    (folder / "train/class0/new.png").write_bytes(picture(8))
+    (folder / "train/class0/2.png").unlink()
+    assert "6 files, 2 of them read" in command.make(config)
+    assert damaged(config) == []
+
+
+def test_the_log_says_what_has_no_checksum(folder, caplog):
+    config = source_config("folder", folder)
+    open_source(config)
+    command.make(config)
+    with caplog.at_level("INFO", logger="absl"):
+        open_source(config)
+        (folder / "train/class0/1.png").write_bytes(picture(1))
+        open_source(config)
+    lines = [r.message.partition("[train]: ")[2] for r in caplog.records]
+    assert lines[0].startswith("its files have no checksums: a bit that turns on the disk may go unnoticed; python -m")
+    assert lines[1:] == [
+        f"its 6 files are compared with {folder / 'visionfm_train.checksums'}",
+        f"1 of 7 files have no checksum in {folder / 'visionfm_train.checksums'}, the first is class0/1.png; run "
+        "python -m visionfm_jax.data.checksums again",
+    ]
+
+
+def test_an_interruption_keeps_what_was_read(folder, monkeypatch):
+    monkeypatch.setattr(command, "KEPT", 2)
+    config = source_config("folder", folder)
+    record = command._record
+
+    def interrupted(source, index, known):
+        if index == 5:
+            raise KeyboardInterrupt
+        return record(source, index, known)
+
+    monkeypatch.setattr(command, "_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.make(config)
+    monkeypatch.setattr(command, "_record", record)
+    assert "6 files, 2 of them read" in command.make(config)
+    assert sorted(p.name for p in folder.iterdir()) == ["train", "visionfm_train.checksums"]
+
+
+def test_damaged_checksums_are_refused(folder):
+    config = source_config("folder", folder)
+    command.make(config)
+    path = folder / "visionfm_train.checksums"
+    for byte in np.random.default_rng(0).integers(path.stat().st_size, size=20).tolist():
+        turn_a_bit(path, byte)
+        with pytest.raises(DataError, match=r"train.checksums: cannot be used \(.*\); delete it, then run python"):
+            open_source(config)
+        turn_a_bit(path, byte)
+    assert damaged(config) == []
+
+
+def test_they_go_to_the_cache_where_the_data_cannot_be_written(folder, cache, monkeypatch):
+    config = source_config("folder", folder)
+    command.make(config)
+    take = claim._take
+
+    def refuse(path):
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return take(path)
+
+    monkeypatch.setattr(claim, "_take", refuse)
+    (folder / "train/class0/0.png").write_bytes(picture(7))
+    os.utime(folder / "train/class0/0.png", ns=(1, 1))
+    assert "6 files, 1 of them read: " + str(cache) in command.make(config)
+    assert damaged(config) == []
+
+
+def test_the_fingerprint_of_the_data_does_not_depend_on_them(folder):
+    config = Config(name="x")
+    config.train.steps, config.data.train = 20_000, (source_config("folder", folder),)
+    before = record_of(config, [open_source(config.data.train[0])])
+    command.make(config.data.train[0])
+    assert record_of(config, [open_source(config.data.train[0])]) == before
+
+
+def test_the_command_takes_every_source_of_files_once(folder):
+    held_out = SourceConfig(kind="tfds", path="/none")
+    files = source_config("folder", folder)
+    config = Config(name="x", evals=(EvalConfig(source=held_out), EvalConfig(source=source_config("folder", folder))))
+    config.data.train = (files, SourceConfig(kind="bundled", path="digits"))
+    assert command.sources_of(config) == [files]
+    config.data.train, config.evals = (held_out,), ()
+    with pytest.raises(ConfigError, match="no source is folder or coco_captions or visual_genome"):
+        command.sources_of(config)

@@ -1,0 +1,129 @@
+"""Makes checksums of the image files that a configuration reads, so that a damaged one is noticed.
+
+    python -m visionfm_jax.data.checksums --config=FILE.py [--config.FIELD=VALUE …]
+
+Every file of the class folders, COCO and Visual Genome of `data.train` and `evals` is read once. The checksums go into
+one file beside the data (in ~/.cache where that cannot be written), where runs find it and compare every image that
+they read. It may be stopped and run again at any time: only files that are new or changed since are read. Tars, TFDS
+and .npz files have checksums of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from visionfm_jax.config.arguments import Parser
+from visionfm_jax.config.schema import Config, SourceConfig
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.checksums import KINDS, RECORD, VERSION, Checksums, ImageFiles, digest_of, newest, places
+from visionfm_jax.data.sources.claim import claimed
+from visionfm_jax.data.sources.retries import retry
+from visionfm_jax.data.sources.store import write_table
+from visionfm_jax.errors import ConfigError, DataError, door
+
+KEPT = 50_000  # files after which the checksums so far are written
+THREADS = 32  # that read: where storage is slow to answer, many are needed
+
+
+def sources_of(config: Config) -> list[SourceConfig]:
+    """The sources of a configuration that are loose files, each once.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    named = [*config.data.train, *(s for e in config.evals for s in (e.source, *e.gallery))]
+    files = {(s.kind, s.path, s.split, s.caption_key): s for s in named if s.kind in KINDS}
+    if not files:
+        raise ConfigError(
+            f"config.data.train and config.evals: no source is {' or '.join(KINDS)}; others have checksums of their own"
+        )
+    return list(files.values())
+
+
+def make(config: SourceConfig) -> str:
+    """Write the checksums of a source, and tell what was done.
+
+    Raises:
+      DataError, StorageError: a file cannot be read, or the checksums cannot be written.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # that there are no checksums yet is known
+    source: Any = open_source(config)
+    logging.set_verbosity(level)
+    while True:
+        with claimed(places(config), f"the checksums of {source.name}") as path:
+            if path is not None:
+                try:
+                    read = _write(source, newest(config), path)
+                except OSError as error:
+                    raise DataError(f"{path}: cannot be written ({error.strerror or error}); free space") from error
+                return f"{source.name}: {len(source):,} files, {read:,} of them read: {path}"
+
+
+def _write(source: ImageFiles, known: Checksums | None, path: Path) -> int:
+    """Returns how many files were read."""
+    total, read = len(source), 0
+    new = np.zeros(total, RECORD)
+    old = np.zeros(0, RECORD) if known is None else known.records
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        with tqdm(total=total, desc=source.name, unit=" files", disable=not sys.stderr.isatty()) as bar:
+            for start in range(0, total, KEPT):
+                rows, before = range(start, min(start + KEPT, total)), read
+                for i, (record, was_read) in zip(
+                    rows, pool.map(lambda i: _record(source, i, known), rows), strict=True
+                ):
+                    new[i] = record
+                    read += was_read
+                    bar.update()
+                if rows.stop == total:
+                    _store(path, new, old, source.listing())
+                elif read > before:
+                    _store(path, new[: rows.stop], old, "")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return read
+
+
+def _store(path: Path, new: np.ndarray, old: np.ndarray, listing: str) -> None:
+    """Write RECORDs, sorted by name; of a file that is in both, the new one."""
+    both = np.concatenate([new, old])
+    both = both[np.unique(both["name"], return_index=True)[1]]
+    write_table(path, [both], lambda: {"version": VERSION, "files": listing})
+
+
+def _record(source: ImageFiles, index: int, known: Checksums | None) -> tuple[tuple[int, ...], bool]:
+    """RECORD of a file, and whether it was read for it."""
+    name = source.file(index)
+    path = os.path.join(source.root, name)
+    old = known.of(name) if known is not None else None
+
+    def record() -> tuple[tuple[int, ...], bool]:
+        with open(path, "rb", buffering=0) as file:
+            state = os.fstat(file.fileno())
+            if old is not None and (state.st_size, state.st_mtime_ns) == (old["size"], old["stamp"]):
+                return tuple(old.tolist()), False
+            content = file.read()
+        return (digest_of(name), len(content), state.st_mtime_ns, zlib.crc32(content)), True
+
+    return retry(record, lambda: path)
+
+
+def main(argv: list[str]) -> None:
+    """Parse, read, print."""
+    config, _ = Parser("data.checksums", __doc__).parse_with_config(argv)
+    for source in sources_of(config):
+        print(make(source), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(door(main)(sys.argv[1:]))
