@@ -44,7 +44,7 @@ from visionfm_jax.telemetry.writers import append_evaluation, read_metrics, writ
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.loop import Hooks, train
-from visionfm_jax.train.record import changes, read_record, record_of, settings_files, with_settings
+from visionfm_jax.train.provenance import changes, provenance_of, read_provenance, settings_files, with_settings
 from visionfm_jax.train.replay import PASSES, run_again
 from visionfm_jax.train.spikes import SpikeFolder, used_record
 from visionfm_jax.train.state import TrainState
@@ -70,7 +70,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
         state, record, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
-        changed = folder.record(record_of(config, sources), start, begun_in) if host == 0 else []
+        changed = folder.keep(provenance_of(config, sources), start, begun_in) if host == 0 else []
         say(describe(trainer, origin, changed))
         damage = DamageLog(
             sources, config.data.max_damaged,
@@ -279,7 +279,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
                 f"--step={step}: no checkpoint between {origin} and it is left, and the settings changed on the way "
                 f"({other} has {changed[0]}); name a step that {other.name} or a later checkpoint reaches"
             )
-    changed = changes(read_record(folder, settings), record_of(config, sources), folder) if host == 0 else []
+    changed = changes(read_provenance(folder, settings), provenance_of(config, sources), folder) if host == 0 else []
     say(describe(trainer, origin, changed))
     say("\n".join(f"  as in the run    {change}" for change in taken))
     with (

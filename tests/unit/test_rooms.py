@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "visionfm_jax"
 ROOMS = [
     "errors",
+    "storage",
     "config",
     "models",
     "losses",

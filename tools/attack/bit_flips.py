@@ -51,7 +51,7 @@ from visionfm_jax.main import quiet_logs  # noqa: E402
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics  # noqa: E402
 from visionfm_jax.train.checkpoint import Checkpoints  # noqa: E402
 from visionfm_jax.train.folder import RunFolder  # noqa: E402
-from visionfm_jax.train.record import changes, read_record, record_of  # noqa: E402
+from visionfm_jax.train.provenance import changes, provenance_of, read_provenance  # noqa: E402
 from visionfm_jax.train.state import TrainState  # noqa: E402
 
 STEP = 40
@@ -106,12 +106,12 @@ def settings(folder: Path) -> Read:
     config = Config(name="attacked", workdir=str(folder))
     config.train.steps = 20_000
     config.data.train = (SourceConfig(kind="bundled", path="digits"),)
-    record = record_of(config, [open_source(config.data.train[0])])
+    record = provenance_of(config, [open_source(config.data.train[0])])
     with RunFolder(config, owner=True) as run:
         run.record(record, 0, "")
 
     def read() -> Any:
-        return NAMED if changes(read_record(folder), record, folder) else "the settings of the command"
+        return NAMED if changes(read_provenance(folder), record, folder) else "the settings of the command"
 
     return read
 

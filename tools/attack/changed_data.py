@@ -3,7 +3,7 @@
     python tools/attack/changed_data.py --changes=200
 
 Datasets of every kind that lies in files are made, and changed one way at a time: files, members, rows and captions are
-added, removed, renamed, swapped, cut, overwritten; classes come and go; labels move. `train.record` then compares what
+added, removed, renamed, swapped, cut, overwritten; classes come and go; labels move. `train.provenance` compares what
 a run would have kept with what it would find, as at every start. What changes no record (another path, another time of
 change) must go on. Printed is how often each change was noticed; the exit code is 1 if one was not that should be.
 """
@@ -27,7 +27,7 @@ import numpy as np
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import UserError
-from visionfm_jax.train.record import Record, changes, record_of
+from visionfm_jax.train.provenance import Provenance, changes, provenance_of
 
 Change = Callable[[Path, np.random.Generator], None]
 HARMLESS = ("moved to another path", "touched")
@@ -241,12 +241,12 @@ KINDS: dict[str, tuple[Callable[[Path, np.random.Generator], None], dict[str, Ch
 }
 
 
-def record(kind: str, root: Path) -> Record:
+def provenance(kind: str, root: Path) -> Provenance:
     """What a run keeps of the dataset."""
     config = Config(name="attack")
     config.train.steps, config.data.shuffle = 100, False
     config.data.train = (SourceConfig(kind=kind, path=str(root), split="" if kind in ("folder", "tars") else "train"),)
-    return record_of(config, [open_source(s) for s in config.data.train])
+    return provenance_of(config, [open_source(s) for s in config.data.train])
 
 
 def attack(kind: str, name: str, rng: np.random.Generator, base: Path) -> str:
@@ -254,13 +254,13 @@ def attack(kind: str, name: str, rng: np.random.Generator, base: Path) -> str:
     make, ways = KINDS[kind]
     root = base / "data"
     make(root, rng)
-    old = record(kind, root)
+    old = provenance(kind, root)
     if name == HARMLESS[0]:
         root = root.rename(base / "elsewhere")
     else:
         ways[name](root, rng)
     try:
-        changes(old, record(kind, root), Path("runs/attack"))
+        changes(old, provenance(kind, root), Path("runs/attack"))
     except UserError as error:
         return str(error)
     return ""

@@ -30,8 +30,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
+from visionfm_jax import storage
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data.sources import Source, open_source, retries
+from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.bundled import read_set
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import write_selection
@@ -133,7 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logger = absl_logging.get_absl_logger()
     logger.handlers, logger.propagate = [_Warnings(level=logging.WARNING)], False
-    retries.WAITS = ()
+    storage.WAITS = ()
     root = Path(tempfile.mkdtemp(prefix="flips-"))
     os.environ["XDG_CACHE_HOME"] = str(root / "cache")
     rng = np.random.default_rng(arguments.seed)

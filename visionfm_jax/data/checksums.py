@@ -26,9 +26,9 @@ from visionfm_jax.config.schema import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.checksums import KINDS, RECORD, VERSION, Checksums, ImageFiles, digest_of, newest, places
 from visionfm_jax.data.sources.claim import claimed
-from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.sources.store import write_table
 from visionfm_jax.errors import ConfigError, DataError, door
+from visionfm_jax.storage import read
 
 KEPT = 50_000  # files after which the checksums so far are written
 THREADS = 32  # that read: where storage is slow to answer, many are needed
@@ -115,7 +115,7 @@ def _record(source: ImageFiles, index: int, known: Checksums | None) -> tuple[tu
             content = file.read()
         return (digest_of(name), len(content), state.st_mtime_ns, zlib.crc32(content)), True
 
-    return retry(record, lambda: path)
+    return read(record, lambda: path)
 
 
 def main(argv: list[str]) -> None:

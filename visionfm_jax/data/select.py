@@ -25,12 +25,11 @@ from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import columns
 from visionfm_jax.data.columns import Choice
 from visionfm_jax.data.conditions import Condition, parse
-from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.sources.selection import write_selection
-from visionfm_jax.data.sources.store import temporary
 from visionfm_jax.data.sources.tar_index import each
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import ConfigError, DataError, UserError, door
+from visionfm_jax.storage import read, write_text
 
 SHOWN = 20  # tars in the printed table; the JSON has all
 
@@ -65,8 +64,7 @@ def select(path: str, where: str, out: Path, *, caption_key: str = "txt", jobs: 
         out.parent.mkdir(parents=True, exist_ok=True)
         write_selection(out, index, where, report.counted(found))
         result = report.as_json()
-        with temporary(out.with_name(out.name + ".json")) as part:
-            part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_text(out.with_name(out.name + ".json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror or error}; name a file that can be written") from error
     return result
@@ -130,7 +128,7 @@ class _Report:
 def _check(source: TarPairs, conditions: Sequence[Condition]) -> None:
     """What would stop the work after hours is looked for first."""
     store = source.store
-    files = retry(store.files, lambda: store.url)
+    files = read(store.files, lambda: store.url)
     names = [columns.parquet_of(tar["name"]) for tar in source.index.tars]
     if missing := [name for name in names if name not in files]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -22,9 +22,9 @@ from visionfm_jax.config import ClassificationConfig, Config
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.sources import Source, open_sources, read_record
 from visionfm_jax.data.sources.record import DamagedRecord, has_text
-from visionfm_jax.data.sources.store import temporary
 from visionfm_jax.data.tokenizer import SHIPPED
 from visionfm_jax.errors import ConfigError, DataError, UserError
+from visionfm_jax.storage import replacing
 
 COVERAGE = 0.9999  # share of the captions' characters that get a piece of their own
 LONGEST = 1000  # characters of a caption that are read; SentencePiece skips lines of more than 4,192 bytes
@@ -146,7 +146,7 @@ def run(config: Config, vocab_size: int, out: Path, sentences: int) -> str:
     captions = Captions(sources, sentences, config.data.threads)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(out) as part:  # opened first: what cannot be written is known before hours of work
+        with replacing(out) as part:  # opened first: what cannot be written is known before hours of work
             model = train(captions, vocab_size)
             part.write_bytes(model)
     except OSError as error:

@@ -17,7 +17,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from visionfm_jax.config import Config
 from visionfm_jax.errors import UserError
 from visionfm_jax.parallel.cluster import is_installed
 from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
+from visionfm_jax.storage import replacing
 
 GPU, CPU = "cuda", "cpu"
 # No kernel is ever run: no time goes into optimising its code, and none into assembling it (see `ASSEMBLER`). What XLA
@@ -93,9 +93,8 @@ def compile_step(config: Config, cluster: Cluster, platform: str) -> CompiledSte
     data = gzip.compress(_in_own_process(config, cluster, platform), compresslevel=3)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        partial.write_bytes(data)
-        partial.replace(entry)
+        with replacing(entry) as part:
+            part.write_bytes(data)
     except OSError as error:  # only the next plan is slower
         print(f"visionfm_jax: the compile is not cached: {entry.parent}: {error.strerror}", file=sys.stderr)
     return CompiledStep(**json.loads(gzip.decompress(data)))

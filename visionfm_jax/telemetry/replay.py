@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from visionfm_jax.errors import DataError, OutputError
+from visionfm_jax import storage
+from visionfm_jax.errors import DataError
 from visionfm_jax.telemetry.report import BLUE, DPI, GREY, INK, ORANGE, RED, save
 from visionfm_jax.train.layer_statistics import OUTPUT, Layer
 from visionfm_jax.train.replay import Replayed
@@ -32,18 +33,19 @@ def write(found: Replayed, run: Path) -> str:
     `samples.png` the images of the suspects.
 
     Raises:
-      OutputError: the folder cannot be written.
+      OutputError, StorageError: the folder cannot be written.
     """
     folder = run / SUBFOLDER / f"step-{found.step:08}"
     files = [folder / name for name in ("statistics.json", "layers.png", "samples.png")]
     title = f"step {found.step}" + (f": first not finite: {found.first_bad}" if found.first_bad else "")
-    try:
+
+    def write_all() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(plain(_everything(found)), indent=1, allow_nan=False) + "\n")
+        storage.write_text(files[0], json.dumps(plain(_everything(found)), indent=1, allow_nan=False) + "\n")
         save(_layers(found.layers, found.beside, title), files[1])
         save(_samples(found, title), files[2])
-    except OSError as error:
-        raise OutputError(f"cannot write {error.filename or folder}: {error.strerror}; free space there") from error
+
+    storage.write(write_all, folder)
     return "\n".join([*_summary(found, run), *(f"  {file}" for file in files)])
 
 

@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no gl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from visionfm_jax.storage import replacing
+
 # Okabe & Ito's palette: told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B7280"
 SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
@@ -209,12 +211,10 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write to a temporary file first: a run killed while drawing leaves the previous picture whole."""
+    """A run that is killed while drawing leaves the previous picture whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), replacing(path) as part:
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # captions have signs of every script
-        figure.savefig(temporary, format="png", facecolor="white")
-    os.replace(temporary, path)
+        figure.savefig(part, format="png", facecolor="white")

@@ -10,17 +10,16 @@ import math
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from visionfm_jax.errors import OutputError
+from visionfm_jax.storage import CHECKSUM, read_bytes, seal, unseal, unwritable, write, write_text
 
 FILE = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
-CHECKSUM = "crc32"  # of a line of metrics, before this entry
 
 
 class MetricWriter:
@@ -43,7 +42,7 @@ class MetricWriter:
       note: shows a line to people.
 
     Raises:
-      OutputError: the folder cannot be written.
+      OutputError, StorageError: the folder cannot be written.
     """
 
     def __init__(
@@ -58,20 +57,22 @@ class MetricWriter:
         self._waiting: list[bytes] = []
         self._failed: OSError | None = None
         self._events = None
-        try:
+
+        def begin() -> BinaryIO:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(self._path, start_step)
-            self._lines = open(self._path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
-            if tensorboard:
-                self._events = _Events(self._path.parent / "tensorboard", start_step)
-        except OSError as error:
-            raise _unwritable(Path(error.filename or self._path), error) from error
+            return open(self._path, "ab", buffering=0)  # lives as long as the run
+
+        self._lines = write(begin, self._path)
+        if tensorboard:
+            events = self._path.parent / "tensorboard"
+            self._events = write(lambda: _Events(events, start_step), events)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record scalars of one step; values are numbers or arrays of one element."""
         values = {name: _number(value) for name, value in metrics.items()}
-        line = json.dumps({"step": int(step), **{name: _plain(v) for name, v in values.items()}}, allow_nan=False)
-        self._waiting.append(_seal(line).encode() + b"\n")
+        line = seal({"step": int(step), **{name: _plain(v) for name, v in values.items()}})
+        self._waiting.append(line.encode() + b"\n")
         self._append()
         if self._events is not None:
             try:
@@ -109,7 +110,7 @@ class MetricWriter:
             with contextlib.suppress(OSError):
                 self._events.close()
         if self._failed is not None:
-            raise _unwritable(self._path, self._failed, f"{len(self._waiting)} lines of metrics are lost; ")
+            raise unwritable(self._path, self._failed, f"{len(self._waiting)} lines of metrics are lost; ")
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +159,7 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Damaged lines are left out and counted on stderr.
     """
     return [
-        {k: float(v) if isinstance(v, str) else v for k, v in row.items() if k != CHECKSUM}
+        {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
         for _, row in _whole_lines(Path(folder) / FILE)
     ]
 
@@ -170,14 +171,12 @@ def write_details(folder: str | os.PathLike[str], name: str, details: Mapping[st
       OSError: it cannot be written.
     """
     path = Path(folder) / f"eval_{name}.json"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(details, indent=1) + "\n")
     return path
 
 
 def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[str, Any]) -> Path:
-    """Add a line to FOLDER/evaluations.jsonl: what an evaluation apart from training has found.
+    """Add a line to FOLDER/evaluations.jsonl, with a checksum: what an evaluation apart from training has found.
 
     Args:
       folder: made if missing.
@@ -185,18 +184,22 @@ def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[
       found: scores, and whatever tells them from those of other evaluations; numbers become as in metrics.jsonl.
 
     Raises:
-      OutputError: the folder cannot be written.
+      OutputError, StorageError: the folder cannot be written.
     """
     path = Path(folder) / EVALUATIONS
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     values = {name: _plain(v) if isinstance(v, float) else v for name, v in found.items()}
-    line = json.dumps({"step": step, "time": now, **values}, allow_nan=False)
-    try:
+    line = seal({"step": step, "time": now, **values}).encode() + b"\n"
+
+    def append() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise _unwritable(path, error) from error
+        with open(path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read() not in (b"", b"\n")  # what was cut off while it was written
+            file.write(b"\n" * torn + line)
+
+    write(append, path)
     return path
 
 
@@ -205,32 +208,18 @@ def _drop_after(path: Path, step: int) -> None:
     kept = [
         line + "\n" for line, row in _whole_lines(path) if row["step"] < step or (row["step"] == step and "loss" in row)
     ]
-    new = "".join(kept).encode("utf-8")
-    if not path.exists() or new == path.read_bytes():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    new = "".join(kept)
+    if new.encode() != (read_bytes(path) or b""):
+        write_text(path, new)
 
 
 def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Lines, and what they say; without those that are torn or hold something else than was written."""
-    if not path.exists():
-        return []
-    *lines, rest = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    *lines, rest = (read_bytes(path) or b"").decode("utf-8", errors="replace").split("\n")
     found = [(line, row) for line in lines if (row := _parse(line)) is not None]
     if damaged := len(lines) + bool(rest) - len(found):
         print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr, flush=True)
     return found
-
-
-def _seal(line: str) -> str:
-    """A JSON object with a checksum of itself as the last entry."""
-    body = line.removesuffix("}")
-    return f'{body}, "{CHECKSUM}": "{zlib.crc32(body.encode()):08x}"}}'
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -242,8 +231,9 @@ def _parse(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
     if CHECKSUM in row:
-        body = line.rpartition(f', "{CHECKSUM}"')[0]
-        return row if line == _seal(body + "}") else None
+        with contextlib.suppress(ValueError):
+            return unseal(line)
+        return None
     plain = all(isinstance(v, int | float) or v in ("nan", "inf", "-inf") for v in row.values())
     return row if plain else None
 
@@ -254,10 +244,3 @@ def _number(value: Any) -> int | float:
 
 def _plain(value: int | float) -> int | float | str:
     return value if math.isfinite(value) else str(float(value))
-
-
-def _unwritable(path: Path, error: OSError, lost: str = "") -> OutputError:
-    reason = error.strerror or str(error)
-    return OutputError(
-        f"cannot write {path}: {reason}; {lost}free space there or choose another folder by config.workdir"
-    )

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
-import os
-import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,23 +16,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
+from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError, StorageError
 from visionfm_jax.optim import loss_scale
+from visionfm_jax.storage import seal, unseal
 from visionfm_jax.train.checksum import checksums, name_of
 from visionfm_jax.train.state import TrainState
 
 SUBFOLDER = "checkpoints"
 SCORES = "scores.json"  # of the evals, in the folder of their step
-PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before a save is tried again
-# What storage over a network says while a server restarts or a link is down; TensorStore hands on the text alone.
-PASSING = tuple(
-    os.strerror(getattr(errno, name))
-    for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
-        "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EREMOTEIO",
-    )
-)  # fmt: skip
 
 
 class DamagedError(CheckpointError):
@@ -104,7 +93,7 @@ class Checkpoints:
         Raises:
           CheckpointError, StorageError: as `failed`.
         """
-        sealed = _seal({**record, "checksums": checksums(vars(state))})
+        sealed = seal({**record, "checksums": checksums(vars(state))})
         while True:
             try:
                 with _plain_errors(f"saving step {step} to {self.folder}"):
@@ -140,12 +129,12 @@ class Checkpoints:
 
     def _pause(self, error: StorageError) -> None:
         """Before another try, or no more: `error`. Several processes would have to try together, in a new start."""
-        if self._failures == len(PAUSES) or jax.process_count() > 1:
+        if self._failures == len(storage.WAITS) or jax.process_count() > 1:
             raise error
-        pause = PAUSES[self._failures]
+        wait = storage.WAITS[self._failures]
         self._failures += 1
-        print(f"visionfm_jax: {error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
-        time.sleep(pause)
+        storage.announce(str(error), wait)
+        time.sleep(wait)
         with contextlib.suppress(Exception):  # the same error again
             self._manager.close()
         with _plain_errors(f"opening {self.folder}"):
@@ -162,7 +151,7 @@ class Checkpoints:
             if kept.commit_timestamp_nsecs is None:  # which versions without a record left, too
                 raise ValueError("the file of its record is missing or empty")
             sealed = (kept.custom_metadata or {}).get("record")
-            return _unseal(sealed) if sealed else {}
+            return unseal(sealed) if sealed else {}
 
     def attach(self, step: int, scores: dict[str, float], protocols: dict[str, str]) -> None:
         """Keep the scores of the evals with the state of `step`, which is on disk, and the best states as they say.
@@ -171,31 +160,23 @@ class Checkpoints:
           protocols: by which each eval measured.
 
         Raises:
-          CheckpointError: no space, ….
+          CheckpointError, OutputError: no space, ….
           StorageError: as `failed`.
         """
         self._keep.scores[step] = scores
+        if jax.process_index() == 0:
+            kept = {"scores": {k: float(v) for k, v in scores.items()}, "protocols": protocols}
+            path = self.folder / str(step) / SCORES
+            storage.write(lambda: storage.write_text(path, seal(kept) + "\n"), path)
         while True:
             try:
-                with _plain_errors(f"saving the scores of step {step} to {self.folder}"):
-                    if jax.process_index() == 0:
-                        self._write_scores(step, scores, protocols)
+                with _plain_errors(f"removing checkpoints of {self.folder}"):
                     steps = self._manager.all_steps()
                     for old in set(steps) - self._keep.of(steps):
                         self._manager.delete(old)
                 return
             except StorageError as error:
                 self._pause(error)
-
-    def _write_scores(self, step: int, scores: dict[str, float], protocols: dict[str, str]) -> None:
-        path = self.folder / str(step) / SCORES
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            kept = {"scores": {k: float(v) for k, v in scores.items()}, "protocols": protocols}
-            file.write(_seal(kept) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     def scores(self, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Those attached to `step`, and by which protocols each eval measured; empty: none."""
@@ -373,13 +354,14 @@ def _read_scores(folder: Path) -> dict[str, dict]:
 
     Raises:
       CheckpointError: it is damaged.
+      DataError, StorageError: it cannot be read.
     """
     path = folder / SCORES
-    if not path.exists():
+    if (content := storage.read_bytes(path)) is None:
         return {"scores": {}, "protocols": {}}
     try:
-        return _unseal(path.read_text())
-    except (OSError, ValueError) as error:
+        return unseal(content.decode().removesuffix("\n"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}; remove it, the step is then evaluated again") from error
 
 
@@ -388,24 +370,6 @@ def _former_scores(folder: Path) -> dict[str, float]:
     with contextlib.suppress(OSError, ValueError):
         return json.loads((folder / "metrics" / "metrics").read_text())
     return {}
-
-
-def _seal(value: dict[str, Any]) -> str:
-    """JSON that notices any change of it."""
-    text = json.dumps(value)
-    return f"{zlib.crc32(text.encode()):08x} {text}"
-
-
-def _unseal(text: str) -> dict[str, Any]:
-    """What `_seal` was given.
-
-    Raises:
-      ValueError: the text is another one.
-    """
-    checksum, _, text = text.strip().partition(" ")
-    if checksum != f"{zlib.crc32(text.encode()):08x}":
-        raise ValueError("its checksum differs")
-    return json.loads(text)
 
 
 def _targets(shapes: Any, shardings: Any) -> Any:
@@ -447,9 +411,9 @@ def _plain_errors(doing: str, remedy: str = "", kind: type[CheckpointError] = Ch
         raise
     except Exception as error:
         cause = _first_cause(error)
-        if any(sign in cause for sign in PASSING):
+        if storage.is_passing(cause):
             raise StorageError(f"{doing}: {cause[:200]}") from error
-        if any(sign in cause for sign in ("No space left", "File too large", "Disk quota")):
+        if storage.is_full(cause):
             cause = "the disk is full"
             remedy = "free space and start again: the checkpoints before are whole"
         raise kind(f"{doing}: {cause[:200]}" + (f"; {remedy}" if remedy else "")) from error

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import functools
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import OutputError, UserError
-from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, former_settings, read_record, settings_files
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from visionfm_jax.storage import FULL, read, read_bytes, retry, write, write_text
+from visionfm_jax.train.provenance import (
+    DATA,
+    SETTINGS,
+    Provenance,
+    changes,
+    former_settings,
+    read_provenance,
+    settings_files,
+)
 
 
 class RunFolder:
@@ -30,25 +37,30 @@ class RunFolder:
         if not owner:  # only the first process of a run guards and writes the folder
             return
         refuse_links(self.path)
+        where = f"config.workdir = {str(self.path)!r}"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  held for the process's life
+            self._lock = retry(self._open_lock, lambda: where)
         except OSError as error:
             kind = OutputError if error.errno in FULL else UserError
-            raise kind(
-                f"config.workdir = {str(self.path)!r}: {error.strerror}; name a folder that can be written"
+            raise kind(f"{where}: {error.strerror}; name a folder that can be written") from error
+        try:
+            retry(self._take_lock, lambda: where)
+        except OSError as error:
+            raise UserError(
+                f"{where}: cannot be locked ({error.strerror}); name a folder whose file system has locks"
             ) from error
+
+    def _open_lock(self) -> IO[str]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        return open(self.path / ".lock", "w")  # held for the process's life
+
+    def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another run is in {self.path}; wait for it, or set config.workdir") from error
-        except OSError as error:
-            raise UserError(
-                f"config.workdir = {str(self.path)!r}: cannot be locked ({error.strerror}); name a folder whose file "
-                "system has locks"
-            ) from error
 
-    def record(self, new: Record, step: int, begun_in: str | Path) -> list[str]:
+    def keep(self, new: Provenance, step: int, begun_in: str | Path) -> list[str]:
         """Keep what the samples follow from; called once it is known that the state of `step` fits the configuration.
 
         Args:
@@ -62,36 +74,25 @@ class RunFolder:
 
         Raises:
           ConfigError, DataError: a run that continues would get other samples than it was promised.
+          OutputError, StorageError: the folder cannot be written.
         """
-        changed = changes(read_record(Path(begun_in)), new, Path(begun_in)) if begun_in else []
+        changed = changes(read_provenance(Path(begun_in)), new, Path(begun_in)) if begun_in else []
         path = self.path / SETTINGS
         self._keep_former(self.path / f"config-until-{step}.json", step, bool(changed))
-        self._write(self.path / DATA, json.dumps(new.data, indent=1) + "\n")
-        self._write(path, json.dumps(new.settings, indent=2) + "\n")
+        _write(self.path / DATA, json.dumps(new.data, indent=1) + "\n")
+        _write(path, json.dumps(new.settings, indent=2) + "\n")
         return changed
 
     def _keep_former(self, path: Path, step: int, changed: bool) -> None:
         """Name the settings of the steps before `step` by it; those of later steps, which come anew, are dropped."""
         [before] = settings_files(self.path, max(step - 1, 0), max(step - 1, 0))
         if before.name == SETTINGS:
-            if changed and before.exists():
-                self._write(path, before.read_text())
+            if changed and (former := read_bytes(before)) is not None:
+                _write(path, former.decode())
             return
-        try:
-            before.replace(path)
-            for later in [file for end, file in former_settings(self.path).items() if end > step]:
-                later.unlink()
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}; free space there") from error
-
-    def _write(self, path: Path, text: str) -> None:
-        """Whole or not at all."""
-        try:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}; free space there") from error
+        write(lambda: before.replace(path), path)
+        for later in [file for end, file in former_settings(self.path).items() if end > step]:
+            write(functools.partial(later.unlink, missing_ok=True), later)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -105,6 +106,10 @@ class RunFolder:
         self.close()
 
 
+def _write(path: Path, text: str) -> None:
+    write(lambda: write_text(path, text), path)
+
+
 def refuse_links(folder: str | Path) -> None:
     """Refuse a run folder, perhaps somebody else's, of which a file would be written elsewhere.
 
@@ -112,7 +117,12 @@ def refuse_links(folder: str | Path) -> None:
 
     Raises:
       UserError: something in it is neither a file nor a folder.
+      DataError, StorageError: it cannot be read.
     """
+    read(lambda: _refuse_links(folder), lambda: str(folder))
+
+
+def _refuse_links(folder: str | Path) -> None:
     for at, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(at, name)

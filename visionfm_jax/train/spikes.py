@@ -20,6 +20,7 @@ import numpy as np
 
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
+from visionfm_jax.storage import write_text
 
 SUBFOLDER = "spikes"
 KEPT = 32  # steps of either sort: the first half of what there was, and the latest
@@ -55,9 +56,7 @@ class SpikeFolder:
         lines = [{"step": step, "kind": kind, **values}, *self._rows(step, losses, batch)]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(plain(line)) + "\n" for line in lines))
-            temporary.replace(path)
+            write_text(path, "".join(json.dumps(plain(line)) + "\n" for line in lines))
             self._thin_out(prefix, path)
         except OSError as error:
             return f"not kept, as {path} cannot be written: {error.strerror}"

@@ -15,7 +15,7 @@ from visionfm_jax.data import checksums as command
 from visionfm_jax.data.sources import checksums, claim, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import ConfigError, DataError
-from visionfm_jax.train.record import record_of
+from visionfm_jax.train.provenance import provenance_of
 
 
 @pytest.fixture(autouse=True)
@@ -165,9 +165,9 @@ def test_they_go_to_the_cache_where_the_data_cannot_be_written(folder, cache, mo
 def test_the_fingerprint_of_the_data_does_not_depend_on_them(folder):
     config = Config(name="x")
     config.train.steps, config.data.train = 20_000, (source_config("folder", folder),)
-    before = record_of(config, [open_source(config.data.train[0])])
+    before = provenance_of(config, [open_source(config.data.train[0])])
     command.make(config.data.train[0])
-    assert record_of(config, [open_source(config.data.train[0])]) == before
+    assert provenance_of(config, [open_source(config.data.train[0])]) == before
 
 
 def test_the_command_takes_every_source_of_files_once(folder):

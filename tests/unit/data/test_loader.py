@@ -19,11 +19,11 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from visionfm_jax import storage
 from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.data import batches as batches_module
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
-from visionfm_jax.data.sources import retries
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError, StorageError
@@ -67,7 +67,7 @@ class Unreadable(Pictures):
 def no_waits():
     """Also for the threads that outlive a test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retries, "WAITS", (0, 0))
+        patch.setattr(storage, "WAITS", (0, 0))
         yield
 
 

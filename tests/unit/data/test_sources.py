@@ -21,9 +21,10 @@ from caption_sets import write_coco, write_visual_genome
 from PIL import Image
 from tar_sets import write_tars
 
+from visionfm_jax import storage
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data import transforms
-from visionfm_jax.data.sources import SOURCES, open_source, read_record, retries
+from visionfm_jax.data.sources import SOURCES, open_source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
@@ -388,7 +389,7 @@ def test_folder_refuses_a_class_that_it_may_not_read(folder, monkeypatch, caplog
 
 
 def test_storage_that_fails_while_a_source_is_opened_is_asked_again(folder, monkeypatch):
-    monkeypatch.setattr(retries, "WAITS", (0, 0))
+    monkeypatch.setattr(storage, "WAITS", (0, 0))
     scandir, left = os.scandir, [2]
 
     def fail(path):

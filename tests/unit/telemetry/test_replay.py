@@ -18,7 +18,7 @@ from visionfm_jax.telemetry.replay import write
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train import spikes
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, Statistics
-from visionfm_jax.train.record import with_settings
+from visionfm_jax.train.provenance import with_settings
 from visionfm_jax.train.replay import Replayed
 
 NAMES = ["embed", "blocks[0]", "blocks[1].attn.out", "blocks[1]", ""]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from visionfm_jax.errors import OutputError
+from visionfm_jax.storage import unseal
 from visionfm_jax.telemetry.writers import MetricWriter, append_evaluation, read_metrics, write_details
 
 
@@ -199,11 +200,21 @@ def test_evaluations_are_added_line_by_line(tmp_path):
     folder = tmp_path / "new"
     for step in (3, 5):
         path = append_evaluation(folder, step, {"weights": "runs/a", "protocols": {"val": "ab"}, "val/top1": math.nan})
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [unseal(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 5]
     assert rows[0]["val/top1"] == "nan"
     assert rows[0]["protocols"] == {"val": "ab"}
     assert rows[0]["time"].endswith("+00:00")
+
+
+def test_an_evaluation_is_not_glued_to_a_torn_line(tmp_path):
+    path = append_evaluation(tmp_path, 3, {"val/top1": 0.5})
+    os.truncate(path, path.stat().st_size - 5)
+    append_evaluation(tmp_path, 5, {"val/top1": 0.75})
+    torn, whole = path.read_text().splitlines()
+    with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
+        unseal(torn)
+    assert unseal(whole)["val/top1"] == 0.75
 
 
 def test_evaluations_that_cannot_be_kept_are_an_error(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError
 from visionfm_jax.train import checkpoint
@@ -200,7 +201,7 @@ def test_one_bit_of_one_weight_is_noticed(tmp_path):
 
 
 def test_one_without_checksums_is_loaded_with_a_word(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_seal", lambda record: "")  # as versions before
+    monkeypatch.setattr(checkpoint, "seal", lambda record: "")  # as versions before
     save(tmp_path, CheckpointConfig(), {7: None})
     damage(tmp_path, 7)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
@@ -225,7 +226,7 @@ def test_of_several_processes_none_looks_for_an_older_step_alone(tmp_path, monke
 
 
 def test_scores_are_attached_again_where_storage_fails_for_a_moment(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.0,))
+    monkeypatch.setattr(storage, "WAITS", (0.0,))
     sync, asked = os.fsync, []
 
     def fails_once(file):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from visionfm_jax import storage
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.errors import ConfigError, OutputError, UserError
+from visionfm_jax.errors import ConfigError, OutputError, StorageError, UserError
 from visionfm_jax.train.folder import RunFolder, refuse_links
-from visionfm_jax.train.record import record_of, settings_files
+from visionfm_jax.train.provenance import provenance_of, settings_files
 
 DIGITS = SourceConfig(kind="bundled", path="digits")
 SOURCES = [open_source(DIGITS)]
@@ -35,11 +38,11 @@ def test_one_owner_at_a_time(tmp_path):
     RunFolder(config, owner=True).close()
 
 
-def test_the_record_is_kept_once_it_fits(tmp_path):
+def test_the_provenance_is_kept_once_it_fits(tmp_path):
     config = config_in(tmp_path)
     with RunFolder(config, owner=True) as folder:
         assert not (tmp_path / "config.json").exists()
-        folder.record(record_of(config, SOURCES), 0, "")
+        folder.keep(provenance_of(config, SOURCES), 0, "")
     kept = json.loads((tmp_path / "config.json").read_text())
     assert kept["config"]["train"]["steps"] == 20_000
     assert kept["derived"]["examples_seen"] == 20_000 * 2048
@@ -55,12 +58,12 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_changes_of_settings_are_listed_and_the_former_file_kept(tmp_path):
     config = config_in(tmp_path)
     with RunFolder(config, owner=True) as folder:
-        assert folder.record(record_of(config, SOURCES), 0, "") == []
+        assert folder.keep(provenance_of(config, SOURCES), 0, "") == []
         config.optim.lr = 5e-4
-        assert folder.record(record_of(config, SOURCES), 40, tmp_path) == ["optim.lr: 0.001 -> 0.0005"]
+        assert folder.keep(provenance_of(config, SOURCES), 40, tmp_path) == ["optim.lr: 0.001 -> 0.0005"]
         kept = json.loads((tmp_path / "config-until-40.json").read_text())
         assert kept["config"]["optim"]["lr"] == 1e-3
-        assert folder.record(record_of(config, SOURCES), 50, tmp_path) == []
+        assert folder.keep(provenance_of(config, SOURCES), 50, tmp_path) == []
 
 
 def test_settings_stay_with_their_steps_where_a_run_goes_back(tmp_path):
@@ -68,7 +71,7 @@ def test_settings_stay_with_their_steps_where_a_run_goes_back(tmp_path):
 
     def restart(lr, step):
         config.optim.lr = lr
-        folder.record(record_of(config, SOURCES), step, tmp_path if step else "")
+        folder.keep(provenance_of(config, SOURCES), step, tmp_path if step else "")
 
     def rates(*at):
         files = [settings_files(tmp_path, step, step) for step in at]
@@ -90,19 +93,19 @@ def test_settings_stay_with_their_steps_where_a_run_goes_back(tmp_path):
         assert rates(0, 19, 20) == [5e-3, 5e-3, 5e-3]
 
 
-def test_what_does_not_fit_leaves_the_record_as_it_was(tmp_path):
+def test_what_does_not_fit_leaves_the_files_as_they_were(tmp_path):
     config = config_in(tmp_path / "run")
     with RunFolder(config, owner=True) as folder:
-        folder.record(record_of(config, SOURCES), 0, "")
+        folder.keep(provenance_of(config, SOURCES), 0, "")
         before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
         config.seed = 7
         with pytest.raises(ConfigError, match=r"config\.seed differs"):
-            folder.record(record_of(config, SOURCES), 10, folder.path)
+            folder.keep(provenance_of(config, SOURCES), 10, folder.path)
         assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
         first, config = folder.path, config_in(tmp_path / "second")
         config.seed = 7
     with RunFolder(config, owner=True) as folder, pytest.raises(ConfigError, match=rf"of the run in {first}, and"):
-        folder.record(record_of(config, SOURCES), 10, first)  # of another folder, whose state this run goes on from
+        folder.keep(provenance_of(config, SOURCES), 10, first)  # of another folder, whose state this run goes on from
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,34 @@ def test_a_run_may_rename_its_files_meanwhile(tmp_path, monkeypatch):
     refuse_links(tmp_path)
 
 
+@pytest.mark.parametrize(("module", "name"), [(fcntl, "flock"), (os, "fsync"), (os, "mkdir")])
+def test_storage_that_fails_for_a_moment_is_tried_again_then_left_to_the_next_start(
+    tmp_path, monkeypatch, module, name
+):
+    """Of the lock, the files, and the folder itself."""
+    act, times = getattr(module, name), [0]
+
+    def fails(*arguments, **more):
+        times[0] -= 1
+        if times[0] >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return act(*arguments, **more)
+
+    def begin(folder):
+        config = config_in(folder)
+        with RunFolder(config, owner=True) as folder:
+            folder.keep(provenance_of(config, SOURCES), 0, "")
+
+    monkeypatch.setattr(module, name, fails)
+    monkeypatch.setattr(storage, "WAITS", (0, 0))
+    times[0] = 2
+    begin(tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [".lock", "config.json", "data.json"]
+    times[0] = 3
+    with pytest.raises(StorageError, match=r"Input/output error, 3 times in 0 s; check the storage, then start"):
+        begin(tmp_path / "b")
+
+
 def test_a_full_disk_at_the_configuration(tmp_path, monkeypatch):
     config = config_in(tmp_path)
 
@@ -145,5 +176,5 @@ def test_a_full_disk_at_the_configuration(tmp_path, monkeypatch):
     with RunFolder(config, owner=True) as folder:
         monkeypatch.setattr(Path, "write_text", full)
         with pytest.raises(OutputError, match=r"cannot write .*data\.json: No space left on device; free space"):
-            folder.record(record_of(config, SOURCES), 0, "")
+            folder.keep(provenance_of(config, SOURCES), 0, "")
     assert OutputError.exit_code == 74

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.record import printable
-from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.errors import DataError
+from visionfm_jax.storage import read
 
 
 class Source(Protocol):
@@ -67,7 +67,7 @@ def read_record(source: Source, index: int) -> Mapping[str, Any]:
       DataError: the dataset has changed since it was opened, or this user may not read it.
       StorageError: the storage fails for longer.
     """
-    return retry(lambda: source[index], lambda: f"{source.name}: record {source.key(index)}")
+    return read(lambda: source[index], lambda: f"{source.name}: record {source.key(index)}")
 
 
 SOURCES: dict[str, str] = {  # kind -> "module:name" below this package; what makes a source of a SourceConfig
@@ -97,7 +97,7 @@ def open_source(config: SourceConfig) -> Source:
             raise DataError(f"{field} = {getattr(config, field)!r}: no file has NUL in its name; set another")
     module, _, name = SOURCES[config.kind].partition(":")
     opener = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    source: Source = retry(lambda: opener(config), lambda: printable(f"{config.kind} {config.path}"))
+    source: Source = read(lambda: opener(config), lambda: printable(f"{config.kind} {config.path}"))
     if not len(source):
         raise DataError(f"{source.name}: holds no record; set another split or path")
     return source

@@ -59,7 +59,7 @@ def claimed(places: Sequence[Path], what: str) -> Iterator[Path | None]:
     beats = threading.Thread(target=_beat, args=(_claim(path, number), over), name="claim", daemon=True)
     beats.start()
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{16 * '[0-9a-f]'}"):  # see `store.temporary`
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{16 * '[0-9a-f]'}"):  # see `storage.replacing`
             with contextlib.suppress(OSError):
                 left.unlink()
         yield path

@@ -6,15 +6,13 @@ piece by piece and mapped into memory by every process, however large it is.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from visionfm_jax.data.sources.record import printable
 from visionfm_jax.errors import DataError
+from visionfm_jax.storage import replacing
 
 _MAGIC = b"visionf2"
 _TAIL = struct.Struct("<IIQ8s")  # CRC-32 of the array, CRC-32 and length of the JSON, _MAGIC
@@ -142,7 +141,7 @@ class Store:
         """Copy a file of the folder to a local path, if there is one."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary(path) as part:
+            with replacing(path) as part:
                 self._fs.get_file(self.path(name), str(part))
         except Exception:
             return False
@@ -167,19 +166,6 @@ def cached(url: str, name: str) -> Path:
     return Path(base) / "visionfm_jax" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
 
-@contextlib.contextmanager
-def temporary(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, which takes its place when all went well: nobody ever sees half a file."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    part.open("xb").close()
-    try:
-        yield part
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def write_table(path: Path, pieces: Iterable[np.ndarray], meta: Callable[[], dict[str, Any]]) -> None:
     """Write the pieces of an array end to end, then what `meta` gives once all are written, as JSON.
 
@@ -187,7 +173,7 @@ def write_table(path: Path, pieces: Iterable[np.ndarray], meta: Callable[[], dic
       OSError: the folder is missing or cannot be written, before any piece was taken; or the disk is full.
     """
     crc = 0
-    with temporary(path) as part, part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         for piece in pieces:
             data = np.ascontiguousarray(piece).tobytes()
             crc = zlib.crc32(data, crc)

@@ -28,11 +28,11 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from visionfm_jax import storage
 from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text, printable
-from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.sources.store import Store, read_table, write_table
 from visionfm_jax.errors import DataError
 
@@ -108,7 +108,7 @@ def open_index(store: Store, suffix: str) -> Index:
     Raises:
       DataError: no tar, a folder or tar that cannot be read, or no place for the index.
     """
-    files = retry(store.files, lambda: store.url)
+    files = storage.read(store.files, lambda: store.url)
     tars = {name: stat for name, stat in files.items() if name.endswith(".tar") and not name.startswith(".")}
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
@@ -190,7 +190,7 @@ def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[n
                 raise DataError(f"{store.path(name)}: is no readable tar ({what}); write it again") from error
             raise OSError(str(error) or type(error).__name__) from error
 
-    pairs, cut, skipped = retry(read, lambda: store.path(name))
+    pairs, cut, skipped = storage.read(read, lambda: store.path(name))
     records = np.array(list(pairs.values()), RECORD)
     entry: dict[str, Any] = {"name": name, "size": size, "stamp": stamp, "pairs": len(records)}
     entry["crc"] = zlib.crc32("\n".join(pairs).encode(), zlib.crc32(records.tobytes()))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from visionfm_jax import storage
 from visionfm_jax.config import Config, ContrastiveConfig, MultimodalConfig, SourceConfig
 from visionfm_jax.data import loader
-from visionfm_jax.data.sources import open_source, retries
+from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, DataError, StorageError
-from visionfm_jax.train.record import DATA, SETTINGS, Record, changes, read_record, record_of
+from visionfm_jax.train.provenance import DATA, SETTINGS, Provenance, changes, provenance_of, read_provenance
 
 
 @pytest.fixture
@@ -29,23 +30,23 @@ def pictures(tmp_path) -> Path:
 
 
 def config_of(pictures: Path, **more) -> Config:
-    config = Config(name="record", **more)
+    config = Config(name="provenance", **more)
     config.train.steps = 100
     config.data.train = (SourceConfig(kind="folder", path=str(pictures), split=""),)
     return config
 
 
-def record(config: Config) -> Record:
-    return record_of(config, [open_source(s) for s in config.data.train])
+def provenance(config: Config) -> Provenance:
+    return provenance_of(config, [open_source(s) for s in config.data.train])
 
 
 @pytest.fixture
-def kept(pictures, tmp_path) -> tuple[Path, Record]:
-    """A run folder, and the record of a run that goes on from it."""
-    new = record(config_of(pictures))
+def kept(pictures, tmp_path) -> tuple[Path, Provenance]:
+    """A run folder, and the provenance of a run that goes on from it."""
+    new = provenance(config_of(pictures))
     for name, value in zip((SETTINGS, DATA), new, strict=True):
         (tmp_path / name).write_text(json.dumps(value))
-    assert changes(read_record(tmp_path), new, tmp_path) == []
+    assert changes(read_provenance(tmp_path), new, tmp_path) == []
     return tmp_path, new
 
 
@@ -85,10 +86,10 @@ CRC = "[0-9a-f]{8}"
 )
 def test_changed_data_are_refused(pictures, tmp_path, change, told):
     config = config_of(pictures)
-    old = record(config)
+    old = provenance(config)
     change(pictures)
     with pytest.raises(DataError) as error:
-        changes(old, record(config), tmp_path)
+        changes(old, provenance(config), tmp_path)
     message = str(error.value)
     assert message.startswith(f"config.data.train[0] = folder {pictures}: not the data that the run in {tmp_path} has ")
     assert re.search(told.replace("(of 2, now 3)", re.escape("(of 2, now 3)")), message), message
@@ -101,10 +102,10 @@ def test_changed_data_are_refused(pictures, tmp_path, change, told):
 
 def test_the_same_data_elsewhere_continue(pictures, tmp_path):
     config = config_of(pictures)
-    old = record(config)
+    old = provenance(config)
     moved = Path(shutil.copytree(pictures, tmp_path / "elsewhere"))
     shutil.rmtree(pictures)
-    assert changes(old, record(config_of(moved)), tmp_path) == [f"data.train[0].path: {pictures} -> {moved}"]
+    assert changes(old, provenance(config_of(moved)), tmp_path) == [f"data.train[0].path: {pictures} -> {moved}"]
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,10 @@ def test_the_same_data_elsewhere_continue(pictures, tmp_path):
     ],
 )
 def test_settings_that_move_samples_are_refused(pictures, tmp_path, name, change):
-    old, config = record(config_of(pictures)), config_of(pictures)
+    old, config = provenance(config_of(pictures)), config_of(pictures)
     change(config)
     with pytest.raises(ConfigError, match=re.escape(f"config.{name} differs from that of the run in {tmp_path}, and")):
-        changes(old, record(config), tmp_path)
+        changes(old, provenance(config), tmp_path)
 
 
 def test_the_split_of_a_task_is_refused(tmp_path):
@@ -133,16 +134,16 @@ def test_the_split_of_a_task_is_refused(tmp_path):
             SourceConfig(kind="bundled", path="twemoji"),
             SourceConfig(kind="bundled", path="digits"),
         )
-        return record(config)
+        return provenance(config)
 
     with pytest.raises(ConfigError, match=r"config\.task\.split differs"):
         changes(of((3, 1)), of((2, 1)), tmp_path)
 
 
 def test_settings_of_a_later_stage_are_listed(pictures, tmp_path):
-    old, config = record(config_of(pictures)), config_of(pictures)
+    old, config = provenance(config_of(pictures)), config_of(pictures)
     config.model.image_size, config.data.augment.flip, config.train.steps = 448, False, 200
-    assert changes(old, record(config), tmp_path) == [
+    assert changes(old, provenance(config), tmp_path) == [
         "model.image_size: 224 -> 448",
         "data.augment.flip: True -> False",
         "train.steps: 100 -> 200",
@@ -154,7 +155,7 @@ def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path):
         config = Config(name="tokenizer", task=ContrastiveConfig(tokenizer=str(path)))
         config.train.steps = 100
         config.data.train = (SourceConfig(kind="bundled", path="twemoji"),)
-        return record(config)
+        return provenance(config)
 
     first, moved = tmp_path / "a.model", tmp_path / "b.model"
     first.write_bytes(b"pieces")
@@ -168,18 +169,18 @@ def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path):
 
 def test_another_order_is_refused(pictures, tmp_path, monkeypatch):
     config = config_of(pictures)
-    old, before = record(config), config_of(pictures)
+    old, before = provenance(config), config_of(pictures)
     before.data.shuffle = False
-    unshuffled = record(before)
+    unshuffled = provenance(before)
     monkeypatch.setattr(loader, "SHUFFLES", 1)
     end = r"finish it with the versions that it began with, or start in another config\.workdir"
     with pytest.raises(ConfigError, match=rf"in another order \(Grain \S+ shuffled then, \S+ does now\); {end}"):
-        changes(old, record(config), tmp_path)
-    assert changes(unshuffled, record(before), tmp_path) == []
+        changes(old, provenance(config), tmp_path)
+    assert changes(unshuffled, provenance(before), tmp_path) == []
     # A run of a release that kept the settings alone.
     with pytest.raises(ConfigError, match=rf"in another order \(an older release shuffled\); {end}"):
-        changes(Record(old.settings, {}), record(config), tmp_path)
-    assert changes(Record(unshuffled.settings, {}), record(before), tmp_path) == []
+        changes(Provenance(old.settings, {}), provenance(config), tmp_path)
+    assert changes(Provenance(unshuffled.settings, {}), provenance(before), tmp_path) == []
 
 
 WHOLE = '"order": [], "grain": "0", "tokenizer": ""'
@@ -191,11 +192,11 @@ WHOLE = '"order": [], "grain": "0", "tokenizer": ""'
     [b"", b'{"config": {"name": "fo', b"[1, 2]", b'{"other": 1}', b"\x00\xff\xfe" * 20, b"[" * 100_000, b'"\xc3("',
      f'{{"config": 1, {WHOLE}, "sources": [1]}}'.encode(), f'{{"config": [], {WHOLE}, "sources": [{{}}]}}'.encode()],
 )  # fmt: skip
-def test_a_damaged_record_is_one_line(kept, name, content):
+def test_a_damaged_file_is_one_line(kept, name, content):
     folder, new = kept
     (folder / name).write_bytes(content)
     with pytest.raises(ConfigError) as error:
-        changes(read_record(folder), new, folder)
+        changes(read_provenance(folder), new, folder)
     message = str(error.value)
     assert message.startswith(f"{folder / name} is damaged: ")
     assert ("; move it away to continue" if name == SETTINGS else "; start in another config.workdir") in message
@@ -204,7 +205,7 @@ def test_a_damaged_record_is_one_line(kept, name, content):
 
 def test_storage_that_fails_is_no_damage(kept, monkeypatch):
     folder, _ = kept
-    read, asked = Path.read_text, []
+    read, asked = Path.read_bytes, []
 
     def stale(path):
         asked.append(path)
@@ -212,24 +213,24 @@ def test_storage_that_fails_is_no_damage(kept, monkeypatch):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return read(path)
 
-    monkeypatch.setattr(Path, "read_text", stale)
-    monkeypatch.setattr(retries, "WAITS", (0, 0))
-    assert read_record(folder).settings
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    monkeypatch.setattr(storage, "WAITS", (0, 0))
+    assert read_provenance(folder).settings
     asked.clear()
-    monkeypatch.setattr(retries, "WAITS", (0,))
+    monkeypatch.setattr(storage, "WAITS", (0,))
     with pytest.raises(StorageError, match=r"config\.json cannot be read: .* 2 times"):
-        read_record(folder)
+        read_provenance(folder)
 
 
 def test_settings_that_were_moved_away_are_not_compared_but_order_and_data_are(kept):
     folder, new = kept
     (folder / SETTINGS).unlink()
-    assert changes(read_record(folder), new, folder) == [
+    assert changes(read_provenance(folder), new, folder) == [
         f"{folder / SETTINGS} was not there: the settings were not compared"
     ]
-    other = Record(new.settings, {**new.data, "order": new.data["order"][::-1]})
+    other = Provenance(new.settings, {**new.data, "order": new.data["order"][::-1]})
     with pytest.raises(ConfigError, match="in another order"):
-        changes(read_record(folder), other, folder)
+        changes(read_provenance(folder), other, folder)
     (folder / DATA).unlink()  # checkpoints alone
     with pytest.raises(ConfigError, match="in another order"):
-        changes(read_record(folder), new, folder)
+        changes(read_provenance(folder), new, folder)

@@ -23,9 +23,9 @@ from visionfm_jax.config import ClassificationConfig, Config
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
-from visionfm_jax.data.sources.retries import retry
 from visionfm_jax.data.tokenizer import file_digest
 from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.storage import read_bytes
 
 SETTINGS, DATA = "config.json", "data.json"
 FIXED = ("seed", "train.batch_size", "data.shuffle", "task.split")  # and data.train, but for the paths in it
@@ -38,14 +38,14 @@ NOT_OF_A_STEP = (
 SAMPLES = (0, 1, 2, 3, 10**2, 10**4, 10**6, 10**9)  # of the order, that are kept
 
 
-class Record(NamedTuple):
+class Provenance(NamedTuple):
     """Of a run; JSON values."""
 
     settings: dict[str, Any]  # config, derived
     data: dict[str, Any]  # order, grain, tokenizer, sources; releases that shuffled otherwise kept none
 
 
-def record_of(config: Config, sources: Sequence[Source]) -> Record:
+def provenance_of(config: Config, sources: Sequence[Source]) -> Provenance:
     """Of a run that is about to train; `sources` are those of `config.data.train`.
 
     Raises:
@@ -59,10 +59,10 @@ def record_of(config: Config, sources: Sequence[Source]) -> Record:
         "sources": [{"records": len(s), "classes": s.class_names or (), "parts": s.fingerprint()} for s in sources],
     }
     settings = {"config": to_dict(config), "derived": config.derived()}
-    return Record(*json.loads(json.dumps([settings, data])))
+    return Provenance(*json.loads(json.dumps([settings, data])))
 
 
-def read_record(folder: Path, settings: Path | None = None) -> Record:
+def read_provenance(folder: Path, settings: Path | None = None) -> Provenance:
     """Of the run in `folder`, which has checkpoints; {} for a file that is not there.
 
     Args:
@@ -76,7 +76,7 @@ def read_record(folder: Path, settings: Path | None = None) -> Record:
     compared = "move it away to continue, and see yourself that the settings are those of before"
     settings = _read(settings or folder / SETTINGS, {"config": dict}, compared)
     parts = {"order": list, "grain": str, "tokenizer": str, "sources": list}
-    return Record(settings, _read(folder / DATA, parts, _anew(folder)))
+    return Provenance(settings, _read(folder / DATA, parts, _anew(folder)))
 
 
 def former_settings(folder: Path) -> dict[int, Path]:
@@ -111,7 +111,7 @@ def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, lis
     out, changed = copy.deepcopy(config), []
     _take(out, kept, "", path, changed)
     [first] = settings_files(folder, 0, 0)
-    if begun := read_record(folder, first).settings.get("config", {}).get("checkpoint"):
+    if begun := read_provenance(folder, first).settings.get("config", {}).get("checkpoint"):
         for leaf in ("resume", "weights"):  # the path may be another one now, but not be there where none was
             then = begun.get(leaf) and (getattr(out.checkpoint, leaf) or begun[leaf])
             setattr(out.checkpoint, leaf, then)
@@ -148,7 +148,7 @@ def _take(holder: Any, kept: Any, prefix: str, path: Path, changed: list[str]) -
                 changed.append(f"{name}: {now} -> {then}")
 
 
-def changes(old: Record, new: Record, folder: Path) -> list[str]:
+def changes(old: Provenance, new: Provenance, folder: Path) -> list[str]:
     """The settings that differ from those of the run in `folder`, "field: old -> new".
 
     Raises:
@@ -172,7 +172,7 @@ def changes(old: Record, new: Record, folder: Path) -> list[str]:
     return differing
 
 
-def _refuse_other_data(old: dict[str, Any], new: Record, folder: Path) -> None:
+def _refuse_other_data(old: dict[str, Any], new: Provenance, folder: Path) -> None:
     if not old:
         return
     sources = new.settings["config"]["data"]["train"]
@@ -189,7 +189,7 @@ def _refuse_other_data(old: dict[str, Any], new: Record, folder: Path) -> None:
         )
 
 
-def _refuse_other_order(old: dict[str, Any], new: Record, folder: Path) -> None:
+def _refuse_other_order(old: dict[str, Any], new: Provenance, folder: Path) -> None:
     if old.get("order") == new.data["order"] or not (old or new.settings["config"]["data"]["shuffle"]):
         return
     cause = f"Grain {old['grain']} shuffled then, {new.data['grain']} does now" if old else "an older release shuffled"
@@ -224,10 +224,10 @@ def _read(path: Path, parts: dict[str, type], remedy: str) -> dict[str, Any]:
       ConfigError: it is none.
       DataError, StorageError: it cannot be read.
     """
-    if not path.exists():
+    if (content := read_bytes(path)) is None:
         return {}
     try:
-        kept = json.loads(retry(path.read_text, lambda: str(path)))
+        kept = json.loads(content)
         if isinstance(kept, dict) and all(isinstance(kept.get(k), kind) for k, kind in parts.items()):
             return kept
         cause = f"it lacks {', '.join(parts)}"

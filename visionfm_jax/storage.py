@@ -1,0 +1,189 @@
+"""Files on storage that fails for a moment or for good: tried again, written whole or not at all, and checked.
+
+What fails for a moment (a server that is restarted, a network that is overloaded) is asked again with longer and longer
+waits, then ends the program so that a scheduler starts it again; what no wait changes is an error for people at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from visionfm_jax.errors import DataError, OutputError, StorageError
+
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further try: a minute in all
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LASTING = {*FULL, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_LASTING_KINDS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+# For errors that come as text alone, as TensorStore's do.
+_FULL_TEXTS = tuple(map(os.strerror, FULL))
+_PASSING_TEXTS = tuple(
+    os.strerror(getattr(errno, name))
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
+        "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ENETRESET", "EREMOTEIO",
+    )
+)  # fmt: skip
+CHECKSUM = "crc32"  # of a sealed line: that of the text before this entry
+_T = TypeVar("_T")
+
+
+def retry(act: Callable[[], _T], failed: Callable[[], str]) -> _T:
+    """What `act` returns; it is called again, after longer and longer waits, while storage fails for a moment.
+
+    Args:
+      act: may raise OSError, or StorageError where it has judged itself that the cause may pass.
+      failed: what has failed, for people, as "FILE cannot be read"; called when something went wrong only.
+
+    Raises:
+      OSError: one that no wait changes, as it came.
+      StorageError: the last try failed too.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return act()
+        except (OSError, StorageError) as error:
+            if _is_lasting(error):
+                raise
+            if wait is None:
+                raise StorageError(
+                    f"{failed()}: {error}, {len(WAITS) + 1} times in {sum(WAITS)} s; check the storage, then start the "
+                    "same command again"
+                ) from error
+            announce(f"{failed()}: {error}", wait)
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def read(act: Callable[[], _T], name: Callable[[], str]) -> _T:
+    """As `retry`, of reading what `name` gives for people.
+
+    Raises:
+      DataError: it is gone, or this user may not read it.
+      StorageError: the last try failed too.
+    """
+    try:
+        return retry(act, lambda: f"{name()} cannot be read")
+    except OSError as error:
+        raise DataError(
+            f"{name()} cannot be read: {error}; bring the file back or give this user access, then start again"
+        ) from error
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """The content of a file of a run folder; None: there is no such file.
+
+    Raises:
+      DataError, StorageError: as `read`.
+    """
+
+    def content() -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):
+            return path.read_bytes()
+        return None
+
+    return read(content, lambda: str(path))
+
+
+def write(act: Callable[[], _T], path: Path) -> _T:
+    """As `retry`, of writing a file of the run folder.
+
+    Raises:
+      OutputError: no space, or no permission.
+      StorageError: the last try failed too.
+    """
+    try:
+        return retry(act, lambda: f"cannot write {path}")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError, lost: str = "") -> OutputError:
+    """The error for people; `lost` says what it costs."""
+    return OutputError(
+        f"cannot write {path}: {error.strerror or error}; {lost}free space there or choose another folder by "
+        "config.workdir"
+    )
+
+
+def announce(failure: str, wait: float) -> None:
+    """Say that there will be another try."""
+    print(f"visionfm_jax: {failure}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+
+
+def is_passing(text: str) -> bool:
+    """Whether an error that says this may pass by itself."""
+    return any(sign in text for sign in _PASSING_TEXTS)
+
+
+def is_full(text: str) -> bool:
+    """Whether an error that says this is of a full disk."""
+    return any(sign in text for sign in _FULL_TEXTS)
+
+
+def _is_lasting(error: OSError | StorageError) -> bool:
+    return isinstance(error, _LASTING_KINDS) or getattr(error, "errno", None) in _LASTING
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, which takes its place once it is on disk, if all went well.
+
+    Nobody ever sees half a file, whoever else writes it at the same time, also after the machine has lost power.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        part.open("xb").close()
+        yield part
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def seal(value: Mapping[str, Any]) -> str:
+    """A line of JSON, `value` with a checksum of itself as the last entry; of at least one entry."""
+    return _sealed(json.dumps(value).removesuffix("}"))
+
+
+def unseal(line: str) -> dict[str, Any]:
+    """What `seal` was given.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    try:
+        value = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    body = line.rpartition(f', "{CHECKSUM}": ')[0]
+    if not isinstance(value, dict) or line != _sealed(body):
+        raise ValueError("its checksum differs")
+    del value[CHECKSUM]
+    return value
+
+
+def _sealed(body: str) -> str:
+    return f'{body}, "{CHECKSUM}": "{zlib.crc32(body.encode()):08x}"}}'
