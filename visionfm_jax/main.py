@@ -68,10 +68,11 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         Checkpoints(folder.path, config.checkpoint) as checkpoints,
     ):
         begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
+        say(describe(trainer))  # before the first compilation, which may take minutes
         state, record, origin = starting_state(trainer, checkpoints)
         start = int(state.step)
         changed = folder.keep(provenance_of(config, sources), start, begun_in) if host == 0 else []
-        say(describe(trainer, origin, changed))
+        say(describe_start(origin, changed))
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
@@ -107,8 +108,8 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         if damage.truncated:
             say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
         if host == 0 and (metrics := read_metrics(folder.path)):
-            last = {k: v for line in metrics for k, v in line.items()}
-            say(summary(folder.path, config, evals, last, curves=True))
+            last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
+            say(summary(folder.path, config, evals, last, int(state.step), metrics))
     return 0 if finished else stop.exit_code
 
 
@@ -232,17 +233,20 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
     if config.checkpoint.weights and not Path(folder, SUBFOLDER).is_dir():
         folder, field = config.checkpoint.weights, "checkpoint.weights"
     refuse_links(config.folder)  # where pictures and scores will be written
+    say(describe(trainer))
     with other_run(config.checkpoint, folder, field) as stored:
         found = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
     origin = origin_of(found, f"the weights of step {found.step} of {folder}")
-    say(describe(trainer, origin, []))
-    with tqdm(desc="evaluating", unit=" batches", disable=host > 0 or not config.telemetry.progress) as bar:
+    say(describe_start(origin, []))
+    with tqdm(
+        desc="evaluating; compiling comes first", unit=" batches", disable=host > 0 or not config.telemetry.progress
+    ) as bar:
         scores = measure(
             trainer, evals, found.what, {"weights": folder, "step": found.step},
-            lambda: (bar.update(), watchdog.beat(-1)),
+            lambda: (bar.set_description_str("evaluating", refresh=False), bar.update(), watchdog.beat(-1)),
         )  # fmt: skip
     if host == 0:
-        say(summary(Path(config.folder), config, evals, scores, curves=False))
+        say(summary(Path(config.folder), config, evals, {k: (v, found.step) for k, v in scores.items()}, found.step))
         line = {"weights": folder, "protocols": {name: e.protocol for name, e in evals.items()}, **scores}
         say(f"  {append_evaluation(config.folder, found.step, line)}")
     return 0
@@ -268,6 +272,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
         sources = open_sources(config.data.train, "data.train")
         fields = fields_of(config)
         check_sources(config, sources, fields)
+    say(describe(trainer))
     with Checkpoints(folder, config.checkpoint, read_only=True, until=step) as stored:
         state, _, origin = starting_state(trainer, stored)
     start = int(state.step)
@@ -280,7 +285,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
                 f"({other} has {changed[0]}); name a step that {other.name} or a later checkpoint reaches"
             )
     changed = changes(read_provenance(folder, settings), provenance_of(config, sources), folder) if host == 0 else []
-    say(describe(trainer, origin, changed))
+    say(describe_start(origin, changed))
     say("\n".join(f"  as in the run    {change}" for change in taken))
     with (
         train_loader(
@@ -305,8 +310,8 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     return 0
 
 
-def describe(trainer: Trainer, origin: str, changed: list[str]) -> str:
-    """What is about to happen, for people; `changed` are the settings that differ from the run's last start."""
+def describe(trainer: Trainer) -> str:
+    """What is about to run, for people."""
     config, mesh = trainer.config, trainer.mesh
     count = sum(p.size for p in jax.tree.leaves(trainer.shapes.params))
     kind = jax.devices()[0].device_kind
@@ -315,11 +320,14 @@ def describe(trainer: Trainer, origin: str, changed: list[str]) -> str:
             f"{config.name}: {count:,} parameters on {mesh.size} x {kind}, mesh {dict(mesh.shape)}, "
             f"ZeRO stage {config.parallel.stage}, {config.train.precision}",
             load.describe(config),
-            f"  starts from      {origin}",
             f"  run folder       {config.folder}",
-            *(f"  changed          {change}" for change in changed),
         ]
     )
+
+
+def describe_start(origin: str, changed: list[str]) -> str:
+    """Where it begins, for people; `changed` are the settings that differ from the run's last start."""
+    return "\n".join([f"  starts from      {origin}", *(f"  changed          {change}" for change in changed)])
 
 
 def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.ndarray], rows: np.ndarray) -> str:
@@ -337,24 +345,44 @@ def describe_rows(sources: Sequence[Source], first: int, batch: dict[str, np.nda
     return ("samples " if len(rows) > 1 else "sample ") + ", ".join(names) + more
 
 
-def summary(folder: Path, config: Config, evals: dict[str, Eval], scores: dict[str, float], *, curves: bool) -> str:
-    """Draw the pictures and keep the details; the scores of the evals and where everything lies, for people."""
+def summary(
+    folder: Path,
+    config: Config,
+    evals: dict[str, Eval],
+    scores: dict[str, tuple[float, int]],
+    step: int,
+    metrics: list[dict[str, Any]] | None = None,
+) -> str:
+    """Draw the pictures and keep the details; the scores of the evals and where everything lies, for people.
+
+    Args:
+      folder: the run folder.
+      config: of the run.
+      evals: by name.
+      scores: values by name, and the steps after which they were measured.
+      step: that the run has reached; scores of others are printed with theirs.
+      metrics: of the run, to draw curves of; None: none are drawn.
+    """
     files, failed = [], ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if curves:
+        if metrics is not None:
             files.append(folder / "learning_curves.png")
-            learning_curves(read_metrics(folder), files[-1])
+            shares = [f"{name}/{metric}" for name, eval_ in evals.items() for metric in eval_.metrics]
+            learning_curves(metrics, files[-1], shares=shares)
         for name, eval_ in evals.items():
             files += draw(eval_.pictured, folder, name, f"{config.name}: {name}")
             if eval_.details:
                 files.append(write_details(folder, name, eval_.details))
     except OSError as error:  # the run itself is complete and saved
         failed = f"  cannot write {error.filename or folder}: {error.strerror}; free space there, run again"
-    loss = {"training loss": scores["loss"]} if curves and "loss" in scores else {}
+    loss = {"training loss": scores["loss"]} if metrics is not None and "loss" in scores else {}
     scores = {k: v for k, v in scores.items() if k.partition("/")[0] in evals}
     width = max([20, *map(len, scores)])
-    lines = [f"  {k:{width}} {v:.4f}" for k, v in (loss | scores).items()]
+    lines = [
+        f"  {k:{width}} {v:.4f}" + (f"  after step {at}" if at != step else "")
+        for k, (v, at) in (loss | scores).items()
+    ]
     lines += [f"  {name} is measured by protocol {e.protocol}" for name, e in evals.items() if e.protocol]
     return "\n".join([*lines, failed] if failed else [*lines, *(f"  {file}" for file in files)])
 

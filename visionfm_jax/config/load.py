@@ -190,10 +190,8 @@ def _names(value: Any, name: str) -> Iterator[str]:
 def _set(config: Config, name: str, text: str | None) -> None:
     known = list(fields(config))
     if name not in known:
-        leaf = name.rpartition(".")[2]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-        near += [k for k in known if k.rpartition(".")[2] == leaf and k not in near]
-        hint = "; did you mean " + " or ".join(near[:3]) + "?" if near else f"; there are {', '.join(known[:8])}, …"
+        near = _likest(name, known)
+        hint = "; did you mean " + " or ".join(near) + "?" if near else f"; there are {', '.join(known[:8])}, …"
         raise ConfigError(f"--config.{_beginning(name)}: no such field{hint}")
     holder: Any = config
     *parents, leaf = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
@@ -211,6 +209,22 @@ def _set(config: Config, name: str, text: str | None) -> None:
     except ValueError as error:
         what = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
         raise ConfigError(f"--config.{name}={_beginning(text)}: is no {what}; such as {now!r}") from error
+
+
+def _likest(name: str, known: Sequence[str]) -> list[str]:
+    """At most three of the `known` fields, the likest first: by letters, or as short for long, lr for learning_rate."""
+    group, _, leaf = name.rpartition(".")
+    words = re.findall("[a-z0-9]+", leaf.lower())
+    likeness = {}
+    for other in known:
+        own_group, _, own = other.rpartition(".")
+        short = own in ("".join(w[0] for w in words), leaf.lower()) or leaf == "".join(w[0] for w in own.split("_"))
+        likeness[other] = max(
+            difflib.SequenceMatcher(None, name, other).ratio(),
+            0.8 * difflib.SequenceMatcher(None, leaf, own).ratio() + 0.15 * (group == own_group),
+            0.9 * short + 0.1 * (group == own_group),
+        )
+    return [k for k in sorted(known, key=lambda k: -likeness[k])[:3] if likeness[k] >= 0.6]
 
 
 def _beginning(text: str) -> str:

@@ -45,11 +45,12 @@ class ByClass:
             {"name": name, "images": int(count), "top1": float(share) if count else None}
             for name, count, share in zip(names, self.images, self.accuracy, strict=True)
         ]
+        columns = {"columns_of_confusion": ["class", "guess", "images"]}  # classes by their place in `classes`, from 0
         if len(names) <= IN_FULL:
-            return {"classes": classes, "confusion": self.cells.tolist()}
+            return {"classes": classes, **columns, "confusion": self.cells.tolist()}
         wrong = self.cells[self.cells[:, 0] != self.cells[:, 1]]
         most = wrong[np.argsort(-wrong[:, 2], kind="stable")][:IN_FULL]
-        return {"classes": classes, "most_confused": most.tolist()}
+        return {"classes": classes, **columns, "most_confused": most.tolist()}
 
 
 def by_class(labels: np.ndarray, guess: np.ndarray, classes: int) -> ByClass:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+COMPILING = "compiling the first step, which may take minutes"
 LINE_EVERY = 10.0  # seconds between plain lines where there is no terminal
 
 
@@ -50,8 +51,10 @@ class Progress:
                 file=self._stream,
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}% |{bar}| {desc}",
-                desc=f"step {start}/{total}  compiling the first step",
+                desc=f"step {start}/{total}  {COMPILING}",
             )
+        elif start < total:
+            self.note(f"step {start}/{total}  {COMPILING}")
 
     def update(
         self,

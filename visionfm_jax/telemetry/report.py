@@ -31,6 +31,7 @@ def learning_curves(
     path: str | os.PathLike[str],
     *,
     title: str = "",
+    shares: Sequence[str] = (),
     panels: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Draw loss, learning rate, gradient norm and evaluations over the steps, two by two.
@@ -39,15 +40,16 @@ def learning_curves(
       metrics: lines of `writers.read_metrics`: "step" and named numbers; a line may hold any of them.
       path: PNG to write; its folder is made.
       title: above the picture.
+      shares: EVAL/METRIC names of what is better the higher it is; those in [0, 1] are drawn in the fourth panel.
       panels: panel title -> names of its series; None: "loss", and its parts where it has any, "lr" and "grad_norm"
-        as the training loop logs them, and in the fourth every share in [0, 1] with an EVAL/METRIC name.
+        as the training loop logs them, and the shares.
     """
     if panels is None:
         panels = {
             "training loss": ["loss", *(part for part in PARTS if any(part in row for row in metrics))],
             "learning rate": ["lr"],
             "gradient norm": ["grad_norm"],
-            "evaluation": _shares(metrics),
+            "evaluation": _best_first(metrics, shares),
         }
     figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=DPI)
     columns = 2
@@ -115,14 +117,14 @@ def predictions(
 
 
 def _captions(labels: Sequence[int], predicted: Sequence[int], class_names: Sequence[str] | None) -> list[str]:
-    """Under each image "✓ cat", or "✗ dog, is cat" in as many lines as the longest needs, so that rows stay even."""
+    """Under each image "✓ cat", or "✗ dog, true: cat" in as many lines as the longest needs, so that rows stay even."""
     pairs = [
         (_name(guess, class_names), _name(label, class_names), guess == label)
         for guess, label in zip(predicted, labels, strict=True)
     ]
     short = all(len(guess) + len(label) <= 12 for guess, label, right in pairs if not right)
     return [
-        f"✓ {guess}" + "\n" * (not short) if right else f"✗ {guess}{', ' if short else chr(10)}is {label}"
+        f"✓ {guess}" + "\n" * (not short) if right else f"✗ {guess}{', ' if short else chr(10)}true: {label}"
         for guess, label, right in pairs
     ]
 
@@ -138,17 +140,14 @@ def drawable(text: str) -> str:
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def _shares(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names like val/top1 whose values all lie in [0, 1], the best first so that the legend reads downwards."""
+def _best_first(metrics: Sequence[Mapping[str, Any]], shares: Sequence[str]) -> list[str]:
+    """Those of `shares` whose values all lie in [0, 1], the best first so that the legend reads downwards."""
     last: dict[str, float] = {}
-    wrong: set[str] = set()
-    for row in metrics:
-        for key, value in row.items():
-            if "/" in key and not key.startswith("update_ratio/") and isinstance(value, int | float):
-                last[key] = value
-                if not 0 <= value <= 1:
-                    wrong.add(key)
-    return sorted(last.keys() - wrong, key=lambda key: (-last[key], key))[: len(SERIES)]
+    for key in shares:
+        values = [row[key] for row in metrics if key in row]
+        if values and all(0 <= value <= 1 for value in values):
+            last[key] = values[-1]
+    return sorted(last, key=lambda key: -last[key])[: len(SERIES)]
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -169,9 +168,14 @@ def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarra
         ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color=GREY)
         ax.set(xticks=[], yticks=[])
         return
-    for (key, (steps, values)), colour in zip(drawn.items(), SERIES, strict=False):
-        _curve(ax, key, steps, values, colour)
     finite = np.concatenate([values[np.isfinite(values)] for _, values in drawn.values()])
+    above: list[np.ndarray] = []
+    for (key, (steps, values)), colour in zip(drawn.items(), SERIES, strict=False):
+        hides = any(
+            len(a) == len(values) and np.nanmax(np.abs(a - values), initial=0) <= 0.02 * np.ptp(finite) for a in above
+        )
+        _curve(ax, key, steps, values, colour, dashed=hides)
+        above.append(values)
     if finite.min() > 0 and finite.max() / finite.min() > 50:
         ax.set_yscale("log")
     else:
@@ -181,17 +185,19 @@ def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarra
     ax.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
-def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
+def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: str, dashed: bool) -> None:
+    """One series; `dashed` where it would hide another."""
+    style = (0, (3, 3)) if dashed else "solid"
     finite = np.isfinite(values)
     label = f"{key}  (last {values[finite][-1]:.4g})"
     if len(values) == 1:  # measured once: a level to compare the curves with
-        ax.axhline(values[0], color=colour, linewidth=1.5, linestyle=(0, (4, 3)), label=label)
+        ax.axhline(values[0], color=colour, linewidth=1.5, linestyle=(4 * dashed, (4, 4)), label=label)
     elif _noisy(values[finite]):
         ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-        ax.plot(steps, _running_mean(values), color=colour, linewidth=1.8, label=label)
+        ax.plot(steps, _running_mean(values), color=colour, linewidth=1.8, linestyle=style, label=label)
     else:
         marker = "o" if len(values) <= 30 else None
-        ax.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
+        ax.plot(steps, values, color=colour, linewidth=1.8, linestyle=style, marker=marker, markersize=4, label=label)
     if not finite.all():
         lost = steps[~finite]
         ax.plot(lost, np.full(len(lost), values[finite].min()), "x", color=RED, markersize=7, label="not finite")

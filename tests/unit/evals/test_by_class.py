@@ -43,6 +43,7 @@ def test_of_many_classes_the_most_frequent_confusions_are_kept():
     got = by_class(labels, guess, C).details([str(i) for i in range(C)])
     assert len(got["classes"]) == C
     assert "confusion" not in got
+    assert got["columns_of_confusion"] == ["class", "guess", "images"]
     assert got["most_confused"][0] == [5, 20_000, 7]
     assert len(got["most_confused"]) == IN_FULL
     assert all(c != g for c, g, _ in got["most_confused"])

@@ -30,7 +30,8 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end():
         bar.update(step, **VALUES)
     bar.close()
     bar.close()
-    said = out.getvalue().splitlines()
+    compiling, *said = out.getvalue().splitlines()
+    assert compiling == "step 0/100  compiling the first step, which may take minutes"
     assert [line.split()[1] for line in said] == ["20/100", "40/100", "60/100", "80/100", "100/100"]
     assert "\r" not in out.getvalue()
     assert said[0] == "step 20/100  loss 0.5321  1,234 images/s  MFU 42.3%  data-wait 3%  ETA 0:40"
@@ -42,7 +43,9 @@ def test_without_a_known_peak_it_shows_flops():
     bar = Progress(10, 0, stream=out, clock=clock)
     bar.update(1, **(VALUES | {"mfu": None, "images_per_s": 3.14159}))
     bar.close()
-    assert out.getvalue() == "step 1/10  loss 0.5321  3.14 images/s  0.0421 TFLOP/s  data-wait 3%  ETA ?\n"
+    assert out.getvalue().splitlines(True)[1:] == [
+        "step 1/10  loss 0.5321  3.14 images/s  0.0421 TFLOP/s  data-wait 3%  ETA ?\n"
+    ]
 
 
 def test_a_resumed_run_counts_only_its_own_steps_for_the_time_left():
@@ -53,6 +56,12 @@ def test_a_resumed_run_counts_only_its_own_steps_for_the_time_left():
     clock.now = 80.0
     bar.update(911, **VALUES)
     assert out.getvalue().splitlines()[-1].endswith("ETA 2:58")  # 89 steps at 2 s
+
+
+def test_a_run_that_is_at_its_end_compiles_nothing():
+    out = io.StringIO()
+    Progress(10, 10, stream=out).close()
+    assert out.getvalue() == ""
 
 
 def test_on_a_terminal_it_is_one_bar_with_notes_above():

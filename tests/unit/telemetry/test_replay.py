@@ -244,3 +244,15 @@ def test_settings_that_changed_between_the_checkpoint_and_the_step_are_refused(t
     monkeypatch.setattr(state, "step", 40)  # what changed at 60 makes no other step
     with pytest.raises(pytest.fail.Exception):
         main.replay(config, 65, Watchdog(0, folder=config.workdir))
+
+
+@pytest.mark.parametrize("mode", ["train", "replay"])
+def test_what_will_run_is_said_before_anything_compiles(tmp_path, monkeypatch, capsys, mode):
+    config = run_with(tmp_path, lambda c: None)
+    monkeypatch.setattr(main, "starting_state", lambda *_: 1 / 0)
+    watchdog = Watchdog(0, folder=config.workdir)
+    with pytest.raises(ZeroDivisionError):
+        main.run(config, None, watchdog) if mode == "train" else main.replay(config, 3, watchdog)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("vit_huge_tiny: 694,089 parameters on 8 x cpu")
+    assert said[-1] == f"  run folder       {tmp_path}"

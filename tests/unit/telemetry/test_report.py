@@ -1,8 +1,12 @@
+import types
+
 import matplotlib.colors
 import numpy as np
 import pytest
 from PIL import Image
 
+from visionfm_jax import main
+from visionfm_jax.config import Config
 from visionfm_jax.telemetry import report
 
 
@@ -31,8 +35,19 @@ def test_curves_draw_every_panel(tmp_path):
 
 
 def test_evaluations_are_shares_with_the_best_first():
-    rows = [{"step": 1, "val/top1": 0.2, "val/top5": 0.6, "val/loss": 2.0, "update_ratio/head": 0.5, "loss": 0.4}]
-    assert report._shares(rows) == ["val/top5", "val/top1"]
+    rows = [
+        {"step": 1, "val/top1": 0.2, "val/top5": 0.6, "val/loss": 0.3, "val/majority": 0.7, "loss": 0.4, "c/cider": 2}
+    ]
+    shares = ["val/top1", "val/top5", "val/balanced_accuracy", "c/cider"]
+    assert report._best_first(rows, shares) == ["val/top5", "val/top1"]
+
+
+def test_no_curve_hides_another(tmp_path):
+    rows = [{"step": s, "val/top1": s / 10, "val/balanced_accuracy": s / 10 - 0.001} for s in range(1, 9)]
+    shares = ["val/top1", "val/balanced_accuracy"]
+    report.learning_curves(rows, tmp_path / "curves.png", shares=shares)
+    few, many = sorted(pixels_of(tmp_path / "curves.png", colour) for colour in report.SERIES[:2])
+    assert few > many / 5 > 50
 
 
 @pytest.mark.parametrize(
@@ -76,9 +91,9 @@ def test_wrong_predictions_are_marked(tmp_path, channels):
 
 
 def test_captions_say_what_it_is_and_stay_even():
-    assert report._captions([3, 1], [8, 1], None) == ["✗ 8, is 3", "✓ 1"]
+    assert report._captions([3, 1], [8, 1], None) == ["✗ 8, true: 3", "✓ 1"]
     names = ["tench", "electric ray with a long name"]
-    assert report._captions([0, 1], [1, 1], names) == ["✗ electric ray wi…\nis tench", "✓ electric ray wi…\n"]
+    assert report._captions([0, 1], [1, 1], names) == ["✗ electric ray wi…\ntrue: tench", "✓ electric ray wi…\n"]
 
 
 def test_unequal_counts_are_refused(tmp_path):
@@ -90,3 +105,12 @@ def test_names_that_are_formulas_or_no_utf8_are_drawn(tmp_path):
     names = ("cost $\\foo$", "\udcff", "$\\frac{$")
     report.predictions(np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 2], [1, 2, 0], names, tmp_path / "p.png", "test")
     assert (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_a_summary_says_of_which_step_a_score_is(tmp_path):
+    config = Config(name="run")
+    evals = {"val": types.SimpleNamespace(metrics=("top1",), pictured={}, details={}, protocol="")}
+    scores = {"loss": (0.5, 30), "val/top1": (0.25, 20), "lr": (1e-3, 30)}
+    text = main.summary(tmp_path, config, evals, scores, 30, lines())
+    assert text.splitlines()[:2] == ["  training loss        0.5000", "  val/top1             0.2500  after step 20"]
+    assert main.summary(tmp_path, config, evals, scores, 20) == "  val/top1             0.2500"
