@@ -18,7 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY, BATCH = 60, 20, 16
@@ -128,6 +130,12 @@ def state(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         tree = reader.restore(path, restore_args=arguments)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def samples(folder: Path) -> list[list[int]]:
+    """By the newest checkpoint: of each process, how many samples it has seen since the run began, and damaged ones."""
+    with Checkpoints(folder, CheckpointConfig(), read_only=True) as checkpoints:
+        return checkpoints.record(steps(folder)[-1])["samples"]
 
 
 def assert_identical(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:

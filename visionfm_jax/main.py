@@ -34,7 +34,7 @@ from visionfm_jax.errors import CheckpointError, ConfigError, DataError, door
 from visionfm_jax.evals.contrastive import plain
 from visionfm_jax.evals.registry import Eval, make_evals
 from visionfm_jax.parallel import cluster
-from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts, to_global
 from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.pictures import draw
 from visionfm_jax.telemetry.replay import write as write_replay
@@ -76,6 +76,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
+            counts=record.get("samples", ()),
         )  # fmt: skip
         with (
             RunMonitor(config, folder.path, start, watchdog) as monitor,
@@ -100,11 +101,15 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 save_due=SaveTimer(config),
                 describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
                 batch_seen=damage.see,
+                counts=lambda: {"samples": of_all_hosts(damage.counts)},
                 keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
         if damage.damaged:
-            say(f"  {damage.damaged} samples were of {damage.records} damaged records; the next ones took their places")
+            say(
+                f"  {damage.damaged} samples of the run were of damaged records, {damage.records} different ones since "
+                "this start; the next ones took their places"
+            )
         if damage.truncated:
             say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
         if host == 0 and (metrics := read_metrics(folder.path)):

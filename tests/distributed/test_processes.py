@@ -12,7 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import EVERY, SMALL, STEPS, compiled_once, copy, finish, last_step, losses, once, run, start, steps, until
+from runs import (
+    BATCH,
+    EVERY,
+    SMALL,
+    STEPS,
+    compiled_once,
+    copy,
+    finish,
+    last_step,
+    losses,
+    once,
+    run,
+    samples,
+    start,
+    steps,
+    until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +88,14 @@ def test_two_train_as_one_and_stop_when_one_is_told(tmp_path, whole):
     saved = last_step(folder)
     assert "on 2 x cpu" in out
     assert steps(folder)[-1] == saved > EVERY
+    assert samples(folder) == [[saved * BATCH // 2, 0]] * 2
     assert f"stopped after step {saved}: the state is saved" in err
     assert "vit_huge_tiny" not in quiet  # only the first process talks
 
     out, _ = run(folder)  # one process with two devices continues what two have saved
     assert f"starts from      step {saved} of its own folder" in out
     assert_same_losses(folder, whole)
+    assert samples(folder) == [[STEPS * BATCH, 0]]
 
 
 def test_two_continue_what_one_has_saved(tmp_path, whole):

@@ -21,6 +21,7 @@ from runs import (
     losses,
     only_error,
     run,
+    samples,
     signal_after,
     start,
     state,
@@ -67,6 +68,7 @@ def test_interrupted_three_times_is_the_same_run(tmp_path, whole):
     assert_identical(state(folder), state(whole))
     assert losses(folder) == losses(whole)
     assert list(losses(folder)) == list(range(1, STEPS + 1))
+    assert samples(folder) == samples(whole) == [[STEPS * BATCH, 0]]
 
 
 def test_killed_in_the_middle_of_a_save(tmp_path, whole):

@@ -183,10 +183,13 @@ class InTurn(grain.MapDataset):
 class DamageLog:
     """Counts damaged records and cut captions that the training loop meets; stops it when too many are damaged.
 
+    Samples are counted from the beginning of the run, records and captions from this start on.
+
     Args:
       sources: as given to `train_loader`.
       max_damaged: share of damaged among the samples seen past which the run stops; 0: at the first.
       batch_size, start_step, host, hosts: as given to `train_loader`.
+      counts: `counts` of every host when the run was saved; if there were more or fewer, they are shared out.
     """
 
     def __init__(
@@ -198,21 +201,27 @@ class DamageLog:
         start_step: int = 0,
         host: int = 0,
         hosts: int = 1,
+        counts: Sequence[Sequence[int]] = (),
     ):
         self._sources, self._max = sources, max_damaged
         self._global = batch_size
         self._next = start_step * batch_size + host * (batch_size // hosts)
         self._known: set[tuple[int, int]] = set()
-        self.seen = 0  # samples
-        self.damaged = 0  # samples whose record was unreadable
+        kept = counts[host] if len(counts) == hosts else [sum(c[k] for c in counts) // hosts for k in (0, 1)]
+        self.seen, self.damaged = kept  # samples, and those of them whose record was unreadable
         self.captions = 0
         self.truncated = 0  # captions that were longer than the text tower reads
         self._tell = 1  # truncated captions, from which on the next line is due
 
     @property
     def records(self) -> int:
-        """Different damaged records met so far."""
+        """Different damaged records met since this start."""
         return len(self._known)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Samples seen and damaged on this host since the run began."""
+        return self.seen, self.damaged
 
     def see(self, batch: Mapping[str, np.ndarray]) -> None:
         """Count the next host batch; to be called on each, in order.
@@ -234,9 +243,9 @@ class DamageLog:
         allowed = self._max * self.seen
         if self.damaged > allowed + (4 * allowed**0.5 + 1 if self._max else 0):
             raise DataError(
-                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) since this start, of "
-                f"{self.records} different records, could not be decoded, more than config.data.max_damaged = "
-                f"{self._max:g} allows; the log names the records: repair or remove them, or raise the limit"
+                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) could not be decoded, more "
+                f"than config.data.max_damaged = {self._max:g} allows; the log names the records, {self.records} since "
+                "this start: repair or remove them, or raise the limit"
             )
 
     def _see_captions(self, text: np.ndarray, truncated: np.ndarray) -> None:

@@ -52,6 +52,7 @@ class Hooks:
     save_due: Callable[[int], bool]  # by steps or minutes, the same answer on every host
     describe: Callable[[int, dict, np.ndarray], str]  # step, host batch, row numbers -> which samples they are
     batch_seen: Callable[[dict], None]  # each host batch: counts damaged records
+    counts: Callable[[], dict[str, Any]]  # what has been counted, saved beside the state; called on every host; JSON
     keep: Callable[[str, int, dict, np.ndarray, dict], str]  # a spike: as `spikes.SpikeFolder.keep`
 
 
@@ -91,7 +92,7 @@ def train(
     def save_surely() -> None:
         """Wait until the state just saved is on disk, and save it again where that fails for the moment."""
         while checkpoints.failed(wait=True):
-            checkpoints.save(saved, state, window.record())
+            checkpoints.save(saved, state, {**window.record(), **hooks.counts()})
 
     def evaluated() -> bool:
         """Measure and note the scores of the state just saved; False: cut off."""
@@ -124,7 +125,7 @@ def train(
         stop, due = hooks.stop_requested(), hooks.eval_due(done)
         if stop or due or done == total or hooks.save_due(done) or again:
             window.settle(0)
-            checkpoints.save(done, state, window.record())
+            checkpoints.save(done, state, {**window.record(), **hooks.counts()})
             saved = done
         if due and not stop:
             if done == total:

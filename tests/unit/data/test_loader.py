@@ -258,7 +258,7 @@ def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
         for batch in steps:
             log.see(batch)
     first = next(i for i, r in enumerate(np.concatenate([b["record"] for b in steps]).tolist()) if r in (4, 5))
-    lines = [r.message for r in caplog.records]
+    lines = [r.message for r in caplog.records if " is damaged " in r.message]
     assert len(lines) == 2
     assert all(line.startswith("pictures: record pictures/") and "is damaged" in line for line in lines)
     assert f"(sample {first} of the run)" in lines[0]
@@ -269,6 +269,13 @@ def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
     assert 8 < strict.seen < 208  # not by the chance of a first batch
     with pytest.raises(DataError, match="max_damaged = 0 allows"):
         DamageLog(sources, 0.0, batch_size=8).see(next(b for b in steps if b["damaged"].any()))
+
+
+def test_counts_of_other_hosts_are_shared_out():
+    counts = [[100, 4], [100, 2], [100, 0], [100, 2]]
+    assert DamageLog([], 0.1, batch_size=8, host=1, hosts=4, counts=counts).counts == (100, 2)
+    assert DamageLog([], 0.1, batch_size=8, host=1, hosts=2, counts=counts).counts == (200, 4)
+    assert DamageLog([], 0.1, batch_size=8).counts == (0, 0)
 
 
 def test_cut_captions_are_counted_and_told_at_powers_of_ten(caplog):

@@ -14,8 +14,9 @@ import pytest
 from orbax.checkpoint._src.path import atomicity
 
 from visionfm_jax.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
-from visionfm_jax.errors import CheckpointError, StorageError
-from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.data.loader import DamageLog
+from visionfm_jax.errors import CheckpointError, DataError, StorageError
+from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
 from visionfm_jax.train import checkpoint
 from visionfm_jax.train.checkpoint import Checkpoints
@@ -25,12 +26,25 @@ from visionfm_jax.train.state import TrainState
 TOTAL = 12
 
 
+class Damaged:
+    """A source of which the log names records."""
+
+    name = "damaged"
+
+    def __len__(self) -> int:
+        return 1000
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+
 class Toy:
     """A run of `TOTAL` steps whose state is a number, in `folder`; each call of `start` is a start of the command."""
 
     def __init__(self, folder: Path, log_every: int = 5, evaluate_at: tuple[int, ...] = (), save_every: int = 3):
         self.folder, self.evaluate_at, self.save_every = folder, evaluate_at, save_every
         self.protocols = {"val": "0123abcd"}
+        self.damaged_from, self.max_damaged = TOTAL, 0.0  # from this step on one of 16 samples is
         self.config = Config(
             name="toy", train=TrainConfig(batch_size=2, steps=TOTAL), telemetry=TelemetryConfig(log_every=log_every)
         )
@@ -58,6 +72,9 @@ class Toy:
                 found = checkpoints.restore(*shapes_of(state))
                 state, record = found.what, found.record
             asked = [int(state.step)]
+            damage = DamageLog(
+                [Damaged()], self.max_damaged, batch_size=16, start_step=asked[0], counts=record.get("samples", ())
+            )
 
             def stop() -> bool:
                 asked[0] += 1
@@ -73,11 +90,17 @@ class Toy:
                     stop_requested=stop,
                     save_due=lambda done: done % self.save_every == 0,
                     describe=lambda *_: "",
-                    batch_seen=lambda batch: None,
+                    batch_seen=damage.see,
+                    counts=lambda: {"samples": of_all_hosts(damage.counts)},
                     keep=lambda *_: "",
                 )
-                batches = ({"x": np.full(16, s / 7, np.float32)} for s in range(int(state.step), TOTAL))
+                batches = map(self.batch, range(int(state.step), TOTAL))
                 return train(trainer, state, batches, checkpoints, hooks, record)[1]
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        damaged = (np.arange(16) == 3) & (step >= self.damaged_from)
+        source, record = np.zeros(16, int), 16 * step + np.arange(16)
+        return {"x": np.full(16, step / 7, np.float32), "damaged": damaged, "source": source, "record": record}
 
     def saved(self) -> list[int]:
         return sorted(int(p.name) for p in (self.folder / "checkpoints").iterdir() if p.name.isdigit())
@@ -94,6 +117,23 @@ class Toy:
 def shapes_of(state: TrainState) -> tuple[TrainState, TrainState]:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.eval_shape(lambda: state), jax.tree.map(lambda _: here, state)
+
+
+def test_damaged_samples_are_judged_over_the_whole_run(tmp_path):
+    """However often it is interrupted, a run is refused where it would have been."""
+    errors = {}
+    for name, stops in {"whole": (), "stopped": (1, 2, 5, 7), "killed": ()}.items():
+        run = Toy(tmp_path / name)
+        run.damaged_from, run.max_damaged = 2, 0.01
+        for stop in stops:
+            assert not run.start(stop_after=stop)
+        with pytest.raises(DataError, match=r"max_damaged = 0\.01") as error:
+            run.start()
+        if name == "killed":  # it was saved every third step: the steps since then are judged again
+            with pytest.raises(DataError, match=r"max_damaged = 0\.01") as error:
+                run.start()
+        errors[name] = str(error.value).partition("%")[0]
+    assert errors == dict.fromkeys(errors, "8 of 160 samples (5.00")
 
 
 def test_the_state_is_saved_before_it_is_evaluated(tmp_path):

@@ -63,7 +63,7 @@ def run(folder: Path, norms: dict[int, float], *, steps: int, start: int = 0, re
         monitor=monitor, eval_due=lambda s: False, evaluate=lambda s, state: {},
             protocols=lambda s: {}, stop_requested=lambda: False,
         save_due=lambda s: False, describe=lambda step, batch, rows: f"rows {rows.tolist()}",
-        batch_seen=lambda batch: None, keep=SpikeFolder(folder, [Letters()]).keep,
+        batch_seen=lambda batch: None, counts=lambda: {}, keep=SpikeFolder(folder, [Letters()]).keep,
     )  # fmt: skip
     saved = {}
     checkpoints = types.SimpleNamespace(
