@@ -10,6 +10,7 @@ of them was stopped for minutes and goes on, work is done twice and nothing is l
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -99,8 +100,10 @@ def _finished(claim: Path) -> bool:
         try:
             with open(claim) as file:  # opened, for a network's file system then asks for the time of change
                 holder, state = file.read(), os.fstat(file.fileno())
-        except FileNotFoundError:
-            return True
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter on NFS
+                return True
+            raise
         if (state.st_ino, state.st_mtime_ns) != seen:
             seen, since = (state.st_ino, state.st_mtime_ns), time.monotonic()
         if time.monotonic() - since > SILENCE or _is_dead(holder):
