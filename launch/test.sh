@@ -20,4 +20,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 venv=${VISIONFM_VENV:-${VIRTUAL_ENV:-.venv}}
 ensure_installed "$venv" "[test]"
-exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

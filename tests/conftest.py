@@ -23,6 +23,22 @@ MAPS = Path("/proc/self/maps")
 MANY = 20_000
 
 
+# Folders whose files take longest come first: launch/test.sh hands out whole files in this order, so that both workers
+# are busy to the end and what the tests of a file share is made once.
+LONGEST_FIRST = ("e2e", "distributed", "parity", "unit/models", "golden")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files of tests; those of a file stay together."""
+    tests = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.relative_to(tests).as_posix()
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _not_too_many_programs() -> Iterator[None]:
     yield
