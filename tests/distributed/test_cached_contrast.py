@@ -38,7 +38,6 @@ from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer, make_step
 
 BATCH, SIZE, LENGTH, WORDS, WIDTH = 32, 32, 8, 32, 16
-SIZES["single"] = Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
 TASKS = {
     "aurora": MultimodalConfig(tokenizer="-", mask_unit=8, blind=0.3),
     "mixed": ContrastiveConfig(mixup=0.2),
@@ -108,11 +107,13 @@ def weights(shapes: Any) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compiles() -> Iterator[None]:
-    """Compiling takes nearly all the time."""
+def _small() -> Iterator[None]:
+    """And quickly compiled, which takes nearly all the time."""
+    SIZES["single"] = Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    del SIZES["single"]
     compiled.cache_clear()
 
 
