@@ -421,6 +421,6 @@ def _plain_errors(doing: str, remedy: str = "", kind: type[CheckpointError] = Ch
 
 def _first_cause(error: BaseException) -> str:
     """What set off a chain of errors, in one line; Orbax's own words only repeat where it was."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
     return " ".join(str(error).split()) or type(error).__name__

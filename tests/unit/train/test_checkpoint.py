@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -259,6 +260,12 @@ def test_one_whose_record_is_lost_is_damaged_not_old(tmp_path, content):
         checkpoints.restore(*shapes_and_shardings(state_of(7)))
     with Checkpoints(tmp_path, CheckpointConfig(on_damage="older"), read_only=True) as checkpoints:
         assert checkpoints.restore(*shapes_and_shardings(state_of(3))).step == 3
+
+
+def test_the_cause_of_damage_is_what_was_raised_not_how(tmp_path):
+    with pytest.raises(CheckpointError) as raised, checkpoint._plain_errors("7 is damaged"):
+        json.loads("torn")  # which Python's reader notices by an iterator that ends
+    assert str(raised.value) == "7 is damaged: Expecting value: line 1 column 1 (char 0)"
 
 
 def test_a_step_under_the_number_of_another_is_damaged(tmp_path):
