@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -20,11 +21,13 @@ from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError, StorageError
 from visionfm_jax.optim import loss_scale
+from visionfm_jax.parallel import agreement
 from visionfm_jax.storage import seal, unseal
 from visionfm_jax.train.checksum import checksums, name_of
 from visionfm_jax.train.state import TrainState
 
 SUBFOLDER = "checkpoints"
+ITEM = "default"  # Orbax's name of the state, in the folder of a step
 SCORES = "scores.json"  # of the evals, in the folder of their step
 
 
@@ -63,15 +66,15 @@ class Checkpoints:
         self.folder, self._until = Path(folder).absolute() / SUBFOLDER, until
         self._config, self._read_only = config, read_only
         with _plain_errors(f"opening {self.folder}"):
-            if read_only:
-                options = ocp.CheckpointManagerOptions(read_only=True)
-            else:
+            more: dict[str, Any] = {"read_only": True}
+            if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice only at the first save
                 self._keep = _Keep(config, self.folder)
-                options = ocp.CheckpointManagerOptions(preservation_policy=self._keep, cleanup_tmp_directories=True)
-            self._open = lambda: ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-            )
+                more = {"preservation_policy": self._keep, "cleanup_tmp_directories": True}
+            # The first process lists the steps for all.
+            options = ocp.CheckpointManagerOptions(single_host_load_and_broadcast=True, **more)
+            self._arrays = ocp.PyTreeCheckpointHandler()
+            self._open = lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=self._arrays)
             self._manager = self._open()
         self._failures = 0  # in a row
 
@@ -163,9 +166,10 @@ class Checkpoints:
           CheckpointError, OutputError: no space, ….
           StorageError: as `failed`.
         """
+        scores = agreement.from_first(lambda: {k: float(v) for k, v in scores.items()})
         self._keep.scores[step] = scores
         if jax.process_index() == 0:
-            kept = {"scores": {k: float(v) for k, v in scores.items()}, "protocols": protocols}
+            kept = {"scores": scores, "protocols": protocols}
             path = self.folder / str(step) / SCORES
             storage.write(lambda: storage.write_text(path, seal(kept) + "\n"), path)
         while True:
@@ -180,7 +184,7 @@ class Checkpoints:
 
     def scores(self, step: int) -> tuple[dict[str, float], dict[str, str]]:
         """Those attached to `step`, and by which protocols each eval measured; empty: none."""
-        kept = _read_scores(self.folder / str(step))
+        kept = agreement.from_first(lambda: _read_scores(self.folder / str(step)))
         return kept["scores"], kept["protocols"]
 
     def close(self) -> None:
@@ -211,20 +215,18 @@ class Checkpoints:
           CheckpointError: it is damaged, or of another model; with the differences.
         """
 
-        def load(step: int) -> tuple[TrainState, dict[str, str]]:
-            fresh, wanted, layout = {}, shapes, shardings
+        def parts_of(step: int) -> dict[str, Any]:
             stored = self._stored(step)
-            if not jax.tree.leaves(stored.pop("loss_scale", None)) and shapes.loss_scale:
-                fresh = {"loss_scale": jax.device_put(loss_scale.init(), shardings.loss_scale)}
-                wanted, layout = shapes.replace(loss_scale=None), shardings.replace(loss_scale=None)
-            _refuse_other_tree(self.folder / str(step), stored, wanted.replace(loss_scale=None))
-            parts = {k: v for k, v in vars(_targets(wanted, layout)).items() if v is not None}
-            read = self._read(step, parts)
-            if (number := int(read["step"])) != step:
-                raise DamagedError(f"{self.folder / str(step)} is damaged: it holds step {number}")
-            return shapes.replace(**read, **fresh), checksums(read)
+            parts = {k: v for k, v in vars(_targets(shapes, shardings)).items() if v is not None}
+            if not jax.tree.leaves(stored.pop("loss_scale", None)):
+                parts.pop("loss_scale", None)
+            _refuse_other_tree(self.folder / str(step), stored, shapes.replace(loss_scale=None))
+            return parts
 
-        return self._newest_whole(load)
+        found = self._newest_whole(parts_of)
+        if shapes.loss_scale and "loss_scale" not in found.what:
+            found.what["loss_scale"] = jax.device_put(loss_scale.init(), shardings.loss_scale)
+        return dataclasses.replace(found, what=shapes.replace(**found.what))
 
     def restore_weights(self, shapes: Any, shardings: Any) -> Restored:
         """The newest weights alone, verified: the averaged ones where the run kept them.
@@ -236,36 +238,52 @@ class Checkpoints:
           CheckpointError: as `restore`.
         """
 
-        def load(step: int) -> tuple[Any, dict[str, str]]:
+        def parts_of(step: int) -> dict[str, Any]:
             stored = self._stored(step)
             key = "ema" if jax.tree.leaves(stored.get("ema")) else "params"
             _refuse_other_tree(self.folder / str(step), {"params": stored.get(key)}, {"params": shapes})
-            read = self._read(step, {key: _targets(shapes, shardings)})
-            return read[key], checksums(read)
+            return {key: _targets(shapes, shardings)}
 
-        return self._newest_whole(load)
+        found = self._newest_whole(parts_of)
+        [weights] = found.what.values()
+        return dataclasses.replace(found, what=weights)
 
-    def _newest_whole(self, load: Callable[[int], tuple[Any, dict[str, str]]]) -> Restored:
-        """What `load` gives for the newest step, or, if the configuration says so, for the newest whole one."""
+    def _newest_whole(self, parts_of: Callable[[int], dict[str, Any]]) -> Restored:
+        """The newest step, or, if the configuration says so, the newest whole one, of all processes alike.
+
+        Damage that one of them finds is damage for all. Storage that fails is no damage: it is asked again for a
+        minute, and then the run ends and starts again with the same step.
+
+        Args:
+          parts_of: what to read of a step, name -> tree of shapes with shardings.
+
+        Raises:
+          CheckpointError: there is none, or it is damaged.
+          StorageError: it cannot be read.
+        """
         steps = self._steps()
         if not steps:
             raise CheckpointError(f"{self.folder} holds no complete checkpoint; name the folder of another run")
         notes: list[str] = []
         for i, step in enumerate(steps):
+            record, what, damage = {}, None, ""
             try:
-                record = self.record(step)
-                what, found = load(step)
-                self._verify(step, record, found)
+                record, what = storage.retry(functools.partial(self._load, step, parts_of), lambda: "restoring")
             except DamagedError as error:
+                damage = str(error)
+            damage = agreement.first_text(damage)
+            if not damage:
+                record = agreement.from_first(lambda record=record: record)
+                damage = self._difference(step, record, what)
+            if damage:
                 older = steps[i + 1 :]
                 if self._config.on_damage == "stop" or not older:
                     remedy = "there is no older one beside it"
                     if older:
                         remedy = f"move it away to continue from step {older[0]}, or set config.checkpoint.on_damage="
                         remedy += '"older"'
-                    raise DamagedError(f"{error}; {remedy}") from error
-                notes.append(f"passed over: {error}")
-                what = None  # frees the memory for the next
+                    raise DamagedError(f"{damage}; {remedy}")
+                notes.append(f"passed over: {damage}")
                 continue
             if "checksums" not in record:
                 notes.append(f"step {step} is not verified: it was saved by a version without checksums")
@@ -273,15 +291,33 @@ class Checkpoints:
             return Restored(step, what, record, notes)
         raise AssertionError("one was whole or the last one raised")
 
-    def _verify(self, step: int, record: dict[str, Any], found: dict[str, str]) -> None:
-        saved = record.get("checksums")
-        bad = [] if saved is None else [name for name, value in found.items() if saved.get(name) != value]
-        if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise DamagedError(
-                f"{self.folder / str(step)} is damaged: {len(bad)} of {len(found)} arrays differ from their checksums, "
-                f"{', '.join(bad[:3])}{more}"
+    def _load(self, step: int, parts_of: Callable[[int], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The record of `step`, and the parts of its state; of this process alone, others may fail meanwhile."""
+        where = self.folder / str(step)
+        with self._reading(step):
+            if not where.is_dir():
+                raise StorageError(f"{where}: process 0 sees it, process {jax.process_index()} does not")
+            record = self.record(step)
+            parts = parts_of(step)
+            arguments = ocp.args.PyTreeRestore(
+                item=parts, restore_args=ocp.checkpoint_utils.construct_restore_args(parts), partial_restore=True
             )
+            what = self._arrays.restore(where / ITEM, args=arguments)  # the manager would wait for other processes
+            if (number := int(what.get("step", step))) != step:
+                raise ValueError(f"it holds step {number}")
+        return record, what
+
+    def _difference(self, step: int, record: dict[str, Any], what: dict[str, Any]) -> str:
+        """How the arrays differ from their checksums, the same on all processes; "": not at all."""
+        found, saved = checksums(what), record.get("checksums")
+        bad = [] if saved is None else [name for name, value in found.items() if saved.get(name) != value]
+        if not bad:
+            return ""
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return (
+            f"{self.folder / str(step)} is damaged: {len(bad)} of {len(found)} arrays differ from their checksums, "
+            f"{', '.join(bad[:3])}{more}"
+        )
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Move damaged steps of the own run out of the way of those to come."""
@@ -300,24 +336,12 @@ class Checkpoints:
         """The stored tree, of objects with a shape."""
         with self._reading(step):
             metadata = self._manager.item_metadata(step)
-            if metadata is None or not (self.folder / str(step) / "default").is_dir():
+            if metadata is None or not (self.folder / str(step) / ITEM).is_dir():
                 raise FileNotFoundError("the list of its arrays is missing")
             return metadata.tree
 
-    def _read(self, step: int, item: Any) -> Any:
-        arguments = ocp.args.PyTreeRestore(
-            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
-        what = f"{self.folder / str(step)} is damaged"
-        if jax.process_count() == 1:
-            reading = _plain_errors(what, kind=DamagedError)
-        else:  # one may fail where the others do not, and would look for an older step alone
-            reading = _plain_errors(what, "move it away, then start again: an older step beside it is taken")
-        with reading:
-            return self._manager.restore(step, args=arguments)
-
     def _reading(self, step: int) -> contextlib.AbstractContextManager:
-        return _plain_errors(f"{self.folder / str(step)} is damaged", kind=DamagedError)
+        return _plain_errors(str(self.folder / str(step)), reading=True)
 
 
 class _Keep(managers.PreservationPolicy):
@@ -328,10 +352,7 @@ class _Keep(managers.PreservationPolicy):
 
     def __init__(self, config: CheckpointConfig, folder: Path):
         self.config = config
-        steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-        self.scores = {
-            step: _read_scores(folder / str(step))["scores"] or _former_scores(folder / str(step)) for step in steps
-        }
+        self.scores = {int(step): scores for step, scores in agreement.from_first(lambda: _all_scores(folder)).items()}
 
     def of(self, steps: Sequence[int]) -> set[int]:
         """Those of `steps` that stay."""
@@ -347,6 +368,12 @@ class _Keep(managers.PreservationPolicy):
         """Orbax asks at each save."""
         kept = self.of([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _all_scores(folder: Path) -> dict[str, dict[str, float]]:
+    """Of every step in the folder, by its name."""
+    steps = [path for path in folder.iterdir() if path.name.isdigit()]
+    return {path.name: _read_scores(path)["scores"] or _former_scores(path) for path in steps}
 
 
 def _read_scores(folder: Path) -> dict[str, dict]:
@@ -398,12 +425,17 @@ def _refuse_other_tree(where: Path, stored: Any, expected: Any) -> None:
 
 
 @contextlib.contextmanager
-def _plain_errors(doing: str, remedy: str = "", kind: type[CheckpointError] = CheckpointError) -> Iterator[None]:
+def _plain_errors(doing: str, *, reading: bool = False) -> Iterator[None]:
     """Turn what Orbax, TensorStore and the file system raise into one line: what was done, the cause, the remedy.
+
+    Args:
+      doing: what; with `reading`, the checkpoint.
+      reading: what cannot be read is damaged.
 
     Raises:
       StorageError: for causes that may pass by themselves.
-      CheckpointError: for all others; `kind` of it.
+      CheckpointError: for all others.
+      DamagedError: for all others, when reading.
     """
     try:
         yield
@@ -413,10 +445,11 @@ def _plain_errors(doing: str, remedy: str = "", kind: type[CheckpointError] = Ch
         cause = _first_cause(error)
         if storage.is_passing(cause):
             raise StorageError(f"{doing}: {cause[:200]}") from error
+        if reading:
+            raise DamagedError(f"{doing} is damaged: {cause[:200]}") from error
         if storage.is_full(cause):
-            cause = "the disk is full"
-            remedy = "free space and start again: the checkpoints before are whole"
-        raise kind(f"{doing}: {cause[:200]}" + (f"; {remedy}" if remedy else "")) from error
+            cause = "the disk is full; free space and start again: the checkpoints before are whole"
+        raise CheckpointError(f"{doing}: {cause[:200]}") from error
 
 
 def _first_cause(error: BaseException) -> str:

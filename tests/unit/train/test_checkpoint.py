@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
-from visionfm_jax.errors import CheckpointError
+from visionfm_jax.errors import CheckpointError, StorageError
 from visionfm_jax.train import checkpoint
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.state import TrainState
@@ -210,20 +211,26 @@ def test_one_without_checksums_is_loaded_with_a_word(tmp_path, monkeypatch):
     assert notes == ["step 7 is not verified: it was saved by a version without checksums"]
 
 
-def test_of_several_processes_none_looks_for_an_older_step_alone(tmp_path, monkeypatch):
+def test_a_step_that_storage_fails_to_give_for_a_moment_is_not_damaged(tmp_path, monkeypatch):
     older = CheckpointConfig(on_damage="older")
     save(tmp_path, older, {1: None, 2: None})
+    times = [0]
 
-    def damaged(*_, **__):
-        raise ValueError("a block cannot be decoded")
+    def fails(restore, *arguments, **more):
+        times[0] -= 1
+        if times[0] >= 0:
+            raise ValueError("UNAVAILABLE: reading: " + os.strerror(errno.EIO))
+        return restore(*arguments, **more)
 
-    with Checkpoints(tmp_path, older, read_only=True) as checkpoints:
-        monkeypatch.setattr(checkpoints._manager, "restore", damaged)
-        monkeypatch.setattr(checkpoints, "record", lambda step: {})
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: a block .*; move it away, then start"):
-            checkpoints._newest_whole(lambda step: checkpoints._read(step, {}))
-        monkeypatch.undo()
+    monkeypatch.setattr(storage, "WAITS", (0, 0))
+    with Checkpoints(tmp_path, older) as checkpoints:
+        monkeypatch.setattr(checkpoints._arrays, "restore", functools.partial(fails, checkpoints._arrays.restore))
+        times[0] = 2
+        assert checkpoints.restore(*shapes_and_shardings(state_of(0))).step == 2
+        times[0] = 3
+        with pytest.raises(StorageError, match=r"^restoring: .*/2: .*Input/output error, 3 times in 0 s"):
+            checkpoints.restore(*shapes_and_shardings(state_of(0)))
+    assert kept(tmp_path) == [1, 2]
 
 
 def test_scores_are_attached_again_where_storage_fails_for_a_moment(tmp_path, monkeypatch, capsys):
