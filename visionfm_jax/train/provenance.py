@@ -43,6 +43,7 @@ class Provenance(NamedTuple):
 
     settings: dict[str, Any]  # config, derived
     data: dict[str, Any]  # order, grain, tokenizer, sources; releases that shuffled otherwise kept none
+    config: Config | None = None  # of which the settings are; not kept
 
 
 def provenance_of(config: Config, sources: Sequence[Source]) -> Provenance:
@@ -59,7 +60,7 @@ def provenance_of(config: Config, sources: Sequence[Source]) -> Provenance:
         "sources": [{"records": len(s), "classes": s.class_names or (), "parts": s.fingerprint()} for s in sources],
     }
     settings = {"config": to_dict(config), "derived": config.derived()}
-    return Provenance(*json.loads(json.dumps([settings, data])))
+    return Provenance(*json.loads(json.dumps([settings, data])), config)
 
 
 def read_provenance(folder: Path, settings: Path | None = None) -> Provenance:
@@ -107,9 +108,10 @@ def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, lis
       ConfigError: the file is damaged, or of a run with another kind of model or task.
       DataError, StorageError: it cannot be read.
     """
-    kept = _read(path, {"config": dict}, "move it away, and give the settings of the step by flags").get("config", {})
+    kept = _read(path, {"config": dict}, "move it away, and give the settings of the step by flags")
     out, changed = copy.deepcopy(config), []
-    _take(out, kept, "", path, changed)
+    if kept:
+        _take(out, _with_defaults(kept["config"], config), "", path, changed)
     [first] = settings_files(folder, 0, 0)
     if begun := read_provenance(folder, first).settings.get("config", {}).get("checkpoint"):
         for leaf in ("resume", "weights"):  # the path may be another one now, but not be there where none was
@@ -157,7 +159,7 @@ def changes(old: Provenance, new: Provenance, folder: Path) -> list[str]:
     if not old.settings:
         differing = [f"{folder / SETTINGS} was not there: the settings were not compared"]
     else:
-        differing = _leaves(old.settings["config"], new.settings["config"])
+        differing = _leaves(_with_defaults(old.settings["config"], new.config), new.settings["config"])
         for name in (change.partition(":")[0] for change in differing):
             if name in FIXED or (name.startswith("data.train") and not name.endswith(PATHS)):
                 raise ConfigError(
@@ -238,6 +240,23 @@ def _read(path: Path, parts: dict[str, type], remedy: str) -> dict[str, Any]:
 
 def _anew(folder: Path) -> str:
     return f"start in another config.workdir, with its weights by config.checkpoint.weights={str(folder)!r}"
+
+
+def _with_defaults(kept: Any, holder: Any) -> Any:
+    """`kept`, the settings that a release wrote, with the defaults of fields that `holder` has and it did not.
+
+    They are what that release did; a field that was not there must not stand in the way of a run.
+    """
+    if isinstance(kept, list) and isinstance(holder, tuple) and len(kept) == len(holder):
+        return [_with_defaults(value, item) for value, item in zip(kept, holder, strict=True)]
+    if not isinstance(kept, dict) or not dataclasses.is_dataclass(holder):
+        return kept
+    out = {name: _with_defaults(value, getattr(holder, name, None)) for name, value in kept.items()}
+    for field in dataclasses.fields(holder):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name not in kept and default is not dataclasses.MISSING:
+            out[field.name] = json.loads(json.dumps(default, default=dataclasses.asdict))
+    return out
 
 
 def _leaves(old: Any, new: Any, name: str = "") -> list[str]:

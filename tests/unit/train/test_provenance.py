@@ -16,7 +16,15 @@ from visionfm_jax.config import Config, ContrastiveConfig, MultimodalConfig, Sou
 from visionfm_jax.data import loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, DataError, StorageError
-from visionfm_jax.train.provenance import DATA, SETTINGS, Provenance, changes, provenance_of, read_provenance
+from visionfm_jax.train.provenance import (
+    DATA,
+    SETTINGS,
+    Provenance,
+    changes,
+    provenance_of,
+    read_provenance,
+    with_settings,
+)
 
 
 @pytest.fixture
@@ -31,7 +39,7 @@ def pictures(tmp_path) -> Path:
 
 def config_of(pictures: Path, **more) -> Config:
     config = Config(name="provenance", **more)
-    config.train.steps = 100
+    config.train.steps, config.optim.warmup_steps = 100, 10
     config.data.train = (SourceConfig(kind="folder", path=str(pictures), split=""),)
     return config
 
@@ -44,7 +52,7 @@ def provenance(config: Config) -> Provenance:
 def kept(pictures, tmp_path) -> tuple[Path, Provenance]:
     """A run folder, and the provenance of a run that goes on from it."""
     new = provenance(config_of(pictures))
-    for name, value in zip((SETTINGS, DATA), new, strict=True):
+    for name, value in zip((SETTINGS, DATA), new[:2], strict=True):
         (tmp_path / name).write_text(json.dumps(value))
     assert changes(read_provenance(tmp_path), new, tmp_path) == []
     return tmp_path, new
@@ -124,6 +132,28 @@ def test_settings_that_move_samples_are_refused(pictures, tmp_path, name, change
     change(config)
     with pytest.raises(ConfigError, match=re.escape(f"config.{name} differs from that of the run in {tmp_path}, and")):
         changes(old, provenance(config), tmp_path)
+
+
+def test_a_field_that_was_not_there_counts_as_its_default(kept, pictures):
+    folder, new = kept
+    before = json.loads((folder / SETTINGS).read_text())
+    config = before["config"]
+    for holder, name in [
+        (config["data"]["train"][0], "caption_key"), (config["data"]["augment"], "mean"), (config, "telemetry"),
+        (config["checkpoint"], "on_damage"), (config, "evals"),
+    ]:  # fmt: skip
+        del holder[name]
+    (folder / SETTINGS).write_text(json.dumps(before))
+    assert changes(read_provenance(folder), new, folder) == []
+    other = config_of(pictures)
+    other.checkpoint.on_damage = "older"
+    assert changes(read_provenance(folder), provenance(other), folder) == ["checkpoint.on_damage: stop -> older"]
+    usual, other.data.augment.mean = other.data.augment.mean, (0.5, 0.5, 0.5)
+    taken, changed = with_settings(other, folder, folder / SETTINGS)  # to replay a step of it
+    assert (taken.data.augment.mean, changed) == (usual, [f"data.augment.mean: (0.5, 0.5, 0.5) -> {usual}"])
+    other.data.train[0].caption_key = "png"
+    with pytest.raises(ConfigError, match=r"config\.data\.train\[0\]\.caption_key differs"):
+        changes(read_provenance(folder), provenance(other), folder)
 
 
 def test_the_split_of_a_task_is_refused(tmp_path):
