@@ -24,6 +24,7 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
+from visionfm_jax.errors import StorageError
 from visionfm_jax.parallel import agreement
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.state import TrainState
@@ -41,6 +42,10 @@ def fails(restore, left, *arguments, **more):
     return restore(*arguments, **more)
 
 def work():
+    try:
+        agreement.require_same([me], "data.train")
+    except StorageError as error:
+        print(error, file=sys.stderr)
     print(agreement.first_text(""), agreement.first_text("\u00e9" * me), agreement.from_first(lambda: [me]))
     config = CheckpointConfig(keep_last=1, keep_best=1, best_metric="val/top1", on_damage="older")
     with Checkpoints(Path(sys.argv[1], str(me)), config) as checkpoints:
@@ -105,5 +110,6 @@ def test_what_one_process_sees_or_finds_damaged_counts_for_all(tmp_path):
         "4 1 True [4.0]",
         "{'val/top1': 0.1} 4",
     ]
+    assert "config.data.train: process 1 sees something else there than process 0; see that" in said[1][1]
     for _, err in said:
         assert "Input/output error, 3 times in 0 s; check the storage, then start the same command again" in err

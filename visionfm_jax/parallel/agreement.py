@@ -2,19 +2,25 @@
 
 A file system over a network may show two hosts different states of a folder for a while, and a disk may fail for one of
 them alone. Where each decided for itself, one would wait for ever in a collective that the others never enter.
+
+Values go through the key-value store of `jax.distributed`, which waits as long as it takes: hosts may be hours apart
+when they have opened their datasets, and collectives on CPUs give up after half a minute.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-LONGEST = 1000  # bytes of a text of `first_text`
+from visionfm_jax.errors import StorageError
+from visionfm_jax.parallel import cluster
+
+_DAY = 24 * 3600 * 1000  # milliseconds; who dies meanwhile is noticed by `parallel.peers`
+_numbers = itertools.count()  # of the questions, which all processes ask in the same order
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -23,21 +29,42 @@ def from_first(make: Callable[[], Any]) -> Any:
     An error of `make` ends process 0, and with it the others (`cluster.run_together`).
 
     Args:
-      make: gives a JSON value of lists, dicts with str keys, str, numbers (also NaN), bool and None.
+      make: gives a JSON value: of lists, dicts with str keys, str, numbers (also NaN), bool and None.
     """
     if jax.process_count() == 1:
         return make()
-    content = json.dumps(make()).encode() if jax.process_index() == 0 else b""
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    padded = np.frombuffer(content.ljust(size), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes())
+    key = _key()
+    if jax.process_index() == 0:
+        cluster.store().key_value_set(key, json.dumps(make()))
+    return json.loads(cluster.store().blocking_key_value_get(key, _DAY))
 
 
 def first_text(own: str) -> str:
     """Of the texts that the processes give here, the first that is not empty; "": all are."""
     if jax.process_count() == 1:
         return own
-    content = own.encode()[:LONGEST].ljust(LONGEST, b"\0")
-    rows = multihost_utils.process_allgather(np.frombuffer(content, np.uint8))
-    texts = (np.asarray(row, np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows)
-    return next(filter(None, texts), "")
+    key = _key()
+    cluster.store().key_value_set(f"{key}/{jax.process_index()}", json.dumps(own))
+    texts = [cluster.store().blocking_key_value_get(f"{key}/{i}", _DAY) for i in range(jax.process_count())]
+    return next(filter(None, map(json.loads, texts)), "")
+
+
+def require_same(value: Any, field: str) -> None:
+    """Refuse to go on where this process sees something else than process 0 does.
+
+    Args:
+      value: JSON, of lists, str and numbers.
+      field: of the configuration, that it follows from.
+
+    Raises:
+      StorageError: they differ.
+    """
+    if from_first(lambda: value) != value:
+        raise StorageError(
+            f"config.{field}: process {jax.process_index()} sees something else there than process 0; see that all "
+            "hosts show the same files, then start the same command again"
+        )
+
+
+def _key() -> str:
+    return f"visionfm_jax/agreement/{next(_numbers)}"
