@@ -32,8 +32,9 @@ from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import CheckpointError, ConfigError, DataError, door
 from visionfm_jax.evals.contrastive import plain
-from visionfm_jax.evals.registry import Eval, make_evals
+from visionfm_jax.evals.registry import Eval, check_best_metric, make_evals
 from visionfm_jax.parallel import cluster
+from visionfm_jax.parallel.agreement import from_first, require_same
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts, to_global
 from visionfm_jax.telemetry.monitor import RunMonitor
 from visionfm_jax.telemetry.pictures import draw
@@ -61,7 +62,8 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         sources = open_sources(config.data.train, "data.train")
         fields = fields_of(config)
         check_sources(config, sources, fields)
-        evals = make_evals(config, host, hosts)
+        evals = open_evals(config, host, hosts)
+        check_best_metric(config, evals)
 
     with (
         RunFolder(config, owner=host == 0) as folder,
@@ -123,10 +125,12 @@ def check_sources(config: Config, sources: Sequence[Source], fields: Fields) -> 
 
     Raises:
       DataError: with what to set instead.
+      StorageError: another process sees other data.
     """
     for source in sources:
         fields.check(source)
     check_split(sources, config.split)
+    require_same([[len(source), list(source.class_names or ())] for source in sources], "data.train")
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
         raise DataError(
@@ -178,11 +182,31 @@ def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
     """
     if not Path(folder).exists():
         raise ConfigError(f"config.{field} = {folder!r}: there is no such folder; name that of a run")
-    if Path(folder, SUBFOLDER).is_dir():
-        other = Checkpoints(folder, config, read_only=True)
-        if other.latest() is not None:
-            return other
+    if (other := saved_run(config, folder)) is not None:
+        return other
     raise CheckpointError(f"config.{field} = {folder!r}: holds no complete checkpoint; name the folder of another run")
+
+
+def saved_run(config: CheckpointConfig, folder: str) -> Checkpoints | None:
+    """The checkpoints in a run folder, to be read; None: it has none. Process 0 looks for all."""
+    if from_first(lambda: Path(folder, SUBFOLDER).is_dir()):
+        found = Checkpoints(folder, config, read_only=True)
+        if found.latest() is not None:
+            return found
+        found.close()
+    return None
+
+
+def open_evals(config: Config, host: int, hosts: int) -> dict[str, Eval]:
+    """As `make_evals`; all processes see the same data.
+
+    Raises:
+      ConfigError, DataError: as `make_evals`.
+      StorageError: they do not.
+    """
+    evals = make_evals(config, host, hosts)
+    require_same([[e.protocol, len(e.source)] for e in evals.values()], "evals")
+    return evals
 
 
 def due_evals(config: Config, step: int) -> list[EvalConfig]:
@@ -226,20 +250,18 @@ def measure(
 
 
 def evaluate(config: Config, watchdog: Watchdog) -> int:
-    """Run all evals on the newest weights of the run, or on those that the configuration starts from."""
+    """Run all evals on the newest weights of the run, or, where it has none, on `config.checkpoint.weights`."""
     host = jax.process_index()
     config.validate_devices(jax.device_count(), jax.process_count())
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
     with watchdog.suspended():
-        evals = make_evals(config, host, jax.process_count())
+        evals = open_evals(config, host, jax.process_count())
     if not evals:
         raise ConfigError("config.evals = (): there is nothing to measure; name an eval in the configuration")
-    folder, field = config.folder, "workdir"
-    if config.checkpoint.weights and not Path(folder, SUBFOLDER).is_dir():
-        folder, field = config.checkpoint.weights, "checkpoint.weights"
     refuse_links(config.folder)  # where pictures and scores will be written
     say(describe(trainer))
-    with other_run(config.checkpoint, folder, field) as stored:
+    folder, stored = run_to_evaluate(config)
+    with stored:
         found = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
     origin = origin_of(found, f"the weights of step {found.step} of {folder}")
     say(describe_start(origin, []))
@@ -257,6 +279,19 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
     return 0
 
 
+def run_to_evaluate(config: Config) -> tuple[str, Checkpoints]:
+    """The run folder and its checkpoints; where it has none, those that `config.checkpoint.weights` names.
+
+    Raises:
+      ConfigError, CheckpointError: as `other_run`.
+    """
+    if (own := saved_run(config.checkpoint, config.folder)) is not None:
+        return config.folder, own
+    if weights := config.checkpoint.weights:
+        return weights, other_run(config.checkpoint, weights, "checkpoint.weights")
+    return config.folder, other_run(config.checkpoint, config.folder, "workdir")
+
+
 def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     """Run `step` of the run in `config.folder` again, from the checkpoint before it; changes nothing but RUN/replay.
 
@@ -269,6 +304,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     refuse_links(folder)
     settings = settings_files(folder, 0, max(step, 0))[-1]
     config, taken = with_settings(config, folder, settings)
+    require_same(taken, "workdir")
     if not 0 <= step < config.total_steps:
         raise ConfigError(f"--step={step}: the run has the steps 0 to {config.total_steps - 1}; name one of them")
     config.validate_devices(jax.device_count(), hosts)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError, ConfigError
-from visionfm_jax.main import measure, other_run
+from visionfm_jax.main import measure, other_run, run_to_evaluate
 from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.train.checkpoint import Checkpoints
+from visionfm_jax.train.state import TrainState
 
 
 class Counting:
@@ -37,10 +40,11 @@ def test_a_stop_ends_it_between_two_batches_without_scores(stop_at):
         asked[0] += 1
         return asked[0] == stop_at
 
-    scores = measure(trainer, evals, None, {}, lambda: None, stop)
+    scores = measure(trainer, evals, None, {"step": 3}, lambda: None, stop)
     done = sum(e.batches for e in evals.values())
     if stop_at is None:
         assert (scores, done) == ({"one/top1": 0.5, "two/top1": 0.5}, 20)
+        assert evals["two"].details == {"step": 3, "metrics": {"top1": 0.5}}
     else:
         assert (scores, done) == (None, stop_at - 1)
 
@@ -50,3 +54,30 @@ def test_a_folder_without_a_run_is_a_wrong_setting_one_without_checkpoints_a_fau
         other_run(CheckpointConfig(), str(tmp_path / "mistyped"), "workdir")
     with pytest.raises(CheckpointError, match=r"config\.checkpoint\.weights = .*: holds no complete checkpoint"):
         other_run(CheckpointConfig(), str(tmp_path), "checkpoint.weights")
+
+
+def test_weights_of_another_run_are_evaluated_where_the_own_folder_has_none(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+
+    def evaluated(weights: str) -> str:
+        config = types.SimpleNamespace(folder=str(own), checkpoint=CheckpointConfig(weights=weights))
+        folder, stored = run_to_evaluate(config)
+        with stored:
+            assert stored.latest() == 3
+        return folder
+
+    def save(folder) -> None:
+        state = TrainState(step=jnp.int32(3), params={"w": jnp.ones(4)}, opt_state=(), ema=None)
+        with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+            checkpoints.save(3, state, {})
+
+    save(other)
+    assert evaluated(str(other)) == str(other)
+    with pytest.raises(ConfigError, match=r"config\.workdir = .*own': there is no such folder"):
+        evaluated("")
+    (own / "checkpoints").mkdir(parents=True)  # of a run that was stopped before its first checkpoint
+    assert evaluated(str(other)) == str(other)
+    with pytest.raises(CheckpointError, match=r"config\.workdir = .*own': holds no complete checkpoint"):
+        evaluated("")
+    save(own)
+    assert evaluated(str(other)) == str(own)

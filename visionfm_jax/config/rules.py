@@ -211,14 +211,9 @@ def _source_problems(c: Config) -> list[Problem]:
 
 
 def _eval_problems(c: Config) -> list[Problem]:
-    out: list[Problem] = []
     names = [e.name for e in c.evals]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        out.append(("evals[].name", name, "must be unique", "rename one"))
-    metric = c.checkpoint.best_metric
-    if metric and metric.partition("/")[0] not in names:
-        out.append(("checkpoint.best_metric", metric, f"names none of the evals {names}", "write EVAL/METRIC"))
-    return out
+    twice = sorted({n for n in names if names.count(n) > 1})
+    return [("evals[].name", name, "must be unique", "rename one") for name in twice]
 
 
 # A rule between fields, and the beginnings of the names of those that it reads.
@@ -230,7 +225,7 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_crop_problems, "data.augment.crop_scale"),
     (_source_problems, "data.train"),
     (_checkpoint_problems, "checkpoint"),
-    (_eval_problems, "evals", "checkpoint.best_metric"),
+    (_eval_problems, "evals"),
 )
 
 

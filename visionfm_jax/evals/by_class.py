@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from visionfm_jax.data.sources import Source
+from visionfm_jax.data.transforms import EvalTransform
+from visionfm_jax.evals.contrastive import image_of, sample
+
 # Classes up to which details hold every pair of class and guess; above, as many of the most frequent confusions: of
 # 21,841 classes every pair would be as long as the dataset.
 IN_FULL = 1000
+PICTURED = 64  # images
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,43 @@ def by_class(labels: np.ndarray, guess: np.ndarray, classes: int) -> ByClass:
     pairs = labels.astype(np.int64) * classes + guess
     pairs, counts = np.unique(pairs[guess >= 0], return_counts=True)
     return ByClass(images, accuracy, np.stack([pairs // classes, pairs % classes, counts], 1))
+
+
+class LabelledEval:
+    """What the evals of labelled images share: how their details and pictures come about.
+
+    Attributes:
+      classes: the names, one a class.
+      settings: what `protocol` is the digest of.
+      protocol, details, pictured: as `evals.registry.Eval` says.
+    """
+
+    source: Source
+    transform: EvalTransform
+    host: int
+    classes: Sequence[str]
+    settings: dict[str, Any]
+    protocol: str
+    details: dict[str, Any]
+    pictured: dict[str, Any]
+
+    def by_class(self, labels: np.ndarray, guess: np.ndarray, records: np.ndarray) -> dict[str, float]:
+        """Fill `details`, and on host 0 `pictured`; the metrics over classes.
+
+        Args:
+          labels, guess: as those of `by_class`.
+          records: (N,) their numbers in `source`.
+        """
+        counted = by_class(labels, guess, len(self.classes))
+        self.details = {"protocol": self.protocol, "settings": self.settings, **counted.details(self.classes)}
+        if self.host == 0:
+            rows = sample(np.arange(len(labels)), PICTURED)
+            self.pictured = {
+                "image": np.stack([image_of(self.source, int(records[r]), self.transform) for r in rows]),
+                "label": labels[rows],
+                "guess": guess[rows],
+                "confusion": counted.cells,
+                "class_names": self.classes,
+            }
+        images = float(len(labels))
+        return {"balanced_accuracy": counted.balanced_accuracy, "majority": counted.majority, "images": images}

@@ -65,7 +65,7 @@ class CaptioningEval(MultimodalEval):
             {"record": self.source.key(record), "generated": text, "references": list(known)}
             for (record, text, known), _ in zip(first, range(KEPT), strict=False)
         ]
-        self.describe(scores, captions=captions)
+        self.describe(captions=captions)
         if self.host == 0:
             rows = sample(np.arange(len(written)), PICTURED)
             self.pictured = {"generated": [self._shown(records[r], written[r], references[r]) for r in rows]}

@@ -11,14 +11,12 @@ from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.transforms import EvalTransform
-from visionfm_jax.evals.by_class import by_class
-from visionfm_jax.evals.contrastive import image_of, measured_on, plain, protocol_of, sample
+from visionfm_jax.evals.by_class import LabelledEval
+from visionfm_jax.evals.contrastive import measured_on, protocol_of
 from visionfm_jax.evals.subject import Predict, require_task
 
-PICTURED = 64
 
-
-class ClassificationEval:
+class ClassificationEval(LabelledEval):
     """The `evals.registry.Eval` of labelled images: loss in nats; top1, top5 and balanced_accuracy as shares.
 
     Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
@@ -26,7 +24,7 @@ class ClassificationEval:
 
     Attributes:
       protocol: 8 hex digits of what was measured: dataset, preprocessing, classes.
-      details: after a run, for JSON: protocol and its settings, metrics, and `ByClass.details`.
+      details: after a run, for JSON: protocol and its settings, and `ByClass.details`.
       pictured: after a run, on host 0: images spread over the source with label and guess, and what was taken for what.
     """
 
@@ -64,28 +62,9 @@ class ClassificationEval:
             hit = (top == out["label"][keep, None]).any(1)
             parts.append((out["loss"][keep], top[:, 0], hit, out["label"][keep], step * size + keep))
         loss, guess, among_five, labels, records = (np.concatenate(p) for p in zip(*parts, strict=True))
-        counted = by_class(labels, guess, self.run_config.task.num_classes)
-        scores = {
+        return {
             "loss": float(loss.mean(dtype=np.float64)),
             "top1": float((guess == labels).mean()),
             "top5": float(among_five.mean()),
-            "balanced_accuracy": counted.balanced_accuracy,
-            "majority": counted.majority,
-            "images": float(len(labels)),
+            **self.by_class(labels, guess, records),
         }
-        self.details = {
-            "protocol": self.protocol,
-            "settings": self.settings,
-            "metrics": plain(scores),
-            **counted.details(self.classes),
-        }
-        if self.host == 0:
-            rows = sample(np.arange(len(labels)), PICTURED)
-            self.pictured = {
-                "image": np.stack([image_of(self.source, int(records[r]), self.transform) for r in rows]),
-                "label": labels[rows],
-                "guess": guess[rows],
-                "confusion": counted.cells,
-                "class_names": self.classes,
-            }
-        return scores

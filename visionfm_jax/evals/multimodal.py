@@ -15,7 +15,7 @@ from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.contrastive import captions_of, measured_on, plain, protocol_of
+from visionfm_jax.evals.contrastive import captions_of, measured_on, protocol_of
 from visionfm_jax.evals.subject import require_task
 
 
@@ -24,7 +24,7 @@ class MultimodalEval:
 
     Attributes:
       protocol: 8 hex digits of what was measured: the source, the preprocessing and what `more_settings` has.
-      details: after a run, for JSON: protocol and its settings, metrics.
+      details: after a run, for JSON: protocol and its settings.
       pictured: after a run, on host 0: what there is to see.
     """
 
@@ -68,9 +68,9 @@ class MultimodalEval:
         for step, batch in enumerate(batches):
             yield {**batch, "record": step * self.batch_size + own}
 
-    def describe(self, scores: dict[str, float], **more: Any) -> None:
+    def describe(self, **more: Any) -> None:
         """Fill `details`."""
-        self.details = {"protocol": self.protocol, "settings": self.settings, "metrics": plain(scores), **more}
+        self.details = {"protocol": self.protocol, "settings": self.settings, **more}
 
 
 class Images:

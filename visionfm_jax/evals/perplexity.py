@@ -50,5 +50,5 @@ class PerplexityEval(MultimodalEval):
                 "words": float(words),
                 "texts": float(texts),
             }
-        self.describe(scores)
+        self.describe()
         return scores

@@ -58,7 +58,7 @@ class ReconstructionEval(MultimodalEval):
                 "colour_gain": float(flat.mean() / out["pixel_error"].mean(dtype=np.float64)),
                 "images": float(sum(map(len, records))),
             }
-        self.describe(scores)
+        self.describe()
         if self.host == 0:
             rows = sample(np.arange(len(images)), PICTURED)
             hidden = whole_units(out["hidden"][rows], images.shape[1])[..., None]

@@ -45,7 +45,7 @@ def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
     """The evals of `run.evals` by name.
 
     Raises:
-      ConfigError: an eval that is not for this task, or a best metric that none of them has.
+      ConfigError: an eval that is not for this task.
       DataError: a dataset that cannot serve.
     """
     out = {}
@@ -54,10 +54,26 @@ def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
             out[config.name] = EVALS[config.kind](config, run, host, hosts)
         except DataError as error:
             raise DataError(f"config.evals[{i}]: {error}") from error
-    name, _, metric = run.checkpoint.best_metric.partition("/")
-    if name and metric not in out[name].metrics:
-        raise ConfigError(
-            f"config.checkpoint.best_metric = {run.checkpoint.best_metric!r}: eval {name!r} has no such metric of "
-            f"which higher is better; set {name}/{out[name].metrics[0]}"
-        )
     return out
+
+
+def check_best_metric(run: Config, evals: dict[str, Eval]) -> None:
+    """Where states are kept by a metric, one of the evals must have it.
+
+    Raises:
+      ConfigError: none has.
+    """
+    if not run.checkpoint.keep_best:
+        return
+    name, _, metric = run.checkpoint.best_metric.partition("/")
+    if name not in evals:
+        wrong, near = f"names none of the evals {list(evals)}", "EVAL/METRIC"
+    elif metric not in evals[name].metrics:
+        wrong = f"eval {name!r} has no such metric of which higher is better"
+        near = f"{name}/{(evals[name].metrics or ('METRIC',))[0]}"
+    else:
+        return
+    raise ConfigError(
+        f"config.checkpoint.best_metric = {run.checkpoint.best_metric!r}: {wrong}; set {near}, or "
+        "config.checkpoint.keep_best=0"
+    )

@@ -25,7 +25,6 @@ from visionfm_jax.evals.contrastive import (
     captions_of,
     image_of,
     measured_on,
-    plain,
     protocol_of,
     sample,
 )
@@ -89,7 +88,7 @@ class RetrievalEval:
 
     Attributes:
       protocol: 8 hex digits of what was measured: source, gallery, preprocessing, tokenizer.
-      details: after a run, for JSON: protocol and its settings, metrics.
+      details: after a run, for JSON: protocol and its settings.
       pictured: after a run, on host 0: `captions` and `images`, lists of queries with their best answers.
     """
 
@@ -135,7 +134,7 @@ class RetrievalEval:
         scores |= {"queries": float(images), "candidates": float(len(pairs.image))}
         if pairs.ids.shape[1] > 1:
             scores |= {"caption_queries": float(texts), "caption_candidates": float(len(pairs.text))}
-        self.details = {"protocol": self.protocol, "settings": self.settings, "metrics": plain(scores)}
+        self.details = {"protocol": self.protocol, "settings": self.settings}
         if self.host == 0:
             self.pictured = self._pictured(pairs, images, texts, places)
         return scores

@@ -15,30 +15,22 @@ from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.by_class import by_class
-from visionfm_jax.evals.contrastive import (
-    embed_texts,
-    image_of,
-    measured_on,
-    plain,
-    protocol_of,
-    sample,
-)
+from visionfm_jax.evals.by_class import LabelledEval
+from visionfm_jax.evals.contrastive import embed_texts, measured_on, protocol_of
 from visionfm_jax.evals.metrics import class_embeddings, classify
 from visionfm_jax.evals.subject import Predict, require_task
 
 PROMPTS = "imagenet_prompts_short"
-PICTURED = 64
 
 
-class ZeroShotEval:
+class ZeroShotEval(LabelledEval):
     """The `evals.registry.Eval` of labelled images and a contrastive model: top1, top5, balanced_accuracy as shares.
 
     Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
 
     Attributes:
       protocol: 8 hex digits of what was measured: prompts, names, dataset, preprocessing, tokenizer.
-      details: after a run, for JSON: protocol and its settings, metrics, and `ByClass.details`.
+      details: after a run, for JSON: protocol and its settings, and `ByClass.details`.
       pictured: after a run, on host 0: images with label and guess, and the confusion matrix.
     """
 
@@ -75,30 +67,7 @@ class ZeroShotEval:
         )  # fmt: skip
         images, labels, records = self._images(predict)
         result = classify(images, classes, labels)
-        counted = by_class(labels, result.guess, len(self.classes))
-        scores = {
-            "top1": result.top1,
-            "top5": result.top5,
-            "balanced_accuracy": counted.balanced_accuracy,
-            "majority": counted.majority,
-            "images": float(len(images)),
-        }
-        self.details = {
-            "protocol": self.protocol,
-            "settings": self.settings,
-            "metrics": plain(scores),
-            **counted.details(self.classes),
-        }
-        if self.host == 0:
-            rows = sample(np.arange(len(images)), PICTURED)
-            self.pictured = {
-                "image": np.stack([image_of(self.source, int(records[r]), self.transform) for r in rows]),
-                "label": labels[rows],
-                "guess": result.guess[rows],
-                "confusion": counted.cells,
-                "class_names": self.classes,
-            }
-        return scores
+        return {"top1": result.top1, "top5": result.top5, **self.by_class(labels, result.guess, records)}
 
     @property
     def _batch_size(self) -> int:

@@ -57,7 +57,6 @@ def test_derived_quantities():
         ("data.train", (), ["at least one source"]),
         ("data.max_damaged", -0.1, ["[0, 1)"]),
         ("checkpoint.keep_best", 1, ["checkpoint.best_metric"]),
-        ("checkpoint.best_metric", "test/top1", ["['val']"]),
         ("task.label_smoothing", 1.0, ["[0, 1)"]),
         ("data.augment.rand_augment", (2, 11.0), ["rand_augment[1] = 11.0", "[0, 10]"]),
         ("seed", -1, ["[0, 4294967295]", "nearest is 0"]),

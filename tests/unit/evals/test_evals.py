@@ -10,7 +10,7 @@ import pytest
 from visionfm_jax.config import load
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals.pixel_baseline import fit, scores
-from visionfm_jax.evals.registry import make_evals
+from visionfm_jax.evals.registry import check_best_metric, make_evals
 
 QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.py")
 PAIRS = str(Path(__file__).parents[3] / "configs" / "swinv2_g_clip.py")
@@ -50,12 +50,12 @@ def test_every_record_counts_once_and_padding_not():
 
 def test_what_was_taken_for_what_is_kept():
     evaluation = make_evals(quickstart(), 0, 1)["digits"]
-    evaluation.run(lambda batch: knowing(batch, lambda label: label < 3))
+    got = evaluation.run(lambda batch: knowing(batch, lambda label: label < 3))
     kept = json.loads(json.dumps(evaluation.details, allow_nan=False))
     assert [c["top1"] for c in kept["classes"]] == [1] * 3 + [0] * 7
     assert [c["images"] for c in kept["classes"]] == [100] * 10
     assert kept["confusion"] == [[c, c if c < 3 else (c + 1) % 10, 100] for c in range(10)]
-    assert kept["metrics"]["balanced_accuracy"] == pytest.approx(0.3)
+    assert got["balanced_accuracy"] == pytest.approx(0.3)
     assert kept["protocol"] == evaluation.protocol
     assert evaluation.pictured["confusion"].tolist() == kept["confusion"]
 
@@ -108,10 +108,18 @@ def test_more_classes_than_the_head_are_refused():
         make_evals(quickstart("--config.task.num_classes=9"), 0, 1)
 
 
-@pytest.mark.parametrize("metric", ["digits/topp1", "digits/loss", "pixels/top5"])
-def test_best_metric_must_be_one_of_which_higher_is_better(metric):
-    with pytest.raises(ConfigError, match=rf"best_metric = '{metric}'.*set \w+/top1"):
-        make_evals(quickstart(f"--config.checkpoint.best_metric={metric}"), 0, 1)
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("digits/topp1", r"set digits/top1"), ("digits/loss", r"set digits/top1"), ("pixels/top5", r"set pixels/top1"),
+     ("test/top1", r"none of the evals \['digits', 'pixels'\]; set EVAL/METRIC")],
+)  # fmt: skip
+def test_best_metric_must_be_one_of_which_higher_is_better_where_states_are_kept_by_it(metric, words):
+    run = quickstart(f"--config.checkpoint.best_metric={metric}")
+    evals = make_evals(run, 0, 1)  # as for --mode=evaluate, which keeps none
+    with pytest.raises(ConfigError, match=rf"best_metric = '{metric}'.*{words}, or config.checkpoint.keep_best=0"):
+        check_best_metric(run, evals)
+    run.checkpoint.keep_best = 0
+    check_best_metric(run, evals)
 
 
 def test_unknown_kind_lists_the_known():

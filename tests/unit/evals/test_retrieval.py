@@ -18,7 +18,7 @@ from visionfm_jax.config import (
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import retrieval
-from visionfm_jax.evals.registry import make_evals
+from visionfm_jax.evals.registry import check_best_metric, make_evals
 
 COUNT, MORE, DIM = 19, 14, 5
 TEXTS = [f"picture of {i}" for i in range(COUNT + MORE)]
@@ -255,11 +255,12 @@ def test_a_run_of_another_task_is_refused():
 def test_best_metric_may_be_a_recall(monkeypatch):
     monkeypatch.setattr(retrieval, "open_source", lambda config: Numbered(TEXTS))
     run = contrastive_run(kind="retrieval")
-    run.checkpoint.best_metric = "pairs/image_to_text_r1"
-    make_evals(run, 0, 1)
+    run.checkpoint.keep_best, run.checkpoint.best_metric = 1, "pairs/image_to_text_r1"
+    evals = make_evals(run, 0, 1)
+    check_best_metric(run, evals)
     run.checkpoint.best_metric = "pairs/image_to_text_median_rank"
     with pytest.raises(ConfigError, match="pairs/image_to_text_r1"):
-        make_evals(run, 0, 1)
+        check_best_metric(run, evals)
 
 
 def test_bundled_emoji_have_what_it_takes():
