@@ -34,7 +34,8 @@ BEAT = 5.0  # seconds between two signs of life
 # Longer than the longest call that holds Python's lock (serialising a large program takes seconds), and short enough
 # that a run ends within two minutes.
 SILENCE = 90.0
-LONGEST = 4096  # bytes of a message; more is not from a process of this run
+TEXT = 1000  # characters of a text that is sent; the beginning says what happened
+LONGEST = 1 << 14  # bytes of a message, of a character up to 12; more is not from a process of this run
 PATIENCE = 300  # seconds that a process which is done waits for the others, as JAX does
 
 
@@ -47,7 +48,7 @@ class Peers:
       timeout: seconds that all have to come.
 
     Raises:
-      LostError: process 0, or others, did not come in time.
+      LostError: process 0, or others, did not come in time, or this machine has nothing left for a relay.
       ConfigError: process 0 cannot listen there.
     """
 
@@ -68,7 +69,13 @@ class Peers:
             link = _Link(sock)
             link.send(process=process, processes=processes, host=socket.gethostname())
             self._adopt(link, 0, coordinator.rpartition(":")[0])
-            self._relay, port = relay.start(*there[:2])  # it ends when this object does
+            try:
+                self._relay, port = relay.start(*there[:2])  # it ends when this object does
+            except OSError as error:
+                raise LostError(
+                    f"process {process}: its relay to {coordinator} cannot be started ({error}); see whether this "
+                    "machine has memory and process numbers left, then start the same command again"
+                ) from error
             self.address, self.bind_address = f"127.0.0.1:{port}", None
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
         # Process 0 knows who is missing and says so to those who wait; they wait a little longer than it does.
@@ -92,7 +99,7 @@ class Peers:
         if self.process == 0:
             text = f"process 0 on {socket.gethostname()} has ended with code {code}: {text}"
         for link in list(self._links.values()):
-            link.send(end=code, text=text[:1000])
+            link.send(end=code, text=text)
         time.sleep(0.5)  # for what is on its way
         exit_now(code)
 
@@ -230,8 +237,9 @@ class _Link:
         self._rest = b""
 
     def send(self, **message: object) -> None:
+        cut = {key: value[:TEXT] if isinstance(value, str) else value for key, value in message.items()}
         with contextlib.suppress(OSError):  # of a dead process `read` notices it
-            self.sock.send(json.dumps(message).encode() + b"\n")
+            self.sock.send(json.dumps(cut).encode() + b"\n")
 
     def beat(self) -> None:
         with contextlib.suppress(OSError):

@@ -19,11 +19,17 @@ import time
 
 
 def start(host: str, port: int) -> tuple[subprocess.Popen, int]:
-    """The process, which ends with this one or when its stdin is closed, and the port where it listens."""
+    """The process, which ends with this one or when its stdin is closed, and the port where it listens.
+
+    Raises:
+      OSError: it cannot be started, or does not live long enough to listen.
+    """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, host, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    return process, int(process.stdout.readline())
+    if port := process.stdout.readline():
+        return process, int(port)
+    raise ChildProcessError(f"it has ended with code {process.wait()}")
 
 
 def main(host: str, port: str) -> None:

@@ -1,5 +1,6 @@
 """Who died, stopped or failed is named by all others, and the address that they meet at is the only one listened at."""
 
+import select
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, LostError
 from visionfm_jax.parallel import peers, relay
 
 HOST = socket.gethostname()
@@ -236,6 +237,34 @@ def test_the_near_end_of_a_relay_closes_the_far_one_and_its_process_ends_with_ou
     assert far.recv(10) == b""
     process.stdin.close()  # as when this process dies
     assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize(("python", "words"), [("/bin/false", "ended with code 1"), ("/no/python", "No such file")])
+def test_a_relay_that_does_not_start_is_one_line(monkeypatch, python, words):
+    monkeypatch.setattr(sys, "executable", python)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(LostError, match=rf"its relay to 127\.0\.0\.1:\d+ cannot be started \(.*{words}.*\); see"),
+    ):
+        peers.Peers(f"127.0.0.1:{server.getsockname()[1]}", 1, 2, timeout=5)
+
+
+@pytest.mark.parametrize("text", ["\u0800" * 5000, "\U0001f600" * 5000, "\x01" * 5000, "x" * 5000])
+def test_a_long_text_is_cut_and_understood_however_it_arrives(text):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as first,
+        server.accept()[0] as second,
+    ):
+        sender, reader = peers._Link(first), peers._Link(second)
+        sender.send(end=4, text=text)
+        second.setblocking(True)
+        content = second.recv(1 << 20)
+        second.setblocking(False)
+        for part, messages in ((content[:-1], []), (content[-1:], [{"end": 4, "text": text[:1000]}])):
+            first.send(part)
+            select.select([second], [], [], 5)
+            assert reader.read() == (messages, True)
 
 
 def test_addresses():
