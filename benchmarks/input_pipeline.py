@@ -10,6 +10,7 @@ the process's CPU time, which leaves out what other programs take of the core (a
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -26,7 +27,6 @@ import cv2
 import grain
 import numpy as np
 import simplejpeg
-from absl import app, flags
 from PIL import Image
 
 from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
@@ -34,20 +34,8 @@ from visionfm_jax.data import loader, transforms
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.sources import Source, open_source
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("sizes", ["500x375", "1024x768"], "Width x height of the JPEG files, pixels.")
-flags.DEFINE_integer("quality", 90, "Of the JPEG files, with 4:2:0 subsampling.", 1, 100)
-flags.DEFINE_integer("files", 64, "Files of each size.", 2)
-flags.DEFINE_integer("batches", 8, "Batches of each repetition; few make the ratios noisy.", 1)
-flags.DEFINE_integer("batch_size", 64, "Images of a batch.", 1)
-flags.DEFINE_integer("repeats", 9, "Interleaved repetitions.", 1)
-flags.DEFINE_integer("threads", 2, "Reader threads of the loader.", 1)
-flags.DEFINE_integer("core", -1, "Core to run on; -1: the last of those allowed.")
-
 SIZE = 224
-LINKS = (
-    64  # names of every file: below a few thousand records Grain's index shuffle is slow, and no dataset is so small
-)
+LINKS = 64  # names of every file: below a few thousand records Grain's index shuffle is slow, no dataset is so small
 SCALE = (0.08, 1.0)
 WARM_UP = 2  # batches of the loader before the clock runs
 
@@ -68,11 +56,11 @@ def photographs(width: int, height: int, count: int, rng: np.random.Generator) -
 class Samples:
     """What the loader will deliver in the timed batches: the same records in memory, the same random numbers."""
 
-    def __init__(self, source: Source, seed: int):
-        self.first = WARM_UP * FLAGS.batch_size
+    def __init__(self, source: Source, seed: int, args: argparse.Namespace):
+        self.first = WARM_UP * args.batch_size
         self.pool = grain.experimental.RngPool(loader.derive_seed(seed, "crop"))
         order = loader.sample_order([len(source)], [1.0], seed, shuffle=True)
-        count = FLAGS.batches * FLAGS.batch_size
+        count = args.batches * args.batch_size
         self.images: list[bytes] = [source[order[self.first + i][1]]["image"] for i in range(count)]
 
     def __iter__(self) -> Iterator[tuple[bytes, np.random.Generator]]:
@@ -109,31 +97,31 @@ def timed(run: Callable[[Samples], None], samples: Samples) -> np.ndarray:
     return len(samples.images) / (clocks() - start)
 
 
-def timed_loader(config: SourceConfig, source: Source, seed: int) -> np.ndarray:
+def timed_loader(config: SourceConfig, source: Source, seed: int, args: argparse.Namespace) -> np.ndarray:
     """As `timed`, of the whole loader once it runs: its consumer never works, so nothing is held ready."""
-    data = DataConfig(train=(config,), augment=AugmentConfig(crop_scale=SCALE), threads=FLAGS.threads)
+    data = DataConfig(train=(config,), augment=AugmentConfig(crop_scale=SCALE), threads=args.threads)
     others = threading.active_count()
-    arguments = {"image_size": SIZE, "batch_size": FLAGS.batch_size, "seed": seed, "start_step": 0}
+    arguments = {"image_size": SIZE, "batch_size": args.batch_size, "seed": seed, "start_step": 0}
     with loader.train_loader(
         data, **arguments, host=0, hosts=1, sources=[source], fields=Labels(source.num_classes)
     ) as batches:
         for _ in range(WARM_UP):
             next(batches)
         start = clocks()
-        for _ in range(FLAGS.batches):
+        for _ in range(args.batches):
             next(batches)
         seconds = clocks() - start
     while threading.active_count() > others:  # its threads end after the image they are at
         time.sleep(0.001)
-    return FLAGS.batches * FLAGS.batch_size / seconds
+    return args.batches * args.batch_size / seconds
 
 
-def measure(folder: pathlib.Path, name: str) -> dict[str, float | str]:
+def measure(folder: pathlib.Path, name: str, args: argparse.Namespace) -> dict[str, float | str]:
     """Medians for files of one size."""
     width, height = map(int, name.split("x"))
     files = []
-    for i, photo in enumerate(photographs(width, height, FLAGS.files, np.random.default_rng(0))):
-        files.append(simplejpeg.encode_jpeg(photo, FLAGS.quality, colorsubsampling="420"))
+    for i, photo in enumerate(photographs(width, height, args.files, np.random.default_rng(0))):
+        files.append(simplejpeg.encode_jpeg(photo, args.quality, colorsubsampling="420"))
         path = folder / name / "train" / f"class{i % 2}" / f"{i:04}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[-1])
@@ -142,11 +130,11 @@ def measure(folder: pathlib.Path, name: str) -> dict[str, float | str]:
     config = SourceConfig(kind="folder", path=str(folder / name), split="train")
     source = open_source(config)
     pillow, bare, whole = [], [], []
-    for seed in range(FLAGS.repeats):
-        samples = Samples(source, seed)
+    for seed in range(args.repeats):
+        samples = Samples(source, seed, args)
         pillow.append(timed(pillow_loop, samples))
         bare.append(timed(bare_loop, samples))
-        whole.append(timed_loader(config, source, seed))
+        whole.append(timed_loader(config, source, seed, args))
     rates = {"pillow": np.array(pillow), "bare": np.array(bare), "loader": np.array(whole)}  # (repeats, 2)
     result: dict[str, float | str] = {"jpeg": name, "file_kb": round(statistics.mean(map(len, files)) / 1e3, 1)}
     result |= {k: round(float(np.median(v[:, 0])), 1) for k, v in rates.items()}
@@ -157,15 +145,26 @@ def measure(folder: pathlib.Path, name: str) -> dict[str, float | str]:
     return result
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Measure every size and print the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = "500x375,1024x768"
+    parser.add_argument("--sizes", default=sizes, help="width x height of the JPEG files, pixels (%(default)s)")
+    parser.add_argument(
+        "--quality", type=int, default=90, help="of the JPEG files, with 4:2:0 subsampling (%(default)s)"
+    )
+    parser.add_argument("--files", type=int, default=64, help="of each size (%(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="of each repetition; few are noisy (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="interleaved repetitions (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="reader threads of the loader (%(default)s)")
+    parser.add_argument("--core", type=int, default=-1, help="to run on; -1: the last of those allowed (%(default)s)")
+    args = parser.parse_args()
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores) if FLAGS.core < 0 else FLAGS.core})
+    os.sched_setaffinity(0, {max(cores) if args.core < 0 else args.core})
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(pathlib.Path(folder), name) for name in FLAGS.sizes]
+        results = [measure(pathlib.Path(folder), name, args) for name in args.sizes.split(",")]
     packages = ("numpy", "grain", "pillow", "simplejpeg", "opencv-python-headless")
     print(
         json.dumps({
@@ -180,4 +179,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

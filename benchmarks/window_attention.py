@@ -14,6 +14,7 @@ ratios to `folded`, and one line of JSON.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -30,7 +31,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from einops import rearrange
 
 from visionfm_jax.models import swin_v2
@@ -38,15 +38,6 @@ from visionfm_jax.models.attention import attention
 from visionfm_jax.models.swin_v2 import Windows
 from visionfm_jax.parallel.targets import XLA_FLAGS, find_cluster
 from visionfm_jax.planning.compiled import ASSEMBLER, COMPILE_ONLY_FLAGS, describe_devices
-
-FLAGS = flags.FLAGS
-flags.DEFINE_integer("batch", 2, "Images.", lower_bound=1)
-flags.DEFINE_integer("repeats", 5, "Timed repetitions of each form; 0: memory alone.", lower_bound=0)
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of queries, keys and values.")
-flags.DEFINE_list("forms", ["folded", "plain", "naive"], "Of folded, cudnn, plain, naive; the first is compared with.")
-flags.DEFINE_list("cases", ["224:14", "640:20"], "Pixels:window.")
-flags.DEFINE_string("target", "", "Compile for this GPU (h100, a100-80gb, …) without it; needs visionfm_jax[plan].")
-flags.DEFINE_list("stages", ["0", "1", "2", "3"], "Stages, from 0.")
 
 SIZE = swin_v2.SIZES["G"]
 PATCH = 4
@@ -121,21 +112,21 @@ def laid_out(name: str, given: Arrays) -> Arrays:
     return [*map(windows_in_batch, given[:4]), *given[4:]] if name in ("plain", "naive") else given
 
 
-def compiled(name: str, shapes: Arrays, mask: Any) -> Any:
-    """One form's program, for the device at hand or for `--target`."""
+def compiled(name: str, shapes: Arrays, mask: Any, target: str) -> Any:
+    """One form's program, for the device at hand or for the GPU `target`."""
     shapes = jax.eval_shape(lambda given: laid_out(name, given), shapes)
-    if not FLAGS.target:
+    if not target:
         return jax.jit(both_ways(name, mask)).lower(*shapes).compile()
-    at = jax.sharding.SingleDeviceSharding(describe_devices(find_cluster(FLAGS.target))[0])
+    at = jax.sharding.SingleDeviceSharding(describe_devices(find_cluster(target))[0])
     shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at) for s in shapes]
     return jax.jit(both_ways(name, mask)).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
 
 
 @contextlib.contextmanager
-def compiling_for_target() -> Iterator[None]:
+def compiling_for(target: str) -> Iterator[None]:
     """As `python -m visionfm_jax.plan` compiles: with its settings, and nothing that is ever run."""
     with tempfile.TemporaryDirectory() as folder:
-        if FLAGS.target:
+        if target:
             Path(folder, "ptxas").write_text(ASSEMBLER)
             Path(folder, "ptxas").chmod(0o755)
             os.environ["XLA_FLAGS"] = " ".join([*XLA_FLAGS, *COMPILE_ONLY_FLAGS])
@@ -160,18 +151,18 @@ def check(outputs: dict[str, Any], dtype: str) -> None:
                 raise SystemExit(f"{name} differs from {first} by {error:.1e} of its largest value")
 
 
-def measure(windows: Windows, stage: int) -> dict[str, dict[str, float | None]]:
+def measure(windows: Windows, stage: int, args: argparse.Namespace) -> dict[str, dict[str, float | None]]:
     """Per form: MiB of temporary memory, and milliseconds."""
     mask = swin_v2.neighbour_mask(windows)
-    shapes = jax.eval_shape(lambda: inputs(windows, stage, FLAGS.batch, FLAGS.dtype))
-    programs = {name: compiled(name, shapes, mask) for name in FLAGS.forms}
+    shapes = jax.eval_shape(lambda: inputs(windows, stage, args.batch, args.dtype))
+    programs = {name: compiled(name, shapes, mask, args.target) for name in args.forms}
     found = {n: {"mib": p.memory_analysis().temp_size_in_bytes / 2**20, "ms": None} for n, p in programs.items()}
-    if not FLAGS.repeats or FLAGS.target:
+    if not args.repeats or args.target:
         return found
-    given = inputs(windows, stage, FLAGS.batch, FLAGS.dtype)
-    check({name: program(*laid_out(name, given)) for name, program in programs.items()}, FLAGS.dtype)
+    given = inputs(windows, stage, args.batch, args.dtype)
+    check({name: program(*laid_out(name, given)) for name, program in programs.items()}, args.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(FLAGS.repeats):
+    for _ in range(args.repeats):
         for name, program in programs.items():
             arrays = jax.block_until_ready(laid_out(name, given))
             start = time.perf_counter()
@@ -182,33 +173,50 @@ def measure(windows: Windows, stage: int) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def measure_all() -> list[dict[str, Any]]:
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case, printed as it is known."""
-    rows, first = [], FLAGS.forms[0]
-    print(f"{'':24s}" + "".join(f"{name + ' MiB':>12s}{'ms':>9s}{'ratios':>14s}" for name in FLAGS.forms))
-    for case in FLAGS.cases:
+    rows, first = [], args.forms[0]
+    print(f"{'':24s}" + "".join(f"{name + ' MiB':>12s}{'ms':>9s}{'ratios':>14s}" for name in args.forms))
+    for case in args.cases:
         pixels, window = map(int, case.split(":"))
-        for stage in map(int, FLAGS.stages):
+        for stage in map(int, args.stages):
             side = pixels // PATCH // 2**stage
             for shifted in (False, True) if side > window else (False,):
                 windows = swin_v2.windows_of((side, side), window, (0, 0), shifted)
-                found = measure(windows, stage)
+                found = measure(windows, stage, args)
                 rows.append({"pixels": pixels, "window": window, "stage": stage, "shifted": shifted, "forms": found})
                 line = f"{pixels}/{window} stage {stage}{' shifted' if shifted else '':8s}"
                 print(f"{line:24s}" + "".join(_cells(f, found[first]) for f in found.values()), flush=True)
     return rows
 
 
-def main(argv: list[str]) -> None:
+def words(text: str) -> list[str]:
+    """A list of an argument, separated by commas."""
+    return text.split(",")
+
+
+def main() -> None:
     """Measure and print."""
-    if unknown := set(FLAGS.forms) - set(FORMS):
-        raise app.UsageError(f"--forms: no {', '.join(sorted(unknown))}; there is {', '.join(FORMS)}")
-    with compiling_for_target():
-        rows = measure_all()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=2, help="images (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed, of each form; 0: memory alone (%(default)s)")
+    kinds = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=kinds, default="float32", help="of queries, keys and values (%(default)s)")
+    forms = "folded,plain,naive"
+    parser.add_argument("--forms", type=words, default=forms, help="or cudnn; the first is compared with (%(default)s)")
+    parser.add_argument("--cases", type=words, default="224:14,640:20", help="pixels:window (%(default)s)")
+    needs = "compile for this GPU (h100, a100-80gb, …) without it; needs visionfm_jax[plan]"
+    parser.add_argument("--target", default="", help=needs)
+    parser.add_argument("--stages", type=words, default="0,1,2,3", help="from 0 (%(default)s)")
+    args = parser.parse_args()
+    if unknown := set(args.forms) - set(FORMS):
+        parser.error(f"--forms: no {', '.join(sorted(unknown))}; there is {', '.join(FORMS)}")
+    with compiling_for(args.target):
+        rows = measure_all(args)
     names = ("batch", "repeats", "dtype", "forms", "cases", "stages")
     summary: dict[str, Any] = {"benchmark": "window_attention", "rows": rows}
-    summary |= {"settings": {name: getattr(FLAGS, name) for name in names}}
-    summary |= {"compiled_for": FLAGS.target} if FLAGS.target else {"device": jax.devices()[0].device_kind}
+    summary |= {"settings": {name: getattr(args, name) for name in names}}
+    summary |= {"compiled_for": args.target} if args.target else {"device": jax.devices()[0].device_kind}
     summary["versions"] = {"python": platform.python_version(), "jax": jax.__version__, "jaxlib": version("jaxlib")}
     print(json.dumps(summary | {"machine": platform.platform(), "date": datetime.date.today().isoformat()}))
 
@@ -222,4 +230,4 @@ def _cells(form: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

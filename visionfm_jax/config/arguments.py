@@ -72,9 +72,7 @@ class Parser(argparse.ArgumentParser):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit()
         values = self.parse_args(own)
-        config = load.overridden(specs, overrides)
-        config.validate()
-        return config, values
+        return load.from_arguments(arguments)[0], values
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with `message`, and how to see what there is."""
