@@ -108,7 +108,7 @@ def settings(folder: Path) -> Read:
     config.data.train = (SourceConfig(kind="bundled", path="digits"),)
     record = provenance_of(config, [open_source(config.data.train[0])])
     with RunFolder(config, owner=True) as run:
-        run.record(record, 0, "")
+        run.keep(record, 0, "")
 
     def read() -> Any:
         return NAMED if changes(read_provenance(folder), record, folder) else "the settings of the command"
