@@ -22,7 +22,9 @@ from visionfm_jax.errors import DataError, OutputError, StorageError
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further try: a minute in all
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LASTING = {*FULL, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_LASTING = {
+    *FULL, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE
+}  # fmt: skip
 _LASTING_KINDS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 # For errors that come as text alone, as TensorStore's do.
 _FULL_TEXTS = tuple(map(os.strerror, FULL))

@@ -19,7 +19,7 @@ from absl import logging
 from tar_sets import caption, members, picture, tar_bytes, write_tars
 
 from visionfm_jax.data import transforms
-from visionfm_jax.data.sources import claim, tar_index
+from visionfm_jax.data.sources import claim, read_record, tar_index
 from visionfm_jax.data.sources import store as store_module
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import write_selection
@@ -180,6 +180,14 @@ def test_a_tar_that_changes_under_a_run_is_named(folder):
     path.unlink()
     with pytest.raises(OSError, match="No such file"):
         source[5]
+
+
+def test_a_tar_that_became_a_pipe_is_an_error_and_nobody_waits_for_its_writer(folder):
+    source = TarPairs(str(folder))
+    (folder / "00001.tar").unlink()
+    os.mkfifo(folder / "00001.tar")
+    with pytest.raises(DataError, match=r"00001/.* cannot be read: .*seek"):
+        read_record(source, 5)
     assert source[0]["caption"] == caption(0)
 
 

@@ -97,7 +97,7 @@ class Store:
           DataError: the file is shorter.
         """
         if self.local:
-            file = os.open(self.path(name), os.O_RDONLY)
+            file = os.open(self.path(name), os.O_RDONLY | os.O_NONBLOCK)  # else a named pipe waits for its writer
             try:
                 data = os.pread(file, stop - start, start)
             finally:
