@@ -97,7 +97,7 @@ class Store:
           DataError: the file is shorter.
         """
         if self.local:
-            file = os.open(self.path(name), os.O_RDONLY | os.O_NONBLOCK)  # else a named pipe waits for its writer
+            file = _open_at_once(self.path(name), os.O_RDONLY)
             try:
                 data = os.pread(file, stop - start, start)
             finally:
@@ -121,7 +121,7 @@ class Store:
           OSError: one of them cannot be read.
         """
         if self.local:
-            with open(self.path(name), "rb", buffering=0) as file:
+            with open(self.path(name), "rb", buffering=0, opener=_open_at_once) as file:
                 return [os.pread(file.fileno(), length, start) for start in starts]
         try:
             ends = [start + length for start in starts]
@@ -134,7 +134,7 @@ class Store:
     def open(self, name: str) -> BinaryIO:
         """A file to be read with seeks; a store's in large blocks, for a request takes longer than skipped data."""
         if self.local:
-            return open(self.path(name), "rb", buffering=0)
+            return open(self.path(name), "rb", buffering=0, opener=_open_at_once)
         return self._fs.open(self.path(name), "rb", block_size=_BLOCK)
 
     def fetch(self, name: str, path: Path) -> bool:
@@ -217,6 +217,10 @@ def read_table(path: Path, dtype: Any, *, verify: bool) -> tuple[np.ndarray, dic
     if verify and zlib.crc32(array) != crc:
         raise ValueError("the file is damaged: its checksum is another")
     return array, meta
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a named pipe waits for its writer
 
 
 def _stamp(info: dict[str, Any]) -> str:
