@@ -39,6 +39,10 @@ CHECKSUM = "crc32"  # of a sealed line: that of the text before this entry
 _T = TypeVar("_T")
 
 
+class _LastError(StorageError):
+    """The last try has failed too: who tries around it does not begin again."""
+
+
 def retry(act: Callable[[], _T], failed: Callable[[], str]) -> _T:
     """What `act` returns; it is called again, after longer and longer waits, while storage fails for a moment.
 
@@ -57,7 +61,7 @@ def retry(act: Callable[[], _T], failed: Callable[[], str]) -> _T:
             if _is_lasting(error):
                 raise
             if wait is None:
-                raise StorageError(
+                raise _LastError(
                     f"{failed()}: {error}, {len(WAITS) + 1} times in {sum(WAITS)} s; check the storage, then start the "
                     "same command again"
                 ) from error
@@ -133,7 +137,7 @@ def is_full(text: str) -> bool:
 
 
 def _is_lasting(error: OSError | StorageError) -> bool:
-    return isinstance(error, _LASTING_KINDS) or getattr(error, "errno", None) in _LASTING
+    return isinstance(error, (*_LASTING_KINDS, _LastError)) or getattr(error, "errno", None) in _LASTING
 
 
 @contextlib.contextmanager

@@ -44,6 +44,13 @@ def test_storage_that_fails_for_long_ends_the_run_for_another_try(slept, error):
     assert sum(slept) == 63
 
 
+def test_what_was_tried_within_is_not_tried_again_around_it(slept):
+    tar = failing(99, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(StorageError, match=r"^a tar cannot be read: [^,]*, 7 times in 63 s; [^,]*, then [^,]*$"):
+        storage.read(lambda: storage.read(tar, lambda: "a tar"), lambda: "the source")
+    assert sum(slept) == 63
+
+
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ELOOP])
 def test_what_no_wait_mends_is_not_waited_for(slept, code):
     with pytest.raises(DataError, match=r"^record 3 cannot be read: .*; bring the file back or give this user access"):
