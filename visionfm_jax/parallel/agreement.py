@@ -50,7 +50,7 @@ def first_text(own: str) -> str:
 
 
 def require_same(value: Any, field: str) -> None:
-    """Refuse to go on where this process sees something else than process 0 does.
+    """Refuse to go on where a process sees something else than process 0 does; returns when all have come here.
 
     Args:
       value: JSON, of lists, str and numbers.
@@ -59,11 +59,10 @@ def require_same(value: Any, field: str) -> None:
     Raises:
       StorageError: they differ.
     """
-    if from_first(lambda: value) != value:
-        raise StorageError(
-            f"config.{field}: process {jax.process_index()} sees something else there than process 0; see that all "
-            "hosts show the same files, then start the same command again"
-        )
+    other = from_first(lambda: value) != value
+    text = f"config.{field}: process {jax.process_index()} sees something else there than process 0" if other else ""
+    if text := first_text(text):
+        raise StorageError(f"{text}; see that all hosts show the same files, then start the same command again")
 
 
 def _key() -> str:
