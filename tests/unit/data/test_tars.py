@@ -1,5 +1,6 @@
 """Pairs in tars: order, damage, stores, processes, and the index that is kept."""
 
+import errno
 import hashlib
 import io
 import json
@@ -575,6 +576,23 @@ def test_a_silent_claim_of_another_machine_is_taken_over(folder, monkeypatch, ca
     assert "waiting until it has finished" in caplog.text
     assert "another one takes over" in caplog.text
     assert not list(folder.glob(".*"))
+
+
+def test_a_claim_that_cannot_be_written_is_not_left_for_others_to_wait_for(folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(claim.json, "dump", full)
+    with pytest.raises(DataError, match=r"no place for the index .*: No space left on device; .*; make one writable"):
+        TarPairs(str(folder))
+    assert not list(folder.glob(".*"))
+
+
+def test_a_claim_that_is_no_text_is_silent_too(folder, monkeypatch):
+    monkeypatch.setattr(claim, "SILENCE", 0.05)
+    monkeypatch.setattr(claim, "LOOK", 0.01)
+    (folder / f".{INDEX}.claim-0").write_bytes(b"\xff" * 9)
+    assert len(TarPairs(str(folder))) == 12
 
 
 def test_threads_read_the_same(folder):

@@ -81,7 +81,12 @@ def _take(path: Path) -> int | None:
     while True:
         try:
             with open(_claim(path, number), "x") as file:
-                json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+                try:
+                    json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+                    file.flush()
+                except OSError:  # the others shall not wait for a claim that was not made
+                    _claim(path, number).unlink(missing_ok=True)
+                    raise
             return number
         except FileExistsError:
             pass
@@ -98,7 +103,8 @@ def _finished(claim: Path) -> bool:
     seen, since = None, time.monotonic()
     while True:
         try:
-            with open(claim) as file:  # opened, for a network's file system then asks for the time of change
+            # Opened, for a network's file system then asks for the time of change.
+            with open(claim, errors="replace") as file:
                 holder, state = file.read(), os.fstat(file.fileno())
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter on NFS
@@ -119,7 +125,7 @@ def _is_dead(holder: str) -> bool:
         if who["host"] != socket.gethostname():
             return False
         os.kill(int(who["process"]), 0)
-    except (ValueError, KeyError, TypeError, PermissionError):  # not yet written, or of another user
+    except (ValueError, KeyError, TypeError, RecursionError, PermissionError):  # not yet written, or of another user
         return False
     except (ProcessLookupError, OverflowError):
         return True
