@@ -207,7 +207,7 @@ class DamageLog:
         self._global = batch_size
         self._next = start_step * batch_size + host * (batch_size // hosts)
         self._known: set[tuple[int, int]] = set()
-        kept = counts[host] if len(counts) == hosts else [sum(c[k] for c in counts) // hosts for k in (0, 1)]
+        kept = counts[host] if len(counts) == hosts else [(sum(c[k] for c in counts) + host) // hosts for k in (0, 1)]
         self.seen, self.damaged = kept  # samples, and those of them whose record was unreadable
         self.captions = 0
         self.truncated = 0  # captions that were longer than the text tower reads

@@ -275,6 +275,8 @@ def test_counts_of_other_hosts_are_shared_out():
     counts = [[100, 4], [100, 2], [100, 0], [100, 2]]
     assert DamageLog([], 0.1, batch_size=8, host=1, hosts=4, counts=counts).counts == (100, 2)
     assert DamageLog([], 0.1, batch_size=8, host=1, hosts=2, counts=counts).counts == (200, 4)
+    logs = [DamageLog([], 0.1, batch_size=9, host=host, hosts=3, counts=counts) for host in range(3)]
+    assert [sum(log.counts[k] for log in logs) for k in (0, 1)] == [400, 8]  # none is lost
     assert DamageLog([], 0.1, batch_size=8).counts == (0, 0)
 
 
