@@ -68,7 +68,7 @@ def door(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"visionfm_jax: error: {_printable(error)}", file=sys.stderr, flush=True)
+            print(f"visionfm_jax: error: {printable(str(error))}", file=sys.stderr, flush=True)
             return error.exit_code
         except KeyboardInterrupt:
             print("visionfm_jax: interrupted", file=sys.stderr, flush=True)
@@ -77,6 +77,6 @@ def door(main: Callable[..., int | None]) -> Callable[..., int]:
     return run
 
 
-def _printable(error: UserError) -> str:
+def printable(text: str) -> str:
     """Its lines, without what a terminal would obey: names and texts of others come up in errors."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error))
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -27,7 +27,7 @@ import threading
 import time
 from typing import Any, NoReturn
 
-from visionfm_jax.errors import ConfigError, LostError
+from visionfm_jax.errors import ConfigError, LostError, printable
 from visionfm_jax.parallel import relay
 
 BEAT = 5.0  # seconds between two signs of life
@@ -90,7 +90,7 @@ class Peers:
     def fail(self, code: int, text: str) -> NoReturn:
         """End every process of the run with `code`; this one has said why, or says it now."""
         self.ending = True
-        print(f"visionfm_jax: error: process {self.process}: {text}", file=sys.stderr, flush=True)
+        print(f"visionfm_jax: error: process {self.process}: {printable(text)}", file=sys.stderr, flush=True)
         self.end(code, text)
 
     def end(self, code: int, text: str) -> NoReturn:
@@ -211,7 +211,7 @@ class Peers:
         if self.process == 0:
             for link in self._links.values():
                 link.send(end=code, text=text)
-        print(f"visionfm_jax: error: process {self.process}: {text}", file=sys.stderr, flush=True)
+        print(f"visionfm_jax: error: process {self.process}: {printable(text)}", file=sys.stderr, flush=True)
         time.sleep(0.5)  # as in `end`
         exit_now(code)
 
