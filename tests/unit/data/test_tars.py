@@ -19,6 +19,7 @@ import pytest
 from absl import logging
 from tar_sets import caption, members, picture, tar_bytes, write_tars
 
+from visionfm_jax import storage
 from visionfm_jax.data import transforms
 from visionfm_jax.data.sources import claim, read_record, tar_index
 from visionfm_jax.data.sources import store as store_module
@@ -26,7 +27,7 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import write_selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, StorageError
 
 INDEX = "visionfm_pairs_txt.index"
 
@@ -494,6 +495,25 @@ def test_nobody_sees_half_an_index(folder, monkeypatch):
     with pytest.raises(DataError, match="stopped"):
         TarPairs(str(folder))
     assert sorted(p.name for p in folder.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
+
+
+def test_an_index_is_written_again_where_storage_fails_for_a_moment(folder, scanned, monkeypatch):
+    sync, times = os.fsync, [2]
+
+    def fails(file):
+        times[0] -= 1
+        if times[0] >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    monkeypatch.setattr(storage, "WAITS", (0, 0))
+    assert len(TarPairs(str(folder))) == 12
+    assert len(scanned) == 3
+    (folder / INDEX).unlink()
+    times[0] = 3
+    with pytest.raises(StorageError, match=r"part-\w+ cannot be written: .*Input/output error, 3 times in 0 s; check"):
+        TarPairs(str(folder))
 
 
 def test_what_was_read_before_an_interruption_is_kept(folder, scanned, monkeypatch):

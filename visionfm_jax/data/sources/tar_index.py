@@ -370,8 +370,12 @@ def _write(store: Store, suffix: str, tars: dict[str, tuple[int, str]], known: I
 
     Raises:
       DataError: a tar cannot be read, or `path` cannot be written.
-      StorageError: a tar cannot be read for the moment.
+      StorageError: one of them cannot for the moment.
     """
+
+    def write(place: Path, tars: Callable[[], Iterable[tuple[np.ndarray, dict[str, Any]]]]) -> None:
+        storage.retry(lambda: _write_index(place, tars()), lambda: f"{place} cannot be written")
+
     parts = [p for p in path.parent.glob(f"{glob.escape(path.name)}.part-*") if not p.name.startswith(".")]
     where: dict[str, tuple[Index, int]] = {}  # tar -> an index that knows it, its number there
     for index in [known, *map(_part, parts)]:
@@ -386,11 +390,11 @@ def _write(store: Store, suffix: str, tars: dict[str, tuple[int, str]], known: I
             read.append(found)
             if time.monotonic() - kept >= _KEPT or len(where) + len(read) == len(tars):
                 parts.append(path.with_name(f"{path.name}.part-{secrets.token_hex(4)}"))
-                _write_index(parts[-1], read)
+                write(parts[-1], read.copy)
                 index = read_index(parts[-1])
                 where |= {tar["name"]: (index, t) for t, tar in enumerate(index.tars)}
                 read, kept = [], time.monotonic()
-        _write_index(path, (_of_tar(*where[name]) for name in tars))
+        write(path, lambda: (_of_tar(*where[name]) for name in tars))
         for part in parts:
             part.unlink(missing_ok=True)
     except OSError as error:
