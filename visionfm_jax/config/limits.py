@@ -118,11 +118,23 @@ LOSS = OneOf(("softmax", "sigmoid"))
 LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
     schema.ViTConfig: {
         "size": OneOf(("P", "Ti", "S", "B", "L", "H", "g")),
+        "width": Range(0, 2**16),
+        "depth": Range(0, 1024),
+        "heads": Range(0, 1024),
+        "mlp": Range(0, 2**18),
         "patch_size": Range(1, 256),  # pixels
         "image_size": SIDE,
-        "pool": OneOf(("gap", "cls")),
+        "pool": OneOf(("gap", "norm_gap", "cls", "cls_gap", "map")),
+        "registers": Range(0, 256),
+        "pos_embed": OneOf(("none", "patches", "class", "all")),
+        "pos_image_size": Range(0, 4096),  # pixels
+        "pos_resize": OneOf(("bicubic_antialias", "bicubic", "bicubic_offset", "bilinear_antialias")),
+        "rope_theta": Range(1, 1e6, "of periods from 1", off=True),
+        "qkv_bias": OneOf(("all", "no_key", "none")),
+        "layer_scale": Range(1e-8, 10, off=True),
+        "drop_path": SHARE,
         "norm_eps": Range(1e-12, 1e-3),
-        "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu")),
+        "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu", "swiglu")),
         "attention": ATTENTION,
         "remat": REMAT,
     },

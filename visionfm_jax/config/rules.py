@@ -107,6 +107,20 @@ def _vit_problems(c: Config, name: str) -> list[Problem]:
     if (tokens := (tower.image_size // tower.patch_size) ** 2) > 2**16:
         rule = f"gives {tokens} tokens, more than 65536, each compared with each"
         out.append((f"{name}.patch_size", tower.patch_size, rule, f"set {-(-tower.image_size // 256)} or more"))
+    if tower.pos_image_size and tower.pos_embed == "none":
+        rule = f"is of a position table, and {name}.pos_embed = none has no table"
+        out.append((f"{name}.pos_image_size", tower.pos_image_size, rule, "set it to 0"))
+    elif tower.pos_image_size:
+        out += _image_size_problems(c, name, "pos_image_size")
+    if tower.pos_embed == "none" and not tower.rope_theta:
+        rule = f"leaves the patches without places, as {name}.rope_theta = 0"
+        out.append((f"{name}.pos_embed", "none", rule, "set rope_theta to 100, or pos_embed to class"))
+    if tower.pool == "map" and tower.activation == "swiglu":
+        rule = f"has an MLP of two layers, and {name}.activation = swiglu needs three"
+        out.append((f"{name}.pool", "map", rule, "set another pool, or activation to gelu"))
+    if tower.pos_embed == "all" and not tower.registers:
+        rule = f"has rows for registers, and {name}.registers = 0"
+        out.append((f"{name}.pos_embed", "all", rule, "set it to class"))
     return out
 
 
@@ -142,13 +156,14 @@ def _decoder_problems(c: Config, name: str) -> list[Problem]:
     return [(", ".join(special), tuple(special.values()), rule, "set the tokenizer's, e.g. 1, 2 and 4")]
 
 
-def _image_size_problems(c: Config, name: str) -> list[Problem]:
+def _image_size_problems(c: Config, name: str, leaf: str = "image_size") -> list[Problem]:
     tower = _get(c, name)
-    if not tower.image_size % tower.patch_size:
+    size = getattr(tower, leaf)
+    if not size % tower.patch_size:
         return []
-    near = max(1, round(tower.image_size / tower.patch_size)) * tower.patch_size
+    near = max(1, round(size / tower.patch_size)) * tower.patch_size
     rule = f"must be a multiple of {name}.patch_size = {tower.patch_size}"
-    return [(f"{name}.image_size", tower.image_size, rule, f"the nearest is {near}")]
+    return [(f"{name}.{leaf}", size, rule, f"the nearest is {near}")]
 
 
 def _multimodal_problems(c: Config) -> list[Problem]:

@@ -11,16 +11,41 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class ViTConfig:
-    """A Vision Transformer (Dosovitskiy et al. 2021); sizes in `models.vit.SIZES`."""
+    """A Vision Transformer (Dosovitskiy et al. 2021); sizes in `models.vit.SIZES`.
+
+    The defaults are AugReg's (Steiner et al. 2022) but for the pooling; other public weights' are in BUILD.md.
+    """
 
     size: str = "H"
+    width: int = 0  # channels of a token; 0: of the named size, as for the next three
+    depth: int = 0  # blocks
+    heads: int = 0
+    mlp: int = 0  # hidden channels of the MLPs
     patch_size: int = 14  # pixels
     image_size: int = 224  # pixels, square
-    pool: str = "gap"  # gap: mean of the patch tokens | cls: a class token
+    pool: str = (
+        "gap"  # gap: norm of the patches' mean | norm_gap: mean of the normed | cls | cls_gap: both | map: probe
+    )
+    class_token: bool = False  # one that is not read: beside gap, norm_gap and map; cls and cls_gap have it anyway
+    registers: int = 0  # further tokens of no place (Darcet et al. 2024)
+    pos_embed: str = "class"  # what has rows in the table: none | patches | class: and its token | all: and registers
+    pos_image_size: int = 0  # pixels, of the images that the table is for; 0: image_size
+    pos_resize: str = "bicubic_antialias"  # to other images: that | bicubic | bicubic_offset | bilinear_antialias
+    rope_theta: float = 0.0  # longest period of rotary positions, in half sides of the image (DINOv3: 100); 0: none
+    patch_bias: bool = True  # of the patch embedding
+    qkv_bias: str = "all"  # of queries, keys and values: all | no_key | none
+    qk_norm: bool = False  # LayerNorms of each head's queries and keys (Dehghani et al. 2023)
+    pre_norm: bool = False  # a norm before the blocks (Radford et al. 2021)
+    layer_scale: float = 0.0  # where each branch's factors start (Touvron et al. 2021); 0: none
+    drop_path: float = 0.0  # chance that the last block is left out; falls linearly to 0 at the first
     norm_eps: float = 1e-6  # of LayerNorms; other weights may have been trained with another
-    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu
+    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.class_token or self.pool in ("cls", "cls_gap")
 
 
 @dataclass(kw_only=True)

@@ -21,28 +21,14 @@ from einops import rearrange
 from flax import linen as nn
 
 from visionfm_jax.config import AuroraConfig
-from visionfm_jax.models import decoder, swin_v2
-from visionfm_jax.models.decoder import CrossAttention, View, view_of
-from visionfm_jax.models.layers import Mlp, Prepare, as_is, dense, layer_norm
+from visionfm_jax.models import decoder, pooling, swin_v2
+from visionfm_jax.models.decoder import View, view_of
+from visionfm_jax.models.layers import Prepare, as_is, dense, layer_norm
 from visionfm_jax.models.swin_v2 import Hidden
 
 EPS = 1e-5
 POOL_HEAD = 128  # width of a head of the pool; narrower maps have one
 PIXELS = 3
-
-
-class Pool(nn.Module):
-    """One learned query that looks at a map (Zhai et al. 2022, section 3.1); (B, S, D) to (B, D)."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        D = x.shape[-1]
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, D)).astype(self.dtype)
-        heads = max(D // POOL_HEAD, 1)
-        y, _ = CrossAttention(heads, self.dtype, "xla", name="attn")(jnp.tile(probe, (len(x), 1, 1)), x)
-        return (y + Mlp(4 * D, self.dtype, name="mlp")(layer_norm(self.dtype, "norm", epsilon=EPS)(y)))[:, 0]
 
 
 class Projection(nn.Module):
@@ -73,7 +59,7 @@ class Aurora(nn.Module):
             "mask_token", nn.initializers.truncated_normal(0.02), (swin_v2.size_of(config.image).width,)
         )
         self.painter = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
-        self.pool = Pool(self.dtype)
+        self.pool = pooling.AttentionPool(max(width // POOL_HEAD, 1), 4 * width, self.dtype, EPS)
         self.image_projection = Projection(width, config.embed_dim, self.dtype)
         self.token_projection = Projection(2 * width, text, self.dtype)
         self.lower = decoder.Lower(config.text, self.dtype, self.prepare)
@@ -156,7 +142,7 @@ def forward_flops(config: AuroraConfig, readings: int = 1) -> dict[str, float]:
     return {
         "encoder": swin_v2.forward_flops(image),
         "painter": 2.0 * S * D * (8 * image.patch_size) ** 2 * PIXELS,
-        "pool": 2.0 * (2 * S * D * D + 2 * S * D + 10 * D * D + D * D + D * config.embed_dim),
+        "pool": pooling.forward_flops(S, D, 4 * D) + 2.0 * (D * D + D * config.embed_dim),
         "look": 2.0 * S * 2 * D * (D + text),
         "lower": lower,
         "upper": upper,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -90,20 +91,19 @@ class Qkv(nn.Module):
     """
 
     dtype: jnp.dtype
-    key_bias: bool = True  # without: the bias is (2 D,), of queries and values
+    biases: str = "all"  # all | no_key: the bias is (2 D,), of queries and values | none
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        D = x.shape[-1]
+        D, biased = x.shape[-1], {"all": (0, 1, 2), "no_key": (0, 2), "none": ()}[self.biases]
         kernel = self.param("kernel", self.kernel_init, (D, 3 * D))
-        bias = self.param("bias", nn.initializers.zeros, ((2 + self.key_bias) * D,))
+        bias = self.param("bias", nn.initializers.zeros, (len(biased) * D,)) if biased else None
         rows, kernel, bias = nn.dtypes.promote_dtype(x.reshape(-1, D), kernel, bias, dtype=self.dtype)
-        biases = jnp.split(bias, 2 + self.key_bias)
-        if not self.key_bias:
-            biases.insert(1, jnp.zeros_like(biases[0]))
-        parts = zip(jnp.split(kernel, 3, axis=1), biases, strict=True)
-        return [checkpoint_name((rows @ k + b).reshape(x.shape), "qkv") for k, b in parts]
+        parts = [rows @ k for k in jnp.split(kernel, 3, axis=1)]
+        for i, b in zip(biased, jnp.split(bias, len(biased)) if biased else (), strict=True):
+            parts[i] += b
+        return [checkpoint_name(part.reshape(x.shape), "qkv") for part in parts]
 
 
 class Past(NamedTuple):
@@ -118,18 +118,38 @@ class Past(NamedTuple):
         return Past(put(self.keys, key), put(self.values, value))
 
 
+class Rotation(NamedTuple):
+    """Cosines and sines by which each token's queries and keys are turned, (T, 1, K), fp32 (`rotate`)."""
+
+    cos: np.ndarray
+    sin: np.ndarray
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """x (B, T, N, K) with its channels k and k + K / 2 turned as pairs (Su et al. 2021, "RoFormer"); in x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], -1)
+    return (x * by.cos + turned * by.sin).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017); (B, T, D) to (B, T, D).
 
     Attributes:
       causal: a token sees itself and those before it. Several: x holds so many sequences of equal length one behind
         another, of which each sees itself alone, causally or not.
+      biases: of queries, keys and values, as `Qkv` has them.
+      qk_norm: the epsilon of LayerNorms over a head's channels of queries and keys (Dehghani et al. 2023); 0: none.
+      rotation: rotary positions of the T tokens; None: none.
     """
 
     heads: int
     dtype: jnp.dtype
     implementation: str
     causal: bool | tuple[bool, ...] = False
+    biases: str = "all"
+    qk_norm: float = 0.0
+    rotation: Rotation | None = None
 
     @nn.compact
     def __call__(
@@ -144,7 +164,11 @@ class Attention(nn.Module):
         `lengths` (B,): only the first tokens of a sequence are seen; None: all.
         """
         B, T, D = x.shape
-        qkv = [a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, name="qkv")(x)]
+        qkv = [a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, self.biases, name="qkv")(x)]
+        if self.qk_norm:
+            qkv[:2] = (layer_norm(self.dtype, f"{n}_norm", self.qk_norm)(a) for n, a in zip("qk", qkv, strict=False))
+        if self.rotation is not None:
+            qkv[:2] = (rotate(a, self.rotation) for a in qkv[:2])
         if past is not None:
             past = past.put(*qkv[1:], position)
             y = attention(qkv[0], *past, self.implementation, lengths=jnp.full(B, position + 1))
@@ -166,22 +190,37 @@ def activate(x: jax.Array, activation: str) -> jax.Array:
 
 
 class Mlp(nn.Module):
-    """Two layers with an activation between; (…, D) to (…, D) through (…, M)."""
+    """Two layers with an activation between; (…, D) to (…, D) through (…, M).
+
+    Activation "swiglu" (Shazeer 2020): a third layer, the gate, whose SiLU multiplies the first's result.
+    """
 
     hidden: int
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
-    activation: str = "gelu"  # of `activate`
+    activation: str = "gelu"  # of `activate`, or swiglu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = {"kernel_init": self.kernel_init}
-        h = checkpoint_name(dense(x, self.hidden, self.dtype, "fc1", **init), "mlp_hidden")
-        return dense(activate(h, self.activation), x.shape[-1], self.dtype, "fc2", **init)
+        def layer(x: jax.Array, features: int, name: str) -> jax.Array:
+            return dense(x, features, self.dtype, name, kernel_init=self.kernel_init)
+
+        h = checkpoint_name(layer(x, self.hidden, "fc1"), "mlp_hidden")
+        if self.activation == "swiglu":
+            h = nn.silu(checkpoint_name(layer(x, self.hidden, "gate"), "mlp_hidden")) * h
+        else:
+            h = activate(h, self.activation)
+        return layer(h, x.shape[-1], "fc2")
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); (B, T, D) to (B, T, D)."""
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); (B, T, D) to (B, T, D).
+
+    Attributes:
+      biases, qk_norm, rotation: of `Attention`.
+      layer_scale: where the factors of each branch's channels start (Touvron et al. 2021, "CaiT"); 0: no factors.
+      keys: (B,), draw which branches a sample leaves out; None: nothing is left out.
+    """
 
     heads: int
     mlp: int
@@ -190,13 +229,28 @@ class Block(nn.Module):
     epsilon: float  # of norms
     causal: bool = False
     activation: str = "gelu"
+    biases: str = "all"
+    qk_norm: float = 0.0
+    rotation: Rotation | None = None
+    layer_scale: float = 0.0
+    keys: jax.Array | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = layer_norm(self.dtype, "ln1", self.epsilon)(x)
-        x = x + Attention(self.heads, self.dtype, self.attention, self.causal, name="attn")(y)
+    def __call__(self, x: jax.Array, own: dict[str, jax.Array] | None = None) -> jax.Array:
+        """`own`: the layer's number and the rate of its `drop_path`, where there are keys."""
+
+        def branch(y: jax.Array, number: int) -> jax.Array:
+            if self.layer_scale:
+                scale = self.param(f"ls{number}", nn.initializers.constant(self.layer_scale), y.shape[-1:])
+                y = (y * scale).astype(y.dtype)
+            return y if own is None else drop_path(y, self.keys, 2 * own["layer"] + number - 1, own["rate"])
+
+        attend = Attention(
+            self.heads, self.dtype, self.attention, self.causal, self.biases, self.qk_norm, self.rotation, name="attn"
+        )
+        x = x + branch(attend(layer_norm(self.dtype, "ln1", self.epsilon)(x)), 1)
         y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
-        return x + Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y)
+        return x + branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2)
 
 
 def _save_all(prim, *_, **__) -> bool:

@@ -182,7 +182,7 @@ class WindowAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = partition(x, self.windows)
-        q, k, v = Qkv(self.dtype, key_bias=False, kernel_init=_init, name="qkv")(x)
+        q, k, v = Qkv(self.dtype, biases="no_key", kernel_init=_init, name="qkv")(x)
         scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (self.heads,))
         bias = PositionBias(self.heads, name="bias")(self.windows)
         y = folded_attention(q, k, v, scale, bias, neighbour_mask(self.windows), self.implementation)

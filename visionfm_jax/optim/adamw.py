@@ -23,14 +23,15 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     )
 
 
-# Not decayed whatever their shape: tables and vectors that are added or looked up by a query, not multiplied, and all
-# below "bias", which in SwinV2 is also a network: as in the authors' lists (`no_weight_decay` of timm's ViT and of
-# Swin-Transformer, where it is `cpb_mlp`; the kernels alone in big_vision, whose attention pooling has the probe).
-_NOT_DECAYED = {"bias", "pos_embed", "probe"}
+# Not decayed whatever their shape: tables, tokens and vectors that are added or looked up by a query, not multiplied,
+# and all below "bias", which in SwinV2 is also a network: as in the authors' lists (`no_weight_decay` of timm's ViT and
+# of Swin-Transformer, where it is `cpb_mlp`; the kernels alone in big_vision, whose attention pooling has the probe).
+_NOT_DECAYED = {"bias", "pos_embed", "probe", "registers"}
+_ABOVE_BLOCKS = {"norm", "pool", "head"}  # of a ViT
 
 
 def decay_mask(params: Any) -> Any:
-    """True for parameters under weight decay: matrices, but for position tables, position biases and pooling probes."""
+    """True for parameters under weight decay: matrices, but for position tables and biases, probes and registers."""
 
     def decays(path: tuple, leaf: Any) -> bool:
         return matrix_rank(path, leaf) >= 2 and _NOT_DECAYED.isdisjoint(key.key for key in path)
@@ -41,7 +42,7 @@ def decay_mask(params: Any) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """Learning-rate factors by depth (BEiT, Bao et al. 2022): decay^(layers between a parameter and the head).
 
-    The embedding is below all L layers and gets decay^(L+1), layer i (from 0) decay^(L-i), norm and head 1.
+    The embedding is below all L layers and gets decay^(L+1), layer i (from 0) decay^(L-i), norm, pool and head 1.
     A scanned parameter's factor has shape (L, 1, …).
     """
 
@@ -49,7 +50,7 @@ def layer_scales(params: Any, decay: float) -> Any:
         if is_scanned(path):
             L = leaf.shape[0]
             return (decay ** jnp.arange(L, 0, -1.0)).reshape(L, *(1,) * (leaf.ndim - 1))
-        return jnp.asarray(1.0 if path[0].key in ("norm", "head") else decay ** (depth + 1))
+        return jnp.asarray(1.0 if path[0].key in _ABOVE_BLOCKS else decay ** (depth + 1))
 
     flat = jax.tree_util.tree_leaves_with_path(params)
     depth = max((leaf.shape[0] for path, leaf in flat if is_scanned(path)), default=0)

@@ -48,7 +48,8 @@ class Classification:
           batch: as `batch_spec`.
           keys: (B,), one for each sample.
         """
-        logits = self._logits(params, augment(batch["image"], keys, self.config.data.augment))
+        images = augment(batch["image"], keys, self.config.data.augment)
+        logits = self._logits(params, images, jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys))
         task = self.config.task
         loss = LOSSES[task.loss](logits, batch["label"], task.label_smoothing)
         return loss.mean(), {"loss": loss, "logit_max": jnp.abs(logits).max(-1)}
@@ -64,8 +65,8 @@ class Classification:
         loss = LOSSES[self.config.task.loss](logits, batch["label"])
         return {"loss": loss, "probability": probability, "top": top}
 
-    def _logits(self, params: Any, images: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, images)
+    def _logits(self, params: Any, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        return self.model.apply({"params": params}, images, keys)
 
     @property
     def step_flops(self) -> float:

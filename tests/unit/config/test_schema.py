@@ -42,7 +42,11 @@ def test_derived_quantities():
     ("name", "value", "words"),
     [
         ("model.image_size", 230, ["multiple of model.patch_size = 14", "nearest is 224"]),
-        ("model.pool", "map", ["gap, cls"]),
+        ("model.pool", "max", ["gap, norm_gap, cls, cls_gap, map"]),
+        ("model.pos_image_size", 225, ["multiple of model.patch_size = 14", "nearest is 224"]),
+        ("model.pos_embed", "none", ["leaves the patches without places", "rope_theta to 100"]),
+        ("model.pos_embed", "all", ["model.registers = 0", "set it to class"]),
+        ("model.rope_theta", 0.5, ["0 or [1, 1e+06]"]),
         ("model.remat", "some", ["none, attention, dots, full"]),
         ("parallel.stage", 4, ["3, 2, 1, 0"]),
         ("train.batch_size", 63, ["multiple of train.accumulate = 2", "nearest is 64"]),
@@ -188,6 +192,17 @@ def test_images_are_mixed_two_by_two_on_a_device():
         config.validate_devices(64)
     config.task.mixup = 0.0
     config.validate_devices(64)
+
+
+def test_fields_of_a_vit_that_make_no_sense_together():
+    config = good()
+    config.model.pos_embed, config.model.rope_theta = "none", 100.0
+    config.validate()
+    assert_refused(config, "model.pos_image_size", 224, ["pos_embed = none has no table", "set it to 0"])
+    config = good()
+    config.model.activation = "swiglu"
+    config.validate()
+    assert_refused(config, "model.pool", "map", ["activation = swiglu needs three", "activation to gelu"])
 
 
 def test_all_problems_are_told_at_once():

@@ -9,7 +9,7 @@ import pytest
 from visionfm_jax.config import ViTConfig, load
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
-from visionfm_jax.models.vit import SIZES, ViT, forward_flops
+from visionfm_jax.models.vit import SIZES, ViT, forward_flops, size_of
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.step import Trainer
 
@@ -100,6 +100,82 @@ def test_forward_flops_by_hand():
     assert forward_flops(small(), 10) == expected
     full = ViTConfig(size="H", patch_size=14, pool="cls")
     assert 3 * forward_flops(full, 21_841) / 1e12 == pytest.approx(1.004, rel=1e-3)
+
+
+def test_forward_flops_of_the_dialects_by_hand():
+    # 4 patches; T = 4 + 1 + 4 with a class token and registers; a gate is a third matrix.
+    config = small(pool="cls", registers=4, activation="swiglu", width=64, depth=2, heads=2, mlp=96)
+    expected = 2 * (4 * 588 * 64 + 2 * (9 * (4 * 64**2 + 3 * 64 * 96) + 2 * 81 * 64) + 64 * 10)
+    assert forward_flops(config, 10) == expected
+    # Attention pooling: keys and values of 4 tokens, one query, its logits and sum, its output and MLP.
+    layers = 6 * (4 * (4 * 96**2 + 2 * 96 * 384) + 2 * 16 * 96)
+    pool = 4 * (2 * 96**2 + 2 * 96) + 2 * 96**2 + 2 * 96 * 384
+    assert forward_flops(small(pool="map"), 10) == 2 * (4 * 588 * 96 + layers + pool + 96 * 10)
+    assert forward_flops(small(pool="cls_gap"), 10) - forward_flops(small(pool="cls"), 10) == 2 * 96 * 10
+
+
+# Totals of the published models without head (timm 1.0.31 and transformers 5.23.0, built on the meta device).
+GIANT = {"width": 1536, "depth": 40, "heads": 24, "mlp": 4096, "activation": "swiglu"}
+DINOV2 = {"pool": "cls", "patch_size": 14, "image_size": 518, "layer_scale": 1e-5}
+DINOV3 = {"pool": "cls", "patch_size": 16, "registers": 4, "pos_embed": "none", "rope_theta": 100.0,
+          "layer_scale": 1e-5, "qkv_bias": "no_key"}  # fmt: skip
+PUBLISHED = {
+    "dinov2_g14": ({**DINOV2, **GIANT}, 1_136_479_232),
+    "dinov2_s14_registers": ({**DINOV2, "size": "S", "registers": 4}, 22_057_728),
+    "dinov3_s16": ({**DINOV3, "size": "S"}, 21_596_160),
+    "dinov3_7b": (
+        {**DINOV3, "width": 4096, "depth": 40, "heads": 32, "mlp": 8192, "activation": "swiglu", "qkv_bias": "none"},
+        6_716_030_976,
+    ),
+    "siglip_so400m_14": ({"pool": "map", "width": 1152, "depth": 27, "heads": 16, "mlp": 4304}, 427_680_704),
+    "clip_l14": ({"pool": "cls", "size": "L", "pre_norm": True, "patch_bias": False}, 303_179_776),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_dialects_have_their_counts(name):
+    fields, total = PUBLISHED[name]
+    assert count(shapes(ViTConfig(**{"size": "B", **fields}), 0)) == total
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"heads": 7}, r"config\.model\.width = 96: must be a multiple of 7, for 7 heads; set"),
+        ({"rope_theta": 100.0, "heads": 16}, r"must be a multiple of 64, for 16 heads whose channels rotary"),
+    ],
+)
+def test_a_width_that_heads_cannot_share_is_refused(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        size_of(small(**fields))
+
+
+def test_images_that_patches_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match=r"patch_size = 14: must divide the sides of an image of 28 x 30 pixels"):
+        jax.eval_shape(lambda: ViT(small(), 10).init(jax.random.key(0), jnp.zeros((1, 28, 30, 3))))
+
+
+def everything(**kwargs) -> ViTConfig:
+    """All that a block can have."""
+    fields = {"pool": "map", "class_token": True, "registers": 3, "pos_embed": "all", "rope_theta": 100.0,
+              "qk_norm": True, "pre_norm": True, "layer_scale": 0.1, "drop_path": 0.5, "width": 32, "depth": 3,
+              "heads": 2, "mlp": 48}  # fmt: skip
+    return small(**{**fields, **kwargs})
+
+
+def test_stochastic_depth_is_drawn_by_keys_and_spares_the_first_block():
+    model = ViT(everything(pool="cls_gap"), 0)
+    images = jax.random.normal(jax.random.key(1), (64, 28, 28, 3))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), init(model))
+    keys, run = jax.random.split(jax.random.key(2), 64), jax.jit(model.apply)
+    kept, dropped = run(params, images), run(params, images, keys)
+    np.testing.assert_array_equal(dropped, run(params, images, keys))
+    assert (jnp.abs(kept - dropped).max(-1) > 1e-3).all()  # what is not left out is scaled up
+    assert (jnp.abs(run(params, images, keys[::-1]) - dropped).max(-1) > 1e-3).mean() > 0.5
+    blocks = params["params"]["blocks"]
+    for name in ("ls1", "ls2"):  # the last two blocks add nothing: the first's rate is 0
+        blocks[name] = blocks[name].at[1:].set(0)
+    np.testing.assert_allclose(run(params, images, keys), run(params, images), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.full_size

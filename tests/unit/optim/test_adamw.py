@@ -1,12 +1,15 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from visionfm_jax.config import OptimConfig, SwinV2Config
-from visionfm_jax.models.aurora import Pool
+from visionfm_jax.config import OptimConfig, SwinV2Config, ViTConfig
+from visionfm_jax.models.pooling import AttentionPool
 from visionfm_jax.models.swin_v2 import SwinV2
+from visionfm_jax.models.vit import ViT
 from visionfm_jax.optim.adamw import decay_mask, layer_scales, make_optimizer, schedule, update_count
 
 PARAMS = {
@@ -41,7 +44,7 @@ def test_decay_acts_on_matrices_alone():
 def test_position_bias_and_probe_are_not_decayed():
     """As in the lists of SwinV2's authors and of big_vision, with the names and shapes of our modules."""
     swin = SwinV2(SwinV2Config(size="P", image_size=64, patch_size=8), jnp.float32)
-    pool = Pool(jnp.float32)
+    pool = AttentionPool(1, 32, jnp.float32, 1e-5)
     init = jax.eval_shape(swin.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     stage = decay_mask(init)["stage0"]["blocks"]["attn"]
     assert not any(jax.tree.leaves(stage["bias"]))
@@ -50,6 +53,26 @@ def test_position_bias_and_probe_are_not_decayed():
     init = jax.eval_shape(pool.init, jax.random.key(0), jnp.zeros((1, 4, 8)))["params"]
     assert decay_mask(init)["probe"] is False
     assert decay_mask(init)["mlp"]["fc1"]["kernel"] is True
+
+
+def test_a_vit_of_every_part_decays_its_matrices_alone_and_scales_by_depth():
+    config = ViTConfig(
+        size="P", width=16, depth=2, heads=2, mlp=24, image_size=28, pool="map", class_token=True, registers=3,
+        pos_embed="all", qk_norm=True, pre_norm=True, layer_scale=0.1,
+    )  # fmt: skip
+    gated = dataclasses.replace(config, pool="cls", activation="swiglu")
+    for form in (config, gated):
+        params = jax.eval_shape(ViT(form, 5).init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
+        flat = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+        decayed = {"/".join(key.key for key in path) for path, decays in flat if decays}
+        assert {name.rpartition("/")[2] for name in decayed} == {"kernel"}
+        assert len(decayed) == sum(path[-1].key == "kernel" for path, _ in flat)
+        scales = layer_scales(params, 0.5)
+        low, high = (jax.tree.leaves(scales[k]) for k in ("embed", "pool" if form.pool == "map" else "norm"))
+        assert set(map(float, high)) == {1.0}
+        assert set(map(float, [*low, scales["registers"], scales["cls_token"], scales["pos_embed"]])) == {0.125}
+        assert set(map(float, jax.tree.leaves(scales["norm_pre"]))) == {0.125}
+        np.testing.assert_allclose(scales["blocks"]["ls1"].ravel(), [0.25, 0.5])
 
 
 def test_layer_scales_fall_towards_the_embedding():
