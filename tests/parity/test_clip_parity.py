@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from visionfm_jax.config import ClipConfig, SwinV2Config, TextConfig
 from visionfm_jax.errors import UserError
+from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.open_clip import text_from_open_clip, text_to_open_clip
-from visionfm_jax.interop.timm import flatten
 from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.contrastive import Targets, clip_loss, normalize, sigmoid_loss
 from visionfm_jax.models import clip, layers, swin_v2, text

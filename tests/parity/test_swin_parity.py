@@ -17,13 +17,13 @@ from gates import FORWARD, check_forward, check_gradients, gradients_of_squares,
 
 from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import UserError
+from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.swin_v2 import (
     swin_v2_from_huggingface,
     swin_v2_from_timm,
     swin_v2_to_huggingface,
     swin_v2_to_timm,
 )
-from visionfm_jax.interop.timm import flatten
 from visionfm_jax.models import swin_v2
 
 HERE = Path(__file__).parent

@@ -19,7 +19,8 @@ from gates import FORWARD, FORWARD_MAX, GRADIENT, GRADIENT_TENSOR, relative
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_from_huggingface, vit_to_huggingface
-from visionfm_jax.interop.timm import flatten, vit_from_timm, vit_to_timm
+from visionfm_jax.interop.leaves import flatten
+from visionfm_jax.interop.timm import vit_from_timm, vit_to_timm
 from visionfm_jax.models import vit
 
 HERE = Path(__file__).parent
@@ -61,7 +62,8 @@ def from_huggingface(state: dict[str, np.ndarray], config: ViTConfig, **changed:
     """Likewise, as the library's `config.json` has it."""
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
     theirs = {
-        "num_attention_heads": vit.size_of(config).heads, "layer_norm_eps": config.norm_eps, "hidden_act": activation,
+        "model_type": "vit", "num_attention_heads": vit.size_of(config).heads, "layer_norm_eps": config.norm_eps,
+        "hidden_act": activation,
     }  # fmt: skip
     return vit_from_huggingface(state, config, {**theirs, **changed})
 
@@ -108,7 +110,7 @@ def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         log_p = jax.nn.log_softmax(reference.forward(params)[0])
         return -jnp.take_along_axis(log_p, reference.data["labels"][:, None], 1).mean()
 
-    ours = TO[reference.about["library"]](jax.jit(jax.grad(loss))(reference.params))
+    ours = TO[reference.about["library"]](jax.jit(jax.grad(loss))(reference.params), reference.model.config)
     theirs = reference.group("grad")
     assert set(ours) == set(theirs)
     # Adding a constant to every key changes no softmax: the true gradient of a key bias is zero.
@@ -180,7 +182,7 @@ def counted(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
 def test_timm_round_trip(pool: str) -> None:
     state = counted(timm_shapes(pool))
     params = from_timm(state, CLS if pool == "cls" else GAP)
-    back = vit_to_timm(params)
+    back = vit_to_timm(params, CLS if pool == "cls" else GAP)
     assert set(back) == set(state)
     for key in state:
         np.testing.assert_array_equal(back[key], state[key])
@@ -190,7 +192,7 @@ def test_timm_round_trip(pool: str) -> None:
 
 def test_huggingface_round_trip_and_trunk() -> None:
     params = from_timm(counted(timm_shapes("cls")), CLS)
-    state = vit_to_huggingface(params)
+    state = vit_to_huggingface(params, CLS)
     key = "vit.encoder.layer.10.attention.attention.key.weight"
     np.testing.assert_array_equal(state[key], params["blocks"]["attn"]["qkv"]["kernel"][10, :, 4:8].T)
     for path, leaf in flatten(from_huggingface(state, CLS)).items():
@@ -198,7 +200,7 @@ def test_huggingface_round_trip_and_trunk() -> None:
     trunk = {k.removeprefix("vit."): v for k, v in state.items() if k.startswith("vit.")}  # a ViTModel
     trunk |= {"pooler.dense.weight": np.zeros((4, 4)), "pooler.dense.bias": np.zeros(4)}
     assert set(from_huggingface(trunk, CLS)) == set(params) - {"head"}
-    assert set(vit_to_huggingface(from_huggingface(trunk, CLS))) == {k for k in state if k.startswith("vit.")}
+    assert set(vit_to_huggingface(from_huggingface(trunk, CLS), CLS)) == {k for k in state if k.startswith("vit.")}
 
 
 def test_trunk_without_head() -> None:
@@ -206,7 +208,7 @@ def test_trunk_without_head() -> None:
     del state["head.weight"], state["head.bias"]
     params = from_timm(state, GAP)
     assert "head" not in params
-    assert set(vit_to_timm(params)) == set(state)
+    assert set(vit_to_timm(params, GAP)) == set(state)
 
 
 @pytest.mark.parametrize(
@@ -231,15 +233,15 @@ def test_bad_state(change: dict[str, tuple | None], says: str) -> None:
 
 def test_bad_tree() -> None:
     params = from_timm(counted(timm_shapes("gap")), GAP)
-    with pytest.raises(UserError, match="no mean pooling"):
-        vit_to_huggingface(params)
+    with pytest.raises(UserError, match=r"ViTConfig\.pool = 'gap', there cls"):
+        vit_to_huggingface(params, GAP)
     del params["norm"]["scale"]
     with pytest.raises(UserError, match="no ViT tree: missing norm/scale"):
-        vit_to_timm(params)
+        vit_to_timm(params, GAP)
 
 
 def test_state_of_another_library() -> None:
-    with pytest.raises(UserError, match=r"no Hugging Face ViT .*missing .*unknown vit\.blocks"):
+    with pytest.raises(UserError, match=r"no Hugging Face vit .*missing .*unknown blocks"):
         from_huggingface(counted(timm_shapes("cls")), CLS)
 
 
@@ -247,12 +249,12 @@ def test_state_of_another_library() -> None:
     ("pool", "changed", "says"),
     [
         # The names are those of global_pool="token": a mean of all tokens, taken for the class token, was off by 0.93.
-        ("cls", {"global_pool": "avg"}, r'global_pool="avg" with a class token is none of ours'),
+        ("cls", {"global_pool": "avg"}, r"global_pool is 'norm_gap', but ViTConfig.pool makes it 'cls'"),
         ("gap", {"global_pool": "max"}, r'global_pool="max" without a class token is none of ours'),
         ("gap", {"global_pool": "token"}, r'global_pool="token" without a class token is none of ours'),
         ("cls", {"norm_eps": 1e-5}, r"norm_eps is 1e-05, but ViTConfig.norm_eps makes it 1e-06"),
         ("cls", {"act_layer": "quick_gelu"}, r"act_layer is 'quick_gelu', but ViTConfig.activation makes it 'gelu'"),
-        ("gap", {"num_heads": 4}, r"num_heads is 4, but ViTConfig.size makes it 3"),
+        ("gap", {"num_heads": 4}, r"num_heads is 4, but ViTConfig.heads makes it 3"),
     ],
 )
 def test_what_names_do_not_tell_must_agree(pool: str, changed: dict[str, Any], says: str) -> None:
@@ -272,12 +274,12 @@ def test_what_names_do_not_tell_must_agree(pool: str, changed: dict[str, Any], s
     ],
 )
 def test_what_huggingface_says_must_agree(config: ViTConfig, changed: dict[str, Any], says: str) -> None:
-    state = vit_to_huggingface(from_timm(counted(timm_shapes("cls")), CLS))
+    state = vit_to_huggingface(from_timm(counted(timm_shapes("cls")), CLS), CLS)
     with pytest.raises(UserError, match=says):
         from_huggingface(state, config, **changed)
 
 
 def test_a_setting_that_is_missing_is_not_guessed() -> None:
-    state = vit_to_huggingface(from_timm(counted(timm_shapes("cls")), CLS))
+    state = vit_to_huggingface(from_timm(counted(timm_shapes("cls")), CLS), CLS)
     with pytest.raises(UserError, match=r"lacks 'layer_norm_eps'; give all that config\.json"):
-        vit_from_huggingface(state, CLS, {"num_attention_heads": 3, "hidden_act": "gelu"})
+        vit_from_huggingface(state, CLS, {"model_type": "vit", "num_attention_heads": 3, "hidden_act": "gelu"})

@@ -1,79 +1,175 @@
 """ViT weights in the names of Hugging Face transformers, to and from our tree.
 
-Source: `ViTForImageClassification` and `ViTModel` as `save_pretrained` writes them, the same names in transformers 4
-and 5. (A live `state_dict()` of transformers 5 has other names; no file has them.) Checked against transformers
-itself in `tests/parity`.
+Source: `ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel`, `DINOv3ViTModel`, `CLIPVisionModel`, `SiglipVisionModel`,
+`Siglip2VisionModel` and their classifiers as `save_pretrained` writes them, the same names in transformers 4 and 5. (A
+live `state_dict()` of transformers 5 has other names; no file has them.) Checked against transformers itself in
+`tests/parity`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.timm import resized
+from visionfm_jax.interop.vit import Form, Names
 from visionfm_jax.models.vit import size_of
 
-
-def _vit_leaves(head: bool) -> tuple[Leaf, ...]:
-    """The naming of `ViTForImageClassification`; letters as in `timm`."""
-    embed, block = "vit.embeddings.", "vit.encoder.layer.{}."
-    patches = embed + "patch_embeddings.projection"
-    qkv = " ".join(f"{block}attention.attention.{n}" for n in ("query", "key", "value"))
-    leaves = (
-        Leaf("embed/kernel", (patches + ".weight",), "patches", ("D", 3, "P", "P")),
-        Leaf("embed/bias", (patches + ".bias",), "vector", ("D",)),
-        Leaf("pos_embed", (embed + "position_embeddings",), "table", (1, "T", "D")),
-        Leaf("cls_token", (embed + "cls_token",), "token", (1, 1, "D")),
-        *layer_norm("blocks/ln1", block + "layernorm_before"),
-        *affine("blocks/attn/qkv", qkv, "linear", "D", "D"),
-        *affine("blocks/attn/out", block + "attention.output.dense", "linear", "D", "D"),
-        *layer_norm("blocks/ln2", block + "layernorm_after"),
-        *affine("blocks/mlp/fc1", block + "intermediate.dense", "linear", "M", "D"),
-        *affine("blocks/mlp/fc2", block + "output.dense", "linear", "D", "M"),
-        *layer_norm("norm", "vit.layernorm"),
+_VIT = Names(
+    patches="embeddings.patch_embeddings.projection", cls_token="embeddings.cls_token",
+    table="embeddings.position_embeddings", block="encoder.layer.{}.", ln1="layernorm_before",
+    qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    out="attention.output.dense", ln2="layernorm_after", fc1="intermediate.dense", fc2="output.dense",
+    norm="layernorm", head="classifier",
+)  # fmt: skip
+_LAYER_SCALE = ("layer_scale1.lambda1", "layer_scale2.lambda1")
+_DINOV2 = _VIT._replace(
+    ln1="norm1", ln2="norm2", fc1="mlp.fc1", fc2="mlp.fc2", layer_scale=_LAYER_SCALE,
+    registers="embeddings.register_tokens",
+)  # fmt: skip
+_SWIGLU = {"fc1": "mlp.weights_in", "gate": "mlp.weights_in", "fc2": "mlp.weights_out"}  # of DINOv2
+_DINOV3 = Names(
+    patches="embeddings.patch_embeddings", cls_token="embeddings.cls_token", registers="embeddings.register_tokens",
+    block="layer.{}.", ln1="norm1", qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    out="attention.o_proj", ln2="norm2", gate="mlp.gate_proj", fc1="mlp.up_proj", fc2="mlp.down_proj",
+    layer_scale=_LAYER_SCALE, norm="norm",
+)  # fmt: skip
+_CLIP = Names(
+    patches="embeddings.patch_embedding", cls_token="embeddings.class_embedding", token_kind="vector",
+    table="embeddings.position_embedding.weight", table_kind="vector", norm_pre="pre_layrnorm",
+    block="encoder.layers.{}.", ln1="layer_norm1", qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.out_proj", ln2="layer_norm2", fc1="mlp.fc1", fc2="mlp.fc2", norm="post_layernorm",
+)  # fmt: skip
+_PROJECTIONS = ("query", "key", "value")
+_SIGLIP = _CLIP._replace(
+    pool=(
+        Leaf("pool/probe", ("head.probe",), "table", (1, 1, "D")),
+        *(
+            Leaf(f"pool/attn/{name}/kernel", ("head.attention.in_proj_weight",), "linear", ("3D", "D"), (i, 3))
+            for i, name in enumerate(_PROJECTIONS)
+        ),
+        *(
+            Leaf(f"pool/attn/{name}/bias", ("head.attention.in_proj_bias",), "vector", ("3D",), (i, 3))
+            for i, name in enumerate(_PROJECTIONS)
+        ),
+        *affine("pool/attn/out", "head.attention.out_proj", "linear", "D", "D"),
+        *layer_norm("pool/norm", "head.layernorm"),
+        *affine("pool/mlp/fc1", "head.mlp.fc1", "linear", "M", "D"),
+        *affine("pool/mlp/fc2", "head.mlp.fc2", "linear", "D", "M"),
     )
-    return leaves + (affine("head", "classifier", "linear", "C", "D") if head else ())
+)
+# Fields of `ViTConfig` that a network can have (`Form.has`).
+_PLAIN: dict[str, Any] = {
+    "pool": ("cls",), "pos_embed": ("class",), "registers": False, "rope_theta": False, "patch_bias": True,
+    "pre_norm": False, "qkv_bias": ("all", "none"), "qk_norm": False, "layer_scale": False,
+    "activation": ("gelu", "gelu_tanh", "quick_gelu"),
+}  # fmt: skip
+_OF_DINO = {"layer_scale": True, "activation": ("gelu", "gelu_tanh", "quick_gelu", "swiglu")}
+_OF_DINOV2 = _PLAIN | _OF_DINO | {"pool": ("cls", "cls_gap")}
+_OF_SIGLIP = _PLAIN | {"pool": ("map",), "pos_embed": ("patches", "class"), "class_token": False, "qkv_bias": ("all",)}
 
+
+class _Model(NamedTuple):
+    """One of transformers' ViTs."""
+
+    names: Names
+    prefix: str  # of its names in a larger model
+    resizes: str  # its position table: `ViTConfig.pos_resize`
+    has: dict[str, Any]
+
+
+_MODELS = {
+    "vit": _Model(_VIT, "vit.", "bicubic", _PLAIN),
+    "dinov2": _Model(_DINOV2, "dinov2.", "bicubic", _OF_DINOV2),
+    "dinov2_with_registers": _Model(
+        _DINOV2, "dinov2_with_registers.", "bicubic_antialias", _OF_DINOV2 | {"registers": True}
+    ),
+    "dinov3_vit": _Model(
+        _DINOV3, "", "", {k: v for k, v in (_PLAIN | _OF_DINO).items() if k != "registers"}
+        | {"pos_embed": ("none",), "rope_theta": True, "qkv_bias": ("all", "no_key", "none")},
+    ),
+    "clip_vision_model": _Model(
+        _CLIP, "vision_model.", "bicubic", _PLAIN | {"patch_bias": False, "pre_norm": True, "qkv_bias": ("all",)}
+    ),
+    "siglip_vision_model": _Model(_SIGLIP, "vision_model.", "bicubic", _OF_SIGLIP),
+    "siglip2_vision_model": _Model(
+        _SIGLIP._replace(patch_kind="linear"), "vision_model.", "bilinear_antialias", _OF_SIGLIP
+    ),
+}  # fmt: skip
 
 # `hidden_act` to ours.
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }  # fmt: skip
+# Not of the network that makes features: a pooler that classification does not use, what hides patches in training,
+# the text side and the joint space of two towers.
+_SKIPPED = ("pooler.", "embeddings.mask_token", "embeddings.position_ids", "text_model.", "text_projection.",
+            "visual_projection.", "logit_scale", "logit_bias")  # fmt: skip
+
+
+def _model(model_type: str) -> _Model:
+    """The network of a `model_type`.
+
+    Raises:
+      UserError: there is none.
+    """
+    if model_type not in _MODELS:
+        raise UserError(f"model_type = {model_type!r} is none of the ViTs known here: {', '.join(_MODELS)}; use one")
+    return _MODELS[model_type]
+
+
+def _form(model_type: str, config: ViTConfig) -> Form:
+    model = _model(model_type)
+    gated = config.activation == "swiglu" and model.names is _DINOV2
+    names = model.names._replace(**_SWIGLU) if gated else model.names
+    return Form(f"Hugging Face {model_type}", names, model.has)
 
 
 def vit_from_huggingface(state: Mapping[str, np.ndarray], config: ViTConfig, theirs: Mapping[str, Any]) -> Params:
-    """Our parameter tree (`pool="cls"`) of a Hugging Face ViT.
+    """Our parameter tree of a Hugging Face ViT, of which `model_type` says which.
 
-    A `ViTModel` (names without "vit.") gives a tree without `head`; its tanh pooler, which classification does not
-    use, is left out.
+    A model without classifier gives a tree without `head`. Of a model of two towers, whose `config.json` has a
+    `vision_config`, the image tower is taken. What plays no part in its features is left out: the tanh pooler of
+    `ViTModel`, mask tokens.
 
     Args:
       state: name to array, as `model.safetensors` holds them.
       config: under which the weights will be used.
-      theirs: what `config.json` beside the weights holds.
+      theirs: what `config.json` beside the weights holds, or, where that leaves out defaults, transformers'
+        `AutoConfig.from_pretrained(…).to_dict()`.
 
     Raises:
-      UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that `config`
-        would compute otherwise.
+      UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
+        compute, or that `config` would compute otherwise.
     """
-    what = "Hugging Face ViT"
-    heads, eps, activation = (setting(theirs, key) for key in ("num_attention_heads", "layer_norm_eps", "hidden_act"))
-    require_same(
-        what,
-        num_attention_heads=(heads, "ViTConfig.size", size_of(config).heads),
-        pooling=("cls", "ViTConfig.pool", config.pool),
-        layer_norm_eps=(eps, "ViTConfig.norm_eps", config.norm_eps),
-        hidden_act=(ACTIVATIONS.get(activation, activation), "ViTConfig.activation", config.activation),
-    )
-    if not any(k.startswith("vit.") for k in state):
-        state = {f"vit.{k}": v for k, v in state.items() if not k.startswith("pooler.")}
+    theirs = theirs.get("vision_config", theirs)
+    model, form = _model(setting(theirs, "model_type")), _form(theirs["model_type"], config)
+    state = {k.removeprefix(model.prefix): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if not k.startswith(_SKIPPED)}
     head = any(k.startswith("classifier.") for k in state)
-    return import_state(state, _vit_leaves(head), what)
+    heads, eps = (setting(theirs, key) for key in ("num_attention_heads", "layer_norm_eps"))
+    activation = setting(theirs, "hidden_act")
+    gated = theirs.get("use_swiglu_ffn", False) or (theirs.get("use_gated_mlp", False) and activation == "silu")
+    pool = "cls_gap" if head and "cls_gap" in model.has["pool"] else model.has["pool"][0]
+    theta = setting(theirs, "rope_theta") if model.has["rope_theta"] else 0.0
+    require_same(
+        form.what,
+        num_attention_heads=(heads, "ViTConfig.heads", size_of(config).heads),
+        pooling=(pool, "ViTConfig.pool", config.pool),
+        layer_norm_eps=(eps, "ViTConfig.norm_eps", config.norm_eps),
+        hidden_act=(
+            "swiglu" if gated else ACTIVATIONS.get(activation, activation), "ViTConfig.activation", config.activation,
+        ),
+        rope_theta=(theta, "ViTConfig.rope_theta", config.rope_theta),
+        **resized(model.resizes, config),
+    )  # fmt: skip
+    return import_state(state, form.leaves(config, head), form.what)
 
 
 def setting(theirs: Mapping[str, Any], key: str) -> Any:
@@ -84,17 +180,18 @@ def setting(theirs: Mapping[str, Any], key: str) -> Any:
     """
     if key not in theirs:
         raise UserError(
-            f"the Hugging Face configuration lacks {key!r}; give all that config.json beside the weights holds"
+            f"the Hugging Face configuration lacks {key!r}; give all that config.json beside the weights holds, or "
+            "AutoConfig.from_pretrained(…).to_dict(), which has the defaults too"
         )
     return theirs[key]
 
 
-def vit_to_huggingface(params: Params) -> dict[str, np.ndarray]:
-    """The state of `ViTForImageClassification` for our ViT tree: the inverse of `vit_from_huggingface`.
+def vit_to_huggingface(params: Params, config: ViTConfig, model_type: str = "vit") -> dict[str, np.ndarray]:
+    """The state of a model of `model_type` for our ViT tree: the inverse of `vit_from_huggingface`.
 
     Raises:
-      UserError: `params` is not a ViT tree, or pools by the mean, which Hugging Face's ViT cannot.
+      UserError: `params` is not the tree of `config`, or that model is another network.
     """
-    if "cls_token" not in params:
-        raise UserError('a Hugging Face ViT has no mean pooling: train with config.model.pool="cls", or export to timm')
-    return export_tree(params, _vit_leaves("head" in params), "ViT")
+    state = export_tree(params, _form(model_type, config).leaves(config, "head" in params), "ViT")
+    prefix = _model(model_type).prefix
+    return {k if k.startswith("classifier.") else f"{prefix}{k}": v for k, v in state.items()}

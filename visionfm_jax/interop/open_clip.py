@@ -17,7 +17,7 @@ import numpy as np
 
 from visionfm_jax.config import TextConfig
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.timm import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
 from visionfm_jax.models.text import size_of
 
 # The image tower, and a mask that follows from the positions, which older files hold.

@@ -1,97 +1,60 @@
-"""ViT weights in timm's names and layout, to and from our tree; and the machinery that any torch naming shares.
+"""ViT weights in timm's names and layout, to and from our tree.
 
-Source: timm 1.0 `VisionTransformer.state_dict()`. Checked against timm itself in `tests/parity`.
-
-Names and shapes do not tell everything that a network computes: heads, pooling, the epsilon of norms, activations. Each
-importer asks for these as well, in its library's words, and compares them with the configuration under which the
-weights will be used: what differs is refused.
-
-A naming is a tuple of `Leaf`: one for each array of our tree, with the torch tensors it is made of. Letters in
-shapes: D width, M hidden width of the MLP, P patch side in pixels, T rows of the position table (the class token's
-first), C classes, L layers.
+Source: timm 1.0, `VisionTransformer.state_dict()` (AugReg, DeiT-3, DINOv2, CLIP, SigLIP), and `Eva.state_dict()` as its
+DINOv3 models have it. Checked against timm itself in `tests/parity`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 
 from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
+from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.vit import Form, Names
 from visionfm_jax.models.vit import size_of
 
-Params = dict[str, Any]  # nested dicts of arrays
-Size = int | str  # a fixed number, a letter, or "3D" for three times D
+_POOL = (
+    Leaf("pool/probe", ("attn_pool.latent",), "table", (1, 1, "D")),
+    *affine("pool/attn/query", "attn_pool.q", "linear", "D", "D"),
+    *(
+        leaf._replace(part=(i, 2))
+        for i, ours in enumerate(("pool/attn/key", "pool/attn/value"))
+        for leaf in affine(ours, "attn_pool.kv", "linear", "2D", "D")
+    ),
+    *affine("pool/attn/out", "attn_pool.proj", "linear", "D", "D"),
+    *layer_norm("pool/norm", "attn_pool.norm"),
+    *affine("pool/mlp/fc1", "attn_pool.mlp.fc1", "linear", "M", "D"),
+    *affine("pool/mlp/fc2", "attn_pool.mlp.fc2", "linear", "D", "M"),
+)
+_NAMES = Names(
+    patches="patch_embed.proj", cls_token="cls_token", registers="reg_token", table="pos_embed", norm_pre="norm_pre",
+    block="blocks.{}.", ln1="norm1", qkv=("attn.qkv",), out="attn.proj", ln2="norm2",
+    fc1="mlp.fc1", gate="mlp.fc1", fc2="mlp.fc2", qk_norm=("attn.q_norm", "attn.k_norm"),
+    layer_scale=("ls1.gamma", "ls2.gamma"), norm="norm", head="head",
+)  # fmt: skip
 
 
-class Leaf(NamedTuple):
-    """An array of our tree and the torch tensors that it holds."""
-
-    ours: str  # path in our tree, e.g. "blocks/mlp/fc1/kernel"
-    theirs: tuple[str, ...]  # names, concatenated along our last dim; "{}" is the layer, stacked along our first
-    kind: str  # a key of IMPORT and EXPORT
-    shape: tuple[Size, ...]  # of each torch tensor
-
-
-# Torch's layout to ours, one tensor at a time.
-IMPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "vector": lambda x: x,  # and all else that both lay out alike
-    "linear": lambda x: x.T,  # torch keeps (out, in)
-    "patches": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # (D, 3, P, P) to (P*P*3, D), rows h, w, c
-    "table": lambda x: x[0],  # (1, T, D) to (T, D)
-    "token": lambda x: x[0, 0],  # (1, 1, D) to (D,)
-    "heads": lambda x: x[:, 0, 0],  # (N, 1, 1) to (N,)
-}
-EXPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "vector": lambda x: x,
-    "linear": lambda x: x.T,
-    "patches": lambda x: x.reshape(*2 * (math.isqrt(x.shape[0] // 3),), 3, -1).transpose(3, 2, 0, 1),
-    "table": lambda x: x[None],
-    "token": lambda x: x[None, None],
-    "heads": lambda x: x[:, None, None],
-}
-
-
-def affine(ours: str, theirs: str, kind: str, out: Size, inner: Size) -> tuple[Leaf, Leaf]:
-    """The weight and the bias of a Linear layer; `theirs` may hold several names, separated by spaces."""
-    names = theirs.split()
-    return (
-        Leaf(f"{ours}/kernel", tuple(f"{n}.weight" for n in names), kind, (out, inner)),
-        Leaf(f"{ours}/bias", tuple(f"{n}.bias" for n in names), "vector", (out,)),
-    )
-
-
-def layer_norm(ours: str, theirs: str) -> tuple[Leaf, Leaf]:
-    """The scale and the bias of a LayerNorm over D."""
-    return (
-        Leaf(f"{ours}/scale", (f"{theirs}.weight",), "vector", ("D",)),
-        Leaf(f"{ours}/bias", (f"{theirs}.bias",), "vector", ("D",)),
-    )
-
-
-def _vit_leaves(pool: str, head: bool) -> tuple[Leaf, ...]:
-    block = "blocks.{}."
-    leaves = (
-        Leaf("embed/kernel", ("patch_embed.proj.weight",), "patches", ("D", 3, "P", "P")),
-        Leaf("embed/bias", ("patch_embed.proj.bias",), "vector", ("D",)),
-        Leaf("pos_embed", ("pos_embed",), "table", (1, "T", "D")),
-        *layer_norm("blocks/ln1", block + "norm1"),
-        *affine("blocks/attn/qkv", block + "attn.qkv", "linear", "3D", "D"),
-        *affine("blocks/attn/out", block + "attn.proj", "linear", "D", "D"),
-        *layer_norm("blocks/ln2", block + "norm2"),
-        *affine("blocks/mlp/fc1", block + "mlp.fc1", "linear", "M", "D"),
-        *affine("blocks/mlp/fc2", block + "mlp.fc2", "linear", "D", "M"),
-        *layer_norm("norm", "norm" if pool == "cls" else "fc_norm"),  # before pooling the class token; after the mean
-    )
-    if pool == "cls":
-        leaves += (Leaf("cls_token", ("cls_token",), "token", (1, 1, "D")),)
-    if head:
-        leaves += affine("head", "head", "linear", "C", "D")
-    return leaves
+def _form(config: ViTConfig) -> Form:
+    """timm's network that computes `config`: with rotary positions an `Eva`, else a `VisionTransformer`."""
+    if config.rope_theta:
+        names = _NAMES._replace(
+            layer_scale=("gamma_1", "gamma_2"), gate="mlp.fc1_g", qkv_bias=("attn.q_bias", "attn.v_bias"),
+            fc1="mlp.fc1_x" if config.activation == "swiglu" else "mlp.fc1",
+        )  # fmt: skip
+        has = {"pool": ("cls", "norm_gap"), "pos_embed": ("none",), "qkv_bias": ("no_key", "none"),
+               "activation": ("gelu", "swiglu"), "pre_norm": False}  # fmt: skip
+        return Form("timm Eva", names, has)
+    names = _NAMES
+    if config.pool == "gap":
+        names = names._replace(norm="fc_norm")  # after the mean
+    if config.pool == "map":
+        names = names._replace(pool=_POOL)
+    has = {"pool": ("cls", "gap", "norm_gap", "map"), "pos_embed": ("patches", "class", "all"),
+           "qkv_bias": ("all", "none"), "patch_bias": not config.pre_norm}  # fmt: skip
+    return Form("timm ViT", names, has)
 
 
 def vit_from_timm(
@@ -102,12 +65,14 @@ def vit_from_timm(
     global_pool: str,
     norm_eps: float,
     act_layer: str,
+    no_embed_class: bool = False,
+    rope_temperature: float = 0.0,
 ) -> Params:
-    """Our parameter tree of a timm `VisionTransformer`.
+    """Our parameter tree of a timm `VisionTransformer`, or of an `Eva` as DINOv3's.
 
-    Width, depth, patch size and classes are read off the state itself. `pool="cls"` is timm's
-    `global_pool="token"`; `pool="gap"` its `class_token=False, global_pool="avg"`. A state without a head
-    (`num_classes=0`) gives a tree without `head`.
+    Width, depth, patch size and classes are read off the state itself. `pool` is "gap" for timm's
+    `global_pool="avg"` with an `fc_norm`, "norm_gap" without; "cls" for "token"; "map" for "map". Prefix tokens are not
+    pooled (timm's `pool_include_prefix=False`). A state without a head (`num_classes=0`) gives a tree without `head`.
 
     Args:
       state: name to array, as `model.state_dict()` or a `.safetensors` file holds them.
@@ -115,161 +80,55 @@ def vit_from_timm(
       num_heads: of timm's model, `model.blocks[0].attn.num_heads`.
       global_pool: likewise, `model.global_pool`, which `config.json` of a hub folder holds too.
       norm_eps: likewise, `model.blocks[0].norm1.eps`; timm's default is 1e-6.
-      act_layer: likewise, "gelu" by default.
+      act_layer: likewise, "gelu" by default; "swiglu" for `SwiGLUPacked` and `swiglu_mlp`.
+      no_embed_class: likewise, `model.no_embed_class`; needed where there are a position table and tokens before the
+        patches'.
+      rope_temperature: of an `Eva`, `model.rope.temperature`, 100 for DINOv3, with `rope_type="dinov3"` and
+        `rope_rotate_half=True`.
 
     Raises:
       UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
         compute, or that `config` would compute otherwise.
     """
-    pool = {"token": "cls", "avg": "gap"}.get(global_pool)
-    if pool is None or (pool == "cls") != ("cls_token" in state):
+    pool = {"token": "cls", "avg": "gap" if "fc_norm.weight" in state else "norm_gap", "map": "map"}.get(global_pool)
+    if pool is None or (global_pool == "token" and "cls_token" not in state):
         token = "with" if "cls_token" in state else "without"
         raise UserError(
             f'a timm ViT of global_pool="{global_pool}" {token} a class token is none of ours, which are global_pool='
-            '"token", and "avg" without a class token; use one of these'
+            '"token", "avg" and "map"; use one of these'
         )
+    table = "none"
+    if "pos_embed" in state:
+        table = "patches" if no_embed_class else "all" if "reg_token" in state else "class"
+    ours = config.pos_embed
+    if table == "patches" and ours == "class" and not config.has_class_token:
+        ours = "patches"  # the same
     require_same(
         "timm ViT",
-        num_heads=(num_heads, "ViTConfig.size", size_of(config).heads),
+        num_heads=(num_heads, "ViTConfig.heads", size_of(config).heads),
         global_pool=(pool, "ViTConfig.pool", config.pool),
         norm_eps=(norm_eps, "ViTConfig.norm_eps", config.norm_eps),
         act_layer=(act_layer, "ViTConfig.activation", config.activation),
+        pos_embed=(table, "ViTConfig.pos_embed", ours),
+        rope_temperature=(rope_temperature, "ViTConfig.rope_theta", config.rope_theta),
+        **resized("bicubic_antialias", config),
     )
-    head = any(k.startswith("head.") for k in state)
-    return import_state(state, _vit_leaves(pool, head), "timm ViT")
+    form = _form(config)
+    return import_state(state, form.leaves(config, any(k.startswith("head.") for k in state)), form.what)
 
 
-def vit_to_timm(params: Params) -> dict[str, np.ndarray]:
+def vit_to_timm(params: Params, config: ViTConfig) -> dict[str, np.ndarray]:
     """The timm state of our ViT tree: the inverse of `vit_from_timm`.
 
     Raises:
-      UserError: `params` is not a ViT tree: its missing and unknown leaves.
+      UserError: `params` is not the tree of `config`: its missing and unknown leaves; or no network of timm's is that
+        of `config`.
     """
-    pool = "cls" if "cls_token" in params else "gap"
-    return export_tree(params, _vit_leaves(pool, "head" in params), "ViT")
+    return export_tree(params, _form(config).leaves(config, "head" in params), "ViT")
 
 
-def require_same(what: str, **facts: tuple[Any, str, Any]) -> None:
-    """Refuse weights of a model that the configuration would compute otherwise.
-
-    Args:
-      what: the model, for errors.
-      facts: of each property in the library's words: its value there, our field, and its value here.
-
-    Raises:
-      UserError: all that differ, in one line.
-    """
-    wrong = [
-        f"{name} is {theirs!r}, but {field} makes it {ours!r}"
-        for name, (theirs, field, ours) in facts.items()
-        if theirs != ours
-    ]
-    if wrong:
-        raise UserError(
-            f"the {what} and the configuration compute different things: {'; '.join(wrong)}. Set the fields to what "
-            "the weights were trained with"
-        )
-
-
-def import_state(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...], what: str) -> Params:
-    """Our tree, made of the tensors of `state` by the naming `leaves`; `what` names the model in errors.
-
-    Raises:
-      UserError: missing or unknown names, or wrong shapes.
-    """
-    depth = _depth(state, leaves)
-    wanted = {name: leaf for leaf in leaves for name in _names(leaf, depth)}
-    problems = _differences(set(state), set(wanted)) or _wrong_shapes(state, wanted)
-    if problems:
-        raise UserError(f"the state is no {what} of {depth} layers: {'; '.join(problems)}. Check which model wrote it")
-    params: Params = {}
-    for leaf in leaves:
-        convert = IMPORT[leaf.kind]
-
-        def joined(layer: int, leaf: Leaf = leaf, convert: Callable = convert) -> np.ndarray:
-            parts = [convert(np.asarray(state[name.format(layer)])) for name in leaf.theirs]
-            return np.concatenate(parts, -1) if len(parts) > 1 else parts[0].copy()
-
-        value = np.stack([joined(i) for i in range(depth)]) if _stacked(leaf) else joined(0)
-        *parents, last = leaf.ours.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return params
-
-
-def export_tree(params: Params, leaves: tuple[Leaf, ...], what: str) -> dict[str, np.ndarray]:
-    """The torch state of our tree by the naming `leaves`, contiguous arrays; `what` names the model in errors.
-
-    Raises:
-      UserError: missing or unknown leaves.
-    """
-    flat = flatten(params)
-    problems = _differences(set(flat), {leaf.ours for leaf in leaves})
-    if problems:
-        raise UserError(f"the parameters are no {what} tree: {'; '.join(problems)}. Check which model they belong to")
-    state = {}
-    for leaf in leaves:
-        value = np.asarray(flat[leaf.ours])
-        for i, layer in enumerate(value) if _stacked(leaf) else [(0, value)]:
-            parts = np.split(layer, len(leaf.theirs), axis=-1) if len(leaf.theirs) > 1 else [layer]
-            for name, part in zip(leaf.theirs, parts, strict=True):
-                state[name.format(i)] = np.array(EXPORT[leaf.kind](part), order="C")
-    return state
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} as {"a/b": x}."""
-    out = {}
-    for key, value in params.items():
-        out.update(flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return out
-
-
-def _stacked(leaf: Leaf) -> bool:
-    return "{}" in leaf.theirs[0]
-
-
-def _names(leaf: Leaf, depth: int) -> list[str]:
-    return [name.format(i) for name in leaf.theirs for i in range(depth if _stacked(leaf) else 1)]
-
-
-def _depth(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...]) -> int:
-    """One more than the highest layer that any name speaks of; at least 1."""
-    name = next(leaf.theirs[0] for leaf in leaves if _stacked(leaf))
-    pattern = re.compile(re.escape(name[: name.index("{}")]) + r"(\d+)\.")
-    return 1 + max((int(m.group(1)) for m in map(pattern.match, state) if m), default=0)
-
-
-def _differences(got: set[str], wanted: set[str]) -> list[str]:
-    pairs = (("missing", wanted - got), ("unknown", got - wanted))
-    return [f"{what} {_some(sorted(names))}" for what, names in pairs if names]
-
-
-def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -> list[str]:
-    """Shapes against the naming's; a letter means what it stood for in the first name that has it."""
-    letters: dict[str, int] = {}
-    wrong = []
-    for name, leaf in wanted.items():
-        shape = tuple(np.shape(state[name]))
-        if len(shape) == len(leaf.shape):
-            for size, n in zip(leaf.shape, shape, strict=True):
-                if isinstance(size, str) and len(size) == 1:
-                    letters.setdefault(size, n)
-        expected = tuple(_number(size, letters) for size in leaf.shape)
-        if shape != expected:
-            wrong.append(f"{name} {shape} instead of {expected}".replace("'", ""))
-    return [f"wrong shapes {_some(wrong)}"] if wrong else []
-
-
-def _number(size: Size, letters: Mapping[str, int]) -> Size:
-    if isinstance(size, int):
-        return size
-    times, letter = int(size[:-1] or 1), size[-1]
-    return times * letters[letter] if letter in letters else size
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def resized(how: str, config: ViTConfig) -> dict[str, tuple[str, str, str]]:
+    """For `require_same`: how a library takes its position table to other images, where the configuration does."""
+    if config.pos_embed == "none" or config.pos_image_size in (0, config.image_size):
+        return {}
+    return {"resizing": (how, "ViTConfig.pos_resize", config.pos_resize)}

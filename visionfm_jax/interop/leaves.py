@@ -1,0 +1,204 @@
+"""The machinery that every naming of weights shares: arrays of our trees made of torch tensors, and the reverse.
+
+Names and shapes do not tell everything that a network computes: heads, pooling, the epsilon of norms, activations. Each
+importer asks for these as well, in its library's words, and compares them with the configuration under which the
+weights will be used: what differs is refused.
+
+A naming is a tuple of `Leaf`: one for each array of our tree, with the torch tensors it is made of. Letters in
+shapes: D width, M hidden width of the MLP, P patch side in pixels, T rows of the position table (the class token's
+first), C classes, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from visionfm_jax.errors import UserError
+
+Params = dict[str, Any]  # nested dicts of arrays
+Size = int | str  # a fixed number, a letter, or "3D" for three times D
+
+
+class Leaf(NamedTuple):
+    """An array of our tree and the torch tensors that it holds."""
+
+    ours: str  # path in our tree, e.g. "blocks/mlp/fc1/kernel"
+    theirs: tuple[str, ...]  # names, concatenated along our last dim; "{}" is the layer, stacked along our first
+    kind: str  # a key of IMPORT and EXPORT
+    shape: tuple[Size, ...]  # of each torch tensor
+    part: tuple[int, int] = (0, 1)  # of each torch tensor's first dim: the i-th of n equal parts
+
+
+# Torch's layout to ours, one tensor at a time.
+IMPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "vector": lambda x: x,  # and all else that both lay out alike
+    "linear": lambda x: x.T,  # torch keeps (out, in)
+    "patches": lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),  # (D, 3, P, P) to (P*P*3, D), rows h, w, c
+    "table": lambda x: x[0],  # (1, T, D) to (T, D)
+    "token": lambda x: x[0, 0],  # (1, 1, D) to (D,)
+    "heads": lambda x: x[:, 0, 0],  # (N, 1, 1) to (N,)
+}
+EXPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "vector": lambda x: x,
+    "linear": lambda x: x.T,
+    "patches": lambda x: x.reshape(*2 * (math.isqrt(x.shape[0] // 3),), 3, -1).transpose(3, 2, 0, 1),
+    "table": lambda x: x[None],
+    "token": lambda x: x[None, None],
+    "heads": lambda x: x[:, None, None],
+}
+
+
+def affine(ours: str, theirs: str, kind: str, out: Size, inner: Size) -> tuple[Leaf, Leaf]:
+    """The weight and the bias of a Linear layer; `theirs` may hold several names, separated by spaces."""
+    names = theirs.split()
+    return (
+        Leaf(f"{ours}/kernel", tuple(f"{n}.weight" for n in names), kind, (out, inner)),
+        Leaf(f"{ours}/bias", tuple(f"{n}.bias" for n in names), "vector", (out,)),
+    )
+
+
+def layer_norm(ours: str, theirs: str, width: Size = "D") -> tuple[Leaf, Leaf]:
+    """The scale and the bias of a LayerNorm over `width`."""
+    return (
+        Leaf(f"{ours}/scale", (f"{theirs}.weight",), "vector", (width,)),
+        Leaf(f"{ours}/bias", (f"{theirs}.bias",), "vector", (width,)),
+    )
+
+
+def require_same(what: str, **facts: tuple[Any, str, Any]) -> None:
+    """Refuse weights of a model that the configuration would compute otherwise.
+
+    Args:
+      what: the model, for errors.
+      facts: of each property in the library's words: its value there, our field, and its value here.
+
+    Raises:
+      UserError: all that differ, in one line.
+    """
+    wrong = [
+        f"{name} is {theirs!r}, but {field} makes it {ours!r}"
+        for name, (theirs, field, ours) in facts.items()
+        if theirs != ours
+    ]
+    if wrong:
+        raise UserError(
+            f"the {what} and the configuration compute different things: {'; '.join(wrong)}. Set the fields to what "
+            "the weights were trained with"
+        )
+
+
+def import_state(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...], what: str) -> Params:
+    """Our tree, made of the tensors of `state` by the naming `leaves`; `what` names the model in errors.
+
+    Raises:
+      UserError: missing or unknown names, or wrong shapes.
+    """
+    depth = _depth(state, leaves)
+    wanted = {name: leaf for leaf in leaves for name in _names(leaf, depth)}
+    problems = _differences(set(state), set(wanted)) or _wrong_shapes(state, wanted)
+    if problems:
+        raise UserError(
+            f"the state is no {what} of {depth} layers: {'; '.join(problems)}. Check which model wrote "
+            "it, and the fields of the configuration"
+        )
+    params: Params = {}
+    for leaf in leaves:
+        convert = IMPORT[leaf.kind]
+
+        def joined(layer: int, leaf: Leaf = leaf, convert: Callable = convert) -> np.ndarray:
+            tensors = [np.asarray(state[name.format(layer)]) for name in leaf.theirs]
+            i, n = leaf.part
+            parts = [convert(np.split(t, n)[i] if n > 1 else t) for t in tensors]
+            return np.concatenate(parts, -1) if len(parts) > 1 else parts[0].copy()
+
+        value = np.stack([joined(i) for i in range(depth)]) if _stacked(leaf) else joined(0)
+        *parents, last = leaf.ours.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return params
+
+
+def export_tree(params: Params, leaves: tuple[Leaf, ...], what: str) -> dict[str, np.ndarray]:
+    """The torch state of our tree by the naming `leaves`, contiguous arrays; `what` names the model in errors.
+
+    Raises:
+      UserError: missing or unknown leaves.
+    """
+    flat = flatten(params)
+    problems = _differences(set(flat), {leaf.ours for leaf in leaves})
+    if problems:
+        raise UserError(f"the parameters are no {what} tree: {'; '.join(problems)}. Check which model they belong to")
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for leaf in leaves:
+        value = np.asarray(flat[leaf.ours])
+        for i, layer in enumerate(value) if _stacked(leaf) else [(0, value)]:
+            parts = np.split(layer, len(leaf.theirs), axis=-1) if len(leaf.theirs) > 1 else [layer]
+            for name, part in zip(leaf.theirs, parts, strict=True):
+                tensor = np.array(EXPORT[leaf.kind](part), order="C")
+                found.setdefault(name.format(i), {})[leaf.part[0]] = tensor
+    return {
+        name: np.concatenate([own[i] for i in sorted(own)]) if len(own) > 1 else own[0] for name, own in found.items()
+    }
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} as {"a/b": x}."""
+    out = {}
+    for key, value in params.items():
+        out.update(flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return out
+
+
+def _stacked(leaf: Leaf) -> bool:
+    return "{}" in leaf.theirs[0]
+
+
+def _names(leaf: Leaf, depth: int) -> list[str]:
+    return [name.format(i) for name in leaf.theirs for i in range(depth if _stacked(leaf) else 1)]
+
+
+def _depth(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...]) -> int:
+    """One more than the highest layer that any name speaks of; at least 1."""
+    name = next(leaf.theirs[0] for leaf in leaves if _stacked(leaf))
+    pattern = re.compile(re.escape(name[: name.index("{}")]) + r"(\d+)\.")
+    return 1 + max((int(m.group(1)) for m in map(pattern.match, state) if m), default=0)
+
+
+def _differences(got: set[str], wanted: set[str]) -> list[str]:
+    pairs = (("missing", wanted - got), ("unknown", got - wanted))
+    return [f"{what} {_some(sorted(names))}" for what, names in pairs if names]
+
+
+def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -> list[str]:
+    """Shapes against the naming's; a letter means what it stood for in the first name that has it."""
+    letters: dict[str, int] = {}
+    wrong = []
+    for name, leaf in wanted.items():
+        shape = tuple(np.shape(state[name]))
+        if len(shape) == len(leaf.shape):
+            for size, n in zip(leaf.shape, shape, strict=True):
+                if isinstance(size, str) and len(size) == 1:
+                    letters.setdefault(size, n)
+        expected = tuple(_number(size, letters) for size in leaf.shape)
+        if shape != expected:
+            wrong.append(f"{name} {shape} instead of {expected}".replace("'", ""))
+    return [f"wrong shapes {_some(wrong)}"] if wrong else []
+
+
+def _number(size: Size, letters: Mapping[str, int]) -> Size:
+    if isinstance(size, int):
+        return size
+    times, letter = int(size[:-1] or 1), size[-1]
+    return times * letters[letter] if letter in letters else size
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
