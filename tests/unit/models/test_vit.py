@@ -178,6 +178,20 @@ def test_stochastic_depth_is_drawn_by_keys_and_spares_the_first_block():
     np.testing.assert_allclose(run(params, images, keys), run(params, images), rtol=2e-5, atol=2e-5)
 
 
+def test_both_hidden_layers_of_a_gated_mlp_are_saved_by_name():
+    saved = {}
+    for remat in ("dots", "full"):
+        model = ViT(everything(remat=remat, activation="swiglu", pool="gap"), 0)
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
+
+        def pull(p, model=model):
+            return jax.vjp(lambda q: model.apply(q, jnp.zeros((4, 28, 28, 3))).sum(), p)[1]
+
+        saved[remat] = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull, params))]
+    hidden = (3, 4, 8, 48)  # (L, B, T, M)
+    assert (saved["dots"].count(hidden), saved["full"].count(hidden)) == (2, 0)
+
+
 @pytest.mark.full_size
 def test_full_size_counts():
     assert count(shapes(ViTConfig(size="H", pool="cls"), 21_841)) == 658_743_121
