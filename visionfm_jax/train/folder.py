@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import json
@@ -123,7 +124,11 @@ def refuse_links(folder: str | Path) -> None:
 
 
 def _refuse_links(folder: str | Path) -> None:
-    for at, folders, files in os.walk(folder):
+    def unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError) and error.errno != errno.ELOOP:
+            raise error  # what is in there could be written to without having been seen
+
+    for at, folders, files in os.walk(folder, onerror=unreadable):
         for name in (*folders, *files):
             path = Path(at, name)
             try:

@@ -13,7 +13,7 @@ import pytest
 from visionfm_jax import storage
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.errors import ConfigError, OutputError, StorageError, UserError
+from visionfm_jax.errors import ConfigError, DataError, OutputError, StorageError, UserError
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.provenance import provenance_of, settings_files
 
@@ -134,8 +134,24 @@ def test_a_pipe_in_the_run_folder_is_refused(tmp_path):
         RunFolder(config_in(tmp_path), owner=True)
 
 
+def test_a_folder_whose_names_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """It may be writable: a link in it would be followed unseen."""
+    (tmp_path / "tensorboard").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "tensorboard":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    refuse_links(tmp_path / "new")
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied: .*tensorboard"):
+        refuse_links(tmp_path)
+
+
 def test_a_run_may_rename_its_files_meanwhile(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "walk", lambda folder: [(str(folder), ["checkpoints"], ["config.tmp"])])
+    monkeypatch.setattr(os, "walk", lambda folder, **_: [(str(folder), ["checkpoints"], ["config.tmp"])])
     refuse_links(tmp_path)
 
 
