@@ -19,7 +19,7 @@ PROGRAM = """
 import functools, sys
 from pathlib import Path
 from visionfm_jax.parallel import cluster
-me, _ = cluster.initialize(timeout=60)
+me, _ = cluster.initialize(timeout=120)
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from visionfm_jax import storage
@@ -97,7 +97,7 @@ def test_what_one_process_sees_or_finds_damaged_counts_for_all(tmp_path):
         for i in range(2)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=120) for process in two]
+        said = [process.communicate(timeout=240) for process in two]
     finally:
         for process in two:
             process.kill()
