@@ -113,7 +113,10 @@ def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, lis
     if kept:
         _take(out, _with_defaults(kept["config"], config), "", path, changed)
     [first] = settings_files(folder, 0, 0)
-    if begun := read_provenance(folder, first).settings.get("config", {}).get("checkpoint"):
+    begun = read_provenance(folder, first).settings.get("config", {}).get("checkpoint", {})
+    if not isinstance(begun, dict):
+        raise ConfigError(f"{first} is damaged: its config.checkpoint = {begun!r:.80} holds no fields; move it away")
+    if begun:
         for leaf in ("resume", "weights"):  # the path may be another one now, but not be there where none was
             then = begun.get(leaf) and (getattr(out.checkpoint, leaf) or begun[leaf])
             setattr(out.checkpoint, leaf, then)

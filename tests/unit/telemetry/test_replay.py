@@ -222,6 +222,15 @@ def test_another_kind_of_run_is_refused(tmp_path):
         with_settings(config, tmp_path, tmp_path / "config.json")
 
 
+def test_settings_whose_checkpoint_holds_no_fields_are_refused(tmp_path):
+    config = run_with(tmp_path, lambda c: None)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    kept["config"]["checkpoint"] = [1]
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match=r"config.json is damaged: its config.checkpoint = \[1\] holds no fields"):
+        with_settings(config, tmp_path, tmp_path / "config.json")
+
+
 def test_settings_that_break_a_rule_are_refused(tmp_path):
     config = run_with(tmp_path, lambda c: setattr(c.optim, "lr", [1]))
     with pytest.raises(ConfigError, match=r"config.json does not fit this release or this command: config.optim.lr = "):

@@ -221,6 +221,7 @@ WHOLE = '"order": [], "grain": "0", "tokenizer": ""'
     "content",
     [b"", b'{"config": {"name": "fo', b"[1, 2]", b'{"other": 1}', b"\x00\xff\xfe" * 20, b"[" * 100_000, b'"\xc3("',
      f'{{"config": 1, {WHOLE}, "sources": [1]}}'.encode(), f'{{"config": [], {WHOLE}, "sources": [{{}}]}}'.encode()],
+    ids=["empty", "cut", "list", "other", "binary", "deep", "no text", "numbers", "lists"],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line(kept, name, content):
     folder, new = kept
