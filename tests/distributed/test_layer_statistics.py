@@ -29,7 +29,7 @@ def measured() -> Callable[..., list[Layer]]:
 
     def loss(params: dict, rows: dict, keys: jax.Array) -> tuple[jax.Array, dict]:
         factor = rows["factor"][:, None, None, None]
-        trainer.task._logits = lambda params, images: logits(params, images * factor)
+        trainer.task._logits = lambda params, images, *keys: logits(params, images * factor, *keys)
         return plain(params, {k: v for k, v in rows.items() if k != "factor"}, keys)
 
     trainer.task.loss = loss
