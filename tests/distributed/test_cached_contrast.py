@@ -37,6 +37,8 @@ from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer, make_step
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BATCH, SIZE, LENGTH, WORDS, WIDTH = 32, 32, 8, 32, 16
 TASKS = {
     "aurora": MultimodalConfig(tokenizer="-", mask_unit=8, blind=0.3),
@@ -108,11 +110,8 @@ def weights(shapes: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """And quickly compiled, which takes nearly all the time."""
     SIZES["single"] = Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     del SIZES["single"]
     compiled.cache_clear()
 

@@ -29,6 +29,8 @@ from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.contrastive import mix_pairs, pair_shares
 from visionfm_jax.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 BATCH, SIZE, LENGTH, END = 16, 32, 8, 99
 STEPS = 3
 
@@ -75,11 +77,8 @@ def batches(count: int) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """And quickly compiled, which takes nearly all the time."""
     SIZES["small"] = Size(8, (2, 1, 1, 1), (1, 1, 2, 2))
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     del SIZES["small"]
 
 

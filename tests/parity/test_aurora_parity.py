@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from visionfm_jax.losses.masked import enlarge, pixel_loss
 from visionfm_jax.models import aurora, decoder, layers, swin_v2
 from visionfm_jax.models.aurora import Aurora
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HERE = Path(__file__).parent
 
 
@@ -33,14 +35,6 @@ class Reference(NamedTuple):
     model: Aurora
     params: dict
     forward: Callable[[dict], dict[str, jax.Array]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles() -> Iterator[None]:
-    """Compiling takes nearly all the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def read(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

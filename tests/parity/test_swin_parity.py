@@ -26,6 +26,8 @@ from visionfm_jax.interop.swin_v2 import (
 )
 from visionfm_jax.models import swin_v2
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("swin_") for p in HERE.glob("swin_*.npz"))
 TO = {"timm": swin_v2_to_timm, "huggingface": swin_v2_to_huggingface}

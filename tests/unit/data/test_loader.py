@@ -231,11 +231,11 @@ class Failing(Pictures):
         return super().__getitem__(index)
 
 
-def test_storage_that_fails_for_a_moment_changes_nothing(caplog):
+def test_storage_that_fails_for_a_moment_changes_nothing(capsys):
     shaky = load(2, [Failing(13, times=2)])
     for a, b in zip(load(2), shaky, strict=True):
         np.testing.assert_equal(a, b)
-    assert "cannot be read ([Errno 5] Input/output error); trying again in 0 s" in caplog.text
+    assert "cannot be read: [Errno 5] Input/output error; trying again in 0 s" in capsys.readouterr().err
 
 
 def test_a_label_that_is_no_class_is_a_damaged_record():

@@ -15,6 +15,8 @@ from visionfm_jax.models.aurora import Aurora, forward_flops
 from visionfm_jax.models.decoder import View
 from visionfm_jax.models.generate import Decoding, generate
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LENGTH, VOCAB, BEGIN, END, MASK, EMBED, PIXELS = 8, 32, 1, 2, 4, 24, 32
 TOKENS = np.array([[1, 9, 5, 6, 30, 3, 7, 2], [1, 2, 0, 0, 0, 0, 0, 0], [1, 11, 8, 31, 2, 0, 0, 0]], np.int32)
 IMAGES = np.random.default_rng(0).normal(size=(3, PIXELS, PIXELS, 3)).astype(np.float32)
@@ -24,12 +26,9 @@ MAP = np.random.default_rng(1).normal(size=(3, 2, 3, 128)).astype(np.float32)
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    """And quickly compiled, which takes nearly all the time."""
     swin_v2.SIZES["small"] = swin_v2.Size(16, (1, 1, 1, 1), (1, 1, 2, 2))
     decoder.SIZES["small"] = decoder.Size(32, (2, 2), 4)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     for sizes in (swin_v2.SIZES, decoder.SIZES):
         del sizes["small"]
 

@@ -14,6 +14,8 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import decoder
 from visionfm_jax.models.decoder import Lower, Size, Upper, View, empty_past, forward_flops, size_of, view_of
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SIZE = Size(32, (2, 2), 4)
 LENGTH, VOCAB, END, IMAGE = 8, 32, 2, 5
 # Texts of 8, 2 and 5 tokens; after the end, zeros.
@@ -29,11 +31,8 @@ class Halves(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    """And quickly compiled, which takes nearly all the time."""
     decoder.SIZES["small"] = SIZE
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     del decoder.SIZES["small"]
 
 

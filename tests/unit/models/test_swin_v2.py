@@ -30,6 +30,8 @@ from visionfm_jax.models.swin_v2 import (
     windows_of,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = Size(16, (2, 4, 1, 1), (1, 2, 2, 4))
 
 
