@@ -24,6 +24,8 @@ from visionfm_jax.losses.contrastive import Targets, clip_loss, normalize, sigmo
 from visionfm_jax.models import clip, layers, swin_v2, text
 from visionfm_jax.parallel.mesh import BATCH, all_rows, first_row, make_mesh
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("text_") for p in HERE.glob("text_*.npz"))
 

@@ -22,6 +22,8 @@ from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_from_timm, vit_to_timm
 from visionfm_jax.models.vit import ViT
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HERE = Path(__file__).parent
 NAMES = {p.stem.removeprefix("dialect_"): p for p in sorted(HERE.glob("dialect_*.npz"))}
 # Of the peer's names, what has no place in our tree.
@@ -90,8 +92,7 @@ def test_outputs_and_gradients_at_two_resolutions(name: str) -> None:
         return (out * data["cotangent"].astype(np.float32)).sum(), out
 
     for i in (0, 1):
-        with jax.disable_jit():  # to compile the programs of all cases takes minutes; small steps are shared
-            gradients, outputs = jax.grad(product, has_aux=True)(params, images[i])
+        gradients, outputs = jax.jit(jax.grad(product, has_aux=True))(params, images[i])
         check_forward(outputs, data[f"outputs{i}"], f"images{i}")
         sizes = {k: sample(v).shape for k, v in reference.state.items()}
         theirs = {k: v for k, v in tensors(data["gradients"][i], sizes).items() if not any(n in k for n in NOT_OURS)}

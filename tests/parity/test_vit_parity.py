@@ -23,6 +23,8 @@ from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_from_timm, vit_to_timm
 from visionfm_jax.models import vit
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HERE = Path(__file__).parent
 CASES = sorted(p.stem.removeprefix("vit_") for p in HERE.glob("vit_*.npz"))
 TO = {"timm": vit_to_timm, "huggingface": vit_to_huggingface}
