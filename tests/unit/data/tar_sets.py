@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from visionfm_jax.data.sources import claim
 from visionfm_jax.data.sources.bundled import read_set
 
 
@@ -55,3 +57,15 @@ def write_tars(folder: Path, tars: int = 3, pairs: int = 4) -> Path:
 
 def write_parquet(path: Path, **columns: list) -> None:
     pq.write_table(pa.table(columns), path)
+
+
+def cannot_write(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From now on nothing can be written beside the data in `folder`; also not by root, whom no permission stops."""
+    take = claim._take
+
+    def refuse(path: Path) -> object:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return take(path)
+
+    monkeypatch.setattr(claim, "_take", refuse)

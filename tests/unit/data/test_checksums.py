@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from absl import logging
 from caption_sets import write_coco, write_visual_genome
-from tar_sets import picture
+from tar_sets import cannot_write, picture
 
 from visionfm_jax.config import Config, EvalConfig, SourceConfig
 from visionfm_jax.data import checksums as command
-from visionfm_jax.data.sources import checksums, claim, open_source
+from visionfm_jax.data.sources import checksums, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.train.provenance import provenance_of
@@ -148,14 +148,7 @@ def test_damaged_checksums_are_refused(folder):
 def test_they_go_to_the_cache_where_the_data_cannot_be_written(folder, cache, monkeypatch):
     config = source_config("folder", folder)
     command.make(config)
-    take = claim._take
-
-    def refuse(path):
-        if path.parent == folder:
-            raise PermissionError(13, "Permission denied")
-        return take(path)
-
-    monkeypatch.setattr(claim, "_take", refuse)
+    cannot_write(monkeypatch, folder)
     (folder / "train/class0/0.png").write_bytes(picture(7))
     os.utime(folder / "train/class0/0.png", ns=(1, 1))
     assert "6 files, 1 of them read: " + str(cache) in command.make(config)

@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 from absl import logging
-from tar_sets import caption, members, picture, tar_bytes, write_tars
+from tar_sets import cannot_write, caption, members, picture, tar_bytes, write_tars
 
 from visionfm_jax import storage
 from visionfm_jax.data import transforms
@@ -468,14 +468,7 @@ def test_a_tar_that_leads_nowhere_is_refused(folder):
 
 
 def test_the_index_goes_to_the_cache_where_the_data_cannot_be_written(folder, cache, scanned, monkeypatch):
-    take = claim._take
-
-    def refuse(path):
-        if path.parent == folder:
-            raise PermissionError(13, "Permission denied")
-        return take(path)
-
-    monkeypatch.setattr(claim, "_take", refuse)
+    cannot_write(monkeypatch, folder)
     assert len(TarPairs(str(folder))) == 12
     assert not (folder / INDEX).exists()
     assert len(list(cache.rglob(INDEX))) == 1
