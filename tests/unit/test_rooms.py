@@ -16,9 +16,9 @@ ROOMS = [
     "parallel",
     "data",
     "tasks",
+    "interop",
     "train",
     "evals",
-    "interop",
     "telemetry",
     "planning",
 ]
