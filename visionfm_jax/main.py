@@ -57,13 +57,13 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     """Train as `config` says, to the end or to a signal; returns the exit code."""
     host, hosts = jax.process_index(), jax.process_count()
     config.validate_devices(jax.device_count(), hosts)
+    check_best_metric(config)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
     with watchdog.suspended():
         sources = open_sources(config.data.train, "data.train")
         fields = fields_of(config)
         check_sources(config, sources, fields)
         evals = open_evals(config, host, hosts)
-        check_best_metric(config, evals)
 
     with (
         RunFolder(config, owner=host == 0) as folder,

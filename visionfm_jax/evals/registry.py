@@ -57,20 +57,20 @@ def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
     return out
 
 
-def check_best_metric(run: Config, evals: dict[str, Eval]) -> None:
-    """Where states are kept by a metric, one of the evals must have it.
+def check_best_metric(run: Config) -> None:
+    """Where states are kept by a metric, one of the evals must have it; known before any data is opened.
 
     Raises:
       ConfigError: none has.
     """
     if not run.checkpoint.keep_best:
         return
+    metrics = {config.name: EVALS[config.kind].metrics for config in run.evals}
     name, _, metric = run.checkpoint.best_metric.partition("/")
-    if name not in evals:
-        wrong, near = f"names none of the evals {list(evals)}", "EVAL/METRIC"
-    elif metric not in evals[name].metrics:
-        wrong = f"eval {name!r} has no such metric of which higher is better"
-        near = f"{name}/{(evals[name].metrics or ('METRIC',))[0]}"
+    if name not in metrics:
+        wrong, near = f"names none of the evals {list(metrics)}", "EVAL/METRIC"
+    elif metric not in metrics[name]:
+        wrong, near = f"eval {name!r} has no such metric of which higher is better", f"{name}/{metrics[name][0]}"
     else:
         return
     raise ConfigError(

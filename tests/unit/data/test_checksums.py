@@ -145,6 +145,18 @@ def test_damaged_checksums_are_refused(folder):
     assert damaged(config) == []
 
 
+def test_a_run_keeps_the_checksums_that_it_began_with_whatever_becomes_of_the_file(folder):
+    config = source_config("folder", folder)
+    command.make(config)
+    source = open_source(config)
+    assert checksums.newest(config).records.flags.owndata  # mapped, the next line would end this process by SIGBUS
+    os.truncate(folder / "visionfm_train.checksums", 0)
+    assert source[0]["image"] == picture(0)
+    turn_a_bit(folder / "train/class0/0.png")
+    with pytest.raises(DamagedRecord):
+        source[0]
+
+
 def test_they_go_to_the_cache_where_the_data_cannot_be_written(folder, cache, monkeypatch):
     config = source_config("folder", folder)
     command.make(config)

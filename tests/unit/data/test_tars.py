@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tarfile
 import threading
 import tracemalloc
@@ -589,6 +590,17 @@ def test_a_silent_claim_of_another_machine_is_taken_over(folder, monkeypatch, ca
     assert "waiting until it has finished" in caplog.text
     assert "another one takes over" in caplog.text
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("other", [{"namespace": 0}, {"boot": "another"}])
+def test_a_process_number_of_another_container_says_nothing(other):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = {**claim._whereabouts(), "process": gone.pid}
+    assert claim._is_dead(json.dumps(here))
+    assert not claim._is_dead(json.dumps({**here, **other}))
+    assert not claim._is_dead(json.dumps({**here, "process": os.getpid()}))
+    assert not claim._is_dead('{"host": "of an older release", "process": 1}')
 
 
 def test_a_claim_that_cannot_be_written_is_not_left_for_others_to_wait_for(folder, monkeypatch):

@@ -2,8 +2,8 @@
 
 `python -m visionfm_jax.data.checksums` makes it, once; a source that finds it compares every file that it reads. A file
 is found by a digest of its name, so that the order does not matter, and files that come later are the only ones to be
-read then. It takes 28 bytes a file, mapped into memory. It is no part of a dataset's fingerprint, so that it may be
-made in the midst of a run.
+read then. It takes 28 bytes a file, in every process that reads images. It is no part of a dataset's fingerprint, so
+that it may be made, or made again, in the midst of a run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import os
 import urllib.parse
 import zlib
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Protocol
 
@@ -59,12 +59,11 @@ class Checksums:
     def __init__(self, path: Path):
         self.path = path
         try:
-            table, meta = read_table(path, RECORD, verify=True)
+            self.records, meta = read_table(path, RECORD, verify=True, mapped=False)
             if meta.get("version") != VERSION:
                 raise ValueError("the file is of another version")
         except ValueError as error:
             raise DataError(f"{path}: cannot be used ({error}); delete it, then run {COMMAND} again") from error
-        self.records = np.asarray(table)
         self.listing = meta.get("files")  # of the source whose files are all in here
         self._names = self.records["name"]
 
@@ -76,6 +75,10 @@ class Checksums:
         digest = digest_of(name)
         place = bisect.bisect_left(self._names, digest)
         return self.records[place] if place < len(self._names) and self._names[place] == digest else None
+
+    def lacks(self, names: Iterable[str]) -> np.ndarray:
+        """The places in `names` of the files that are not in here, in order."""
+        return np.flatnonzero(~np.isin(np.fromiter(map(digest_of, names), np.uint64), self._names))
 
     def verify(self, name: str, content: bytes) -> None:
         """Compare the content of a file; one that is not in here passes.
@@ -130,11 +133,11 @@ def find(config: SourceConfig, source: ImageFiles) -> Checksums | None:
     if found.listing == source.listing():
         logging.info("%s: its %d files are compared with %s", source.name, len(source), found.path)
         return found
-    missing = [i for i in range(len(source)) if found.of(source.file(i)) is None]
-    if missing:
+    missing = found.lacks(map(source.file, range(len(source))))
+    if len(missing):
         logging.warning(
             "%s: %d of %d files have no checksum in %s, the first is %s; run %s again",
-            source.name, len(missing), len(source), found.path, source.file(missing[0]), COMMAND,
+            source.name, len(missing), len(source), found.path, source.file(int(missing[0])), COMMAND,
         )  # fmt: skip
     return found
 

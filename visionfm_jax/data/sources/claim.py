@@ -2,9 +2,9 @@
 
 A claim is a file beside the one to be written, opened so that it must not exist before, which every shared file system
 can do (not all of them have locks). Its holder renews its time of change. When that has stood still for `SILENCE`
-seconds, or the holder is a dead process of the same machine, another process makes the claim of the next number, which
-again only one of them can. What is written takes its name when it is whole: should two processes write at once, as one
-of them was stopped for minutes and goes on, work is done twice and nothing is lost.
+seconds, or the holder is a process of the same machine and container that has died, another one makes the claim of the
+next number, which again only one of them can. What is written takes its name when it is whole: should two processes
+write at once, as one of them was stopped for minutes and goes on, work is done twice and nothing is lost.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _take(path: Path) -> int | None:
         try:
             with open(_claim(path, number), "x") as file:
                 try:
-                    json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+                    json.dump({**_whereabouts(), "process": os.getpid()}, file)
                     file.flush()
                 except OSError:  # the others shall not wait for a claim that was not made
                     _claim(path, number).unlink(missing_ok=True)
@@ -118,13 +118,23 @@ def _finished(claim: Path) -> bool:
         time.sleep(LOOK)
 
 
+def _whereabouts() -> dict[str, str | int]:
+    """Where a process number means one process: containers may share a host's name, but not its process numbers."""
+    out: dict[str, str | int] = {"host": socket.gethostname()}
+    with contextlib.suppress(OSError):  # not Linux
+        out["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        out["namespace"] = os.stat("/proc/self/ns/pid").st_ino
+    return out
+
+
 def _is_dead(holder: str) -> bool:
-    """Whether the process is one of this machine that is no more; of other machines only silence tells."""
+    """Whether the process is one that could be seen from here and is no more; of others only silence tells."""
     try:
         who = json.loads(holder)
-        if who["host"] != socket.gethostname():
+        process = int(who.pop("process"))
+        if who != _whereabouts():
             return False
-        os.kill(int(who["process"]), 0)
+        os.kill(process, 0)
     except (ValueError, KeyError, TypeError, RecursionError, PermissionError):  # not yet written, or of another user
         return False
     except (ProcessLookupError, OverflowError):

@@ -182,13 +182,15 @@ def write_table(path: Path, pieces: Iterable[np.ndarray], meta: Callable[[], dic
         file.write(text + _TAIL.pack(crc, zlib.crc32(text), len(text), _MAGIC))
 
 
-def read_table(path: Path, dtype: Any, *, verify: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    """The array of such a file, mapped into memory, and its `meta`.
+def read_table(path: Path, dtype: Any, *, verify: bool, mapped: bool = True) -> tuple[np.ndarray, dict[str, Any]]:
+    """The array of such a file and its `meta`.
 
     Args:
       path: the file.
       dtype: of the array.
       verify: read the array, and compare its checksum; else only that of `meta` is compared.
+      mapped: map the array into memory, which all processes of a host then share; False: read it, as must be where the
+        file may be replaced meanwhile, for on NFS the pages of a replaced file are gone.
 
     Raises:
       OSError: there is none, or it cannot be read.
@@ -203,6 +205,9 @@ def read_table(path: Path, dtype: Any, *, verify: bool) -> tuple[np.ndarray, dic
         dtype = np.dtype(dtype)
         if magic != _MAGIC or size < 0 or size % dtype.itemsize:
             raise ValueError("the file is damaged, or of another kind or version")
+        count = size // dtype.itemsize
+        file.seek(0)
+        array = np.memmap(file, dtype, "r", shape=(count,)) if mapped and size else np.fromfile(file, dtype, count)
         file.seek(size)
         text = file.read(length)
     if zlib.crc32(text) != text_crc:
@@ -213,7 +218,6 @@ def read_table(path: Path, dtype: Any, *, verify: bool) -> tuple[np.ndarray, dic
         meta = None
     if not isinstance(meta, dict):
         raise ValueError("the file does not say what it holds")
-    array = np.memmap(path, dtype, mode="r", shape=(size // dtype.itemsize,)) if size else np.zeros(0, dtype)
     if verify and zlib.crc32(array) != crc:
         raise ValueError("the file is damaged: its checksum is another")
     return array, meta
