@@ -23,20 +23,51 @@ MAPS = Path("/proc/self/maps")
 MANY = 20_000
 
 
-# Folders whose files take longest come first: launch/test.sh hands out whole files in this order, so that both workers
-# are busy to the end and what the tests of a file share is made once.
-LONGEST_FIRST = ("e2e", "distributed", "parity", "unit/models", "golden")
+# The files that take longest, longest first. launch/test.sh hands out whole files in this order, so that both workers
+# are busy to the end and what the tests of a file share is made once; with --quick it leaves these out.
+SLOW = (
+    "distributed/test_compiled_clip.py",
+    "distributed/test_compiled_zero.py",
+    "e2e/test_aurora_runs.py",
+    "e2e/test_pairs_runs.py",
+    "e2e/test_faults.py",
+    "e2e/test_plan.py",
+    "e2e/test_interruption.py",
+    "distributed/test_contrastive_step.py",
+    "distributed/test_loss_scaling.py",
+    "distributed/test_cached_contrast.py",
+    "parity/test_swin_parity.py",
+    "parity/test_dialect_parity.py",
+    "distributed/test_processes.py",
+    "distributed/test_stages.py",
+    "distributed/test_compiled_aurora.py",
+    "parity/test_clip_parity.py",
+    "parity/test_vit_parity.py",
+    "parity/test_aurora_parity.py",
+    "unit/models/test_swin_v2.py",
+    "unit/models/test_aurora.py",
+    "unit/models/test_vit.py",
+    "distributed/test_lost_processes.py",
+    "distributed/test_tar_pairs.py",
+    "distributed/test_layer_statistics.py",
+    "distributed/test_views.py",
+    "unit/data/test_loader.py",
+    "unit/test_rooms.py",
+    "unit/test_attacks.py",
+)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files of tests; those of a file stay together."""
     tests = Path(__file__).parent
-
-    def place(item: pytest.Item) -> int:
-        folder = item.path.parent.relative_to(tests).as_posix()
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
-
-    items.sort(key=place)
+    place = {tests / name: i for i, name in enumerate(SLOW)}
+    if missing := [str(path) for path in place if not path.is_file()]:
+        raise pytest.UsageError(f"SLOW in tests/conftest.py names files that are not there: {', '.join(missing)}")
+    for item in items:
+        if item.path in place:
+            item.add_marker("slow")
+    items.sort(key=lambda item: place.get(item.path, len(SLOW)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,3 +88,15 @@ def quick_compiles() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def quick_gpu_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Steps compiled for GPUs in half the time; those of a file are kept, and no others are found."""
+    from gpu_compiles import without_softmax_kernels
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        with without_softmax_kernels(f"--xla_gpu_kernel_cache_file={folder / 'kernels'}"):
+            yield

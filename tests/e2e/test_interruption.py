@@ -26,7 +26,6 @@ from runs import (
     start,
     state,
     steps,
-    until,
 )
 
 from visionfm_jax.config.load import from_arguments
@@ -71,40 +70,6 @@ def test_interrupted_three_times_is_the_same_run(tmp_path, whole):
     assert samples(folder) == samples(whole) == [[STEPS * BATCH, 0]]
 
 
-def test_killed_in_the_middle_of_a_save(tmp_path, whole):
-    folder = tmp_path / "run"
-    process = start(folder, "--config.checkpoint.every_steps=1")
-
-    def half_written():
-        return [p.name for p in (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")]
-
-    while True:
-        until(lambda: last_step(folder) > 5 and half_written(), process)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.05)
-        if half_written():
-            break
-        process.send_signal(signal.SIGCONT)
-    process.send_signal(signal.SIGKILL)
-    finish(process, folder, code=-signal.SIGKILL)
-    assert half_written()
-
-    newest = steps(folder)[-1]
-    out, _ = run(folder)
-    assert f"starts from      step {newest} of its own folder" in out
-    assert not half_written()
-    assert_identical(state(folder), state(whole))
-
-
-def test_a_finished_run_is_not_trained_again(tmp_path, whole):
-    folder = copy(whole, tmp_path / "run", STEPS)
-    out, _ = run(folder)
-    assert f"starts from      step {STEPS} of its own folder" in out
-    assert losses(folder) == losses(whole)
-    # Also where the run was shortened meanwhile: a scheduler must not start it again and again.
-    run(folder, f"--config.train.steps={STEPS - 10}")
-
-
 @pytest.mark.parametrize(
     ("devices", "arguments"),
     [(1, ["--config.parallel.stage=0"]), (4, ["--config.parallel.stage=1", "--config.parallel.replicas=2"])],
@@ -140,15 +105,6 @@ def test_the_data_depend_on_the_step_alone():
     for name, values in whole.items():
         np.testing.assert_array_equal(continued[name], values)
         np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), values)
-
-
-def test_resume_continues_another_run(tmp_path, whole):
-    first = copy(whole, tmp_path / "first", EVERY * 2)
-    folder = tmp_path / "second"
-    out, _ = run(folder, f"--config.checkpoint.resume={first}")
-    assert f"starts from      step {EVERY * 2} of {first}" in out
-    assert_identical(state(folder), state(whole))
-    assert list(losses(folder)) == list(range(EVERY * 2 + 1, STEPS + 1))
 
 
 def test_other_data_than_those_of_the_run_are_refused(tmp_path, whole):

@@ -301,6 +301,7 @@ def test_quickstart_installs_once_and_again_when_pyproject_changes(tmp_path):
     assert calls(quickstart) == [main]
     assert [line.split()[1] for line in calls(test, "-x")] == ["pip", "pytest"]
     assert calls(test, "-x") == ["-m pytest -n 2 --dist loadfile --no-loadscope-reorder -x"]
+    assert calls(test, "--quick", "-x") == ["-m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow -x"]
     (tmp_path / "pyproject.toml").write_text("two")
     assert len(calls(quickstart)) == 2
 
