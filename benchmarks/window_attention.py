@@ -33,9 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from visionfm_jax.models import swin_v2
 from visionfm_jax.models.attention import attention
-from visionfm_jax.models.swin_v2 import Windows
+from visionfm_jax.models.backbones import swin_v2
+from visionfm_jax.models.backbones.swin_v2 import Windows
 from visionfm_jax.parallel.targets import XLA_FLAGS, find_cluster
 from visionfm_jax.planning.compiled import ASSEMBLER, COMPILE_ONLY_FLAGS, describe_devices
 

@@ -15,22 +15,22 @@ but not the two together.
 
 from visionfm_jax.config import (
     AugmentConfig,
-    AuroraConfig,
     CheckpointConfig,
     Config,
     DataConfig,
-    DecoderConfig,
     EvalConfig,
-    MultimodalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
     SourceConfig,
-    SwinV2Config,
     TelemetryConfig,
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.decoder import DecoderConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 
 def get_config(variant: str = "") -> Config:

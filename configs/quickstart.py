@@ -8,7 +8,6 @@
 from visionfm_jax.config import (
     AugmentConfig,
     CheckpointConfig,
-    ClassificationConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -17,9 +16,10 @@ from visionfm_jax.config import (
     SourceConfig,
     TelemetryConfig,
     TrainConfig,
-    ViTConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 
 
 def whole() -> PreprocessConfig:

@@ -14,21 +14,21 @@ combinations of concept and skin tone of which each part is known, but not the t
 from visionfm_jax.config import (
     AugmentConfig,
     CheckpointConfig,
-    ClipConfig,
     Config,
-    ContrastiveConfig,
     DataConfig,
     EvalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
     SourceConfig,
-    SwinV2Config,
     TelemetryConfig,
-    TextConfig,
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.text import TextConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 
 def get_config(variant: str = "") -> Config:

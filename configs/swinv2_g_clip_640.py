@@ -15,21 +15,21 @@ continues the tiny run of that file, which goes first, at twice its resolution a
 from visionfm_jax.config import (
     AugmentConfig,
     CheckpointConfig,
-    ClipConfig,
     Config,
-    ContrastiveConfig,
     DataConfig,
     EvalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
     SourceConfig,
-    SwinV2Config,
     TelemetryConfig,
-    TextConfig,
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.text import TextConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 
 def get_config(variant: str = "") -> Config:

@@ -15,7 +15,6 @@ names of two of your folders as split, in config.data.train[0] and config.evals[
 from visionfm_jax.config import (
     AugmentConfig,
     CheckpointConfig,
-    ClassificationConfig,
     Config,
     DataConfig,
     EvalConfig,
@@ -25,9 +24,10 @@ from visionfm_jax.config import (
     SourceConfig,
     TelemetryConfig,
     TrainConfig,
-    ViTConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 
 HELD_OUT = 51_200
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from visionfm_jax.config import Config, EvalConfig, load
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.data.fields import Fields, fields_of
+from visionfm_jax.data.fields import Fields
 from visionfm_jax.data.loader import DamageLog, check_split, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import ConfigError, DataError, door
@@ -61,7 +61,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
     with watchdog.suspended():
         sources = open_sources(config.data.train, "data.train")
-        fields = fields_of(config)
+        fields = config.task.fields(config)
         check_sources(config, sources, fields)
         evals = open_evals(config, host, hosts)
 
@@ -83,8 +83,8 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         with (
             RunMonitor(config, folder.path, start, watchdog) as monitor,
             train_loader(
-                config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
-                start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.split,
+                config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
+                start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.task.split,
             ) as batches,
         ):  # fmt: skip
             hooks = Hooks(
@@ -129,7 +129,7 @@ def check_sources(config: Config, sources: Sequence[Source], fields: Fields) -> 
     """
     for source in sources:
         fields.check(source)
-    check_split(sources, config.split)
+    check_split(sources, config.task.split)
     require_same([[len(source), list(source.class_names or ())] for source in sources], "data.train")
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
@@ -240,7 +240,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
     with watchdog.suspended():
         sources = open_sources(config.data.train, "data.train")
-        fields = fields_of(config)
+        fields = config.task.fields(config)
         check_sources(config, sources, fields)
     say(describe(trainer))
     with Checkpoints(folder, config.checkpoint, read_only=True, until=step) as stored:
@@ -259,8 +259,8 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     say("\n".join(f"  as in the run    {change}" for change in taken))
     with (
         train_loader(
-            config.data, image_size=config.image_size, batch_size=config.train.batch_size, seed=config.seed,
-            start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.split,
+            config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
+            start_step=start, host=host, hosts=hosts, sources=sources, fields=fields, split=config.task.split,
         ) as batches,
         tqdm(
             total=step - start + PASSES, unit=" passes", disable=host > 0 or not config.telemetry.progress,

@@ -67,8 +67,8 @@ def _check_writable(path: str) -> None:
 def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missing: list[str]) -> dict[str, Any]:
     """Print and return what a compile for CPUs can tell."""
     config = copy.deepcopy(config)
-    for tower in config.towers.values():
-        tower.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
+    for network in config.model.networks().values():
+        network.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
     compiled = compile_step(config, cluster, CPU)
     report.print_without_gpus(console, config.name, compiled, cluster, missing)
     return report.json_without_gpus(config.name, compiled, cluster)

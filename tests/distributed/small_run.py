@@ -7,16 +7,16 @@ import numpy as np
 
 from visionfm_jax.config import (
     AugmentConfig,
-    ClassificationConfig,
     Config,
     DataConfig,
     OptimConfig,
     ParallelConfig,
     SourceConfig,
     TrainConfig,
-    ViTConfig,
 )
+from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.step import Trainer
 
 BATCH = 32

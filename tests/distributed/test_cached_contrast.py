@@ -17,23 +17,15 @@ import numpy as np
 import optax
 import pytest
 
-from visionfm_jax.config import (
-    AuroraConfig,
-    ClipConfig,
-    Config,
-    ContrastiveConfig,
-    DataConfig,
-    DecoderConfig,
-    MultimodalConfig,
-    OptimConfig,
-    ParallelConfig,
-    SourceConfig,
-    SwinV2Config,
-    TextConfig,
-    TrainConfig,
-)
-from visionfm_jax.models.swin_v2 import SIZES, Size
+from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.decoder import DecoderConfig
+from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer, make_step
 

@@ -12,23 +12,22 @@ from compiled_step import Compiled, elements
 
 from visionfm_jax.config import (
     AugmentConfig,
-    AuroraConfig,
     Config,
     DataConfig,
-    DecoderConfig,
-    MultimodalConfig,
     OptimConfig,
     ParallelConfig,
     SourceConfig,
-    SwinV2Config,
     TrainConfig,
 )
-from visionfm_jax.models.aurora import forward_flops
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.decoder import DecoderConfig
 from visionfm_jax.parallel.hlo import Instruction
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.targets import find_cluster
 from visionfm_jax.parallel.zero import matrix_rank
 from visionfm_jax.planning.compiled import GPU, compile_step
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 from visionfm_jax.train.step import Trainer
 
 GPUS, MICRO_BATCHES = 8, 8
@@ -115,7 +114,7 @@ def test_nothing_else_travels_but_vectors_and_embeddings(step, sizes):
 
 
 def test_the_first_pass_makes_embeddings_and_nothing_else(step):
-    part = forward_flops(small(stage=2).model)
+    part = small(stage=2).model.flops()
     loop = passes(step)[0]
     found = flops(step, loop, backward=False)
     found.pop(None)  # where XLA lost the name: 1 %
@@ -131,7 +130,7 @@ def test_the_first_pass_makes_embeddings_and_nothing_else(step):
 
 
 def test_the_second_pass_sees_every_image_once_and_every_text_twice(step):
-    part = forward_flops(small(stage=2).model, readings=2)
+    part = small(stage=2).model.flops(readings=2)
     found = flops(step, passes(step)[1], backward=False)
     assert {way: found[way] for way in ("encode", "paint", "read", "write")} == {
         "encode": pytest.approx((PAIRS + BARE) * part["encoder"], rel=0.02),

@@ -11,24 +11,17 @@ import jax
 import pytest
 from compiled_step import Compiled, elements
 
-from visionfm_jax.config import (
-    ClipConfig,
-    Config,
-    ContrastiveConfig,
-    DataConfig,
-    OptimConfig,
-    ParallelConfig,
-    SourceConfig,
-    SwinV2Config,
-    TextConfig,
-    TrainConfig,
-)
+from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
 from visionfm_jax.config.load import from_arguments
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
 from visionfm_jax.parallel.zero import is_scanned, matrix_rank
 from visionfm_jax.planning.compiled import GPU, compile_step
 from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.train.step import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -17,21 +17,14 @@ import jax
 import pytest
 from compiled_step import Compiled, elements
 
-from visionfm_jax.config import (
-    ClassificationConfig,
-    Config,
-    DataConfig,
-    OptimConfig,
-    ParallelConfig,
-    SourceConfig,
-    TrainConfig,
-    ViTConfig,
-)
+from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
 from visionfm_jax.config.load import from_arguments
+from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
 from visionfm_jax.planning.compiled import GPU, compile_step, describe_devices
 from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.tasks.classification import ClassificationConfig
 
 CONFIG = Path(__file__).parents[2] / "configs" / "vit_huge.py"
 

@@ -12,21 +12,18 @@ import pytest
 
 from visionfm_jax.config import (
     AugmentConfig,
-    ClipConfig,
     Config,
-    ContrastiveConfig,
     DataConfig,
     OptimConfig,
     ParallelConfig,
     SourceConfig,
-    SwinV2Config,
-    TextConfig,
     TrainConfig,
 )
-from visionfm_jax.models.clip import MAX_SCALE
-from visionfm_jax.models.swin_v2 import SIZES, Size
+from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
+from visionfm_jax.models.clip import MAX_SCALE, ClipConfig
+from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
-from visionfm_jax.tasks.contrastive import mix_pairs, pair_shares
+from visionfm_jax.tasks.contrastive import ContrastiveConfig, mix_pairs, pair_shares
 from visionfm_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -11,8 +11,8 @@ import pytest
 from small_run import BATCH, batches, trainer_on
 
 from visionfm_jax.data.augment import augment
+from visionfm_jax.models.backbones.vit import SIZES
 from visionfm_jax.models.layers import Block
-from visionfm_jax.models.vit import SIZES
 from visionfm_jax.optim.loss_scale import LossScale
 from visionfm_jax.parallel.mesh import to_global
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, LayerStatistics

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from visionfm_jax.config import limits, load, schema
 
-limits.LIMITS[schema.AugmentConfig]["std"] = limits.Range(0, 1, above=True)
-limits.LIMITS[schema.OptimConfig]["lr"] = limits.Range(0, 1e38)
+schema.AugmentConfig.limits["std"] = limits.Range(0, 1, above=True)
+schema.OptimConfig.limits["lr"] = limits.Range(0, 1e38)
 
 
 def get_config(variant: str = "") -> schema.Config:

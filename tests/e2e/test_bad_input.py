@@ -8,7 +8,6 @@ from runs import ROOT, SMALL, only_error, run
 
 from visionfm_jax import main
 from visionfm_jax.config import load
-from visionfm_jax.data.fields import fields_of
 from visionfm_jax.data.sources import open_sources
 from visionfm_jax.errors import door
 
@@ -19,7 +18,7 @@ def check(arguments: list[str], devices: int) -> int:
     """What a start does before it touches a device, in its order."""
     config, _ = load.from_arguments(arguments)
     config.validate_devices(devices)
-    main.check_sources(config, open_sources(config.data.train, "data.train"), fields_of(config))
+    main.check_sources(config, open_sources(config.data.train, "data.train"), config.task.fields(config))
     return 0
 
 

@@ -11,7 +11,7 @@ from visionfm_jax.config import load
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.optim.adamw import decay_mask, make_optimizer
 from visionfm_jax.parallel.zero import prepare, shard_dim
-from visionfm_jax.tasks.registry import make_task
+from visionfm_jax.tasks.task import make_task
 from visionfm_jax.train.state import init_state
 
 FOLDER = Path(__file__).parent

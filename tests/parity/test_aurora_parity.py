@@ -14,13 +14,15 @@ import pytest
 from flax import linen as nn
 from gates import FORWARD, check_forward, check_gradients, gradients_of_squares, relative, tensors
 
-from visionfm_jax.config import AuroraConfig, DecoderConfig, SwinV2Config
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.swin_v2 import swin_v2_from_huggingface, swin_v2_to_huggingface
 from visionfm_jax.losses.captioning import caption_loss
 from visionfm_jax.losses.masked import enlarge, pixel_loss
-from visionfm_jax.models import aurora, decoder, layers, swin_v2
-from visionfm_jax.models.aurora import Aurora
+from visionfm_jax.models import aurora, decoder, layers
+from visionfm_jax.models.aurora import Aurora, AuroraConfig
+from visionfm_jax.models.backbones import swin_v2
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.decoder import DecoderConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from gates import GRADIENT, GRADIENT_TENSOR, check_forward, relative, sample, tensors
 
-from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_from_huggingface, vit_to_huggingface
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_from_timm, vit_to_timm
-from visionfm_jax.models.vit import ViT
+from visionfm_jax.models.backbones.vit import ViT, ViTConfig
+from visionfm_jax.models.heads import Classifier
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -82,13 +82,15 @@ def test_outputs_and_gradients_at_two_resolutions(name: str) -> None:
     reference = load(name)
     params, data = reference.imported(), reference.data
     classes = params["head"]["bias"].size if "head" in params else 0
-    model = ViT(reference.config, classes)
+    backbone = ViT(reference.config)
+    model = Classifier(backbone, classes) if classes else backbone
     images = [data[f"images{i}"].astype(np.float32) for i in (0, 1)]
     own = jax.eval_shape(model.init, jax.random.key(0), images[0])["params"]
     assert {k: v.shape for k, v in flatten(own).items()} == {k: v.shape for k, v in flatten(params).items()}
 
     def product(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = model.apply({"params": params}, images)
+        out = out if classes else out.pooled
         return (out * data["cotangent"].astype(np.float32)).sum(), out
 
     for i in (0, 1):

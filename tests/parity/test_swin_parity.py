@@ -15,7 +15,6 @@ import pytest
 from flax import linen as nn
 from gates import FORWARD, check_forward, check_gradients, gradients_of_squares, relative, tensors
 
-from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.swin_v2 import (
@@ -24,7 +23,8 @@ from visionfm_jax.interop.swin_v2 import (
     swin_v2_to_huggingface,
     swin_v2_to_timm,
 )
-from visionfm_jax.models import swin_v2
+from visionfm_jax.models.backbones import swin_v2
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -67,7 +67,7 @@ class Reference(NamedTuple):
     def forward(self, params: dict) -> dict[str, jax.Array]:
         """By the names in `OUTPUTS`."""
         features = self.model.apply({"params": params}, self.data["images"].astype(np.float32))
-        return dict(zip(OUTPUTS, (*features.stages, features.pooled), strict=True))
+        return dict(zip(OUTPUTS, (*features.maps, features.pooled), strict=True))
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:

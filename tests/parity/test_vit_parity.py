@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from gates import FORWARD, FORWARD_MAX, GRADIENT, GRADIENT_TENSOR, relative
 
-from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_from_huggingface, vit_to_huggingface
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_from_timm, vit_to_timm
-from visionfm_jax.models import vit
+from visionfm_jax.models.backbones import vit
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.heads import Classifier
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -35,7 +36,7 @@ class Reference(NamedTuple):
 
     data: dict[str, np.ndarray]
     about: dict[str, Any]
-    model: vit.ViT
+    model: Classifier
     params: dict
 
     def group(self, name: str) -> dict[str, np.ndarray]:
@@ -50,7 +51,7 @@ class Reference(NamedTuple):
         logits, state = self.model.apply(
             {"params": params}, images, capture_intermediates=lambda module, _: module.name == "norm"
         )
-        return logits, state["intermediates"]["norm"]["__call__"][0]
+        return logits, state["intermediates"]["norm"]["__call__"][-1]
 
 
 def from_timm(state: dict[str, np.ndarray], config: ViTConfig, **changed: Any) -> dict:
@@ -84,7 +85,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
         size="parity", patch_size=about["patch_size"], image_size=about["image_size"], pool=about["pool"],
         norm_eps=about["eps"], activation=about["activation"],
     )  # fmt: skip
-    reference = Reference(data, about, vit.ViT(config, about["classes"]), {})
+    reference = Reference(data, about, Classifier(vit.ViT(config), about["classes"]), {})
     return reference._replace(params=FROM[about["library"]](reference.group("param"), config))
 
 
@@ -112,7 +113,7 @@ def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         log_p = jax.nn.log_softmax(reference.forward(params)[0])
         return -jnp.take_along_axis(log_p, reference.data["labels"][:, None], 1).mean()
 
-    ours = TO[reference.about["library"]](jax.jit(jax.grad(loss))(reference.params), reference.model.config)
+    ours = TO[reference.about["library"]](jax.jit(jax.grad(loss))(reference.params), reference.model.backbone.config)
     theirs = reference.group("grad")
     assert set(ours) == set(theirs)
     # Adding a constant to every key changes no softmax: the true gradient of a key bias is zero.
@@ -148,8 +149,8 @@ MISTAKES = {"eps 1e-5": ("norm_eps", 1e-5), "eps 1e-12": ("norm_eps", 1e-12), "t
 def test_gate_catches(mistake: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = load(name, monkeypatch)
     field, value = MISTAKES[mistake]
-    config = dataclasses.replace(reference.model.config, **{field: value})
-    reference = reference._replace(model=vit.ViT(config, reference.about["classes"]))
+    config = dataclasses.replace(reference.model.backbone.config, **{field: value})
+    reference = reference._replace(model=Classifier(vit.ViT(config), reference.about["classes"]))
     logits, _ = jax.jit(reference.forward)(reference.params)
     assert relative(logits, reference.data["logits"]) > 2 * FORWARD
 

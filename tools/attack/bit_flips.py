@@ -48,6 +48,8 @@ from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
 from visionfm_jax.data.transforms import decode  # noqa: E402
 from visionfm_jax.errors import UserError  # noqa: E402
 from visionfm_jax.main import quiet_logs  # noqa: E402
+from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
+from visionfm_jax.tasks.classification import ClassificationConfig  # noqa: E402
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics  # noqa: E402
 from visionfm_jax.train.checkpoint import Checkpoints  # noqa: E402
 from visionfm_jax.train.folder import RunFolder  # noqa: E402
@@ -103,7 +105,7 @@ def metrics(folder: Path) -> Read:
 
 def settings(folder: Path) -> Read:
     """What a continued run compares its settings and data with; in use are always those of the command."""
-    config = Config(name="attacked", workdir=str(folder))
+    config = Config(name="attacked", model=ViTConfig(), task=ClassificationConfig(), workdir=str(folder))
     config.train.steps = 20_000
     config.data.train = (SourceConfig(kind="bundled", path="digits"),)
     record = provenance_of(config, [open_source(config.data.train[0])])

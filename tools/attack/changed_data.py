@@ -27,6 +27,8 @@ import numpy as np
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import UserError
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.provenance import Provenance, changes, provenance_of
 
 Change = Callable[[Path, np.random.Generator], None]
@@ -243,7 +245,7 @@ KINDS: dict[str, tuple[Callable[[Path, np.random.Generator], None], dict[str, Ch
 
 def provenance(kind: str, root: Path) -> Provenance:
     """What a run keeps of the dataset."""
-    config = Config(name="attack")
+    config = Config(name="attack", model=ViTConfig(), task=ClassificationConfig())
     config.train.steps, config.data.shuffle = 100, False
     config.data.train = (SourceConfig(kind=kind, path=str(root), split="" if kind in ("folder", "tars") else "train"),)
     return provenance_of(config, [open_source(s) for s in config.data.train])

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,7 +35,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from visionfm_jax.config import Config, load, schema  # noqa: E402
+from visionfm_jax.config.limits import types_of  # noqa: E402
 from visionfm_jax.errors import ConfigError, UserError  # noqa: E402
+from visionfm_jax.models.aurora import AuroraConfig  # noqa: E402
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config  # noqa: E402
+from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
+from visionfm_jax.models.clip import ClipConfig  # noqa: E402
+from visionfm_jax.tasks.contrastive import ContrastiveConfig  # noqa: E402
+from visionfm_jax.tasks.multimodal import MultimodalConfig  # noqa: E402
 
 CONFIGS = (
     "quickstart.py", "vit_huge.py", "vit_huge.py:tiny", "swinv2_g_clip.py", "swinv2_g_clip.py:tiny",
@@ -65,10 +71,10 @@ OTHERS: tuple[Any, ...] = (
     (math.nan,) * 3, (math.inf, 1), (1e308,) * 3, ("a", "b"), "ab", {1, 2}, {0.5, 1.0}, {"a": 1}, {0: 1, 1: 2},
     range(2),
     np.ones(3), np.ones(2, int), ((1, 2), (3, 4)), (10**20, 1), (1, 10**20), (True, False), (-1, -1), (0.0,) * 3,
-    (1e-45,) * 3, (1.0, 0.5), int, object(), lambda: 1, ..., frozenset({1}), bytearray(b"1"), schema.ViTConfig(),
+    (1e-45,) * 3, (1.0, 0.5), int, object(), lambda: 1, ..., frozenset({1}), bytearray(b"1"), ViTConfig(),
     schema.SourceConfig(), (schema.SourceConfig(),), (schema.SourceConfig(path="x"),) * 3, (schema.EvalConfig(),),
-    (schema.EvalConfig(source=schema.SourceConfig(path="x")),), schema.OptimConfig(), schema.ContrastiveConfig(),
-    schema.MultimodalConfig(tokenizer="clip"), schema.ClipConfig(), schema.AuroraConfig(), schema.SwinV2Config(),
+    (schema.EvalConfig(source=schema.SourceConfig(path="x")),), schema.OptimConfig(), ContrastiveConfig(),
+    MultimodalConfig(tokenizer="clip"), ClipConfig(), AuroraConfig(), SwinV2Config(),
 )  # fmt: skip
 TEXTS = (
     "", "1e400", "-1e400", "(1e400, 1)", "(1e400,1e400,1e400)", "(nan, 0.5, 0.5)", "(1.9, 9)", "(1,", "1,)", "((1, 2))",
@@ -236,7 +242,7 @@ def lists(value: Any) -> Any:
 
 def check_types(holder: Any, name: str) -> Iterator[str]:
     """Fields that are not of their declared type, or numbers that are not finite."""
-    hints = typing.get_type_hints(type(holder))
+    hints = types_of(type(holder))
     if vars(holder).keys() - hints.keys():
         yield f"{name} has more fields than are declared"
     for leaf, kind in hints.items():
@@ -254,8 +260,8 @@ def check_type(value: Any, kind: Any, name: str) -> Iterator[str]:
             for i, (item, own) in enumerate(zip(value, kinds, strict=True)):
                 yield from check_type(item, own, f"{name}[{i}]")
         return
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(value) not in ((int, float) if kind is float else kinds):
+    plain = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+    if not (type(value) in plain[kind] if kind in plain else isinstance(value, kind)):
         yield f"{name} is a {type(value).__name__}"
     elif dataclasses.is_dataclass(value):
         yield from check_types(value, name)
@@ -272,7 +278,7 @@ def check_network(config: Config) -> str:
 
     from visionfm_jax.optim.adamw import make_optimizer, schedule
     from visionfm_jax.parallel.zero import prepare
-    from visionfm_jax.tasks.registry import make_task
+    from visionfm_jax.tasks.task import make_task
     from visionfm_jax.train.state import init_state
 
     began, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

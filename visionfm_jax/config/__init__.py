@@ -1,50 +1,40 @@
 """The configuration of a run: `schema` says what there is, `load` brings it in from a file and flags.
 
-Config files import from here and from nowhere else, so they load wherever Python does.
+A model and a task have their own classes, beside their implementation in `models` and `tasks`.
 """
 
 from visionfm_jax.config.schema import (
     AugmentConfig,
-    AuroraConfig,
+    BackboneConfig,
     CheckpointConfig,
-    ClassificationConfig,
-    ClipConfig,
     Config,
-    ContrastiveConfig,
     DataConfig,
-    DecoderConfig,
     EvalConfig,
-    MultimodalConfig,
+    ModelConfig,
+    NetworkConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
     SourceConfig,
-    SwinV2Config,
+    TaskConfig,
     TelemetryConfig,
-    TextConfig,
     TrainConfig,
-    ViTConfig,
 )
 
 __all__ = [
     "AugmentConfig",
-    "AuroraConfig",
+    "BackboneConfig",
     "CheckpointConfig",
-    "ClassificationConfig",
-    "ClipConfig",
     "Config",
-    "ContrastiveConfig",
     "DataConfig",
-    "DecoderConfig",
     "EvalConfig",
-    "MultimodalConfig",
+    "ModelConfig",
+    "NetworkConfig",
     "OptimConfig",
     "ParallelConfig",
     "PreprocessConfig",
     "SourceConfig",
-    "SwinV2Config",
+    "TaskConfig",
     "TelemetryConfig",
-    "TextConfig",
     "TrainConfig",
-    "ViTConfig",
 ]

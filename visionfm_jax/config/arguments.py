@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from visionfm_jax.config import load
-from visionfm_jax.config.limits import LIMITS, OneOf
+from visionfm_jax.config.limits import OneOf, limits_of, types_of
 from visionfm_jax.config.rules import shown
 from visionfm_jax.config.schema import Config
 from visionfm_jax.errors import ConfigError
@@ -111,7 +111,7 @@ def field_help(config: Config) -> str:
             else:
                 value = repr(value)
             what = comments(type(holder)).get(field.name, "")
-            kind = _kind(field.type, LIMITS[type(holder)].get(field.name), what)
+            kind = _kind(types_of(type(holder))[field.name], limits_of(holder).get(field.name), what)
             lines.append(f"  {prefix + field.name:32} {value:24} {'; '.join(filter(None, (what, kind)))}".rstrip())
     return "\n".join(lines)
 

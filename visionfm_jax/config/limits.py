@@ -1,27 +1,26 @@
-"""What each field may hold by itself: `LIMITS`, a line for each number and each closed set of words.
+"""What a field may hold by itself: a bound for each number, and each closed set of words.
 
-A number without a line fails `tests/unit/config/test_limits.py`. Bounds are generous: they refuse slips of the hand and
-what a counter or an index cannot hold, not unusual runs. Every number is finite.
+A configuration class names them in its `limits`. Bounds are generous: they refuse slips of the hand and what a counter
+or an index cannot hold, not unusual runs. Every number is finite.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from visionfm_jax.config import schema
-
 Problem = tuple[str, object, str, str]  # field, value, rule, remedy
 
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of surrogate pairs, which no file name can hold
 _LONGEST = 4096  # characters of a text; Linux' longest path
+_ACCEPTED = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 _ARTICLES = {int: "an int", float: "a number", bool: "True or False", str: "a text"}
 
 
@@ -100,6 +99,7 @@ class Filled:
 
 
 Limit = Range | OneOf | FileName | Filled
+Limits = dict[str, Limit | tuple[Limit, ...]]  # a tuple has one limit for all its numbers, or one for each
 
 SHARE = Range(0, 1, below=True)
 DECAY = Range(0, 0.999999, "1 - decay is rounded in fp32")
@@ -109,171 +109,39 @@ IDS = Range(0, 2**24)
 SIDE = Range(1, 4096)  # pixels
 ATTENTION = OneOf(("xla", "cudnn"))
 REMAT = OneOf(("none", "attention", "dots", "full"))
-EVALS = OneOf(
-    ("captioning", "classification", "perplexity", "pixel_baseline", "reconstruction", "retrieval", "zero_shot")
-)
-LOSS = OneOf(("softmax", "sigmoid"))
 
-# A tuple has one limit for all its numbers, or one for each.
-LIMITS: dict[type, dict[str, Limit | tuple[Limit, ...]]] = {
-    schema.ViTConfig: {
-        "size": OneOf(("P", "Ti", "S", "B", "L", "H", "g")),
-        "width": Range(0, 2**16),
-        "depth": Range(0, 1024),
-        "heads": Range(0, 1024),
-        "mlp": Range(0, 2**18),
-        "patch_size": Range(1, 256),  # pixels
-        "image_size": SIDE,
-        "pool": OneOf(("gap", "norm_gap", "cls", "cls_gap", "map")),
-        "registers": Range(0, 256),
-        "pos_embed": OneOf(("none", "patches", "class", "all")),
-        "pos_image_size": Range(0, 4096),  # pixels
-        "pos_resize": OneOf(("bicubic_antialias", "bicubic", "bicubic_offset", "bilinear_antialias")),
-        "rope_theta": Range(1, 1e6, "of periods from 1", off=True),
-        "qkv_bias": OneOf(("all", "no_key", "none")),
-        "layer_scale": Range(1e-8, 10, off=True),
-        "drop_path": SHARE,
-        "norm_eps": Range(1e-12, 1e-3),
-        "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu", "swiglu")),
-        "attention": ATTENTION,
-        "remat": REMAT,
-    },
-    schema.SwinV2Config: {
-        "size": OneOf(("P", "T", "S", "B", "L", "H", "G")),
-        "patch_size": Range(1, 256),  # pixels
-        "image_size": SIDE,
-        "window": Range(1, 64, "a window's tokens are compared each with each"),
-        "pretrained_window": Range(0, 64),
-        "pretrained_image_size": Range(0, 4096),  # pixels
-        "attention": ATTENTION,
-        "remat": REMAT,
-        "drop_path": SHARE,
-    },
-    schema.TextConfig: {
-        "size": OneOf(("P", "B", "L", "H")),
-        "vocab_size": Range(3, 2**24),
-        "context": Range(3, 2**14, "tokens are compared each with each"),
-        "end_token": IDS,
-        "attention": ATTENTION,
-        "remat": REMAT,
-    },
-    schema.ClipConfig: {"embed_dim": Range(1, 2**16)},
-    schema.DecoderConfig: {
-        "size": OneOf(("P", "L")),
-        "vocab_size": Range(4, 2**24),
-        "context": Range(3, 2**14, "tokens are compared each with each"),
-        "begin_token": IDS,
-        "end_token": IDS,
-        "mask_token": IDS,
-        "attention": ATTENTION,
-        "remat": REMAT,
-    },
-    schema.AuroraConfig: {"embed_dim": Range(1, 2**16)},
-    schema.ClassificationConfig: {"num_classes": Range(2, 2**24), "loss": LOSS, "label_smoothing": SHARE},
-    schema.ContrastiveConfig: {
-        "loss": LOSS,
-        "mixup": Range(1e-3, 100, "of Beta(alpha, alpha)", off=True),
-    },
-    schema.MultimodalConfig: {
-        "tokenizer": Filled("is needed for captions", "set the path of a SentencePiece model"),
-        "split": Range(0, 1000),  # samples
-        "masked_image": LOSS_WEIGHT,
-        "contrastive": LOSS_WEIGHT,
-        "captioning": LOSS_WEIGHT,
-        "masked_language": LOSS_WEIGHT,
-        "mask_unit": SIDE,
-        "mask_ratio": Range(0, 1, above=True, below=True),
-        "word_mask_ratio": SHARE,
-        "blind": SHARE,
-    },
-    schema.SourceConfig: {
-        "kind": OneOf(("tfds", "folder", "numpy", "bundled", "tars", "coco_captions", "visual_genome")),
-        "path": Filled("must name the dataset", "set it to the folder, file or bundled set"),
-        "weight": Range(1e-6, 1e6, "relative to the other sources'"),
-    },
-    schema.AugmentConfig: {
-        "crop_scale": Range(0, 1, above=True),
-        "rand_augment": (Range(0, 100), Range(0, 10)),  # operations, magnitude
-        "jitter": (Range(0, 10), Range(0, 10), Range(0, 10), Range(0, 0.5, "half of the colour circle")),
-        "mean": Range(0, 1, "of values in [0, 1]"),
-        "std": Range(1e-3, 1, "of values in [0, 1]"),
-    },
-    schema.DataConfig: {
-        "num_examples": Range(0, 2**40),
-        "workers": Range(0, 512),  # processes
-        "threads": Range(1, 512),
-        "prefetch": Range(1, 64, "batches in memory"),
-        "max_damaged": SHARE,
-        "max_pixels": Range(1, 178_956_970, "the most that Pillow opens"),
-    },
-    schema.OptimConfig: {
-        "lr": Range(1e-12, 100),
-        "final_lr": Range(0, 100),
-        "warmup_steps": STEPS,
-        "b1": DECAY,
-        "b2": DECAY,
-        "eps": Range(1e-30, 1, "0 / 0 is the update of a weight without gradient"),
-        "weight_decay": Range(0, 100),
-        "clip_norm": Range(1e-6, 1e6, off=True),
-        "layer_decay": Range(0.01, 1),
-        "ema": DECAY,
-    },
-    schema.ParallelConfig: {"stage": OneOf((3, 2, 1, 0)), "replicas": Range(1, 2**20)},
-    schema.TrainConfig: {
-        "batch_size": Range(1, 2**16, "samples are numbered in two 32-bit words"),
-        "accumulate": Range(1, 2**16),
-        "epochs": Range(0, 1e6),
-        "steps": STEPS,
-        "precision": OneOf(("bf16", "fp16", "fp32")),
-        "on_nonfinite": OneOf(("stop", "skip")),
-    },
-    schema.CheckpointConfig: {
-        "every_steps": STEPS,
-        "every_minutes": Range(0.01, 1e6, off=True),
-        "keep_last": Range(1, 10_000),
-        "keep_best": Range(0, 10_000),
-        "on_damage": OneOf(("stop", "older")),
-    },
-    schema.PreprocessConfig: {
-        "crop": Range(0.01, 1),
-        "resize": OneOf(("crop", "squash")),
-        "interpolation": OneOf(("bicubic", "bilinear")),
-    },
-    schema.EvalConfig: {
-        "kind": EVALS,
-        "name": FileName(),
-        "batch_size": Range(0, 2**16),
-        "every_steps": STEPS,
-        "decoding": OneOf(("greedy", "beam", "nucleus")),
-        "beams": Range(1, 64),
-        "top_p": Range(0, 1, above=True),
-    },
-    schema.TelemetryConfig: {
-        "log_every": Range(1, 2**30),  # steps
-        "stuck_minutes": Range(0.01, 1e6, off=True),
-    },
-    schema.Config: {"name": FileName(), "seed": Range(0, 2**32 - 1)},
-}
+
+@functools.cache
+def types_of(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, also where its module has them as strings."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def limits_of(holder: Any) -> Limits:
+    """The limits that a configuration's class and its bases name."""
+    return {k: v for cls in reversed(type(holder).__mro__) for k, v in vars(cls).get("limits", {}).items()}
 
 
 def field_problems(holder: Any, prefix: str = "") -> Iterator[Problem]:
-    """What is wrong with the fields of `holder`, a dataclass of `schema` named `prefix`, each by itself."""
-    known = {f.name: f for f in dataclasses.fields(holder)}
-    for name in vars(holder).keys() - known.keys():
+    """What is wrong with the fields of `holder`, a dataclass named `prefix`, each by itself."""
+    types = types_of(type(holder))
+    known = [f.name for f in dataclasses.fields(holder)]
+    for name in vars(holder).keys() - set(known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         yield f"{prefix}{name}", getattr(holder, name), "no such field", f"did you mean {prefix}{near}?"
-    for name, field in known.items():
-        limit = LIMITS.get(type(holder), {}).get(name)
-        yield from _value_problems(f"{prefix}{name}", getattr(holder, name), field.type, limit)
+    for name in known:
+        yield from _value_problems(f"{prefix}{name}", getattr(holder, name), types[name], limits_of(holder).get(name))
 
 
 def _value_problems(name: str, value: Any, kind: Any, limit: Any) -> Iterator[Problem]:
     if typing.get_origin(kind) is tuple:
         yield from _tuple_problems(name, value, typing.get_args(kind), limit)
         return
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(value) not in ((int, float) if kind is float else kinds):
-        what = " or ".join(_ARTICLES.get(k, f"a {k.__name__}") for k in kinds)
+    # A group of fields may be of a subclass; 2 for 2.0 is fine, but True for 1 is not.
+    fits = type(value) in _ACCEPTED[kind] if kind in _ACCEPTED else isinstance(value, kind)
+    if not fits:
+        what = _ARTICLES.get(kind, f"a {kind.__name__}")
         yield name, value, f"must be {what}, not {type(value).__name__}", "set one"
     elif dataclasses.is_dataclass(value):
         yield from field_problems(value, f"{name}.")
@@ -298,3 +166,12 @@ def _tuple_problems(name: str, value: Any, kinds: tuple, limit: Any) -> Iterator
     limits = limit if type(limit) is tuple else (limit,) * len(value)
     for i, (item, kind, own) in enumerate(zip(value, kinds, limits, strict=True)):
         yield from _value_problems(f"{name}[{i}]", item, kind, own)
+
+
+def multiple_of(holder: Any, prefix: str, leaf: str, unit: str) -> list[Problem]:
+    """The rule that one number of `holder`, which stands as field `prefix`, is a multiple of another; [] if it is."""
+    value, step = getattr(holder, leaf), getattr(holder, unit)
+    if not value % step:
+        return []
+    near = max(1, round(value / step)) * step
+    return [(f"{prefix}.{leaf}", value, f"must be a multiple of {prefix}.{unit} = {step}", f"the nearest is {near}")]

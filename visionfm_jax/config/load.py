@@ -11,15 +11,18 @@ import difflib
 import importlib.util
 import inspect
 import re
+import sys
 import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from visionfm_jax.config.limits import types_of
 from visionfm_jax.config.schema import Config
 from visionfm_jax.errors import ConfigError
 
+_PLAIN = (int, float, str, bool)  # all other types of fields are groups of fields
 _OVERRIDE = re.compile(r"--config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -42,6 +45,7 @@ def load_file(spec: str) -> Config:
         raise ConfigError(f"--config={path}: is no Python file; name one of configs/*.py")
     module_spec = importlib.util.spec_from_file_location("visionfm_jax_config_file", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where a dataclass that the file defines looks for its types
     try:
         module_spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
@@ -71,12 +75,12 @@ def _check_groups(holder: Any, prefix: str = "") -> None:
         if not hasattr(holder, field.name):
             raise ConfigError(f"{name}: was deleted; give it a value")
         value = getattr(holder, field.name)
-        groups = [k for k in (field.type, *typing.get_args(field.type)) if dataclasses.is_dataclass(k)]
-        several = isinstance(value, tuple) and typing.get_origin(field.type) is tuple
-        for i, item in enumerate((value if several else (value,)) if groups else ()):
-            if type(item) not in groups:
-                what = " or ".join(group.__name__ for group in groups)
-                raise ConfigError(f"{name}{f'[{i}]' * several}: is a {type(item).__name__}; set a {what}")
+        kind = types_of(type(holder))[field.name]
+        group = next((k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and k not in _PLAIN), None)
+        several = isinstance(value, tuple) and typing.get_origin(kind) is tuple
+        for i, item in enumerate((value if several else (value,)) if group else ()):
+            if not (isinstance(item, group) and dataclasses.is_dataclass(item)):
+                raise ConfigError(f"{name}{f'[{i}]' * several}: is a {type(item).__name__}; set a {group.__name__}")
             _check_groups(item, f"{prefix}{field.name}{f'[{i}]' * several}.")
 
 
@@ -197,7 +201,7 @@ def _set(config: Config, name: str, text: str | None) -> None:
     *parents, leaf = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
     for part in parents:
         holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
-    kind, now = typing.get_type_hints(type(holder))[leaf], getattr(holder, leaf)
+    kind, now = types_of(type(holder))[leaf], getattr(holder, leaf)
     if text is None and kind is not bool:
         raise ConfigError(f"--config.{name}: has no value; write --config.{name}=VALUE")
     if Ellipsis in typing.get_args(kind):

@@ -1,153 +1,120 @@
-"""What a run is made of: nested, typed dataclasses with units, rules and derived quantities.
+"""What every run is made of: nested, typed dataclasses with units, bounds and derived quantities.
 
-The classes are not frozen, because flags write into them, and their annotations are no strings, because flags read
-their types; `Config.validate` is called once after that,
-and nothing changes a configuration afterwards. Derived quantities are properties, never stored.
+A model and a task bring their own classes, which stand beside their implementation: subclasses of `BackboneConfig`,
+`ModelConfig` and `TaskConfig`. The classes are not frozen, because flags write into them; `Config.validate` is called
+once after that, and nothing changes a configuration afterwards. Derived quantities are properties, never stored.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from visionfm_jax.config import rules
+from visionfm_jax.config.limits import DECAY, SHARE, STEPS, FileName, Filled, Limits, OneOf, Problem, Range
+
+if TYPE_CHECKING:  # the packages above this one
+    import jax.numpy as jnp
+    from flax import linen as nn
 
 
-@dataclass(kw_only=True)
-class ViTConfig:
-    """A Vision Transformer (Dosovitskiy et al. 2021); sizes in `models.vit.SIZES`.
+class ModelConfig:
+    """What a run trains: one network, or several of its fields. Subclasses are dataclasses.
 
-    The defaults are AugReg's (Steiner et al. 2022) but for the pooling; other public weights' are in BUILD.md.
+    Attributes:
+      limits: what each field may hold.
+      image_size: side of the images that it is given, pixels.
     """
 
-    size: str = "H"
-    width: int = 0  # channels of a token; 0: of the named size, as for the next three
-    depth: int = 0  # blocks
-    heads: int = 0
-    mlp: int = 0  # hidden channels of the MLPs
-    patch_size: int = 14  # pixels
-    image_size: int = 224  # pixels, square
-    pool: str = (
-        "gap"  # gap: norm of the patches' mean | norm_gap: mean of the normed | cls | cls_gap: both | map: probe
-    )
-    class_token: bool = False  # one that is not read: beside gap, norm_gap and map; cls and cls_gap have it anyway
-    registers: int = 0  # further tokens of no place (Darcet et al. 2024)
-    pos_embed: str = "class"  # what has rows in the table: none | patches | class: and its token | all: and registers
-    pos_image_size: int = 0  # pixels, of the images that the table is for; 0: image_size
-    pos_resize: str = "bicubic_antialias"  # to other images: that | bicubic | bicubic_offset | bilinear_antialias
-    rope_theta: float = 0.0  # longest period of rotary positions, in half sides of the image (DINOv3: 100); 0: none
-    patch_bias: bool = True  # of the patch embedding
-    qkv_bias: str = "all"  # of queries, keys and values: all | no_key | none
-    qk_norm: bool = False  # LayerNorms of each head's queries and keys (Dehghani et al. 2023)
-    pre_norm: bool = False  # a norm before the blocks (Radford et al. 2021)
-    layer_scale: float = 0.0  # where each branch's factors start (Touvron et al. 2021); 0: none
-    drop_path: float = 0.0  # chance that the last block is left out; falls linearly to 0 at the first
-    norm_eps: float = 1e-6  # of LayerNorms; other weights may have been trained with another
-    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    limits: ClassVar[Limits] = {}
+    image_size: int
 
-    @property
-    def has_class_token(self) -> bool:
-        return self.class_token or self.pool in ("cls", "cls_gap")
+    def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
+        """Its networks by the names of their fields, where it stands as field `name` itself."""
+        fields = {f"{name}.{f.name}": getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in fields.items() if isinstance(v, NetworkConfig)}
+
+    def problems(self, name: str) -> list[Problem]:
+        """Broken rules between its fields, where it stands as field `name`."""
+        return [p for part, network in self.networks(name).items() for p in network.problems(part)]
 
 
-@dataclass(kw_only=True)
-class SwinV2Config:
-    """A Swin Transformer V2 (Liu et al. 2022); sizes in `models.swin_v2.SIZES`."""
+class NetworkConfig(ModelConfig):
+    """One network of a model; it can say how it computes attention and what it recomputes."""
 
-    size: str = "G"
-    patch_size: int = 4  # pixels
-    image_size: int = 224  # pixels, square
-    window: int = 14  # tokens; a smaller map is one window
-    pretrained_window: int = 0  # of the run whose weights this continues; 0: none
-    pretrained_image_size: int = 0  # pixels, of that run
-    roll_first: bool = False  # shifted maps that need padding are rolled, then padded, as timm does; False: the reverse
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
-    drop_path: float = 0.2  # chance that the last block is left out; falls linearly to 0 at the first
+    attention: str
+    remat: str
+
+    def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
+        return {name: self}
+
+    def problems(self, name: str) -> list[Problem]:
+        return []
 
 
-@dataclass(kw_only=True)
-class TextConfig:
-    """A text transformer; sizes in `models.text.SIZES`."""
+class BackboneConfig(NetworkConfig):
+    """A network that makes features of images: what classifiers, towers and decoders are built on.
 
-    size: str = "H"
-    vocab_size: int = 49_408
-    context: int = 77  # tokens, with those of begin and end
-    end_token: int = 49_407  # where a text is read off: the first token with this id
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
-
-
-@dataclass(kw_only=True)
-class ClipConfig:
-    """An image and a text tower with a joint space (Radford et al. 2021)."""
-
-    image: SwinV2Config = field(default_factory=SwinV2Config)
-    text: TextConfig = field(default_factory=TextConfig)
-    embed_dim: int = 1024  # of the joint space
-
-
-@dataclass(kw_only=True)
-class DecoderConfig:
-    """A text transformer whose upper half looks at an image; sizes in `models.decoder.SIZES`.
-
-    Token ids are those of the tokenizer; 0 is padding.
+    Attributes:
+      strides: pixels between two places of each of its maps, fine to coarse.
+      widths: channels of each map.
+      features: channels of the pooled features.
+      embed_width: channels of an embedded patch, which a mask token may replace.
+      patch_size: pixels, side of a patch.
+      flops: FLOPs of one image's forward pass at `image_size`: matrix products alone, two per multiply-add.
     """
 
-    size: str = "L"
-    vocab_size: int = 32_000
-    context: int = 64  # tokens, with those of begin and end
-    begin_token: int = 1
-    end_token: int = 2  # where the lower half's embedding of a text is read off: the first token with this id
-    mask_token: int = 4  # stands for a word to guess
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    patch_size: int
+    strides: tuple[int, ...]
+    widths: tuple[int, ...]
+    features: int
+    embed_width: int
+    flops: float
+
+    def make(self, dtype: jnp.dtype, prepare: Callable[[Any], Any]) -> nn.Module:
+        """The module of this configuration: see `models.backbones.Backbone`."""
+        raise NotImplementedError
 
 
-@dataclass(kw_only=True)
-class AuroraConfig:
-    """An image encoder, a text decoder that looks at its tokens, a joint space, and a head that paints pixels."""
+class TaskConfig:
+    """An objective: what it needs of the model and the data, and how it is made. Subclasses are dataclasses.
 
-    image: SwinV2Config = field(default_factory=SwinV2Config)
-    text: DecoderConfig = field(default_factory=DecoderConfig)
-    embed_dim: int = 1024  # of the joint space
-
-
-@dataclass(kw_only=True)
-class ClassificationConfig:
-    """One label per image."""
-
-    num_classes: int = 1000
-    loss: str = "softmax"  # softmax | sigmoid (one-vs-all; Beyer et al. 2020)
-    label_smoothing: float = 0.1
-
-
-@dataclass(kw_only=True)
-class ContrastiveConfig:
-    """Pictures and captions that belong together, told apart from all others of the global batch."""
-
-    loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
-    tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model
-    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the shares of two mixed images come; 0: none
-    cached: bool = True  # micro-batches are contrasted with all of the batch (Gao et al. 2021); False: each alone
-
-
-@dataclass(kw_only=True)
-class MultimodalConfig:
-    """Masked images, and pairs that are contrasted, captioned, and whose captions' masked words are guessed.
-
-    Every image passes the encoder once: of `split[0] + split[1]` samples the first have captions, the others none.
+    Attributes:
+      limits: what each field may hold.
+      model_class: the class of models that it trains.
+      predictions: what `Task.predict` can be asked for, and so which evals suit it.
+      loss_scope: what the loss of a row depends on beside the row: nothing ("sample"), the others of its micro-batch
+        ("micro_batch"), or the others of the batch whatever the micro-batches ("batch").
+      rows: how many rows a device must be given at a time, and why, for people.
+      split: samples in turn with caption and without; (0, 0): it does not tell them apart.
+      reads_captions: whether it has a `tokenizer`.
     """
 
-    tokenizer: str = ""  # path of a SentencePiece model with a mask token, or the name of a shipped one
-    split: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
-    masked_image: float = 1.0  # weight of the loss; so are the next three
-    contrastive: float = 1.0
-    captioning: float = 2.0
-    masked_language: float = 1.0
-    mask_unit: int = 32  # pixels, side of what is hidden of an image at a time
-    mask_ratio: float = 0.6  # of an image's units
-    word_mask_ratio: float = 0.4  # of a text's tokens (Wettig et al. 2023), at least one
-    blind: float = 0.1  # share of texts whose words are guessed without the image
-    cached: bool = True  # as for `ContrastiveConfig`
+    limits: ClassVar[Limits] = {}
+    model_class: ClassVar[type[ModelConfig]]
+    predictions: ClassVar[frozenset[str]]
+    loss_scope: str = "sample"
+    rows: tuple[int, str] = (1, "")
+    split: tuple[int, int] = (0, 0)
+    reads_captions: ClassVar[bool] = False
+
+    def problems(self, run: Config) -> list[Problem]:
+        """Broken rules between its fields, the model and the rest of the run."""
+        return []
+
+    def fields(self, run: Config) -> Any:
+        """What a row holds beside its image: `data.fields.Fields`.
+
+        Raises:
+          ConfigError, DataError: the task cannot read its data.
+        """
+        raise NotImplementedError
+
+    def make(self, run: Config, dtype: jnp.dtype, prepare: Callable[[Any], Any]) -> Any:
+        """The `tasks.task.Task` of this configuration, which computes in `dtype`."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
@@ -163,6 +130,12 @@ class SourceConfig:
     caption_key: str = "caption"  # of `tars`: the .txt beside each picture, or another suffix; empty: no captions
     selection: str = ""  # of `tars`: file written by `python -m visionfm_jax.data.select`; empty: all pairs
 
+    limits: ClassVar[Limits] = {
+        "kind": OneOf(("tfds", "folder", "numpy", "bundled", "tars", "coco_captions", "visual_genome")),
+        "path": Filled("must name the dataset", "set it to the folder, file or bundled set"),
+        "weight": Range(1e-6, 1e6, "relative to the other sources'"),
+    }
+
 
 @dataclass(kw_only=True)
 class AugmentConfig:
@@ -174,6 +147,14 @@ class AugmentConfig:
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, of values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    limits: ClassVar[Limits] = {
+        "crop_scale": Range(0, 1, above=True),
+        "rand_augment": (Range(0, 100), Range(0, 10)),  # operations, magnitude
+        "jitter": (Range(0, 10), Range(0, 10), Range(0, 10), Range(0, 0.5, "half of the colour circle")),
+        "mean": Range(0, 1, "of values in [0, 1]"),
+        "std": Range(1e-3, 1, "of values in [0, 1]"),
+    }
 
 
 @dataclass(kw_only=True)
@@ -189,6 +170,15 @@ class DataConfig:
     prefetch: int = 2  # batches held ready per worker
     max_damaged: float = 0.001  # share of samples with unreadable records past which the run stops
     max_pixels: int = 2**26  # of an image; one with more is damaged. A process holds at most 24 bytes times this
+
+    limits: ClassVar[Limits] = {
+        "num_examples": Range(0, 2**40),
+        "workers": Range(0, 512),  # processes
+        "threads": Range(1, 512),
+        "prefetch": Range(1, 64, "batches in memory"),
+        "max_damaged": SHARE,
+        "max_pixels": Range(1, 178_956_970, "the most that Pillow opens"),
+    }
 
 
 @dataclass(kw_only=True)
@@ -206,6 +196,19 @@ class OptimConfig:
     layer_decay: float = 1.0  # factor of the learning rate per layer below the head; 1: none
     ema: float = 0.0  # decay per step of the averaged weights; 0: none
 
+    limits: ClassVar[Limits] = {
+        "lr": Range(1e-12, 100),
+        "final_lr": Range(0, 100),
+        "warmup_steps": STEPS,
+        "b1": DECAY,
+        "b2": DECAY,
+        "eps": Range(1e-30, 1, "0 / 0 is the update of a weight without gradient"),
+        "weight_decay": Range(0, 100),
+        "clip_norm": Range(1e-6, 1e6, off=True),
+        "layer_decay": Range(0.01, 1),
+        "ema": DECAY,
+    }
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
@@ -213,6 +216,8 @@ class ParallelConfig:
 
     stage: int = 3  # 0: plain data parallel … 3: fully sharded
     replicas: int = 1  # hybrid sharding: this many copies, each sharded over devices / replicas
+
+    limits: ClassVar[Limits] = {"stage": OneOf((3, 2, 1, 0)), "replicas": Range(1, 2**20)}
 
 
 @dataclass(kw_only=True)
@@ -225,6 +230,15 @@ class TrainConfig:
     steps: int = 0
     precision: str = "bf16"  # compute: bf16 | fp16 | fp32; what stays fp32: docs/precision.md
     on_nonfinite: str = "stop"  # a non-finite loss or gradient: stop | skip the step, as fp16 always does
+
+    limits: ClassVar[Limits] = {
+        "batch_size": Range(1, 2**16, "samples are numbered in two 32-bit words"),
+        "accumulate": Range(1, 2**16),
+        "epochs": Range(0, 1e6),
+        "steps": STEPS,
+        "precision": OneOf(("bf16", "fp16", "fp32")),
+        "on_nonfinite": OneOf(("stop", "skip")),
+    }
 
 
 @dataclass(kw_only=True)
@@ -240,6 +254,14 @@ class CheckpointConfig:
     weights: str = ""  # another run's folder: start from its weights only
     on_damage: str = "stop"  # the newest checkpoint is damaged: stop | older: continue from the newest whole one
 
+    limits: ClassVar[Limits] = {
+        "every_steps": STEPS,
+        "every_minutes": Range(0.01, 1e6, off=True),
+        "keep_last": Range(1, 10_000),
+        "keep_best": Range(0, 10_000),
+        "on_damage": OneOf(("stop", "older")),
+    }
+
 
 @dataclass(kw_only=True)
 class PreprocessConfig:
@@ -248,6 +270,12 @@ class PreprocessConfig:
     crop: float = 0.875  # side of the centre square relative to the shorter side: 224 of 256; 1: all of it
     resize: str = "crop"  # crop: the centre square | squash: `crop` of either side, whatever the ratio becomes
     interpolation: str = "bicubic"  # bicubic | bilinear
+
+    limits: ClassVar[Limits] = {
+        "crop": Range(0.01, 1),
+        "resize": OneOf(("crop", "squash")),
+        "interpolation": OneOf(("bicubic", "bilinear")),
+    }
 
 
 @dataclass(kw_only=True)
@@ -267,6 +295,18 @@ class EvalConfig:
     beams: int = 4  # of `beam`
     top_p: float = 0.9  # of `nucleus`
 
+    limits: ClassVar[Limits] = {
+        "kind": OneOf(
+            ("captioning", "classification", "perplexity", "pixel_baseline", "reconstruction", "retrieval", "zero_shot")
+        ),
+        "name": FileName(),
+        "batch_size": Range(0, 2**16),
+        "every_steps": STEPS,
+        "decoding": OneOf(("greedy", "beam", "nucleus")),
+        "beams": Range(1, 64),
+        "top_p": Range(0, 1, above=True),
+    }
+
 
 @dataclass(kw_only=True)
 class TelemetryConfig:
@@ -277,6 +317,11 @@ class TelemetryConfig:
     tensorboard: bool = True
     stuck_minutes: float = 30.0  # no finished step for this long: dump stacks, name the process, exit; 0: wait for ever
 
+    limits: ClassVar[Limits] = {
+        "log_every": Range(1, 2**30),  # steps
+        "stuck_minutes": Range(0.01, 1e6, off=True),
+    }
+
 
 @dataclass(kw_only=True)
 class Config:
@@ -285,8 +330,8 @@ class Config:
     name: str
     seed: int = 0
     workdir: str = ""  # the run folder; empty: runs/NAME
-    model: ViTConfig | ClipConfig | AuroraConfig = field(default_factory=ViTConfig)
-    task: ClassificationConfig | ContrastiveConfig | MultimodalConfig = field(default_factory=ClassificationConfig)
+    model: ModelConfig
+    task: TaskConfig
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -295,31 +340,11 @@ class Config:
     evals: tuple[EvalConfig, ...] = ()
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
+    limits: ClassVar[Limits] = {"name": FileName(), "seed": Range(0, 2**32 - 1)}
+
     @property
     def folder(self) -> str:
         return self.workdir or f"runs/{self.name}"
-
-    @property
-    def towers(self) -> dict[str, ViTConfig | SwinV2Config | TextConfig | DecoderConfig]:
-        """The networks of the model, by the names of their fields."""
-        if isinstance(self.model, ViTConfig):
-            return {"model": self.model}
-        return {"model.image": self.model.image, "model.text": self.model.text}
-
-    @property
-    def split(self) -> tuple[int, int]:
-        """Samples in turn with caption and without; (0, 0): the task does not tell them apart."""
-        return self.task.split if isinstance(self.task, MultimodalConfig) else (0, 0)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the model is given, pixels."""
-        return next(iter(self.towers.values())).image_size
-
-    @property
-    def contrasts_whole_batch(self) -> bool:
-        """Whether micro-batches are contrasted with all of the batch."""
-        return not isinstance(self.task, ClassificationConfig) and self.task.cached
 
     @property
     def total_steps(self) -> int:
@@ -355,8 +380,6 @@ class Config:
         Raises:
           ConfigError: all broken rules at once, one a line: field, value, rule, remedy.
         """
-        from visionfm_jax.config import rules  # which need the classes of this file
-
         rules.check(rules.problems(self))
 
     def validate_devices(self, devices: int, hosts: int = 1) -> None:
@@ -365,8 +388,6 @@ class Config:
         Raises:
           ConfigError: as `validate`.
         """
-        from visionfm_jax.config import rules
-
         rules.check(rules.device_problems(self, devices, hosts))
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -26,12 +26,11 @@ import numpy as np
 from absl import flags, logging
 
 from visionfm_jax.data.children import end_with_parent
+from visionfm_jax.data.fields import Row, Spec
 from visionfm_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
-Row = Mapping[str, Any]
 Store = Callable[[Batch, int, Row], None]  # writes a row into its place in a batch
-Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row: key -> shape, dtype
 
 CLOSE_SECONDS = 10.0  # for worker processes to end by themselves
 

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from visionfm_jax.config import ClassificationConfig, Config, DecoderConfig
-from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.sources.record import DamagedRecord, has_text
-from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from visionfm_jax.data.tokenizer import Tokenizer
 from visionfm_jax.errors import ConfigError, DataError
+
+Row = Mapping[str, Any]
+Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row: key -> shape, dtype
 
 
 class Fields(Protocol):
@@ -108,49 +109,15 @@ class OptionalTexts(Texts):
         """Every source serves; which ones a run needs together, `loader.check_split` says."""
 
 
-def fields_of(config: Config) -> Fields:
-    """What the run's task wants.
-
-    Raises:
-      ConfigError: the tokenizer's vocabulary or special tokens are not the text tower's.
-      DataError: no such tokenizer.
-    """
-    if isinstance(config.task, ClassificationConfig):
-        return Labels(config.task.num_classes)
-    text, tokenizer = config.model.text, open_tokenizer(config.task.tokenizer)
-    if isinstance(text, DecoderConfig):
-        _check_decoder(text, tokenizer)
-        return OptionalTexts(tokenizer, text.context)
-    if tokenizer.vocab_size > text.vocab_size:
-        raise ConfigError(
-            f"config.model.text.vocab_size = {text.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} entries; "
-            f"set it to {tokenizer.vocab_size} or more"
-        )
-    _check_token("end", text.end_token, tokenizer.end, tokenizer)
-    return Texts(tokenizer, text.context)
-
-
-def _check_decoder(text: DecoderConfig, tokenizer: Tokenizer) -> None:
-    """A decoder writes texts: it must know every entry, have no others, and mean the same by its special tokens."""
-    if tokenizer.mask is None:
-        raise ConfigError(
-            f"config.task.tokenizer = {tokenizer.name!r}: has no mask token, which stands for the words to guess; "
-            "make one that has by `python -m visionfm_jax.data.tokenizer train`"
-        )
-    if tokenizer.vocab_size != text.vocab_size:
-        raise ConfigError(
-            f"config.model.text.vocab_size = {text.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} entries; "
-            f"set it to {tokenizer.vocab_size}"
-        )
-    _check_token("begin", text.begin_token, tokenizer.begin, tokenizer)
-    _check_token("end", text.end_token, tokenizer.end, tokenizer)
-    _check_token("mask", text.mask_token, tokenizer.mask, tokenizer)
-
-
 _SAYS = {"begin": "begins a text by", "end": "ends a text by", "mask": "masks a word by"}
 
 
-def _check_token(use: str, configured: int, actual: int, tokenizer: Tokenizer) -> None:
+def check_token(use: str, configured: int, actual: int, tokenizer: Tokenizer) -> None:
+    """Refuse a text network that means another token of `use` ("begin", "end", "mask") than its tokenizer.
+
+    Raises:
+      ConfigError: it does.
+    """
     if configured != actual:
         raise ConfigError(
             f"config.model.text.{use}_token = {configured}: {tokenizer.name} {_SAYS[use]} {actual}; set it to {actual}"

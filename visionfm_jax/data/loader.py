@@ -25,8 +25,8 @@ from absl import logging
 
 from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data import transforms
-from visionfm_jax.data.batches import Batch, HostBatches, Loader, Row, Spec
-from visionfm_jax.data.fields import Fields
+from visionfm_jax.data.batches import Batch, HostBatches, Loader
+from visionfm_jax.data.fields import Fields, Row, Spec
 from visionfm_jax.data.rand_augment import rand_augment
 from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from visionfm_jax.config import ClassificationConfig, Config
+from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.sources import Source, open_sources, read_record
 from visionfm_jax.data.sources.record import DamagedRecord, has_text
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sentences", type=int, default=SENTENCES, help="captions to read at most (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
     config, known = parser.parse_with_config(argv)
-    if isinstance(config.task, ClassificationConfig):
+    if not config.task.reads_captions:
         raise ConfigError(f"{config.name}: its task reads no captions; name a configuration that does")
     if known.sentences < 1:
         raise ConfigError(f"--sentences={known.sentences}: set 1 or more")

@@ -32,6 +32,7 @@ class CaptioningEval(MultimodalEval):
         right, that is one of the true ones.
     """
 
+    measures = "captions"
     metrics = ("exact", "bleu4", "cider")
 
     def more_settings(self) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
+from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.by_class import LabelledEval
 from visionfm_jax.evals.contrastive import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict, require_task
+from visionfm_jax.evals.subject import Predict, require_prediction
 
 
 class ClassificationEval(LabelledEval):
@@ -32,12 +32,12 @@ class ClassificationEval(LabelledEval):
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        require_task(config, run, ClassificationConfig)
+        require_prediction(config, run, "labels")
         self.source, self.labels = open_source(config.source), Labels(run.task.num_classes)
         self.labels.check(self.source)
         names = tuple(self.source.class_names or ())
         self.classes = names + tuple(map(str, range(len(names), run.task.num_classes)))
-        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
             **self.transform.settings,

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import Config, EvalConfig, MultimodalConfig
-from visionfm_jax.data.batches import Batch, Row, Spec
-from visionfm_jax.data.fields import Fields
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.batches import Batch
+from visionfm_jax.data.fields import Fields, Row, Spec
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.contrastive import captions_of, measured_on, protocol_of
-from visionfm_jax.evals.subject import require_task
+from visionfm_jax.evals.subject import require_prediction
 
 
 class MultimodalEval:
@@ -29,16 +29,17 @@ class MultimodalEval:
     """
 
     needs_captions = True
+    measures: str  # of `TaskConfig.predictions`
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_task(config, run, MultimodalConfig)
+        require_prediction(config, run, self.measures)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source: Source = open_source(config.source)
         if self.needs_captions and not self.source.has_captions:
             raise DataError(
                 f"{self.source.name} has no captions, which {config.kind} needs; set caption_key, or another source"
             )
-        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
             **self.transform.settings,

@@ -21,6 +21,7 @@ class PerplexityEval(MultimodalEval):
     the record's number alone.
     """
 
+    measures = "masked_language"
     metrics = ("image_gain",)
 
     def more_settings(self) -> dict[str, Any]:

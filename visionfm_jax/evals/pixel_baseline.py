@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from visionfm_jax.config import ClassificationConfig, Config, EvalConfig
+from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.subject import Predict, require_task
+from visionfm_jax.evals.subject import Predict, require_prediction
 
 MAX_PIXELS = 2**30  # of training images, held in memory as fp32: 4 GiB
 ITERATIONS = 200
@@ -34,12 +34,12 @@ class PixelBaseline:
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
         del host, hosts  # every host computes the same
-        require_task(config, run, ClassificationConfig)
+        require_prediction(config, run, "labels")
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
         self.source = open_source(config.source)
-        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
-        pixels = sum(map(len, self.train)) * run.image_size**2 * 3
+        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        pixels = sum(map(len, self.train)) * run.model.image_size**2 * 3
         if pixels > MAX_PIXELS:
             raise DataError(f"{pixels:,} training pixels are too many for a baseline; remove the eval")
 

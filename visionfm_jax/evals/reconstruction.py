@@ -29,6 +29,7 @@ class ReconstructionEval(MultimodalEval):
         (8, S, S, 3), and `error` (8,).
     """
 
+    measures = "masked_image"
     metrics = ("colour_gain",)
     needs_captions = False
 

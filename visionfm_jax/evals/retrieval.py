@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig, MultimodalConfig
+from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader
@@ -29,7 +29,7 @@ from visionfm_jax.evals.contrastive import (
     sample,
 )
 from visionfm_jax.evals.metrics import best, ranks, recall
-from visionfm_jax.evals.subject import Predict, require_task
+from visionfm_jax.evals.subject import Predict, require_prediction
 
 KS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
@@ -95,12 +95,12 @@ class RetrievalEval:
     metrics = tuple(f"{way}_r{k}" for way in WAYS for k in KS)
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_task(config, run, ContrastiveConfig, MultimodalConfig)
+        require_prediction(config, run, "embeddings")
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         configs = (config.source, *config.gallery)
         self.sources = [open_source(s) for s in configs]
         self.source = self.sources[0]
-        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
         for source in self.sources:
             if not source.has_captions:
                 raise DataError(

@@ -14,15 +14,15 @@ from visionfm_jax.errors import ConfigError
 Predict = Callable[..., dict[str, np.ndarray]]
 
 
-def require_task(config: EvalConfig, run: Config, *tasks: type) -> None:
-    """Refuse a run of another task than one of `tasks`, classes of `config.schema`.
+def require_prediction(config: EvalConfig, run: Config, prediction: str) -> None:
+    """Refuse a run whose task cannot predict what an eval measures.
 
     Raises:
-      ConfigError: that the eval's kind cannot measure.
+      ConfigError: it lacks `prediction`, one of `TaskConfig.predictions`.
     """
-    if not isinstance(run.task, tasks):
+    if prediction not in run.task.predictions:
+        there = ", ".join(sorted(run.task.predictions))
         raise ConfigError(
-            f"config.evals {config.name!r}: kind {config.kind!r} is for a task of "
-            f"{' or '.join(task.__name__ for task in tasks)}, not of "
-            f"{type(run.task).__name__}; set another kind, or remove the eval"
+            f"config.evals {config.name!r}: kind {config.kind!r} measures the {prediction} of a task, and "
+            f"{type(run.task).__name__} predicts {there}; set another kind, or remove the eval"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import Config, ContrastiveConfig, EvalConfig, MultimodalConfig
+from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
@@ -18,7 +18,7 @@ from visionfm_jax.errors import DataError
 from visionfm_jax.evals.by_class import LabelledEval
 from visionfm_jax.evals.contrastive import embed_texts, measured_on, protocol_of
 from visionfm_jax.evals.metrics import class_embeddings, classify
-from visionfm_jax.evals.subject import Predict, require_task
+from visionfm_jax.evals.subject import Predict, require_prediction
 
 PROMPTS = "imagenet_prompts_short"
 
@@ -37,10 +37,10 @@ class ZeroShotEval(LabelledEval):
     metrics = ("top1", "top5", "balanced_accuracy")
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_task(config, run, ContrastiveConfig, MultimodalConfig)
+        require_prediction(config, run, "embeddings")
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
-        self.transform = EvalTransform(run.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
         self.classes, self.prompts = self._classes(), self._prompts()
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {

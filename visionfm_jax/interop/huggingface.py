@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
 from visionfm_jax.interop.timm import resized
 from visionfm_jax.interop.vit import Form, Names
-from visionfm_jax.models.vit import size_of
+from visionfm_jax.models.backbones.vit import ViTConfig, size_of
 
 _VIT = Names(
     patches="embeddings.patch_embeddings.projection", cls_token="embeddings.cls_token",

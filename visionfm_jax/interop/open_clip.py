@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import TextConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
-from visionfm_jax.models.text import size_of
+from visionfm_jax.models.text import TextConfig, size_of
 
 # The image tower, and a mask that follows from the positions, which older files hold.
 _SKIPPED = re.compile(r"visual\..*|attn_mask")

@@ -17,11 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import ACTIVATIONS, setting
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
-from visionfm_jax.models.swin_v2 import BIAS_HIDDEN, EPS, group_of, pretrained_windows
+from visionfm_jax.models.backbones.swin_v2 import BIAS_HIDDEN, EPS, SwinV2Config, group_of, pretrained_windows
 
 # Tables and masks that follow from the window's size, timm's bias of keys that is always zero, and classifiers: our
 # encoder has none.

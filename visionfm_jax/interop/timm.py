@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
 from visionfm_jax.interop.vit import Form, Names
-from visionfm_jax.models.vit import size_of
+from visionfm_jax.models.backbones.vit import ViTConfig, size_of
 
 _POOL = (
     Leaf("pool/probe", ("attn_pool.latent",), "table", (1, 1, "D")),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from visionfm_jax.config import ViTConfig
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import Leaf, affine, layer_norm
+from visionfm_jax.models.backbones.vit import ViTConfig
 
 
 class Names(NamedTuple):

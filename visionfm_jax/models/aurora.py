@@ -1,6 +1,6 @@
 """Aurora: one hierarchical encoder for masked images, image-text contrast and captions.
 
-    image (B, H, W, 3) -> SwinV2 -> map (B, h, w, D) -> painter: pixels of what was hidden (Xie et al. 2022, "SimMIM")
+    image (B, H, W, 3) -> backbone -> map (B, h, w, D) -> painter: pixels of what was hidden (Xie et al. 2022, "SimMIM")
                                                      -> pool, projection: the image in the joint space
                                                      -> projection: tokens that the decoder's upper half looks at
     text (B, T) -> lower half -> at its end token, projection: the text in the joint space
@@ -13,22 +13,70 @@ space, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from visionfm_jax.config import AuroraConfig
-from visionfm_jax.models import decoder, pooling, swin_v2
-from visionfm_jax.models.decoder import View, view_of
+from visionfm_jax.config import BackboneConfig, ModelConfig
+from visionfm_jax.config.limits import Limits, Problem, Range
+from visionfm_jax.models import decoder, pooling
+from visionfm_jax.models.backbones import Hidden
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.decoder import DecoderConfig, View, view_of
 from visionfm_jax.models.layers import Prepare, as_is, dense, layer_norm
-from visionfm_jax.models.swin_v2 import Hidden
 
 EPS = 1e-5
 POOL_HEAD = 128  # width of a head of the pool; narrower maps have one
 PIXELS = 3
+
+
+@dataclass(kw_only=True)
+class AuroraConfig(ModelConfig):
+    """An image encoder, a text decoder that looks at its tokens, a joint space, and a head that predicts pixels."""
+
+    image: BackboneConfig = field(default_factory=SwinV2Config)
+    text: DecoderConfig = field(default_factory=DecoderConfig)
+    embed_dim: int = 1024  # of the joint space
+
+    limits: ClassVar[Limits] = {"embed_dim": Range(1, 2**16)}
+
+    @property
+    def image_size(self) -> int:
+        return self.image.image_size
+
+    def flops(self, readings: int = 1) -> dict[str, float]:
+        """FLOPs of one sample's forward pass by part: matrix products alone, two per multiply-add.
+
+        `readings`: how often a text is read in one pass (`decoder.View`).
+
+        Returns:
+          encoder and painter, of an image; pool, of an image, with its projection; look, of an image's tokens; lower
+          and upper, of a text; text_projection.
+        """
+        text, stride = decoder.size_of(self.text).width, self.image.strides[-1]
+        D, S = self.image.widths[-1], (self.image_size // stride) ** 2
+        lower, upper = decoder.forward_flops(self.text, S, text, readings)
+        return {
+            "encoder": self.image.flops,
+            "painter": 2.0 * S * D * stride**2 * PIXELS,
+            "pool": pooling.forward_flops(S, D, 4 * D) + 2.0 * (D * D + D * self.embed_dim),
+            "look": 2.0 * S * 2 * D * (D + text),
+            "lower": lower,
+            "upper": upper,
+            "text_projection": 2.0 * 4 * text * (text + self.embed_dim),
+        }
+
+    def problems(self, name: str) -> list[Problem]:
+        stride, out = self.image.strides[-1], super().problems(name)
+        if self.image_size % stride:
+            rule = f"must be a multiple of {stride}, what a token of the last map reconstructs"
+            near = max(1, round(self.image_size / stride)) * stride
+            out.append((f"{name}.image.image_size", self.image_size, rule, f"the nearest is {near}"))
+        return out
 
 
 class Projection(nn.Module):
@@ -53,11 +101,9 @@ class Aurora(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        width, text = 8 * swin_v2.size_of(config.image).width, decoder.size_of(config.text).width
-        self.image = swin_v2.SwinV2(config.image, self.dtype, self.prepare)
-        self.mask_token = self.param(
-            "mask_token", nn.initializers.truncated_normal(0.02), (swin_v2.size_of(config.image).width,)
-        )
+        width, text = config.image.widths[-1], decoder.size_of(config.text).width
+        self.image = config.image.make(self.dtype, self.prepare)
+        self.mask_token = self.param("mask_token", nn.initializers.truncated_normal(0.02), (config.image.embed_width,))
         self.painter = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
         self.pool = pooling.AttentionPool(max(width // POOL_HEAD, 1), 4 * width, self.dtype, EPS)
         self.image_projection = Projection(width, config.embed_dim, self.dtype)
@@ -71,7 +117,7 @@ class Aurora(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels between two tokens of the last map."""
-        return 8 * self.config.image.patch_size
+        return self.config.image.strides[-1]
 
     def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple:
         """Everything once, to make parameters: images (B, H, W, 3), normalised, and token ids (B, T)."""
@@ -80,7 +126,7 @@ class Aurora(nn.Module):
         return self.paint(x), self.embed_image(x), self.embed_text(text, tokens), self.write(text, view, self.look(x))
 
     def encode(self, images: jax.Array, keys: jax.Array | None = None, hidden: jax.Array | None = None) -> jax.Array:
-        """The normed last map (B, h, w, D); `keys` as for `SwinV2`, `hidden` (B, …) bool of patches not shown."""
+        """The normed last map (B, h, w, D); `keys` as for `Backbone`, `hidden` (B, …) bool of patches not shown."""
         kept = None if hidden is None else Hidden(self.mask_token, hidden)
         return self.image(images, keys, kept).normed.astype(self.dtype)
 
@@ -125,26 +171,3 @@ class Aurora(nn.Module):
         x, lower = self.lower(tokens[:, None], None, cache["lower"], position)
         words, upper = self.upper(x, None, None, before=cache["upper"], position=position)
         return words[:, 0], {"lower": lower, "upper": upper}
-
-
-def forward_flops(config: AuroraConfig, readings: int = 1) -> dict[str, float]:
-    """FLOPs of one sample's forward pass by part: matrix products alone, two per multiply-add.
-
-    `readings`: how often a text is read in one pass (`decoder.View`).
-
-    Returns:
-      encoder and painter, of an image; pool, of an image, with its projection; look, of an image's tokens; lower and
-      upper, of a text; text_projection.
-    """
-    image, text = config.image, decoder.size_of(config.text).width
-    D, S = 8 * swin_v2.size_of(image).width, (image.image_size // (8 * image.patch_size)) ** 2
-    lower, upper = decoder.forward_flops(config.text, S, text, readings)
-    return {
-        "encoder": swin_v2.forward_flops(image),
-        "painter": 2.0 * S * D * (8 * image.patch_size) ** 2 * PIXELS,
-        "pool": pooling.forward_flops(S, D, 4 * D) + 2.0 * (D * D + D * config.embed_dim),
-        "look": 2.0 * S * 2 * D * (D + text),
-        "lower": lower,
-        "upper": upper,
-        "text_projection": 2.0 * 4 * text * (text + config.embed_dim),
-    }

@@ -6,17 +6,41 @@ Shapes: B batch, H W image, T tokens, E width of the joint space.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from visionfm_jax.config import ClipConfig
-from visionfm_jax.models import swin_v2, text
+from visionfm_jax.config import BackboneConfig, ModelConfig
+from visionfm_jax.config.limits import Limits, Range
+from visionfm_jax.models import text
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.layers import Prepare, as_is, logits
 
 MAX_SCALE = math.log(100.0)  # of logits, in logarithms
+
+
+@dataclass(kw_only=True)
+class ClipConfig(ModelConfig):
+    """An image and a text tower with a joint space (Radford et al. 2021)."""
+
+    image: BackboneConfig = field(default_factory=SwinV2Config)
+    text: text.TextConfig = field(default_factory=text.TextConfig)
+    embed_dim: int = 1024  # of the joint space
+
+    limits: ClassVar[Limits] = {"embed_dim": Range(1, 2**16)}
+
+    @property
+    def image_size(self) -> int:
+        return self.image.image_size
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one pair's forward pass, without the loss."""
+        projections = 2.0 * (self.image.features + self.text.features) * self.embed_dim
+        return self.image.flops + text.forward_flops(self.text) + projections
 
 
 class Embeddings(NamedTuple):
@@ -40,9 +64,9 @@ class Clip(nn.Module):
     sigmoid: bool = False
 
     def setup(self) -> None:
-        self.image = swin_v2.SwinV2(self.config.image, self.dtype, self.prepare)
+        self.image = self.config.image.make(self.dtype, self.prepare)
         self.text = text.TextTransformer(self.config.text, self.dtype, self.prepare)
-        widths = 8 * swin_v2.size_of(self.config.image).width, text.size_of(self.config.text).width
+        widths = self.config.image.features, self.config.text.features
         self.image_projection, self.text_projection = (
             self.param(f"{name}_projection", nn.initializers.normal(width**-0.5), (width, self.config.embed_dim))
             for name, width in zip(("image", "text"), widths, strict=True)
@@ -51,7 +75,7 @@ class Clip(nn.Module):
         self.bias = self.param("bias", nn.initializers.constant(-10.0), ()) if self.sigmoid else None
 
     def __call__(self, images: jax.Array, tokens: jax.Array, keys: jax.Array | None = None) -> Embeddings:
-        """Images (B, H, W, 3), normalised, and token ids (B, T); `keys` (B,) as for `SwinV2`."""
+        """Images (B, H, W, 3), normalised, and token ids (B, T); `keys` (B,) as for `Backbone`."""
         return Embeddings(self.embed_images(images, keys), self.embed_texts(tokens), self.scale, self.bias)
 
     def embed_images(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -64,9 +88,3 @@ class Clip(nn.Module):
 
     def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return logits(x.astype(self.dtype), kernel.astype(self.dtype))
-
-
-def forward_flops(config: ClipConfig) -> float:
-    """FLOPs of one pair's forward pass, without the loss."""
-    widths = 8 * swin_v2.size_of(config.image).width + text.size_of(config.text).width
-    return swin_v2.forward_flops(config.image) + text.forward_flops(config.text) + 2.0 * widths * config.embed_dim

@@ -8,15 +8,17 @@ Shapes: B batch, T tokens, S image tokens, D width, M width of the image tokens,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from visionfm_jax.config import DecoderConfig
+from visionfm_jax.config import NetworkConfig
+from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.layers import (
     Attention,
@@ -46,6 +48,41 @@ SIZES = {
     "L": Size(1024, (12, 12), 16),
 }
 EPS = 1e-5
+
+
+@dataclass(kw_only=True)
+class DecoderConfig(NetworkConfig):
+    """A text transformer whose upper half looks at an image; sizes in `SIZES`.
+
+    Token ids are those of the tokenizer; 0 is padding.
+    """
+
+    size: str = "L"
+    vocab_size: int = 32_000
+    context: int = 64  # tokens, with those of begin and end
+    begin_token: int = 1
+    end_token: int = 2  # where the lower half's embedding of a text is read off: the first token with this id
+    mask_token: int = 4  # stands for a word to guess
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+
+    limits: ClassVar[Limits] = {
+        "size": OneOf(tuple(SIZES)),
+        "vocab_size": Range(4, 2**24),
+        "context": Range(3, 2**14, "tokens are compared each with each"),
+        "begin_token": IDS,
+        "end_token": IDS,
+        "mask_token": IDS,
+        "attention": ATTENTION,
+        "remat": REMAT,
+    }
+
+    def problems(self, name: str) -> list[Problem]:
+        special = {f"{name}.{leaf}": getattr(self, leaf) for leaf in ("begin_token", "end_token", "mask_token")}
+        if len({0, *special.values()}) == 4 and all(0 < i < self.vocab_size for i in special.values()):
+            return []
+        rule = f"must differ from each other and from 0, padding, and be below vocab_size = {self.vocab_size}"
+        return [(", ".join(special), tuple(special.values()), rule, "set the tokenizer's, e.g. 1, 2 and 4")]
 
 
 def size_of(config: DecoderConfig) -> Size:

@@ -5,13 +5,15 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from visionfm_jax.config import TextConfig
+from visionfm_jax.config import NetworkConfig
+from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
 from visionfm_jax.models.layers import Block, Prepare, as_is, layer_norm, named_size, scan_blocks
 
 
@@ -31,6 +33,38 @@ SIZES = {
     "H": Size(1024, 24, 16),
 }
 EPS = 1e-5
+
+
+@dataclass(kw_only=True)
+class TextConfig(NetworkConfig):
+    """A text transformer; sizes in `SIZES`."""
+
+    size: str = "H"
+    vocab_size: int = 49_408
+    context: int = 77  # tokens, with those of begin and end
+    end_token: int = 49_407  # where a text is read off: the first token with this id
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+
+    limits: ClassVar[Limits] = {
+        "size": OneOf(tuple(SIZES)),
+        "vocab_size": Range(3, 2**24),
+        "context": Range(3, 2**14, "tokens are compared each with each"),
+        "end_token": IDS,
+        "attention": ATTENTION,
+        "remat": REMAT,
+    }
+
+    @property
+    def features(self) -> int:
+        """Channels of a text's features."""
+        return size_of(self).width
+
+    def problems(self, name: str) -> list[Problem]:
+        if self.end_token < self.vocab_size:
+            return []
+        rule = f"must be below vocab_size = {self.vocab_size}"
+        return [(f"{name}.end_token", self.end_token, rule, "set the tokenizer's end token")]
 
 
 def size_of(config: TextConfig) -> Size:

@@ -17,7 +17,7 @@ COTANGENT = "cotangent"  # key in a batch beside the rows
 
 
 class Contrast(NamedTuple):
-    """A loss of which a part compares all rows of the batch; `tasks.registry.ContrastTask` has the same, explained."""
+    """A loss of which a part compares all rows of the batch; `tasks.task.ContrastTask` has the same, explained."""
 
     embed: Callable[[Tree, dict], dict]  # (params, rows) -> what is compared, arrays with rows first
     forward: Callable[[Tree, dict], tuple[dict, dict]]  # (params, rows) -> the same, and per-sample arrays

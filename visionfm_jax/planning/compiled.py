@@ -6,7 +6,6 @@ several run side by side, and one that crashes takes nothing along. Results are 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gzip
 import hashlib
@@ -107,11 +106,11 @@ def cache_folder() -> Path:
 
 def _relevant(config: Config) -> Config:
     """The configuration without what the step does not depend on."""
-    config = copy.deepcopy(config)
-    default = Config(name="")
-    config.name, config.workdir, config.checkpoint, config.telemetry = "", "", default.checkpoint, default.telemetry
-    config.evals, config.data.train = (), ()
-    return config
+    data = dataclasses.replace(config.data, train=())
+    return Config(
+        name="", seed=config.seed, model=config.model, task=config.task, data=data,
+        optim=config.optim, parallel=config.parallel, train=config.train,
+    )  # fmt: skip
 
 
 def _key(config: Config, cluster: Cluster, platform: str) -> str:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from visionfm_jax.config import ClassificationConfig, Config
+from visionfm_jax.config import Config
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.layers import POLICIES
 from visionfm_jax.parallel.targets import Cluster
@@ -26,25 +26,25 @@ COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
 class Setting(NamedTuple):
-    """What may change without changing what is learnt. A search changes all towers at once."""
+    """What may change without changing what is learnt. A search changes all networks at once."""
 
     stage: int
     replicas: int
     accumulate: int
-    remat: tuple[str, ...]  # of each tower
-    attention: tuple[str, ...]  # of each tower
-    towers: tuple[str, ...]  # their fields in the configuration
+    remat: tuple[str, ...]  # of each network
+    attention: tuple[str, ...]  # of each network
+    networks: tuple[str, ...]  # their fields in the configuration
 
     @property
     def fields(self) -> dict[str, int | str]:
         """The configuration's fields and their values."""
-        of_towers = {
-            f"{tower}.{name}": value
+        of_networks = {
+            f"{network}.{name}": value
             for name in ("remat", "attention")
-            for tower, value in zip(self.towers, getattr(self, name), strict=True)
+            for network, value in zip(self.networks, getattr(self, name), strict=True)
         }
         run = {"parallel.stage": self.stage, "parallel.replicas": self.replicas, "train.accumulate": self.accumulate}
-        return run | of_towers
+        return run | of_networks
 
     def flags(self, other: Setting) -> str:
         """The words of the command line that lead from `other` to this."""
@@ -52,12 +52,12 @@ class Setting(NamedTuple):
         return " ".join(f"--config.{name}={value}" for name, value in self.fields.items() if value != before[name])
 
     def with_remat(self, limit: Callable[..., int], policy: str) -> Setting:
-        """The same with `policy` for each tower, where it is the `limit` (max: the heavier) of it and its own."""
+        """The same with `policy` for each network, where it is the `limit` (max: the heavier) of it and its own."""
         return self._replace(remat=tuple(REMAT[limit(REMAT.index(r), REMAT.index(policy))] for r in self.remat))
 
     def with_attention(self, kind: str) -> Setting:
-        """The same with this kernel for all towers."""
-        return self._replace(attention=(kind,) * len(self.towers))
+        """The same with this kernel for all networks."""
+        return self._replace(attention=(kind,) * len(self.networks))
 
     @property
     def recomputed(self) -> int:
@@ -67,10 +67,10 @@ class Setting(NamedTuple):
 
 def setting_of(config: Config) -> Setting:
     """The setting of a configuration."""
-    towers = config.towers
+    networks = config.model.networks()
     return Setting(
         config.parallel.stage, config.parallel.replicas, config.train.accumulate,
-        tuple(t.remat for t in towers.values()), tuple(t.attention for t in towers.values()), tuple(towers),
+        tuple(n.remat for n in networks.values()), tuple(n.attention for n in networks.values()), tuple(networks),
     )  # fmt: skip
 
 
@@ -79,16 +79,15 @@ def with_setting(config: Config, setting: Setting) -> Config:
     config = copy.deepcopy(config)
     config.parallel.stage, config.parallel.replicas = setting.stage, setting.replicas
     config.train.accumulate = setting.accumulate
-    for tower, remat, kind in zip(config.towers.values(), setting.remat, setting.attention, strict=True):
-        tower.remat, tower.attention = remat, kind
+    for network, remat, kind in zip(config.model.networks().values(), setting.remat, setting.attention, strict=True):
+        network.remat, network.attention = remat, kind
     return config
 
 
 def is_allowed(config: Config, setting: Setting, cluster: Cluster) -> bool:
     """Whether the rules of configurations and the packages at hand allow it."""
     changed = with_setting(config, setting)
-    alone = not isinstance(config.task, ClassificationConfig) and not config.task.cached
-    if alone and setting.accumulate != config.train.accumulate:  # that would contrast other pairs
+    if config.task.loss_scope == "micro_batch" and setting.accumulate != config.train.accumulate:  # another loss
         return False
     if "cudnn" in setting.attention and missing_packages():
         return False
@@ -241,7 +240,7 @@ def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
     too_large: dict[str, tuple[int, int, int]] = {}  # by remat: micro-batches, bytes that stay, bytes that shrink
     for accumulate in _splits(planner, family):
         for remat in remats:
-            setting = family._replace(accumulate=accumulate, remat=(remat,) * len(family.towers))
+            setting = family._replace(accumulate=accumulate, remat=(remat,) * len(family.networks))
             if remat in too_large:  # a smaller micro-batch is worth a compile only where it may fit
                 before, fixed, shrinking = too_large[remat]
                 if fixed + shrinking * before / accumulate > usable_bytes(planner.cluster):

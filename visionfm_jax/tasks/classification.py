@@ -1,4 +1,4 @@
-"""One label per image: a ViT under softmax or sigmoid cross-entropy.
+"""One label per image: any backbone under softmax or sigmoid cross-entropy.
 
 Shapes: B batch, H W image, C classes.
 """
@@ -6,26 +6,49 @@ Shapes: B batch, H W image, C classes.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import BackboneConfig, Config, TaskConfig
+from visionfm_jax.config.limits import SHARE, Limits, OneOf, Range
 from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.data.fields import Labels
 from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
+from visionfm_jax.models.heads import Classifier
 from visionfm_jax.models.layers import Prepare
-from visionfm_jax.models.vit import ViT, forward_flops
 
 LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 
+@dataclass(kw_only=True)
+class ClassificationConfig(TaskConfig):
+    """One label per image."""
+
+    num_classes: int = 1000
+    loss: str = "softmax"  # softmax | sigmoid (one-vs-all; Beyer et al. 2020)
+    label_smoothing: float = 0.1
+
+    limits: ClassVar[Limits] = {"num_classes": Range(2, 2**24), "loss": OneOf(tuple(LOSSES)), "label_smoothing": SHARE}
+
+    model_class: ClassVar[type] = BackboneConfig
+    predictions: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+    def fields(self, run: Config) -> Labels:
+        return Labels(self.num_classes)
+
+    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> Classification:
+        return Classification(run, dtype, prepare)
+
+
 class Classification:
-    """The `tasks.registry.Task` of image classification."""
+    """The `tasks.task.Task` of image classification."""
 
     def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
         self.config = config
-        self.model = ViT(config.model, config.task.num_classes, dtype, prepare)
+        self.model = Classifier(config.model.make(dtype, prepare), config.task.num_classes, dtype)
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters, fp32."""
@@ -71,5 +94,5 @@ class Classification:
     @property
     def step_flops(self) -> float:
         """FLOPs of one optimiser step on the global batch: 3 x forward, nothing recomputed counted."""
-        forward = forward_flops(self.config.model, self.config.task.num_classes)
+        forward = self.config.model.flops + 2.0 * self.config.model.features * self.config.task.num_classes
         return 3 * forward * self.config.train.batch_size

@@ -6,23 +6,68 @@ Shapes: B rows of this device, H W image, L tokens, E width of the joint space.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import Config, TaskConfig
+from visionfm_jax.config.limits import Limits, OneOf, Range
 from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.data.fields import Texts, check_token
+from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.contrastive import Targets
-from visionfm_jax.models.clip import Clip, Embeddings, forward_flops
+from visionfm_jax.models.clip import Clip, ClipConfig, Embeddings
 from visionfm_jax.models.layers import Prepare
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
 
 
+@dataclass(kw_only=True)
+class ContrastiveConfig(TaskConfig):
+    """Pictures and captions that belong together, told apart from all others of the global batch."""
+
+    loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
+    tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the shares of two mixed images come; 0: none
+    cached: bool = True  # micro-batches are contrasted with all of the batch (Gao et al. 2021); False: each alone
+
+    limits: ClassVar[Limits] = {
+        "loss": OneOf(("softmax", "sigmoid")),
+        "mixup": Range(1e-3, 100, "of Beta(alpha, alpha)", off=True),
+    }
+
+    model_class: ClassVar[type] = ClipConfig
+    predictions: ClassVar[frozenset[str]] = frozenset({"embeddings"})
+    reads_captions: ClassVar[bool] = True
+
+    @property
+    def loss_scope(self) -> str:
+        return "batch" if self.cached else "micro_batch"
+
+    @property
+    def rows(self) -> tuple[int, str]:
+        return (2, " x 2 images to mix") if self.mixup else (1, "")
+
+    def fields(self, run: Config) -> Texts:
+        text, tokenizer = run.model.text, open_tokenizer(self.tokenizer)
+        if tokenizer.vocab_size > text.vocab_size:
+            raise ConfigError(
+                f"config.model.text.vocab_size = {text.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} "
+                f"entries; set it to {tokenizer.vocab_size} or more"
+            )
+        check_token("end", text.end_token, tokenizer.end, tokenizer)
+        return Texts(tokenizer, text.context)
+
+    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> Contrastive:
+        return Contrastive(run, dtype, prepare)
+
+
 class Contrastive(Pairs):
-    """The `tasks.registry.ContrastTask` of image-text pairs."""
+    """The `tasks.task.ContrastTask` of image-text pairs."""
 
     contrast_weight = 1.0
 
@@ -80,7 +125,7 @@ class Contrastive(Pairs):
     @property
     def step_flops(self) -> float:
         """FLOPs of one optimiser step on the global batch: 3 x forward of both towers, nothing recomputed counted."""
-        return 3 * forward_flops(self.config.model) * self.config.train.batch_size
+        return 3 * self.config.model.flops * self.config.train.batch_size
 
 
 def pair_shares(keys: jax.Array, alpha: float) -> jax.Array:

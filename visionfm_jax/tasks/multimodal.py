@@ -10,18 +10,23 @@ Shapes: B rows of this device, P pairs among them, H W image, U units on a side,
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import Config, TaskConfig
+from visionfm_jax.config.limits import LOSS_WEIGHT, SHARE, SIDE, Filled, Limits, Problem, Range
 from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.data.fields import OptionalTexts, check_token
+from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.captioning import caption_loss, mean_over, word_losses
 from visionfm_jax.losses.contrastive import Targets
 from visionfm_jax.losses.masked import enlarge, hide_units, hide_words, pixel_loss
-from visionfm_jax.models.aurora import Aurora, forward_flops
+from visionfm_jax.models.aurora import Aurora, AuroraConfig
 from visionfm_jax.models.decoder import view_of
 from visionfm_jax.models.generate import Decoding, generate
 from visionfm_jax.models.layers import Prepare
@@ -29,6 +34,86 @@ from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
 
 EVAL_SEED = 20  # of what evaluations hide: the same in every run
+
+
+@dataclass(kw_only=True)
+class MultimodalConfig(TaskConfig):
+    """Masked images, and pairs that are contrasted, captioned, and whose captions' masked words are guessed.
+
+    Every image passes the encoder once: of `split[0] + split[1]` samples the first have captions, the others none.
+    """
+
+    tokenizer: str = ""  # path of a SentencePiece model with a mask token, or the name of a shipped one
+    split: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
+    masked_image: float = 1.0  # weight of the loss; so are the next three
+    contrastive: float = 1.0
+    captioning: float = 2.0
+    masked_language: float = 1.0
+    mask_unit: int = 32  # pixels, side of what is hidden of an image at a time
+    mask_ratio: float = 0.6  # of an image's units
+    word_mask_ratio: float = 0.4  # of a text's tokens (Wettig et al. 2023), at least one
+    blind: float = 0.1  # share of texts whose words are guessed without the image
+    cached: bool = True  # as for `ContrastiveConfig`
+
+    limits: ClassVar[Limits] = {
+        "tokenizer": Filled("is needed for captions", "set the path of a SentencePiece model"),
+        "split": Range(0, 1000),  # samples
+        "masked_image": LOSS_WEIGHT,
+        "contrastive": LOSS_WEIGHT,
+        "captioning": LOSS_WEIGHT,
+        "masked_language": LOSS_WEIGHT,
+        "mask_unit": SIDE,
+        "mask_ratio": Range(0, 1, above=True, below=True),
+        "word_mask_ratio": SHARE,
+        "blind": SHARE,
+    }
+
+    model_class: ClassVar[type] = AuroraConfig
+    predictions: ClassVar[frozenset[str]] = frozenset({"embeddings", "captions", "masked_language", "masked_image"})
+    reads_captions: ClassVar[bool] = True
+
+    @property
+    def loss_scope(self) -> str:
+        return "batch" if self.cached else "micro_batch"
+
+    @property
+    def rows(self) -> tuple[int, str]:
+        return sum(self.split), f" x {sum(self.split)} samples of task.split = {self.split}"
+
+    def problems(self, run: Config) -> list[Problem]:
+        image, out = run.model.image, []
+        weights = ("masked_image", "contrastive", "captioning", "masked_language")
+        if not sum(getattr(self, name) for name in weights):
+            out.append(("task", dict.fromkeys(weights, 0.0), "the weights sum to nothing", "set one, e.g. captioning"))
+        if min(self.split) < 1:
+            rule = "needs samples with captions and without"
+            out.append(("task.split", self.split, rule, "set (3, 1)"))
+        unit = self.mask_unit
+        if unit % image.patch_size or image.image_size % unit:
+            rule = f"must be a multiple of model.image.patch_size = {image.patch_size} and divide image_size"
+            out.append(("task.mask_unit", unit, f"{rule} = {image.image_size}", f"set it to {image.patch_size}"))
+        return out
+
+    def fields(self, run: Config) -> OptionalTexts:
+        """A decoder writes texts: it must know every entry, have no others, and mean the same by special tokens."""
+        text, tokenizer = run.model.text, open_tokenizer(self.tokenizer)
+        if tokenizer.mask is None:
+            raise ConfigError(
+                f"config.task.tokenizer = {tokenizer.name!r}: has no mask token, which stands for the words to guess; "
+                "make one that has by `python -m visionfm_jax.data.tokenizer train`"
+            )
+        if tokenizer.vocab_size != text.vocab_size:
+            raise ConfigError(
+                f"config.model.text.vocab_size = {text.vocab_size}: {tokenizer.name} has {tokenizer.vocab_size} "
+                f"entries; set it to {tokenizer.vocab_size}"
+            )
+        check_token("begin", text.begin_token, tokenizer.begin, tokenizer)
+        check_token("end", text.end_token, tokenizer.end, tokenizer)
+        check_token("mask", text.mask_token, tokenizer.mask, tokenizer)
+        return OptionalTexts(tokenizer, text.context)
+
+    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> Multimodal:
+        return Multimodal(run, dtype, prepare)
 
 
 class Draws(NamedTuple):
@@ -42,7 +127,7 @@ class Draws(NamedTuple):
 
 
 class Multimodal(Pairs):
-    """The `tasks.registry.ContrastTask` of images with and without captions."""
+    """The `tasks.task.ContrastTask` of images with and without captions."""
 
     def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
         self.config, self.task = config, config.task
@@ -119,7 +204,7 @@ class Multimodal(Pairs):
     @property
     def step_flops(self) -> float:
         """FLOPs of one optimiser step on the global batch: 3 x forward, nothing done twice counted twice."""
-        part = forward_flops(self.config.model, readings=2)  # to caption, and to guess
+        part = self.config.model.flops(readings=2)  # to caption, and to guess
         pairs, bare = (n / sum(self.task.split) for n in self.task.split)
         texts = sum(part[name] for name in ("pool", "look", "text_projection", "lower", "upper"))
         return 3 * (part["encoder"] + pairs * texts + bare * part["painter"]) * self.config.train.batch_size
@@ -156,7 +241,7 @@ class Multimodal(Pairs):
 
     @property
     def _units(self) -> int:
-        return self.config.image_size // self.task.mask_unit
+        return self.config.model.image_size // self.task.mask_unit
 
     def _patches(self, units: jax.Array) -> jax.Array:
         return enlarge(units, self.task.mask_unit // self.config.model.image.patch_size)

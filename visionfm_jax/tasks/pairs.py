@@ -16,7 +16,7 @@ from visionfm_jax.models.clip import MAX_SCALE
 
 
 class Pairs:
-    """The part of a `tasks.registry.ContrastTask` that follows from its `config`, `model`, `forward` and `contrast`."""
+    """The part of a `tasks.task.ContrastTask` that follows from its `config`, `model`, `forward` and `contrast`."""
 
     config: Config
     model: nn.Module
@@ -28,7 +28,7 @@ class Pairs:
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3) and int32 token ids (B, L), zeros where there is no text."""
-        size, length = self.config.image_size, self.config.model.text.context
+        size, length = self.config.model.image_size, self.config.model.text.context
         return {
             "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
             "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visionfm_jax.config import ClassificationConfig, Config
+from visionfm_jax.config import Config
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
@@ -52,11 +52,11 @@ def provenance_of(config: Config, sources: Sequence[Source]) -> Provenance:
     Raises:
       DataError: the data cannot be read.
     """
-    order = run_order(config.data, config.seed, sources, config.split)
+    order = run_order(config.data, config.seed, sources, config.task.split)
     data = {
         "order": [order[i] for i in SAMPLES],
         "grain": version("grain"),
-        "tokenizer": "" if isinstance(config.task, ClassificationConfig) else file_digest(config.task.tokenizer),
+        "tokenizer": file_digest(config.task.tokenizer) if config.task.reads_captions else "",
         "sources": [{"records": len(s), "classes": s.class_names or (), "parts": s.fingerprint()} for s in sources],
     }
     settings = {"config": to_dict(config), "derived": config.derived()}

@@ -13,7 +13,7 @@ from visionfm_jax.config import Config
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.parallel.mesh import WHOLE
 from visionfm_jax.parallel.zero import Zero
-from visionfm_jax.tasks.registry import Task
+from visionfm_jax.tasks.task import Task
 
 
 @struct.dataclass

@@ -17,7 +17,7 @@ from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
 from visionfm_jax.parallel.accumulate import Contrast, LossFn
 from visionfm_jax.parallel.mesh import BATCH, WHOLE
 from visionfm_jax.parallel.zero import Zero, prepare
-from visionfm_jax.tasks.registry import DTYPES, Task, make_task
+from visionfm_jax.tasks.task import DTYPES, Task, make_task
 from visionfm_jax.train.state import TrainState, init_state, state_shardings
 
 Metrics = dict[str, Any]
@@ -119,7 +119,7 @@ def loss_of(config: Config, task: Task) -> LossFn | Contrast:
     def parts(rows: dict) -> tuple[dict, jax.Array]:
         return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
 
-    if config.train.accumulate > 1 and config.contrasts_whole_batch:
+    if config.train.accumulate > 1 and config.task.loss_scope == "batch":
         return Contrast(
             embed=lambda params, rows: task.embed(params, *parts(rows)),
             forward=lambda params, rows: task.forward(params, *parts(rows)),

@@ -10,8 +10,9 @@ import pytest
 
 from visionfm_jax.config import load
 from visionfm_jax.config.arguments import Parser, comments, field_help
-from visionfm_jax.config.schema import ContrastiveConfig, OptimConfig
+from visionfm_jax.config.schema import OptimConfig
 from visionfm_jax.errors import door
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 ROOT = Path(__file__).parents[3]
 QUICK = "--config=configs/quickstart.py"

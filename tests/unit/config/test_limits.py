@@ -8,41 +8,42 @@ import pytest
 from test_schema import aurora, good, pairs
 
 from visionfm_jax.config import rules, schema
-from visionfm_jax.config.limits import LIMITS, OneOf, Range
+from visionfm_jax.config.limits import OneOf, Range, types_of
 from visionfm_jax.data.sources import SOURCES
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.evals.registry import EVALS
-from visionfm_jax.models import decoder, swin_v2, text, vit
+from visionfm_jax.models import aurora as aurora_model
+from visionfm_jax.models import clip, decoder, text
+from visionfm_jax.models.backbones import swin_v2, vit
+from visionfm_jax.tasks import classification, contrastive, multimodal
 
-CLASSES = [c for c in vars(schema).values() if dataclasses.is_dataclass(c)]
+MODULES = schema, vit, swin_v2, text, decoder, clip, aurora_model, classification, contrastive, multimodal
+CLASSES = list(
+    dict.fromkeys(
+        c
+        for m in MODULES
+        for c in vars(m).values()
+        if isinstance(c, type) and "__dataclass_fields__" in vars(c) and "limits" in vars(c)
+    )
+)
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda c: c.__name__)
 def test_every_number_has_bounds(kind):
-    limits = LIMITS.get(kind, {})
+    limits = kind.limits
     for field in dataclasses.fields(kind):
-        kinds = typing.get_args(field.type) or (field.type,)
+        kinds = typing.get_args(types_of(kind)[field.name]) or (types_of(kind)[field.name],)
         if {int, float} & set(kinds):
-            limit = limits[field.name]  # add a line to config/limits.py
+            limit = limits[field.name]  # add a line to the class's limits
             for one in limit if type(limit) is tuple else [limit]:
                 assert isinstance(one, OneOf) or (math.isfinite(one.low) and math.isfinite(one.high))
             assert type(limit) is not tuple or len(limit) == len(kinds)
     assert limits.keys() <= {f.name for f in dataclasses.fields(kind)}
 
 
-def test_sizes_are_those_of_the_networks():
-    for config, network in (
-        (schema.ViTConfig, vit),
-        (schema.SwinV2Config, swin_v2),
-        (schema.TextConfig, text),
-        (schema.DecoderConfig, decoder),
-    ):
-        assert LIMITS[config]["size"].values == tuple(network.SIZES)
-
-
 def test_kinds_are_those_of_the_registries():
-    assert LIMITS[schema.SourceConfig]["kind"].values == tuple(SOURCES)
-    assert LIMITS[schema.EvalConfig]["kind"].values == tuple(EVALS)
+    assert schema.SourceConfig.limits["kind"].values == tuple(SOURCES)
+    assert schema.EvalConfig.limits["kind"].values == tuple(EVALS)
 
 
 def refusal(config, name, value):

@@ -100,7 +100,13 @@ def test_bad_words_get_one_clear_line(words, message, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-HEAD = "from visionfm_jax.config import *\ndef get_config(variant=''):\n    config = Config(name='x')\n"
+HEAD = (
+    "from visionfm_jax.config import *\n"
+    "from visionfm_jax.models.backbones.vit import ViTConfig\n"
+    "from visionfm_jax.tasks.classification import ClassificationConfig\n"
+    "def get_config(variant=''):\n"
+    "    config = Config(name='x', model=ViTConfig(), task=ClassificationConfig())\n"
+)
 ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
 
 
@@ -121,7 +127,11 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
         ("def get_config():\n    return None", "define it as get_config(variant: str = "),
         ("def get_config(a, b):\n    return None", "TypeError: get_config() missing 1 required positional"),
         ("def get_config(variant=''):\n    return {}", "get_config returned dict; return a visionfm_jax.config.Config"),
-        (HEAD + "    class Mine(Config): pass\n    return Mine(name='x')", "returned a subclass of Config; return"),
+        (
+            HEAD
+            + "    class Mine(Config): pass\n    return Mine(name='x', model=ViTConfig(), task=ClassificationConfig())",
+            "returned a subclass of Config; return",
+        ),
         (HEAD + "    return Config", "get_config returned type; return"),
         (HEAD + "    del config.optim\n    return config", "config.optim: was deleted; give it a value"),
         (HEAD + "    del config.name\n    return config", "config.name: was deleted; give it a value"),
@@ -129,7 +139,7 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
         (HEAD + "    config.data = config\n    return config", "config.data: is a Config; set a DataConfig"),
         (
             HEAD + "    config.model = config\n    return config",
-            "config.model: is a Config; set a ViTConfig or ClipConf",
+            "config.model: is a Config; set a ModelConfig",
         ),
         (HEAD + "    config.evals = (1,)\n    return config", "config.evals[0]: is a int; set a EvalConfig"),
     ],

@@ -2,25 +2,21 @@ import dataclasses
 
 import pytest
 
-from visionfm_jax.config import (
-    AuroraConfig,
-    CheckpointConfig,
-    ClipConfig,
-    Config,
-    ContrastiveConfig,
-    DataConfig,
-    EvalConfig,
-    MultimodalConfig,
-    OptimConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from visionfm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, SourceConfig, TrainConfig
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 
 def good() -> Config:
     return Config(
         name="t",
+        model=ViTConfig(),
+        task=ClassificationConfig(),
         data=DataConfig(train=(SourceConfig(path="x"),), num_examples=1000),
         optim=OptimConfig(warmup_steps=2),
         train=TrainConfig(batch_size=64, accumulate=2, epochs=2),
@@ -116,7 +112,7 @@ def pairs() -> Config:
         ("model.text.context", 2, ["[3, 16384]"]),
         ("task.loss", "hinge", ["softmax, sigmoid"]),
         ("task.mixup", -1.0, ["0 or [0.001, 100]"]),
-        ("optim.layer_decay", 0.9, ["models of one tower"]),
+        ("optim.layer_decay", 0.9, ["models of one network"]),
     ],
 )
 def test_a_broken_rule_of_pairs(name, value, words):
@@ -165,22 +161,22 @@ def test_micro_batches_hold_whole_splits():
         ConfigError, match=r"multiple of 128 \(16 devices x 2 micro-batches x 4 samples .*nearest is 128"
     ):
         config.validate_devices(16)
-    assert config.split == (3, 1)
-    assert good().split == pairs().split == (0, 0)
+    assert config.task.split == (3, 1)
+    assert good().task.split == pairs().task.split == (0, 0)
 
 
 def test_micro_batches_are_contrasted_with_all_of_the_batch():
-    assert [c.contrasts_whole_batch for c in (good(), pairs(), aurora())] == [False, True, True]
+    assert [c.task.loss_scope for c in (good(), pairs(), aurora())] == ["sample", "batch", "batch"]
     config = pairs()
     config.train.accumulate, config.task.cached = 2, False
     config.validate()
-    assert not config.contrasts_whole_batch
+    assert config.task.loss_scope == "micro_batch"
 
 
-def test_towers_and_image_size():
-    assert list(good().towers) == ["model"]
-    assert list(pairs().towers) == ["model.image", "model.text"]
-    assert good().image_size == pairs().image_size == 224
+def test_networks_and_image_size():
+    assert list(good().model.networks()) == ["model"]
+    assert list(pairs().model.networks()) == ["model.image", "model.text"]
+    assert good().model.image_size == pairs().model.image_size == 224
 
 
 def test_images_are_mixed_two_by_two_on_a_device():

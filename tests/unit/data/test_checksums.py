@@ -15,6 +15,8 @@ from visionfm_jax.data import checksums as command
 from visionfm_jax.data.sources import checksums, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.provenance import provenance_of
 
 
@@ -168,7 +170,7 @@ def test_they_go_to_the_cache_where_the_data_cannot_be_written(folder, cache, mo
 
 
 def test_the_fingerprint_of_the_data_does_not_depend_on_them(folder):
-    config = Config(name="x")
+    config = Config(name="x", model=ViTConfig(), task=ClassificationConfig())
     config.train.steps, config.data.train = 20_000, (source_config("folder", folder),)
     before = provenance_of(config, [open_source(config.data.train[0])])
     command.make(config.data.train[0])
@@ -178,7 +180,12 @@ def test_the_fingerprint_of_the_data_does_not_depend_on_them(folder):
 def test_the_command_takes_every_source_of_files_once(folder):
     held_out = SourceConfig(kind="tfds", path="/none")
     files = source_config("folder", folder)
-    config = Config(name="x", evals=(EvalConfig(source=held_out), EvalConfig(source=source_config("folder", folder))))
+    config = Config(
+        name="x",
+        model=ViTConfig(),
+        task=ClassificationConfig(),
+        evals=(EvalConfig(source=held_out), EvalConfig(source=source_config("folder", folder))),
+    )
     config.data.train = (files, SourceConfig(kind="bundled", path="digits"))
     assert command.sources_of(config) == [files]
     config.data.train, config.evals = (held_out,), ()

@@ -6,23 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from visionfm_jax.config import (
-    AuroraConfig,
-    ClassificationConfig,
-    ClipConfig,
-    Config,
-    ContrastiveConfig,
-    DecoderConfig,
-    MultimodalConfig,
-    SourceConfig,
-    TextConfig,
-)
-from visionfm_jax.data import fields
-from visionfm_jax.data.fields import Labels, OptionalTexts, Texts, fields_of
+from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.data.fields import Labels, OptionalTexts, Texts
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.decoder import DecoderConfig
+from visionfm_jax.models.text import TextConfig
+from visionfm_jax.tasks import multimodal as multimodal_task
+from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 DIGITS = SourceConfig(kind="bundled", path="digits")
 EMOJI = SourceConfig(kind="bundled", path="twemoji")
@@ -32,8 +30,12 @@ def pairs(**text) -> Config:
     return Config(name="t", model=ClipConfig(text=TextConfig(**text)), task=ContrastiveConfig())
 
 
+def fields_of(config: Config):
+    return config.task.fields(config)
+
+
 def test_the_task_decides():
-    labels = fields_of(Config(name="t", task=ClassificationConfig(num_classes=10)))
+    labels = fields_of(Config(name="t", model=ViTConfig(), task=ClassificationConfig(num_classes=10)))
     assert isinstance(labels, Labels)
     assert labels({"image": b"", "label": 3}) == {"label": 3}
     texts = fields_of(pairs(context=8))
@@ -100,7 +102,7 @@ def test_captions_may_be_optional():
 def multimodal(monkeypatch, mask: int | None = 4, **text) -> Config:
     """A run whose tokenizer has 100 entries, and 1, 2 and `mask` for begin, end and mask."""
     found = SimpleNamespace(name="words.model", vocab_size=100, begin=1, end=2, mask=mask)
-    monkeypatch.setattr(fields, "open_tokenizer", {"words.model": found}.__getitem__)
+    monkeypatch.setattr(multimodal_task, "open_tokenizer", {"words.model": found}.__getitem__)
     return Config(
         name="t",
         model=AuroraConfig(text=DecoderConfig(**{"vocab_size": 100, "context": 8, **text})),

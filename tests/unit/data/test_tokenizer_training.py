@@ -17,13 +17,18 @@ from visionfm_jax.errors import ConfigError, DataError, UserError, door
 SHIPPED = resources.files("visionfm_jax.data.text") / "emoji.model"
 CONFIG = """
 from visionfm_jax.config import *
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 
 def get_config(variant):
     source = SourceConfig(kind="bundled", path="twemoji")
     bare = SourceConfig(kind="bundled", path="digits")
     image = SwinV2Config(size="P", image_size=64, window=4)
     if variant == "labels":
-        return Config(name="words", data=DataConfig(train=(source,)), train=TrainConfig(steps=20_000))
+        return Config(
+            name="words", model=ViTConfig(), task=ClassificationConfig(), data=DataConfig(train=(source,)),
+            train=TrainConfig(steps=20_000),
+        )  # fmt: skip
     return Config(
         name="words",
         model=ClipConfig(image=image, text=TextConfig(size="P", vocab_size=1024, context=12, end_token=2)),

@@ -3,19 +3,13 @@
 import numpy as np
 from pair_fakes import BATCH, CONTEXT, SIDE
 
-from visionfm_jax.config import (
-    AuroraConfig,
-    Config,
-    DataConfig,
-    DecoderConfig,
-    EvalConfig,
-    MultimodalConfig,
-    SourceConfig,
-    SwinV2Config,
-    TrainConfig,
-)
+from visionfm_jax.config import Config, DataConfig, EvalConfig, SourceConfig, TrainConfig
 from visionfm_jax.evals import multimodal
 from visionfm_jax.evals.registry import make_evals
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.decoder import DecoderConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 
 def multimodal_run(**evaluation):

@@ -4,18 +4,12 @@ import threading
 
 import numpy as np
 
-from visionfm_jax.config import (
-    ClipConfig,
-    Config,
-    ContrastiveConfig,
-    DataConfig,
-    EvalConfig,
-    SourceConfig,
-    SwinV2Config,
-    TextConfig,
-    TrainConfig,
-)
+from visionfm_jax.config import Config, DataConfig, EvalConfig, SourceConfig, TrainConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.text import TextConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 CONTEXT, SIDE, BATCH = 16, 4, 8
 

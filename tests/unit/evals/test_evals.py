@@ -139,5 +139,5 @@ def test_logistic_regression_separates_blobs_and_reaches_a_stationary_point():
 @pytest.mark.parametrize("kind", ["classification", "pixel_baseline"])
 def test_evals_of_classification_refuse_a_contrastive_run(kind):
     config, _ = load.from_arguments([f"--config={PAIRS}:tiny", "--config.evals[1].kind=" + kind])
-    with pytest.raises(ConfigError, match=rf"'groups': kind '{kind}' is for a task of ClassificationConfig"):
+    with pytest.raises(ConfigError, match=rf"'groups': kind '{kind}' measures the labels of a task, and Contr"):
         make_evals(config, 0, 1)

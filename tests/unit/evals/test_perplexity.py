@@ -8,9 +8,10 @@ import pytest
 from multimodal_fakes import Tables, make, multimodal_run
 from pair_fakes import BATCH, CONTEXT, SIDE, Numbered, on_hosts
 
-from visionfm_jax.config import ClassificationConfig, PreprocessConfig
+from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals.registry import check_best_metric, make_evals
+from visionfm_jax.tasks.classification import ClassificationConfig
 
 COUNT = 19
 TEXTS = [f"cat {i}" for i in range(COUNT)]
@@ -109,7 +110,7 @@ def test_sources_without_captions_are_refused(monkeypatch, kind):
 def test_a_run_of_another_task_is_refused(kind):
     run = multimodal_run(kind=kind)
     run.task = ClassificationConfig()
-    with pytest.raises(ConfigError, match=rf"kind '{kind}' is for a task of MultimodalConfig, not of Classification"):
+    with pytest.raises(ConfigError, match=rf"kind '{kind}' measures the .* of a task, and Classification"):
         make_evals(run, 0, 1)
 
 

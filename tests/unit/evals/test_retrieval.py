@@ -7,18 +7,15 @@ import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 from test_metrics import naive_ranks
 
-from visionfm_jax.config import (
-    AuroraConfig,
-    ClassificationConfig,
-    DecoderConfig,
-    MultimodalConfig,
-    PreprocessConfig,
-    SourceConfig,
-)
+from visionfm_jax.config import PreprocessConfig, SourceConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import retrieval
 from visionfm_jax.evals.registry import check_best_metric, make_evals
+from visionfm_jax.models.aurora import AuroraConfig
+from visionfm_jax.models.decoder import DecoderConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 COUNT, MORE, DIM = 19, 14, 5
 TEXTS = [f"picture of {i}" for i in range(COUNT + MORE)]
@@ -247,7 +244,7 @@ def test_a_run_of_another_task_is_refused():
     run.task = ClassificationConfig()
     with pytest.raises(
         ConfigError,
-        match=r"'pairs': kind 'retrieval' is for a task of ContrastiveConfig or MultimodalConfig, not of Cl",
+        match=r"'pairs': kind 'retrieval' measures the embeddings of a task, and Cl",
     ):
         make_evals(run, 0, 1)
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 
-from visionfm_jax.config import ClassificationConfig, PreprocessConfig, SourceConfig
+from visionfm_jax.config import PreprocessConfig, SourceConfig
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import zero_shot
 from visionfm_jax.evals.registry import make_evals
+from visionfm_jax.tasks.classification import ClassificationConfig
 
 NAMES = ("ant", "bee", "cat", "dog {}", "eel", "fox", "gnu")
 PROMPTS = ("a {}.", "two {}s", "{}")
@@ -166,5 +167,5 @@ def test_prompts_need_one_place_for_the_name(monkeypatch, files, tmp_path, line)
 def test_a_run_of_another_task_is_refused():
     run = contrastive_run(kind="zero_shot")
     run.task = ClassificationConfig()
-    with pytest.raises(ConfigError, match=r"kind 'zero_shot' is for a task of ContrastiveConfig"):
+    with pytest.raises(ConfigError, match=r"kind 'zero_shot' measures the embeddings of a task, and Cl"):
         make_evals(run, 0, 1)

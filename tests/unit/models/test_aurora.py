@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import test_generate
 
-from visionfm_jax.config import AuroraConfig, DecoderConfig, SwinV2Config
-from visionfm_jax.models import decoder, swin_v2
-from visionfm_jax.models.aurora import Aurora, forward_flops
-from visionfm_jax.models.decoder import View
+from visionfm_jax.models import decoder
+from visionfm_jax.models.aurora import Aurora, AuroraConfig
+from visionfm_jax.models.backbones import swin_v2
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.decoder import DecoderConfig, View
 from visionfm_jax.models.generate import Decoding, generate
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -90,10 +91,10 @@ def test_full_size_counts():
 def test_forward_flops_by_hand():
     # A map of one token, 128 wide; the pool has one head, and MLPs of 4 D.
     D, T = 128, 32
-    own = forward_flops(small().config)
+    own = small().config.flops()
     lower, upper = decoder.forward_flops(small().config.text, 1, T)
     assert own == {
-        "encoder": swin_v2.forward_flops(small().config.image), "painter": 2 * D * 32 * 32 * 3,
+        "encoder": small().config.image.flops, "painter": 2 * D * 32 * 32 * 3,
         "pool": 2 * ((2 + 2 + 8) * D * D + 2 * D + D * D + D * EMBED), "look": 2 * (D * 2 * D + 2 * D * T),
         "lower": lower, "upper": upper, "text_projection": 2 * (T * 4 * T + 4 * T * EMBED),
     }  # fmt: skip

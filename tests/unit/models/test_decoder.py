@@ -9,10 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from visionfm_jax.config import DecoderConfig
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import decoder
-from visionfm_jax.models.decoder import Lower, Size, Upper, View, empty_past, forward_flops, size_of, view_of
+from visionfm_jax.models.decoder import (
+    DecoderConfig,
+    Lower,
+    Size,
+    Upper,
+    View,
+    empty_past,
+    forward_flops,
+    size_of,
+    view_of,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -7,19 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from visionfm_jax.config import SwinV2Config
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models import swin_v2
-from visionfm_jax.models.layers import drop_path, layer_norm
-from visionfm_jax.models.swin_v2 import (
+from visionfm_jax.models.backbones import swin_v2
+from visionfm_jax.models.backbones.swin_v2 import (
     SIZES,
     Block,
     Merging,
     PositionBias,
     Size,
     SwinV2,
+    SwinV2Config,
     WindowAttention,
-    forward_flops,
     group_of,
     log_coordinates,
     neighbour_mask,
@@ -29,6 +27,7 @@ from visionfm_jax.models.swin_v2 import (
     unpartition,
     windows_of,
 )
+from visionfm_jax.models.layers import drop_path, layer_norm
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -100,9 +99,9 @@ def test_unknown_size_lists_the_table():
 
 def test_forward_flops_of_the_recipe():
     # A training step is three forward passes.
-    assert 3 * forward_flops(SwinV2Config()) / 1e12 == pytest.approx(3.0, abs=0.05)
+    assert 3 * SwinV2Config().flops / 1e12 == pytest.approx(3.0, abs=0.05)
     for window, total in ((20, 25.3), (40, 27.8)):
-        assert 3 * forward_flops(SwinV2Config(image_size=640, window=window)) / 1e12 == pytest.approx(total, abs=0.05)
+        assert 3 * SwinV2Config(image_size=640, window=window).flops / 1e12 == pytest.approx(total, abs=0.05)
 
 
 def test_forward_flops_by_hand():
@@ -111,7 +110,7 @@ def test_forward_flops_by_hand():
     for side, window, D, depth in [(8, 4, 16, 2), (4, 4, 32, 4), (2, 2, 64, 1), (1, 1, 128, 1)]:
         total += depth * (side**2 * 12 * D**2 + 2 * side**2 * window**2 * D)
     total += 16 * 64 * 32 + 4 * 128 * 64 + 1 * 256 * 128
-    assert forward_flops(small()) == 2 * total
+    assert small().flops == 2 * total
 
 
 # Windows
@@ -279,7 +278,7 @@ def test_the_loop_is_the_layers_in_turn(monkeypatch, depths, norm_every):
     config = small(drop_path=0.5, image_size=32, patch_size=2, window=2)
     params = randomised(shapes(config))
     x, keys = images(3, 32, 32, 3), jax.random.split(jax.random.key(2), 3)
-    maps = jax.jit(SwinV2(config).apply)({"params": params}, x, keys).stages
+    maps = jax.jit(SwinV2(config).apply)({"params": params}, x, keys).maps
     for ours, hand in zip(maps, jax.jit(lambda p: by_hand(config, p, x, keys))(params), strict=True):
         np.testing.assert_allclose(ours, hand, rtol=1e-4, atol=1e-5)
 
@@ -300,7 +299,7 @@ def test_rematerialisation_changes_no_gradient(monkeypatch):
         model = SwinV2(small(remat=remat))
 
         def loss(params, model=model):
-            return jnp.sum(model.apply({"params": params}, x).stages[0] ** 2)  # of the loop of two turns
+            return jnp.sum(model.apply({"params": params}, x).maps[0] ** 2)  # of the loop of two turns
 
         gradients[remat] = jax.jit(jax.grad(loss))(params)
     for other in ("attention", "dots", "full"):
@@ -345,7 +344,7 @@ def test_any_image_size(height, width):
     params = {"params": randomised(shapes(small()))}
     features = jax.jit(SwinV2(small()).apply)(params, x)
     h, w = -(-height // 4), -(-width // 4)
-    for i, stage in enumerate(features.stages):
+    for i, stage in enumerate(features.maps):
         assert stage.shape == (2, -(-h // 2**i), -(-w // 2**i), 16 * 2**i)
     chex.assert_tree_all_finite(features)
     chex.assert_type(features.pooled, jnp.float32)
@@ -356,7 +355,7 @@ def test_half_precision_keeps_pooled_features_and_is_close():
     exact = SwinV2(small()).apply(params, x)
     for dtype in (jnp.bfloat16, jnp.float16):
         features = jax.jit(SwinV2(small(), dtype).apply)(params, x)
-        assert [m.dtype for m in features.stages] == [dtype] * 4
+        assert [m.dtype for m in features.maps] == [dtype] * 4
         chex.assert_type(features.pooled, jnp.float32)
         error = np.linalg.norm(features.pooled - exact.pooled) / np.linalg.norm(exact.pooled)
         assert error < 8 * float(jnp.finfo(dtype).eps)

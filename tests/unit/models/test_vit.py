@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from visionfm_jax.config import ViTConfig, load
+from visionfm_jax.config import load
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
-from visionfm_jax.models.vit import SIZES, ViT, forward_flops, size_of
+from visionfm_jax.models.backbones.vit import SIZES, ViT, ViTConfig, size_of
+from visionfm_jax.models.heads import Classifier
+from visionfm_jax.models.layers import as_is
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.step import Trainer
 
@@ -20,13 +22,21 @@ def small(**kwargs) -> ViTConfig:
     return ViTConfig(size="P", image_size=28, patch_size=14, **kwargs)
 
 
-def init(model: ViT, size: int = 28):
+def classifier(config: ViTConfig, classes: int = 10, dtype=jnp.float32) -> Classifier:
+    return Classifier(config.make(dtype, as_is), classes, dtype)
+
+
+def flops(config: ViTConfig, classes: int) -> float:
+    return config.flops + 2 * config.features * classes
+
+
+def init(model, size: int = 28):
     return model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
 def shapes(config: ViTConfig, classes: int):
     size = config.image_size
-    return jax.eval_shape(lambda: ViT(config, classes).init(jax.random.key(0), jnp.zeros((1, size, size, 3))))
+    return jax.eval_shape(lambda: classifier(config, classes).init(jax.random.key(0), jnp.zeros((1, size, size, 3))))
 
 
 def count(tree) -> int:
@@ -60,7 +70,7 @@ def test_unknown_size_lists_the_table():
 
 @pytest.mark.parametrize("pool", ["gap", "cls"])
 def test_logits_are_fp32_and_zero_at_initialisation(pool):
-    model = ViT(small(pool=pool), 10, jnp.bfloat16)
+    model = classifier(small(pool=pool), dtype=jnp.bfloat16)
     logits = model.apply(init(model), jax.random.normal(jax.random.key(1), (2, 28, 28, 3)))
     chex.assert_shape(logits, (2, 10))
     chex.assert_type(logits, jnp.float32)
@@ -69,11 +79,11 @@ def test_logits_are_fp32_and_zero_at_initialisation(pool):
 
 def test_rematerialisation_changes_memory_not_gradients():
     images = jax.random.normal(jax.random.key(1), (4, 28, 28, 3))
-    params = init(ViT(small(), 10))
+    params = init(classifier(small()))
     params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params)
     gradients, residuals = {}, {}
     for remat in ("none", "attention", "dots", "full"):
-        model = ViT(small(remat=remat), 10)
+        model = classifier(small(remat=remat))
 
         def loss(params, images, model=model):
             return jnp.sum(model.apply(params, images) ** 2)
@@ -97,21 +107,21 @@ def test_attention_is_softmax_of_scaled_products():
 def test_forward_flops_by_hand():
     # 2 x (patches·588·96 + 6 layers·(T·(4·96² + 2·96·384) + 2·T²·96) + 96·10), T = 4
     expected = 2 * (4 * 588 * 96 + 6 * (4 * (4 * 96**2 + 2 * 96 * 384) + 2 * 16 * 96) + 96 * 10)
-    assert forward_flops(small(), 10) == expected
+    assert flops(small(), 10) == expected
     full = ViTConfig(size="H", patch_size=14, pool="cls")
-    assert 3 * forward_flops(full, 21_841) / 1e12 == pytest.approx(1.004, rel=1e-3)
+    assert 3 * flops(full, 21_841) / 1e12 == pytest.approx(1.004, rel=1e-3)
 
 
 def test_forward_flops_of_the_dialects_by_hand():
     # 4 patches; T = 4 + 1 + 4 with a class token and registers; a gate is a third matrix.
     config = small(pool="cls", registers=4, activation="swiglu", width=64, depth=2, heads=2, mlp=96)
     expected = 2 * (4 * 588 * 64 + 2 * (9 * (4 * 64**2 + 3 * 64 * 96) + 2 * 81 * 64) + 64 * 10)
-    assert forward_flops(config, 10) == expected
+    assert flops(config, 10) == expected
     # Attention pooling: keys and values of 4 tokens, one query, its logits and sum, its output and MLP.
     layers = 6 * (4 * (4 * 96**2 + 2 * 96 * 384) + 2 * 16 * 96)
     pool = 4 * (2 * 96**2 + 2 * 96) + 2 * 96**2 + 2 * 96 * 384
-    assert forward_flops(small(pool="map"), 10) == 2 * (4 * 588 * 96 + layers + pool + 96 * 10)
-    assert forward_flops(small(pool="cls_gap"), 10) - forward_flops(small(pool="cls"), 10) == 2 * 96 * 10
+    assert flops(small(pool="map"), 10) == 2 * (4 * 588 * 96 + layers + pool + 96 * 10)
+    assert flops(small(pool="cls_gap"), 10) - flops(small(pool="cls"), 10) == 2 * 96 * 10
 
 
 # Totals of the published models without head (timm 1.0.31 and transformers 5.23.0, built on the meta device).
@@ -152,7 +162,7 @@ def test_a_width_that_heads_cannot_share_is_refused(fields, says):
 
 def test_images_that_patches_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match=r"patch_size = 14: must divide the sides of an image of 28 x 30 pixels"):
-        jax.eval_shape(lambda: ViT(small(), 10).init(jax.random.key(0), jnp.zeros((1, 28, 30, 3))))
+        jax.eval_shape(lambda: ViT(small()).init(jax.random.key(0), jnp.zeros((1, 28, 30, 3))))
 
 
 def everything(**kwargs) -> ViTConfig:
@@ -164,10 +174,10 @@ def everything(**kwargs) -> ViTConfig:
 
 
 def test_stochastic_depth_is_drawn_by_keys_and_spares_the_first_block():
-    model = ViT(everything(pool="cls_gap"), 0)
+    model = ViT(everything(pool="cls_gap"))
     images = jax.random.normal(jax.random.key(1), (64, 28, 28, 3))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), init(model))
-    keys, run = jax.random.split(jax.random.key(2), 64), jax.jit(model.apply)
+    keys, run = jax.random.split(jax.random.key(2), 64), jax.jit(lambda *args: model.apply(*args).pooled)
     kept, dropped = run(params, images), run(params, images, keys)
     np.testing.assert_array_equal(dropped, run(params, images, keys))
     assert (jnp.abs(kept - dropped).max(-1) > 1e-3).all()  # what is not left out is scaled up
@@ -181,11 +191,11 @@ def test_stochastic_depth_is_drawn_by_keys_and_spares_the_first_block():
 def test_both_hidden_layers_of_a_gated_mlp_are_saved_by_name():
     saved = {}
     for remat in ("dots", "full"):
-        model = ViT(everything(remat=remat, activation="swiglu", pool="gap"), 0)
+        model = ViT(everything(remat=remat, activation="swiglu", pool="gap"))
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))
 
         def pull(p, model=model):
-            return jax.vjp(lambda q: model.apply(q, jnp.zeros((4, 28, 28, 3))).sum(), p)[1]
+            return jax.vjp(lambda q: model.apply(q, jnp.zeros((4, 28, 28, 3))).pooled.sum(), p)[1]
 
         saved[remat] = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull, params))]
     hidden = (3, 4, 8, 48)  # (L, B, T, M)

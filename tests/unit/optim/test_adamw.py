@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from visionfm_jax.config import OptimConfig, SwinV2Config, ViTConfig
+from visionfm_jax.config import OptimConfig
+from visionfm_jax.models.backbones.swin_v2 import SwinV2, SwinV2Config
+from visionfm_jax.models.backbones.vit import ViT, ViTConfig
+from visionfm_jax.models.heads import Classifier
 from visionfm_jax.models.pooling import AttentionPool
-from visionfm_jax.models.swin_v2 import SwinV2
-from visionfm_jax.models.vit import ViT
 from visionfm_jax.optim.adamw import decay_mask, layer_scales, make_optimizer, schedule, update_count
 
 PARAMS = {
@@ -62,7 +63,7 @@ def test_a_vit_of_every_part_decays_its_matrices_alone_and_scales_by_depth():
     )  # fmt: skip
     gated = dataclasses.replace(config, pool="cls", activation="swiglu")
     for form in (config, gated):
-        params = jax.eval_shape(ViT(form, 5).init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
+        params = jax.eval_shape(Classifier(ViT(form), 5).init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
         flat = jax.tree_util.tree_leaves_with_path(decay_mask(params))
         decayed = {"/".join(key.key for key in path) for path, decays in flat if decays}
         assert {name.rpartition("/")[2] for name in decayed} == {"kernel"}

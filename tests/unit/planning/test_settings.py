@@ -138,10 +138,10 @@ def test_advice_has_nothing_to_say_where_all_is_best():
     assert advice(planner, base, planner.formula(base)) == []
 
 
-def test_settings_change_all_towers():
+def test_settings_change_all_networks():
     planner = Planner(config="configs/swinv2_g_clip.py")
     base = setting_of(planner.config)._replace(remat=("full", "dots"), attention=("xla", "xla"))
-    assert base.towers == ("model.image", "model.text")
+    assert base.networks == ("model.image", "model.text")
     changed = settings.with_setting(planner.config, base)
     assert (changed.model.image.remat, changed.model.text.remat) == ("full", "dots")
     assert setting_of(changed) == base

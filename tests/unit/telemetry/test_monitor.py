@@ -7,11 +7,19 @@ import pytest
 from visionfm_jax.config import Config
 from visionfm_jax.config.schema import TelemetryConfig, TrainConfig
 from visionfm_jax.errors import OutputError, TrainingError
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.telemetry.monitor import RunMonitor
 
 
 def test_a_full_disk_does_not_take_the_place_of_an_error(tmp_path, monkeypatch):
-    config = Config(name="m", train=TrainConfig(steps=2), telemetry=TelemetryConfig(tensorboard=False, progress=False))
+    config = Config(
+        name="m",
+        model=ViTConfig(),
+        task=ClassificationConfig(),
+        train=TrainConfig(steps=2),
+        telemetry=TelemetryConfig(tensorboard=False, progress=False),
+    )
 
     def full():
         raise OutputError("cannot write metrics.jsonl")

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from visionfm_jax import main
-from visionfm_jax.config import ClipConfig, load
+from visionfm_jax.config import load
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import ConfigError, OutputError
+from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.telemetry.replay import write
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train import spikes

@@ -7,6 +7,8 @@ from PIL import Image
 
 from visionfm_jax import main
 from visionfm_jax.config import Config
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.telemetry import report
 
 
@@ -108,7 +110,7 @@ def test_names_that_are_formulas_or_no_utf8_are_drawn(tmp_path):
 
 
 def test_a_summary_says_of_which_step_a_score_is(tmp_path):
-    config = Config(name="run")
+    config = Config(name="run", model=ViTConfig(), task=ClassificationConfig())
     evals = {"val": types.SimpleNamespace(metrics=("top1",), pictured={}, details={}, protocol="")}
     scores = {"loss": (0.5, 30), "val/top1": (0.25, 20), "lr": (1e-3, 30)}
     text = main.summary(tmp_path, config, evals, scores, 30, lines())

@@ -14,6 +14,8 @@ from visionfm_jax import storage
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, DataError, OutputError, StorageError, UserError
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.folder import RunFolder, refuse_links
 from visionfm_jax.train.provenance import provenance_of, settings_files
 
@@ -22,7 +24,7 @@ SOURCES = [open_source(DIGITS)]
 
 
 def config_in(folder) -> Config:
-    config = Config(name="folder", workdir=str(folder))
+    config = Config(name="folder", model=ViTConfig(), task=ClassificationConfig(), workdir=str(folder))
     config.train.steps = 20_000
     config.data.train = (DIGITS,)
     return config

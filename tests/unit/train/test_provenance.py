@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from visionfm_jax import storage
-from visionfm_jax.config import Config, ContrastiveConfig, MultimodalConfig, SourceConfig
+from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.data import loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, DataError, StorageError
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 from visionfm_jax.train.provenance import (
     DATA,
     SETTINGS,
@@ -38,7 +42,7 @@ def pictures(tmp_path) -> Path:
 
 
 def config_of(pictures: Path, **more) -> Config:
-    config = Config(name="provenance", **more)
+    config = Config(name="provenance", model=ViTConfig(), task=ClassificationConfig(), **more)
     config.train.steps, config.optim.warmup_steps = 100, 10
     config.data.train = (SourceConfig(kind="folder", path=str(pictures), split=""),)
     return config
@@ -158,7 +162,7 @@ def test_a_field_that_was_not_there_counts_as_its_default(kept, pictures):
 
 def test_the_split_of_a_task_is_refused(tmp_path):
     def of(split):
-        config = Config(name="split", task=MultimodalConfig(tokenizer="emoji", split=split))
+        config = Config(name="split", model=ViTConfig(), task=MultimodalConfig(tokenizer="emoji", split=split))
         config.train.steps = 100
         config.data.train = (
             SourceConfig(kind="bundled", path="twemoji"),
@@ -182,7 +186,7 @@ def test_settings_of_a_later_stage_are_listed(pictures, tmp_path):
 
 def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path):
     def of(path):
-        config = Config(name="tokenizer", task=ContrastiveConfig(tokenizer=str(path)))
+        config = Config(name="tokenizer", model=ViTConfig(), task=ContrastiveConfig(tokenizer=str(path)))
         config.train.steps = 100
         config.data.train = (SourceConfig(kind="bundled", path="twemoji"),)
         return provenance(config)

@@ -1,4 +1,4 @@
-"""Which task a configuration asks for."""
+"""What the trainer knows of an objective."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from visionfm_jax.config import ClassificationConfig, Config, ContrastiveConfig, MultimodalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.models.layers import Prepare
-from visionfm_jax.tasks.classification import Classification
-from visionfm_jax.tasks.contrastive import Contrastive
-from visionfm_jax.tasks.multimodal import Multimodal
 
 
 class Task(Protocol):
@@ -24,7 +21,6 @@ class Task(Protocol):
     parameters back into their bounds after an update.
     """
 
-    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare): ...
     def init(self, key: jax.Array) -> Any: ...
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]: ...
     def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]: ...
@@ -51,14 +47,9 @@ class ContrastTask(Task, Protocol):
     def join(self, own: dict[str, jax.Array], contrast: jax.Array) -> dict[str, jax.Array]: ...
 
 
-TASKS: dict[type, type[Task]] = {
-    ClassificationConfig: Classification,
-    ContrastiveConfig: Contrastive,
-    MultimodalConfig: Multimodal,
-}
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
 
 def make_task(config: Config, prepare: Prepare) -> Task:
     """The task of `config.task`, computing in `config.train.precision`."""
-    return TASKS[type(config.task)](config, DTYPES[config.train.precision], prepare)
+    return config.task.make(config, DTYPES[config.train.precision], prepare)

@@ -6,7 +6,8 @@ Shapes: B batch, H W map, T tokens of a window, D width, N heads, K head dim, L 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from visionfm_jax.config import SwinV2Config
+from visionfm_jax.config import BackboneConfig
+from visionfm_jax.config.limits import ATTENTION, REMAT, SHARE, SIDE, Limits, OneOf, Problem, Range, multiple_of
 from visionfm_jax.models.attention import attention
+from visionfm_jax.models.backbones import Features, Hidden
 from visionfm_jax.models.layers import Mlp, Prepare, Qkv, as_is, dense, drop_path, layer_norm, named_size, scan_blocks
 
 
@@ -47,6 +50,83 @@ MAX_SCALE = math.log(100.0)  # of cosine attention, in logarithms
 MASKED = -100.0  # added to the logits of pairs that are no neighbours
 
 _init = nn.initializers.truncated_normal(0.02)
+
+
+@dataclass(kw_only=True)
+class SwinV2Config(BackboneConfig):
+    """A Swin Transformer V2 (Liu et al. 2022); sizes in `SIZES`."""
+
+    size: str = "G"
+    patch_size: int = 4  # pixels
+    image_size: int = 224  # pixels, square
+    window: int = 14  # tokens; a smaller map is one window
+    pretrained_window: int = 0  # of the run whose weights this continues; 0: none
+    pretrained_image_size: int = 0  # pixels, of that run
+    roll_first: bool = False  # shifted maps that need padding are rolled, then padded, as timm does; False: the reverse
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    drop_path: float = 0.2  # chance that the last block is left out; falls linearly to 0 at the first
+
+    limits: ClassVar[Limits] = {
+        "size": OneOf(tuple(SIZES)),
+        "patch_size": Range(1, 256),  # pixels
+        "image_size": SIDE,
+        "window": Range(1, 64, "a window's tokens are compared each with each"),
+        "pretrained_window": Range(0, 64),
+        "pretrained_image_size": Range(0, 4096),  # pixels
+        "attention": ATTENTION,
+        "remat": REMAT,
+        "drop_path": SHARE,
+    }
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(self.patch_size * 2**stage for stage in range(4))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(size_of(self).width * 2**stage for stage in range(4))
+
+    @property
+    def features(self) -> int:
+        return self.widths[-1]
+
+    @property
+    def embed_width(self) -> int:
+        return self.widths[0]
+
+    @property
+    def flops(self) -> float:
+        size = size_of(self)
+        side = -(-self.image_size // self.patch_size)
+        total = side * side * 3 * self.patch_size**2 * size.width
+        for i, depth in enumerate(size.depths):
+            D = size.width * 2**i
+            windows = windows_of((side, side), self.window, (0, 0), shifted=False)
+            tokens = windows.count * windows.tokens
+            layer = tokens * (4 * D * D + 2 * windows.tokens * D) + side * side * 2 * MLP_RATIO * D * D
+            total += depth * layer
+            if i < 3:
+                side = -(-side // 2)
+                total += side * side * 8 * D * D
+        return 2.0 * total
+
+    def make(self, dtype: jnp.dtype, prepare: Prepare) -> SwinV2:
+        return SwinV2(self, dtype, prepare)
+
+    def problems(self, name: str) -> list[Problem]:
+        out = multiple_of(self, name, "image_size", "patch_size")
+        side = self.image_size // self.patch_size
+        if not out and self.window > side:
+            rule = f"is larger than the map, {side} x {side} tokens"
+            out.append((f"{name}.window", self.window, rule, f"set it to {side} or less"))
+        if (pairs := side**2 * self.window**2) > 2**28:
+            rule = f"compares {pairs} pairs of tokens on a map of {side} x {side}, more than {2**28}"
+            out.append((f"{name}.window", self.window, rule, "set a smaller window, or larger patches"))
+        if bool(self.pretrained_window) != bool(self.pretrained_image_size):
+            rule = "goes with pretrained_image_size"
+            out.append((f"{name}.pretrained_window", self.pretrained_window, rule, "set both, or both to 0"))
+        return out
 
 
 def size_of(config: SwinV2Config) -> Size:
@@ -314,27 +394,8 @@ def group_of(depth: int, norm_every: int) -> int:
     return 2 if depth % 2 == 0 else depth
 
 
-class Features(NamedTuple):
-    """What the network sees: for heads that look at places, and for heads that look at the whole."""
-
-    stages: tuple[jax.Array, ...]  # the map of each stage, (B, H, W, D), fine to coarse
-    normed: jax.Array  # (B, H, W, D), the last map after the last norm, fp32
-
-    @property
-    def pooled(self) -> jax.Array:
-        """(B, D), the mean of the normed last map, fp32."""
-        return self.normed.mean((1, 2))
-
-
-class Hidden(NamedTuple):
-    """What is kept from the network of an image, to be guessed (Xie et al. 2022, "SimMIM")."""
-
-    token: jax.Array  # (D,), stands for a hidden patch
-    where: jax.Array  # (B, H, W) bool, in patches
-
-
 class SwinV2(nn.Module):
-    """An image encoder; images (B, H, W, 3), normalised and of any size, to `Features`."""
+    """The `Backbone` of a `SwinV2Config`; images of any size."""
 
     config: SwinV2Config
     dtype: jnp.dtype = jnp.float32  # of activations and products; norms, softmax and cosines are fp32
@@ -342,7 +403,7 @@ class SwinV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
-        """`keys` (B,) draw which blocks a sample leaves out; None: none (evaluation)."""
+        """As `Backbone`; the last map is normed in fp32."""
         P, maps = self.config.patch_size, []
         pad = [(0, -side % P) for side in images.shape[1:3]]
         x = rearrange(jnp.pad(images, ((0, 0), *pad, (0, 0))), "b (h p) (w q) c -> b h w (p q c)", p=P, q=P)
@@ -355,21 +416,5 @@ class SwinV2(nn.Module):
             maps.append(x)
             if i < 3:
                 x = Merging(self.dtype, name=f"merging{i}")(x)
-        return Features(tuple(maps), layer_norm(jnp.float32, "norm", epsilon=EPS)(x))
-
-
-def forward_flops(config: SwinV2Config) -> float:
-    """FLOPs of one image's forward pass: matrix products alone, two per multiply-add."""
-    size = size_of(config)
-    side = -(-config.image_size // config.patch_size)
-    total = side * side * 3 * config.patch_size**2 * size.width
-    for i, depth in enumerate(size.depths):
-        D = size.width * 2**i
-        windows = windows_of((side, side), config.window, (0, 0), shifted=False)
-        tokens = windows.count * windows.tokens
-        layer = tokens * (4 * D * D + 2 * windows.tokens * D) + side * side * 2 * MLP_RATIO * D * D
-        total += depth * layer
-        if i < 3:
-            side = -(-side // 2)
-            total += side * side * 8 * D * D
-    return 2.0 * total
+        normed = layer_norm(jnp.float32, "norm", epsilon=EPS)(x)
+        return Features(tuple(maps), normed, jnp.zeros((len(x), 0, x.shape[-1])), normed.mean((1, 2)))

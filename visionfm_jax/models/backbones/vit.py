@@ -1,0 +1,287 @@
+"""Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words") in the dialects of public weights.
+
+    image (B, H, W, 3) -> patches (B, T, D) -> behind the class token and registers, with positions -> blocks
+                       -> normed patches, class token and registers -> pooled (B, D)
+
+What differs between AugReg, DeiT-3, DINOv2, DINOv3, CLIP and SigLIP is a field of `ViTConfig` each, with a table of
+their values in BUILD.md.
+
+Shapes: B batch, H W image, P patch, h w patches of an image, T tokens, D width, N heads, K head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from visionfm_jax.config import BackboneConfig
+from visionfm_jax.config.limits import ATTENTION, REMAT, SHARE, SIDE, Limits, OneOf, Problem, Range, multiple_of
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.models import pooling
+from visionfm_jax.models.backbones import Features, Hidden
+from visionfm_jax.models.layers import Block, Prepare, as_is, dense, layer_norm, named_size, scan_blocks
+from visionfm_jax.models.positions import resize_table, rotation
+
+
+class Size(NamedTuple):
+    """Width D, layers L, heads N, width of the MLP."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+
+
+# Ti S: Touvron et al. 2021 (DeiT); B L H: Dosovitskiy et al. 2021, table 1; g: Zhai et al. 2022, table 2.
+# P ("pico") is ours, for machines without an accelerator.
+SIZES = {
+    "P": Size(96, 6, 3, 384),
+    "Ti": Size(192, 12, 3, 768),
+    "S": Size(384, 12, 6, 1536),
+    "B": Size(768, 12, 12, 3072),
+    "L": Size(1024, 24, 16, 4096),
+    "H": Size(1280, 32, 16, 5120),
+    "g": Size(1408, 40, 16, 6144),
+}
+
+
+@dataclass(kw_only=True)
+class ViTConfig(BackboneConfig):
+    """A Vision Transformer (Dosovitskiy et al. 2021); sizes in `SIZES`.
+
+    The defaults are AugReg's (Steiner et al. 2022) but for the pooling; other public weights' are in BUILD.md.
+    """
+
+    size: str = "H"
+    width: int = 0  # channels of a token; 0: of the named size, as for the next three
+    depth: int = 0  # blocks
+    heads: int = 0
+    mlp: int = 0  # hidden channels of the MLPs
+    patch_size: int = 14  # pixels
+    image_size: int = 224  # pixels, square
+    pool: str = (
+        "gap"  # gap: norm of the patches' mean | norm_gap: mean of the normed | cls | cls_gap: both | map: probe
+    )
+    class_token: bool = False  # one that is not read: beside gap, norm_gap and map; cls and cls_gap have it anyway
+    registers: int = 0  # further tokens of no place (Darcet et al. 2024)
+    pos_embed: str = "class"  # what has rows in the table: none | patches | class: and its token | all: and registers
+    pos_image_size: int = 0  # pixels, of the images that the table is for; 0: image_size
+    pos_resize: str = "bicubic_antialias"  # to other images: that | bicubic | bicubic_offset | bilinear_antialias
+    rope_theta: float = 0.0  # longest period of rotary positions, in half sides of the image (DINOv3: 100); 0: none
+    patch_bias: bool = True  # of the patch embedding
+    qkv_bias: str = "all"  # of queries, keys and values: all | no_key | none
+    qk_norm: bool = False  # LayerNorms of each head's queries and keys (Dehghani et al. 2023)
+    pre_norm: bool = False  # a norm before the blocks (Radford et al. 2021)
+    layer_scale: float = 0.0  # where each branch's factors start (Touvron et al. 2021); 0: none
+    drop_path: float = 0.0  # chance that the last block is left out; falls linearly to 0 at the first
+    norm_eps: float = 1e-6  # of LayerNorms; other weights may have been trained with another
+    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
+    attention: str = "xla"  # xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+
+    limits: ClassVar[Limits] = {
+        "size": OneOf(tuple(SIZES)),
+        "width": Range(0, 2**16),
+        "depth": Range(0, 1024),
+        "heads": Range(0, 1024),
+        "mlp": Range(0, 2**18),
+        "patch_size": Range(1, 256),  # pixels
+        "image_size": SIDE,
+        "pool": OneOf(("gap", "norm_gap", "cls", "cls_gap", "map")),
+        "registers": Range(0, 256),
+        "pos_embed": OneOf(("none", "patches", "class", "all")),
+        "pos_image_size": Range(0, 4096),  # pixels
+        "pos_resize": OneOf(("bicubic_antialias", "bicubic", "bicubic_offset", "bilinear_antialias")),
+        "rope_theta": Range(1, 1e6, "of periods from 1", off=True),
+        "qkv_bias": OneOf(("all", "no_key", "none")),
+        "layer_scale": Range(1e-8, 10, off=True),
+        "drop_path": SHARE,
+        "norm_eps": Range(1e-12, 1e-3),
+        "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu", "swiglu")),
+        "attention": ATTENTION,
+        "remat": REMAT,
+    }
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.class_token or self.pool in ("cls", "cls_gap")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (self.patch_size,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (size_of(self).width,)
+
+    @property
+    def features(self) -> int:
+        return size_of(self).width * (2 if self.pool == "cls_gap" else 1)
+
+    @property
+    def embed_width(self) -> int:
+        return size_of(self).width
+
+    @property
+    def flops(self) -> float:
+        size = size_of(self)
+        patches = math.prod(grid_of(self, (self.image_size,) * 2))
+        T, D, mlp = patches + first_tokens(self), size.width, 3 if self.activation == "swiglu" else 2
+        layer = T * (4 * D * D + mlp * D * size.mlp) + 2 * T * T * D
+        total = 2.0 * (patches * 3 * self.patch_size**2 * D + size.depth * layer)
+        return total + (pooling.forward_flops(patches, D, size.mlp) if self.pool == "map" else 0)
+
+    def make(self, dtype: jnp.dtype, prepare: Prepare) -> ViT:
+        return ViT(self, dtype, prepare)
+
+    def problems(self, name: str) -> list[Problem]:
+        out = multiple_of(self, name, "image_size", "patch_size")
+        if (tokens := (self.image_size // self.patch_size) ** 2) > 2**16:
+            rule = f"gives {tokens} tokens, more than 65536, each compared with each"
+            out.append((f"{name}.patch_size", self.patch_size, rule, f"set {-(-self.image_size // 256)} or more"))
+        if self.pos_image_size and self.pos_embed == "none":
+            rule = f"is of a position table, and {name}.pos_embed = none has no table"
+            out.append((f"{name}.pos_image_size", self.pos_image_size, rule, "set it to 0"))
+        elif self.pos_image_size:
+            out += multiple_of(self, name, "pos_image_size", "patch_size")
+        if self.pos_embed == "none" and not self.rope_theta:
+            rule = f"leaves the patches without places, as {name}.rope_theta = 0"
+            out.append((f"{name}.pos_embed", "none", rule, "set rope_theta to 100, or pos_embed to class"))
+        if self.pool == "map" and self.activation == "swiglu":
+            rule = f"has an MLP of two layers, and {name}.activation = swiglu needs three"
+            out.append((f"{name}.pool", "map", rule, "set another pool, or activation to gelu"))
+        if self.pos_embed == "all" and not self.registers:
+            rule = f"has rows for registers, and {name}.registers = 0"
+            out.append((f"{name}.pos_embed", "all", rule, "set it to class"))
+        return out
+
+
+def size_of(config: ViTConfig) -> Size:
+    """The row of `SIZES`, with what the configuration gives as a number in its place.
+
+    Raises:
+      ConfigError: no such size, or a width that its heads cannot share.
+    """
+    named = named_size(SIZES, config.size, "model.size")
+    size = Size(*(getattr(config, name) or number for name, number in named._asdict().items()))
+    unit = size.heads * (4 if config.rope_theta else 1)
+    if size.width % unit:
+        why = " whose channels rotary positions take in fours" if config.rope_theta else ""
+        raise ConfigError(
+            f"config.model.width = {size.width}: must be a multiple of {unit}, for {size.heads} heads{why}; set "
+            "config.model.width or config.model.heads"
+        )
+    return size
+
+
+class ViT(nn.Module):
+    """The `Backbone` of a `ViTConfig`."""
+
+    config: ViTConfig
+    dtype: jnp.dtype = jnp.float32  # of activations and matrix products; norms and softmax are fp32
+    prepare: Prepare = as_is
+
+    @nn.compact
+    def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
+        """As `Backbone`.
+
+        Raises:
+          ConfigError: a side of the images is no multiple of the patch.
+        """
+        config = self.config
+        grid = grid_of(config, images.shape[1:3])
+        x = self.tokens(images, grid, hidden)
+        if config.pre_norm:
+            x = layer_norm(self.dtype, "norm_pre", config.norm_eps)(x)
+        return self.features(self.encode(x, grid, keys), grid)
+
+    def tokens(self, images: jax.Array, grid: tuple[int, int], hidden: Hidden | None) -> jax.Array:
+        """(B, H, W, 3) to (B, T, D): the class token, registers and patches, and their positions."""
+        config, width, P = self.config, size_of(self.config).width, self.config.patch_size
+        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=P, q=P)
+        x = dense(patches, width, self.dtype, "embed", use_bias=config.patch_bias)
+        if hidden is not None:
+            x = jnp.where(rearrange(hidden.where, "b h w -> b (h w) 1"), hidden.token.astype(x.dtype), x)
+        first = [self.param("cls_token", nn.initializers.zeros, (width,))[None]] if config.has_class_token else []
+        if config.registers:
+            first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))
+        if first:
+            own = jnp.concatenate(first).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(own, (len(x), *own.shape)), x], 1)
+        return x if config.pos_embed == "none" else x + self.positions(grid).astype(x.dtype)
+
+    def positions(self, grid: tuple[int, int]) -> jax.Array:
+        """(T, D) for an image of (h, w) patches; zeros for tokens that have no row in the table."""
+        config, width = self.config, size_of(self.config).width
+        side = (config.pos_image_size or config.image_size) // config.patch_size
+        first = {"patches": 0, "class": int(config.has_class_token), "all": first_tokens(config)}[config.pos_embed]
+        # Of the size of a sine-cosine table and of the patch embedding: beside 0.02 a small model is blind to position
+        # for its first hundreds of steps.
+        table = self.param("pos_embed", nn.initializers.normal(0.5), (first + side**2, width))
+        if grid != (side, side):
+            resized = resize_table(table[first:].reshape(side, side, width), grid, config.pos_resize)
+            table = jnp.concatenate([table[:first], resized.reshape(-1, width)])
+        missing = first_tokens(config) - first
+        rows = table[:first], jnp.zeros((missing, width), table.dtype), table[first:]
+        return jnp.concatenate(rows) if missing else table
+
+    def encode(self, x: jax.Array, grid: tuple[int, int], keys: jax.Array | None) -> jax.Array:
+        """The blocks; (B, T, D) to (B, T, D)."""
+        config, size = self.config, size_of(self.config)
+        turn, each = None, None
+        if config.rope_theta:
+            turn = rotation(grid, first_tokens(config), size.width // size.heads, config.rope_theta)
+        if keys is not None and config.drop_path:
+            layer = jnp.arange(size.depth)
+            each = {"layer": layer, "rate": config.drop_path * layer / max(size.depth - 1, 1)}
+        block = Block(
+            size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
+            biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
+            layer_scale=config.layer_scale, keys=keys, parent=None,
+        )  # fmt: skip
+        return scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat, each=each)
+
+    def features(self, x: jax.Array, grid: tuple[int, int]) -> Features:
+        """Of tokens (B, T, D); pooled by `ViTConfig.pool`: (B, 2 D) for "cls_gap", else (B, D)."""
+        config, size, first = self.config, size_of(self.config), first_tokens(self.config)
+        norm = layer_norm(self.dtype if config.pool == "map" else jnp.float32, "norm", config.norm_eps)
+        normed = norm(x)
+        own, patches = normed[:, :first], normed[:, first:]
+        if config.pool == "cls":
+            pooled = norm(x[:, 0])
+        elif config.pool == "gap":
+            pooled = norm(x[:, first:].mean(1, dtype=jnp.float32))
+        elif config.pool == "norm_gap":
+            pooled = patches.mean(1)
+        elif config.pool == "cls_gap":
+            pooled = jnp.concatenate([own[:, 0], patches.mean(1)], -1)
+        else:
+            args = size.heads, size.mlp, self.dtype, config.norm_eps, config.activation
+            pooled = pooling.AttentionPool(*args, name="pool")(patches).astype(jnp.float32)
+        last, patches = (rearrange(a, "b (h w) d -> b h w d", h=grid[0]) for a in (x[:, first:], patches))
+        return Features((last,), patches, own, pooled)
+
+
+def first_tokens(config: ViTConfig) -> int:
+    """Tokens before the patches'."""
+    return config.has_class_token + config.registers
+
+
+def grid_of(config: ViTConfig, sides: tuple[int, int]) -> tuple[int, int]:
+    """Patches (h, w) of an image of (H, W) pixels.
+
+    Raises:
+      ConfigError: they do not divide it.
+    """
+    if any(side % config.patch_size for side in sides):
+        raise ConfigError(
+            f"config.model.patch_size = {config.patch_size}: must divide the sides of an image of {sides[0]} x "
+            f"{sides[1]} pixels; resize or crop it"
+        )
+    return sides[0] // config.patch_size, sides[1] // config.patch_size
