@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from runs import ROOT, SMALL, only_error, run
 
-from visionfm_jax import main
+from visionfm_jax.cli.data import open_data
 from visionfm_jax.config import load
-from visionfm_jax.data.sources import open_sources
 from visionfm_jax.errors import door
 
 NUMPY = ["--config.data.train[0].kind=numpy", "--config.data.train[1].kind=numpy"]
@@ -18,7 +17,7 @@ def check(arguments: list[str], devices: int) -> int:
     """What a start does before it touches a device, in its order."""
     config, _ = load.from_arguments(arguments)
     config.validate_devices(devices)
-    main.check_sources(config, open_sources(config.data.train, "data.train"), config.task.fields(config))
+    open_data(config)
     return 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError, ConfigError
-from visionfm_jax.main import measure
+from visionfm_jax.evals.run import measure
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.initialise import other_run, run_to_evaluate

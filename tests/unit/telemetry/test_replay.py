@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from visionfm_jax import main
+from visionfm_jax.cli import replay, train
 from visionfm_jax.config import load
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import ConfigError, OutputError
@@ -179,7 +180,7 @@ def run_with(folder, edit, name="config.json"):
 def test_a_step_that_there_is_not_is_refused(tmp_path, step, line):
     config = run_with(tmp_path, lambda c: setattr(c.train, "steps", 200))
     with pytest.raises(ConfigError) as raised:
-        main.replay(config, step, Watchdog(0, folder=config.workdir))
+        replay.replay(config, step, Watchdog(0, folder=config.workdir))
     assert str(raised.value) == line
 
 
@@ -187,7 +188,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     config = load.load_file("configs/vit_huge.py:tiny")
     config.workdir = str(tmp_path)
     with pytest.raises(ConfigError, match=r"holds no run; name the folder of the step's run$"):
-        main.replay(config, 3, Watchdog(0, folder=config.workdir))
+        replay.replay(config, 3, Watchdog(0, folder=config.workdir))
 
 
 def test_what_a_step_follows_from_is_the_runs(tmp_path):
@@ -243,26 +244,26 @@ def test_settings_that_changed_between_the_checkpoint_and_the_step_are_refused(t
     run_with(tmp_path, lambda c: setattr(c.optim, "lr", 0.5), "config-until-40.json")
     run_with(tmp_path, lambda c: setattr(c.telemetry, "log_every", 9), "config-until-60.json")
     state = types.SimpleNamespace(step=30)
-    monkeypatch.setattr(main, "starting_state", lambda *_: (state, {}, "step 30 of its own folder"))
-    monkeypatch.setattr(main, "changes", lambda *_: pytest.fail("not refused"))
+    monkeypatch.setattr(replay, "starting_state", lambda *_: (state, {}, "step 30 of its own folder"))
+    monkeypatch.setattr(replay, "changes", lambda *_: pytest.fail("not refused"))
     with pytest.raises(ConfigError) as raised:
-        main.replay(config, 65, Watchdog(0, folder=config.workdir))
+        replay.replay(config, 65, Watchdog(0, folder=config.workdir))
     assert str(raised.value).startswith(
         "--step=65: no checkpoint between step 30 of its own folder and it is left, and the settings changed on the "
         f"way ({tmp_path}/config-until-40.json has optim.lr: "
     )
     monkeypatch.setattr(state, "step", 40)  # what changed at 60 makes no other step
     with pytest.raises(pytest.fail.Exception):
-        main.replay(config, 65, Watchdog(0, folder=config.workdir))
+        replay.replay(config, 65, Watchdog(0, folder=config.workdir))
 
 
 @pytest.mark.parametrize("mode", ["train", "replay"])
 def test_what_will_run_is_said_before_anything_compiles(tmp_path, monkeypatch, capsys, mode):
     config = run_with(tmp_path, lambda c: None)
-    monkeypatch.setattr(main, "starting_state", lambda *_: 1 / 0)
+    monkeypatch.setattr({"train": train, "replay": replay}[mode], "starting_state", lambda *_: 1 / 0)
     watchdog = Watchdog(0, folder=config.workdir)
     with pytest.raises(ZeroDivisionError):
-        main.run(config, None, watchdog) if mode == "train" else main.replay(config, 3, watchdog)
+        train.run(config, None, watchdog) if mode == "train" else replay.replay(config, 3, watchdog)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("vit_huge_tiny: 694,089 parameters on 8 x cpu")
     assert said[-1] == f"  run folder       {tmp_path}"

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionfm_jax import main
 from visionfm_jax.config import Config
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.telemetry import report
+from visionfm_jax.telemetry.console import summary
 
 
 def pixels_of(path, colour):
@@ -113,6 +113,6 @@ def test_a_summary_says_of_which_step_a_score_is(tmp_path):
     config = Config(name="run", model=ViTConfig(), task=ClassificationConfig())
     evals = {"val": types.SimpleNamespace(metrics=("top1",), pictured={}, details={}, protocol="")}
     scores = {"loss": (0.5, 30), "val/top1": (0.25, 20), "lr": (1e-3, 30)}
-    text = main.summary(tmp_path, config, evals, scores, 30, lines())
+    text = summary(tmp_path, config, evals, scores, 30, lines())
     assert text.splitlines()[:2] == ["  training loss        0.5000", "  val/top1             0.2500  after step 20"]
-    assert main.summary(tmp_path, config, evals, scores, 20) == "  val/top1             0.2500"
+    assert summary(tmp_path, config, evals, scores, 20) == "  val/top1             0.2500"

@@ -1,0 +1,1 @@
+"""What `main` does, from a configuration to an exit code: train, evaluate, replay."""

@@ -1,0 +1,47 @@
+"""The training data of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from visionfm_jax.config import Config
+from visionfm_jax.data.batches import Loader
+from visionfm_jax.data.fields import Fields
+from visionfm_jax.data.loader import check_split, train_loader
+from visionfm_jax.data.sources import Source, open_sources
+from visionfm_jax.errors import DataError
+from visionfm_jax.parallel.agreement import require_same
+
+
+def open_data(config: Config) -> tuple[list[Source], Fields]:
+    """The sources of `config.data.train`, and what is read of their records.
+
+    Raises:
+      DataError: they cannot be opened, lack what the task learns from, or are not of the size that the schedule counts
+        on.
+      StorageError: another process sees other data.
+    """
+    sources = open_sources(config.data.train, "data.train")
+    fields = config.task.fields(config)
+    for source in sources:
+        fields.check(source)
+    check_split(sources, config.task.split)
+    require_same([[len(source), list(source.class_names or ())] for source in sources], "data.train")
+    records = sum(map(len, sources))
+    if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
+        raise DataError(
+            f"{sources[0].name} has {records} records; set config.data.num_examples={records}, or, to continue a run, "
+            "put back the data that it began with"
+        )
+    return sources, fields
+
+
+def open_loader(config: Config, sources: Sequence[Source], fields: Fields, start_step: int) -> Loader:
+    """This process's batches from step `start_step` on."""
+    return train_loader(
+        config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
+        start_step=start_step, host=jax.process_index(), hosts=jax.process_count(), sources=sources, fields=fields,
+        split=config.task.split,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""A run of training, from a configuration to an exit code."""
+
+from __future__ import annotations
+
+import jax
+
+from visionfm_jax.cli.data import open_data, open_loader
+from visionfm_jax.config import Config
+from visionfm_jax.data.loader import DamageLog
+from visionfm_jax.evals.registry import check_best_metric
+from visionfm_jax.evals.run import due_evals, measure, open_evals
+from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
+from visionfm_jax.telemetry.console import describe, describe_rows, describe_start, say, summary
+from visionfm_jax.telemetry.monitor import RunMonitor
+from visionfm_jax.telemetry.watchdog import Watchdog
+from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.train.checkpoint import Checkpoints
+from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.initialise import starting_state
+from visionfm_jax.train.loop import Hooks, train
+from visionfm_jax.train.provenance import provenance_of
+from visionfm_jax.train.spikes import SpikeFolder
+from visionfm_jax.train.step import Trainer
+from visionfm_jax.train.timing import SaveTimer, StopSignal
+
+
+def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
+    """Train as `config` says, to the end or to a signal; returns the exit code."""
+    host, hosts = jax.process_index(), jax.process_count()
+    config.validate_devices(jax.device_count(), hosts)
+    check_best_metric(config)
+    trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
+    with watchdog.suspended():
+        sources, fields = open_data(config)
+        evals = open_evals(config, host, hosts)
+
+    with (
+        RunFolder(config, owner=host == 0) as folder,
+        Checkpoints(folder.path, config.checkpoint) as checkpoints,
+    ):
+        begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
+        say(describe(trainer))  # before the first compilation, which may take minutes
+        state, record, origin = starting_state(trainer, checkpoints)
+        start = int(state.step)
+        changed = folder.keep(provenance_of(config, sources), start, begun_in) if host == 0 else []
+        say(describe_start(origin, changed))
+        damage = DamageLog(
+            sources, config.data.max_damaged,
+            batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
+            counts=record.get("samples", ()),
+        )  # fmt: skip
+        with (
+            RunMonitor(config, folder.path, start, watchdog) as monitor,
+            open_loader(config, sources, fields, start) as batches,
+        ):
+            hooks = Hooks(
+                monitor=monitor,
+                eval_due=lambda step: bool(due_evals(config, step)),
+                evaluate=lambda step, state: measure(
+                    trainer,
+                    {e.name: evals[e.name] for e in due_evals(config, step)},
+                    state.params if state.ema is None else state.ema,  # the averaged weights if kept
+                    {"weights": str(folder.path), "step": step},
+                    lambda: monitor.step_done(step),  # a long evaluation is no standstill
+                    stop,
+                ),
+                protocols=lambda step: {e.name: evals[e.name].protocol or "" for e in due_evals(config, step)},
+                stop_requested=stop,
+                save_due=SaveTimer(config),
+                describe=lambda step, batch, rows: describe_rows(sources, step * config.train.batch_size, batch, rows),
+                batch_seen=damage.see,
+                counts=lambda: {"samples": of_all_hosts(damage.counts)},
+                keep=SpikeFolder(folder.path, sources, host, hosts).keep,
+            )
+            state, finished = train(trainer, state, batches, checkpoints, hooks, record)
+        if damage.damaged:
+            say(
+                f"  {damage.damaged} samples of the run were of damaged records, {damage.records} different ones since "
+                "this start; the next ones took their places"
+            )
+        if damage.truncated:
+            say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
+        if host == 0 and (metrics := read_metrics(folder.path)):
+            last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
+            say(summary(folder.path, config, evals, last, int(state.step), metrics))
+    return 0 if finished else stop.exit_code

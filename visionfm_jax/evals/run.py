@@ -1,0 +1,68 @@
+"""Evals of a run: which are due, and how they get their predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.evals.contrastive import plain
+from visionfm_jax.evals.registry import Eval, make_evals
+from visionfm_jax.parallel.agreement import require_same
+from visionfm_jax.parallel.mesh import to_global
+from visionfm_jax.train.step import Trainer
+
+
+def open_evals(config: Config, host: int, hosts: int) -> dict[str, Eval]:
+    """As `make_evals`; all processes see the same data.
+
+    Raises:
+      ConfigError, DataError: as `make_evals`.
+      StorageError: they do not.
+    """
+    evals = make_evals(config, host, hosts)
+    require_same([[e.protocol, len(e.source)] for e in evals.values()], "evals")
+    return evals
+
+
+def due_evals(config: Config, step: int) -> list[EvalConfig]:
+    """Those to run after `step`: at the last step all."""
+    last = step == config.total_steps
+    return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
+
+
+class _Stopped(Exception):
+    """An evaluation was cut off between two batches."""
+
+
+def measure(
+    trainer: Trainer,
+    evals: dict[str, Eval],
+    weights: Any,
+    origin: dict[str, Any],
+    batch_done: Callable[[], object],
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The metrics of `evals`, as NAME/METRIC; None if a stop was requested before the end.
+
+    The details of each begin with `origin`, which says what the weights are, and its metrics.
+    """
+
+    def predict(batch: dict[str, np.ndarray], *what: Hashable) -> dict[str, np.ndarray]:
+        if stop_requested():
+            raise _Stopped
+        batch_done()
+        return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch), *what))
+
+    scores: dict[str, float] = {}
+    try:
+        for name, eval_ in evals.items():
+            found = eval_.run(predict)
+            eval_.details = {**origin, "metrics": plain(found), **eval_.details}
+            scores |= {f"{name}/{k}": v for k, v in found.items()}
+    except _Stopped:
+        return None
+    return scores

@@ -1,0 +1,33 @@
+"""What other packages log."""
+
+from __future__ import annotations
+
+import logging as standard_logging
+import os
+import sys
+import warnings
+
+from absl import logging
+
+
+def quiet_logs() -> None:
+    """Warnings and worse only, and nothing from inside Orbax: what goes wrong there comes as an error, in our words.
+
+    After the first array that it cannot read or write, Orbax abandons those of all other arrays, and each would
+    print a page when it is collected. Nobody else here uses asyncio.
+    """
+    handler = standard_logging.StreamHandler()
+    handler.setFormatter(logging.PythonFormatter())
+    standard_logging.basicConfig(handlers=[handler], force=True)
+    logging.set_verbosity(logging.WARNING)
+    inside = f"{os.sep}orbax{os.sep}", f"{os.sep}asyncio{os.sep}"
+    logging.get_absl_logger().addFilter(lambda record: inside[0] not in record.pathname)
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+
+    def unraisable(info: sys.UnraisableHookArgs) -> None:
+        where = info.exc_traceback.tb_frame.f_code.co_filename if info.exc_traceback else ""
+        if not any(part in where for part in inside):
+            sys.__unraisablehook__(info)
+
+    sys.unraisablehook = unraisable
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
