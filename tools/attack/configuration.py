@@ -331,7 +331,6 @@ OTHER = (
     ("bench", [QUICK, STOP]), ("plan", [QUICK, STOP, "--cluster=h100:1x8"]),
     ("data.tokenizer", ["train", "--config=configs/aurora_xl.py"]),
     ("data.select", ["--path=/nope", "--where=a > 1", "--out=/nope/x"]),
-    ("data.curate", ["--out=/dev/null/x"]),
 )  # fmt: skip
 OWN = {
     "bench": ("--steps=0", "--steps=1e9", "--steps=", "--warmup=-1", "--stpes=3", "--mode=train", "x", "-5"),
@@ -341,7 +340,6 @@ OWN = {
     "data.tokenizer": ("--sentences=0", "--sentences=1e9", "--vocab_size=x", "--out=/nope/x.model", "--out=x", "more"),
     "data.select": ("--jobs=0", "--jobs=1000000", "--jobs=x", "--where=", "--where=a b", "--where=__import__('os')",
                     "--where=" + "(" * 1000, "--path=", "--nope", "more"),
-    "data.curate": ("--sets=nope", "--sets", "--nope", "more"),
 }  # fmt: skip
 
 

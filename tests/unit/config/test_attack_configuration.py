@@ -42,5 +42,4 @@ def test_command_lines_are_wrong_in_more_than_one_way(attack):
         "plan",
         "data.tokenizer",
         "data.select",
-        "data.curate",
     }

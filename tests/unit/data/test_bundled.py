@@ -5,12 +5,12 @@ import pickle
 from collections import Counter
 from importlib import resources
 
+import curate
 import numpy as np
 import pytest
 from PIL import Image
 
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data import curate
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.bundled import BundledSource, set_names
 from visionfm_jax.errors import DataError

