@@ -60,8 +60,8 @@ def test_wrong_words_are_one_line_and_exit_code_2(capsys, monkeypatch, words, me
         ("data.select", ["--path=x", "--out=y"], "the following arguments are required: --where"),
         ("data.select", ["--path=x", "--where=a", "--out=y", "--jobs=1000000"], "[1, 1024]"),
         ("data.select", ["--path=x", "--where=" + "(" * 1000, "--out=y"], "((( … (1,002 characters): "),
-        ("data.train_tokenizer", [QUICK], "the following arguments are required: action"),
-        ("data.train_tokenizer", ["train", QUICK, "--sentence=3"], "did you mean --sentences?"),
+        ("data.tokenizer.train", [QUICK], "the following arguments are required: action"),
+        ("data.tokenizer.train", ["train", QUICK, "--sentence=3"], "did you mean --sentences?"),
     ],
 )
 def test_so_do_the_other_programs(capsys, monkeypatch, program, words, message):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from visionfm_jax.data import tokenizer, train_tokenizer
+from visionfm_jax.data import tokenizer
 from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.tokenizer import train as train_tokenizer
 from visionfm_jax.errors import ConfigError, DataError, UserError, door
 
 SHIPPED = resources.files("visionfm_jax.data.text") / "emoji.model"

@@ -9,7 +9,7 @@ not recognised inside of captions, and an unknown word that a file maps to its e
 
     python -m visionfm_jax.data.tokenizer train --config=configs/NAME.py --vocab_size=32000
 
-makes a SentencePiece model of a configuration's captions, see `data.train_tokenizer`.
+makes a SentencePiece model of a configuration's captions, see `data.tokenizer.train`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import gzip
 import html
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.errors import ConfigError, DataError, door
+from visionfm_jax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # imported where they are used: bare GPU images, which train on no captions, lack them
     import tokenizers
@@ -236,9 +235,3 @@ def _whole(text: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-if __name__ == "__main__":
-    from visionfm_jax.data.train_tokenizer import main
-
-    sys.exit(door(main)(sys.argv[1:]))
