@@ -10,7 +10,7 @@ import numpy as np
 
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.transforms import EvalTransform
-from visionfm_jax.evals.contrastive import image_of, sample
+from visionfm_jax.evals.sampling import image_of, sample
 
 # Classes up to which details hold every pair of class and guess; above, as many of the most frequent confusions: of
 # 21,841 classes every pair would be as long as the dataset.

@@ -12,7 +12,7 @@ from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.by_class import LabelledEval
-from visionfm_jax.evals.contrastive import measured_on, protocol_of
+from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.subject import Predict, require_prediction
 
 

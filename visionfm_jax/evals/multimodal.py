@@ -15,7 +15,8 @@ from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.contrastive import captions_of, measured_on, protocol_of
+from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.subject import require_prediction
 
 

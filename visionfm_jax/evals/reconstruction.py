@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from visionfm_jax.evals.contrastive import image_of, sample
 from visionfm_jax.evals.multimodal import Images, MultimodalEval
+from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.evals.subject import Predict
 
 PICTURED = 8

@@ -21,14 +21,10 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.contrastive import (
-    captions_of,
-    image_of,
-    measured_on,
-    protocol_of,
-    sample,
-)
+from visionfm_jax.evals.captions import captions_of
 from visionfm_jax.evals.metrics import best, ranks, recall
+from visionfm_jax.evals.protocol import measured_on, protocol_of
+from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.evals.subject import Predict, require_prediction
 
 KS = (1, 5, 10)

@@ -16,9 +16,10 @@ from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.by_class import LabelledEval
-from visionfm_jax.evals.contrastive import embed_texts, measured_on, protocol_of
 from visionfm_jax.evals.metrics import class_embeddings, classify
+from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.subject import Predict, require_prediction
+from visionfm_jax.evals.text_embedding import embed_texts
 
 PROMPTS = "imagenet_prompts_short"
 
