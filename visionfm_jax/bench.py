@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -92,9 +93,9 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> int:
     """Parse, measure, print."""
-    parser = Parser("bench", __doc__)
+    parser = Parser(program, __doc__)
     parser.add_argument("--steps", type=int, default=20, help="timed steps (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before (%(default)s)")
     config, arguments = parser.parse_with_config(argv)

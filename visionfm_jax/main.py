@@ -24,25 +24,40 @@ from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train.timing import StopSignal
 
+ABOUT = {
+    "train": "Train as a configuration says, or continue its run.",
+    "evaluate": "Run a configuration's evals on what its run has reached, or on `config.checkpoint.weights`.",
+    "replay": "Run a step of a run again, with statistics of every layer, into RUN/replay.",
+}
 
-def main(argv: Sequence[str]) -> int:
-    """Read the command line, join the other processes, then work."""
-    parser = Parser("main", __doc__)
-    parser.add_argument(
-        "--mode",
-        choices=("train", "evaluate", "replay"),
-        default="train",
-        help="train, evaluate what was trained, or replay a step",
-    )
-    parser.add_argument("--step", type=int, metavar="N", help="which, with --mode=replay")
+
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.main", mode: str = "") -> int:
+    """Read the command line, join the other processes, then work.
+
+    Args:
+      argv: the arguments.
+      program: as it was called.
+      mode: one of ABOUT; empty: --mode says.
+    """
+    exit_codes = __doc__[__doc__.index("Exit codes") :]
+    parser = Parser(program, f"{ABOUT[mode]}\n\n{exit_codes}" if mode else __doc__)
+    if not mode:
+        parser.add_argument(
+            "--mode", choices=ABOUT, default="train", help="train, evaluate what was trained, or replay a step"
+        )
+    if mode in ("", "replay"):
+        which = "which of the run" if mode else "which, with --mode=replay"
+        parser.add_argument("--step", type=int, metavar="N", required=bool(mode), help=which)
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no scheduler tells")
     parser.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
     config, arguments = parser.parse_with_config(argv)
-    if arguments.mode == "replay" and arguments.step is None:
-        parser.error("--mode=replay needs a step; add --step=N")
-    if arguments.mode != "replay" and arguments.step is not None:
-        parser.error(f"--step={arguments.step} is for --mode=replay; add that, or leave --step out")
+    if not mode:
+        mode = arguments.mode
+        if mode == "replay" and arguments.step is None:
+            parser.error("--mode=replay needs a step; add --step=N")
+        if mode != "replay" and arguments.step is not None:
+            parser.error(f"--step={arguments.step} is for --mode=replay; add that, or leave --step out")
     faulthandler.enable()  # a crash of compiled code shows where Python was
     quiet_logs()
     stop = StopSignal()
@@ -54,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             "evaluate": lambda: evaluate(config, watchdog),
             "replay": lambda: replay(config, arguments.step, watchdog),
         }
-        return cluster.run_together(work[arguments.mode])
+        return cluster.run_together(work[mode])
 
 
 if __name__ == "__main__":

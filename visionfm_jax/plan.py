@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from visionfm_jax.planning.estimate import estimate
 DOES_NOT_FIT = 3
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> int:
     """Parse, compile, print."""
-    parser = Parser("plan", __doc__)
+    parser = Parser(program, __doc__)
     parser.add_argument("--cluster", metavar="GPU:HOSTSxGPUS", help=f"such as h100:4x8; GPUs: {', '.join(TARGETS)}")
     parser.add_argument("--search", action="store_true", help="try other settings with the same global batch, and rank")
     parser.add_argument("--json", metavar="FILE", help="write the plan there as well")

@@ -23,7 +23,7 @@ PACKAGES = [
     "planning",
     "cli",
 ]
-ENTRY_POINTS = ["main", "bench", "plan"]
+ENTRY_POINTS = ["__main__", "main", "bench", "plan"]
 
 
 def imports(path: Path) -> set[str]:

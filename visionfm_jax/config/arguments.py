@@ -13,7 +13,6 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from visionfm_jax.config import load
@@ -27,13 +26,13 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line and exit code 2 by `errors.door`, and which knows `--config`.
 
     Args:
-      program: the module's name below this package.
+      program: as it was called, such as "visionfm train" or "python -m visionfm_jax.main".
       text: what it does; the module's docstring.
     """
 
     def __init__(self, program: str, text: str):
         super().__init__(
-            prog=f"python -m visionfm_jax.{program}",
+            prog=program,
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -61,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE.py[:VARIANT]",
-            help="the configuration; --config.FIELD=VALUE sets a field of it; --config=FILE.py --help lists the fields",
+            help="the configuration, a file or the name of one that comes with the package; --config.FIELD=VALUE sets "
+            "a field of it; --config=FILE.py --help lists the fields",
         )
         specs, overrides, own = load.split(arguments)
         if "--help" in own or "-h" in own:
@@ -90,9 +90,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def _configurations(program: str) -> str:
-    found = ", ".join(map(str, sorted(Path("configs").glob("*.py"))))
-    return f"The fields of a configuration, with their values: {program} --config=FILE.py --help" + (
-        f"\nHere are {found}" if found else ""
+    return (
+        f"The fields of a configuration, with their values: {program} --config=FILE.py --help\n"
+        f"With the package come {', '.join(load.shipped())}"
     )
 
 

@@ -1,7 +1,8 @@
 """A configuration from a file and the command line.
 
-`--config=FILE.py[:VARIANT]` names a file that defines `get_config(variant)`; `--config.a.b=value` sets a field; the
-last of several counts. A run's length is `train.steps` or `train.epochs`: a flag for one overrides the other.
+`--config=FILE.py[:VARIANT]` names a file that defines `get_config(variant)`, or one that comes with the package;
+`--config.a.b=value` sets a field; the last of several counts. A run's length is `train.steps` or `train.epochs`: a flag
+for one overrides the other.
 """
 
 from __future__ import annotations
@@ -26,8 +27,17 @@ _PLAIN = (int, float, str, bool)  # all other types of fields are groups of fiel
 _OVERRIDE = re.compile(r"--config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name: in an installed package, or a clone of the repository."""
+    package = Path(__file__).parents[1]
+    found = next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+    return {path.stem: path for path in sorted(found.glob("*.py"))}
+
+
 def load_file(spec: str) -> Config:
     """The configuration of "FILE.py" or "FILE.py:VARIANT".
+
+    Where there is no such file, "vit_huge", "vit_huge.py" and "configs/vit_huge.py" are that of `shipped`.
 
     Raises:
       ConfigError: no such file, it does not run, it has no such variant, or it gives something else.
@@ -35,7 +45,10 @@ def load_file(spec: str) -> Config:
     path, _, variant = spec.partition(":")
     try:
         there = Path(path).is_file()
-        near = [] if there else difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), cutoff=0.5)
+        if not there and (own := _shipped_as(path)):
+            path, there = str(own), True
+        known = [] if there else [*map(str, Path(path).parent.glob("*.py")), *shipped()]
+        near = difflib.get_close_matches(path, known, cutoff=0.5)
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--config={_beginning(path)}: cannot be read ({cause}); name a Python file") from error
@@ -66,6 +79,12 @@ def load_file(spec: str) -> Config:
             f"--config={spec}: {_line(error, module_spec.origin)}{type(error).__name__}: {_text(error)}; mend the file"
         ) from error
     return config
+
+
+def _shipped_as(path: str) -> Path | None:
+    """The file of `shipped` that `path` names, if it does."""
+    name = re.fullmatch(r"(?:configs/)?([^/]+?)(?:\.py)?", path)
+    return shipped().get(name[1]) if name else None
 
 
 def _check_groups(holder: Any, prefix: str = "") -> None:

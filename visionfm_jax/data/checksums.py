@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,9 @@ def _record(source: ImageFiles, index: int, known: Checksums | None) -> tuple[tu
     return read(record, lambda: path)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.checksums") -> None:
     """Parse, read, print."""
-    config, _ = Parser("data.checksums", __doc__).parse_with_config(argv)
+    config, _ = Parser(program, __doc__).parse_with_config(argv)
     for source in sources_of(config):
         print(make(source), flush=True)
 

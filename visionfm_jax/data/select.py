@@ -168,9 +168,9 @@ def _table(*names: str) -> Table:
     return table
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select") -> None:
     """Parse, select, print."""
-    parser = Parser("data.select", __doc__)
+    parser = Parser(program, __doc__)
     parser.add_argument("--path", required=True, help="folder or URL with NNNNN.tar and NNNNN.parquet")
     parser.add_argument("--where", required=True, help="the conditions")
     parser.add_argument("--out", required=True, type=Path, help="file to write")

@@ -71,7 +71,9 @@ def test_so_do_the_other_programs(capsys, monkeypatch, program, words, message):
 
 def help_of(capsys, *words):
     with pytest.raises(SystemExit) as end:
-        Parser("main", "What it does.\n\nExit codes: 0 done").parse_with_config([*words, "--help"])
+        Parser("python -m visionfm_jax.main", "What it does.\n\nExit codes: 0 done").parse_with_config(
+            [*words, "--help"]
+        )
     assert end.value.code == 0
     return capsys.readouterr().out
 
@@ -79,7 +81,7 @@ def help_of(capsys, *words):
 def test_help_names_the_configuration_and_how_to_see_its_fields(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = help_of(capsys)
-    for words in ("--config FILE.py[:VARIANT]", "--config.FIELD=VALUE", "Exit codes", "configs/vit_huge.py"):
+    for words in ("--config FILE.py[:VARIANT]", "--config.FIELD=VALUE", "Exit codes", "vit_huge"):
         assert words in text
     assert "python -m visionfm_jax.main --config=FILE.py --help" in text
 

@@ -179,9 +179,9 @@ def report(config: Config, captions: Captions, model: bytes) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.tokenizer") -> None:
     """Parse, train, print."""
-    parser = Parser("data.tokenizer", __doc__)
+    parser = Parser(program, __doc__)
     parser.add_argument("action", choices=("train",))
     parser.add_argument("--vocab_size", type=int, help="pieces of the model (config.model.text.vocab_size)")
     parser.add_argument("--out", type=Path, help="file to write (config.task.tokenizer)")

@@ -1,0 +1,50 @@
+"""The command `visionfm`; `python -m visionfm_jax` is the same.
+
+Each of its commands is a module that runs by itself, too, such as `python -m visionfm_jax.plan`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from visionfm_jax.errors import UserError, door
+
+COMMANDS = {  # module and what it does
+    "train": ("main", "train as a configuration says, or continue its run"),
+    "evaluate": ("main", "run a configuration's evals on what its run has reached"),
+    "replay": ("main", "run a step again, with statistics of every layer"),
+    "plan": ("plan", "memory, exchanges and time of a step on GPUs that are not there"),
+    "bench": ("bench", "time the training step on synthetic data"),
+    "select": ("data.select", "select pairs of a folder of tars by columns of their parquets"),
+    "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on a configuration's captions"),
+    "checksums": ("data.checksums", "make checksums of loose image files"),
+}
+
+
+def usage() -> str:
+    """The commands, for people."""
+    lines = [f"  {name:10} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "visionfm COMMAND --help says more."])
+
+
+@door
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run the command that the first argument names; None: those of the command line."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(usage(), flush=True)
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"{f'no command {name!r}' if name else 'no command is given'}; {hint}; see visionfm --help")
+    module = COMMANDS[name][0]
+    mode = {"mode": name} if module == "main" else {}
+    return importlib.import_module(f"visionfm_jax.{module}").main(rest, f"visionfm {name}", **mode)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
