@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019) as an Optax chain, with the masks a recipe asks for."""
+"""Optax's AdamW (Loshchilov & Hutter 2019), with the masks a recipe asks for."""
 
 from __future__ import annotations
 
@@ -58,21 +58,23 @@ def layer_scales(params: Any, decay: float) -> Any:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam moments (fp32), decoupled decay, layer factors, learning rate."""
+    """`optax.adamw` with fp32 moments, after clipping by the global norm; then factors by depth."""
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts += [
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
-    ]
+    parts.append(
+        optax.adamw(
+            schedule(config, total_steps), config.b1, config.b2, config.eps,
+            mu_dtype=jnp.float32, weight_decay=config.weight_decay, mask=decay_mask,
+        )
+    )  # fmt: skip
     if config.layer_decay < 1:
         parts.append(
             optax.stateless(
                 lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, config.layer_decay))
             )
         )
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config, total_steps)))
+    return optax.chain(*parts)
 
 
 def update_count(opt_state: Any) -> jax.Array:
-    """How many updates have been applied: the schedule's own count, last in the chain of `make_optimizer`."""
-    return opt_state[-1].count
+    """How many updates have been applied: the schedule's own count."""
+    return optax.tree.get(opt_state, "ScaleByScheduleState").count

@@ -96,6 +96,28 @@ def test_first_update_by_hand():
     assert update_count(state) == 1
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.7])
+def test_updates_are_those_of_the_formula_in_its_order(layer_decay):
+    """Clip, Adam, decay, factors by depth, learning rate: to the bit but for the factors, which act last."""
+    config = OptimConfig(lr=0.1, warmup_steps=2, weight_decay=0.5, clip_norm=1.0, layer_decay=layer_decay)
+    factors = layer_scales(PARAMS, layer_decay)
+    expected = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(0.5, decay_mask),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)),
+        optax.scale_by_learning_rate(schedule(config, 10)),
+    )  # fmt: skip
+    ours, rng = make_optimizer(config, 10), np.random.default_rng(0)
+    state, other = ours.init(PARAMS), expected.init(PARAMS)
+    for _ in range(4):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS)
+        updates, state = ours.update(grads, state, PARAMS)
+        same, other = expected.update(grads, other, PARAMS)
+        for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(same), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0 if layer_decay == 1 else 2e-7, atol=0)
+    assert update_count(state) == 4
+
+
 @pytest.mark.parametrize("norm", [1.0, 1e6])
 def test_clipping_is_by_global_norm(norm):
     tx = make_optimizer(
