@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from visionfm_jax.config.arguments import show_help
 from visionfm_jax.errors import UserError, door
 
 COMMANDS = {  # module and what it does
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Run the command that the first argument names; None: those of the command line."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
-        print(usage(), flush=True)
+        show_help(usage())
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

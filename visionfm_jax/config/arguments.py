@@ -66,10 +66,7 @@ class Parser(argparse.ArgumentParser):
         specs, overrides, own = load.split(arguments)
         if "--help" in own or "-h" in own:
             more = field_help(load.overridden(specs, overrides)) if specs else _configurations(self.prog)
-            try:
-                print(f"{self.format_help()}\n{more}", flush=True)
-            except BrokenPipeError:  # `| head` has read enough; Python shall not complain when it flushes at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            show_help(f"{self.format_help()}\n{more}")
             self.exit()
         values = self.parse_args(own)
         return load.from_arguments(arguments)[0], values
@@ -87,6 +84,14 @@ class Parser(argparse.ArgumentParser):
         if re.match(r"-+config\.", word):
             near = [f"--{name.lstrip('-')}"]
         return f"no argument {shown(name)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def show_help(text: str) -> None:
+    """Print, though it may be read only in part."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; Python shall not complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _configurations(program: str) -> str:
