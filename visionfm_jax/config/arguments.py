@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import functools
@@ -11,6 +12,7 @@ import io
 import os
 import re
 import sys
+import textwrap
 import tokenize
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -102,7 +104,9 @@ def _configurations(program: str) -> str:
 
 
 def field_help(config: Config) -> str:
-    """Every field of `config` as a flag takes it: name, value, meaning, type and bounds; a class a paragraph."""
+    """Every field of `config` as a flag takes it, a class a paragraph: name, value, meaning, type and bounds, and the
+    default where the value is another.
+    """
     lines = ["Fields, set by --config.FIELD=VALUE, and their values here:"]
     for prefix, holder in _holders(config):
         about = (type(holder).__doc__ or "").partition("\n")[0]
@@ -117,8 +121,15 @@ def field_help(config: Config) -> str:
                 value = repr(value)
             what = comments(type(holder)).get(field.name, "")
             kind = _kind(types_of(type(holder))[field.name], limits_of(holder).get(field.name), what)
-            lines.append(f"  {prefix + field.name:32} {value:24} {'; '.join(filter(None, (what, kind)))}".rstrip())
+            default = "" if value == repr(field.default) or not kind else default_of(field)
+            about = "; ".join(filter(None, (what, kind, default and f"default {default}")))
+            lines.append(f"  {prefix + field.name:32} {value:24} {about}".rstrip())
     return "\n".join(lines)
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """As Python writes it; empty: there is none."""
+    return "" if field.default is dataclasses.MISSING else repr(field.default)
 
 
 def _holders(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,8 +163,14 @@ def comments(cls: type) -> dict[str, str]:
         source = inspect.getsource(cls)
     except OSError:
         return {}
-    out = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and (field := re.match(r"\s+(\w+):", token.line)):
-            out[field[1]] = token.string.lstrip("# ")
-    return out
+    source = textwrap.dedent(source)
+    [definition] = ast.parse(source).body
+    lines = {
+        line: node.target.id
+        for node in definition.body
+        if isinstance(node, ast.AnnAssign)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = [(lines.get(t.start[0]), t.string.lstrip("# ")) for t in tokens if t.type == tokenize.COMMENT]
+    return {name: text for name, text in found if name}
