@@ -52,7 +52,7 @@ SLOW = (
     "distributed/test_layer_statistics.py",
     "distributed/test_views.py",
     "unit/data/test_loader.py",
-    "unit/test_rooms.py",
+    "unit/test_layers.py",
     "unit/test_attacks.py",
 )
 
