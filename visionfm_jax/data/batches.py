@@ -23,7 +23,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.fields import Row, Spec
@@ -249,6 +249,8 @@ def _worker_iterator(batches: HostBatches, worker: int, workers: int, prefetch: 
     One `mp_prefetch` each, in place of one with many processes: that one loses track of those it has not read from
     when it is closed early.
     """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and dies where no program has parsed them
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=prefetch)
     dataset = batches[worker::workers].to_iter_dataset(ahead).mp_prefetch(process, worker_init_fn=_init_worker)
