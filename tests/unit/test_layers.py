@@ -3,7 +3,11 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[2] / "visionfm_jax"
 PACKAGES = [
@@ -48,6 +52,34 @@ def test_every_file_imports_only_from_packages_before_its_own():
 def test_no_file_imports_an_entry_point():
     for path in PACKAGE.rglob("*.py"):
         assert not imports(path) & set(ENTRY_POINTS), path
+
+
+def modules_imported_by(path: Path, modules: Collection[str]) -> set[str]:
+    """Which of the modules a file imports anywhere, but for the checking of types."""
+    tree, names = ast.parse(path.read_text()), set()
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(node) for branch in typing for node in ast.walk(branch)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped:
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {member if member in modules else node.module for member in members}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & set(modules)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    def name_of(path: Path) -> str:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    files = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {name: modules_imported_by(path, files) for name, path in files.items()}
+    assert sum(map(len, graph.values())) > 300
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 BARE = """

@@ -119,12 +119,16 @@ def field_help(config: Config) -> str:
                 value = f"{len(value)} x {type(value[0]).__name__}"
             else:
                 value = repr(value)
-            what = comments(type(holder)).get(field.name, "")
-            kind = _kind(types_of(type(holder))[field.name], limits_of(holder).get(field.name), what)
+            what, kind = meaning_of(type(holder), field), kind_of(type(holder), field)
             default = "" if value == repr(field.default) or not kind else default_of(field)
             about = "; ".join(filter(None, (what, kind, default and f"default {default}")))
             lines.append(f"  {prefix + field.name:32} {value:24} {about}".rstrip())
     return "\n".join(lines)
+
+
+def meaning_of(cls: type, field: dataclasses.Field) -> str:
+    """What the comment beside a field of `cls`, or of a class that it is derived from, says."""
+    return next((text for base in cls.__mro__ if (text := comments(base).get(field.name))), "")
 
 
 def default_of(field: dataclasses.Field) -> str:
@@ -145,8 +149,9 @@ def _holders(holder: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                     yield from _holders(item, f"{prefix}{field.name}[{i}].")
 
 
-def _kind(kind: Any, limit: Any, comment: str) -> str:
-    """Type and bounds, but for the choices that `comment` names."""
+def kind_of(cls: type, field: dataclasses.Field) -> str:
+    """Type and bounds of a field of `cls`, but for the choices that its comment names."""
+    kind, limit, comment = types_of(cls)[field.name], limits_of(cls).get(field.name), meaning_of(cls, field)
     name = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("tuple")
     if "visionfm_jax" in name:  # a tuple of sources or evals
         return ""
@@ -161,7 +166,7 @@ def comments(cls: type) -> dict[str, str]:
     """What stands behind the fields of a dataclass in its source; {} where there is no source."""
     try:
         source = inspect.getsource(cls)
-    except OSError:
+    except (OSError, TypeError):  # of a built-in class
         return {}
     source = textwrap.dedent(source)
     [definition] = ast.parse(source).body

@@ -118,20 +118,20 @@ def types_of(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def limits_of(holder: Any) -> Limits:
-    """The limits that a configuration's class and its bases name."""
-    return {k: v for cls in reversed(type(holder).__mro__) for k, v in vars(cls).get("limits", {}).items()}
+def limits_of(cls: type) -> Limits:
+    """The limits that a class of a configuration and its bases name."""
+    return {k: v for base in reversed(cls.__mro__) for k, v in vars(base).get("limits", {}).items()}
 
 
 def field_problems(holder: Any, prefix: str = "") -> Iterator[Problem]:
     """What is wrong with the fields of `holder`, a dataclass named `prefix`, each by itself."""
-    types = types_of(type(holder))
+    types, limits = types_of(type(holder)), limits_of(type(holder))
     known = [f.name for f in dataclasses.fields(holder)]
     for name in vars(holder).keys() - set(known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         yield f"{prefix}{name}", getattr(holder, name), "no such field", f"did you mean {prefix}{near}?"
     for name in known:
-        yield from _value_problems(f"{prefix}{name}", getattr(holder, name), types[name], limits_of(holder).get(name))
+        yield from _value_problems(f"{prefix}{name}", getattr(holder, name), types[name], limits.get(name))
 
 
 def _value_problems(name: str, value: Any, kind: Any, limit: Any) -> Iterator[Problem]:
