@@ -123,10 +123,10 @@ class SourceConfig:
 
     kind: str = "tfds"  # a name in `data.sources.SOURCES`
     path: str = ""  # a directory or file; for `bundled`, the name of the set
-    split: str = "train"
+    split: str = "train"  # a split of the dataset, as its kind names them
     weight: float = 1.0  # share of this source in a mixture, relative to the others'
-    image_key: str = "image"
-    label_key: str = "label"
+    image_key: str = "image"  # of `tfds` and `numpy`: what images are called in the dataset
+    label_key: str = "label"  # likewise, labels
     caption_key: str = "caption"  # of `tars`: the .txt beside each picture, or another suffix; empty: no captions
     selection: str = ""  # of `tars`: file written by `python -m visionfm_jax.data.select`; empty: all pairs
 
@@ -146,7 +146,7 @@ class AugmentConfig:
     flip: bool = True  # horizontal; off for flags, digits, clock faces
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, of values in [0, 1]
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise; images minus the mean are divided by it
 
     limits: ClassVar[Limits] = {
         "crop_scale": Range(0, 1, above=True),
@@ -164,7 +164,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     num_examples: int = 0  # images in an epoch; needed when the run's length is given in epochs
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    shuffle: bool = True
+    shuffle: bool = True  # another order in every epoch; False: as the sources have them
     workers: int = 0  # processes per host; 0: threads of the training process
     threads: int = 8  # reader threads per process
     prefetch: int = 2  # batches held ready per worker
@@ -186,11 +186,11 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
     lr: float = 1e-3  # peak
-    final_lr: float = 0.0
-    warmup_steps: int = 10_000
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    final_lr: float = 0.0  # at the last step
+    warmup_steps: int = 10_000  # until the peak is reached
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of that mean
     weight_decay: float = 0.1  # on matrices; not on position tables, position biases, pooling probes
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     layer_decay: float = 1.0  # factor of the learning rate per layer below the head; 1: none
@@ -227,7 +227,7 @@ class TrainConfig:
     batch_size: int = 2048  # images per optimiser step, over all devices
     accumulate: int = 1  # micro-batches per step
     epochs: float = 0.0  # a file sets epochs or steps; a flag for one overrides the other
-    steps: int = 0
+    steps: int = 0  # optimiser steps of the whole run
     precision: str = "bf16"  # compute: bf16 | fp16 | fp32; what stays fp32: docs/precision.md
     on_nonfinite: str = "stop"  # a non-finite loss or gradient: stop | skip the step, as fp16 always does
 
@@ -247,8 +247,8 @@ class CheckpointConfig:
 
     every_steps: int = 0  # 0: never by steps
     every_minutes: float = 0.0  # 0: never by time
-    keep_last: int = 2
-    keep_best: int = 0
+    keep_last: int = 2  # newest checkpoints
+    keep_best: int = 0  # checkpoints with the highest best_metric, beside them
     best_metric: str = ""  # e.g. "val/top1"; needed by keep_best; higher is better
     resume: str = ""  # another run's folder: continue its whole state
     weights: str = ""  # another run's folder: start from its weights only
@@ -283,7 +283,7 @@ class EvalConfig:
     """A measurement on held-out data, named in the logs by `name`."""
 
     kind: str = "classification"  # a name in `evals.EVALS`
-    name: str = "val"
+    name: str = "val"  # in the logs and the names of files
     source: SourceConfig = field(default_factory=SourceConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     batch_size: int = 0  # 0: the training batch size
@@ -313,8 +313,8 @@ class TelemetryConfig:
     """What a person sees while it runs."""
 
     log_every: int = 50  # steps
-    progress: bool = True
-    tensorboard: bool = True
+    progress: bool = True  # a bar in the terminal
+    tensorboard: bool = True  # event files in the run folder, beside metrics.jsonl
     stuck_minutes: float = 30.0  # no finished step for this long: dump stacks, name the process, exit; 0: wait for ever
 
     limits: ClassVar[Limits] = {
@@ -327,8 +327,8 @@ class TelemetryConfig:
 class Config:
     """A whole run."""
 
-    name: str
-    seed: int = 0
+    name: str  # of the run and its folder
+    seed: int = 0  # of initialisation, order, augmentation and dropped paths
     workdir: str = ""  # the run folder; empty: runs/NAME
     model: ModelConfig
     task: TaskConfig

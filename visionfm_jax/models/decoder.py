@@ -57,10 +57,10 @@ class DecoderConfig(NetworkConfig):
     Token ids are those of the tokenizer; 0 is padding.
     """
 
-    size: str = "L"
-    vocab_size: int = 32_000
+    size: str = "L"  # width, depth and heads by name
+    vocab_size: int = 32_000  # that of the tokenizer
     context: int = 64  # tokens, with those of begin and end
-    begin_token: int = 1
+    begin_token: int = 1  # id of the token that every text begins with
     end_token: int = 2  # where the lower half's embedding of a text is read off: the first token with this id
     mask_token: int = 4  # stands for a word to guess
     attention: str = "xla"  # xla | cudnn

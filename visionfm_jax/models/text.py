@@ -39,8 +39,8 @@ EPS = 1e-5
 class TextConfig(NetworkConfig):
     """A text transformer; sizes in `SIZES`."""
 
-    size: str = "H"
-    vocab_size: int = 49_408
+    size: str = "H"  # width, depth and heads by name
+    vocab_size: int = 49_408  # that of the tokenizer
     context: int = 77  # tokens, with those of begin and end
     end_token: int = 49_407  # where a text is read off: the first token with this id
     attention: str = "xla"  # xla | cudnn

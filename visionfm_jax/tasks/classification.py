@@ -27,9 +27,9 @@ LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 class ClassificationConfig(TaskConfig):
     """One label per image."""
 
-    num_classes: int = 1000
+    num_classes: int = 1000  # of the labels, from 0
     loss: str = "softmax"  # softmax | sigmoid (one-vs-all; Beyer et al. 2020)
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.1  # share of the target that is spread over all classes
 
     limits: ClassVar[Limits] = {"num_classes": Range(2, 2**24), "loss": OneOf(tuple(LOSSES)), "label_smoothing": SHARE}
 

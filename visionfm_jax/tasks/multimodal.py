@@ -45,10 +45,10 @@ class MultimodalConfig(TaskConfig):
 
     tokenizer: str = ""  # path of a SentencePiece model with a mask token, or the name of a shipped one
     split: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
-    masked_image: float = 1.0  # weight of the loss; so are the next three
-    contrastive: float = 1.0
-    captioning: float = 2.0
-    masked_language: float = 1.0
+    masked_image: float = 1.0  # weight of the loss
+    contrastive: float = 1.0  # likewise
+    captioning: float = 2.0  # likewise
+    masked_language: float = 1.0  # likewise
     mask_unit: int = 32  # pixels, side of what is hidden of an image at a time
     mask_ratio: float = 0.6  # of an image's units
     word_mask_ratio: float = 0.4  # of a text's tokens (Wettig et al. 2023), at least one

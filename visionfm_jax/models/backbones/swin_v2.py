@@ -56,7 +56,7 @@ _init = nn.initializers.truncated_normal(0.02)
 class SwinV2Config(BackboneConfig):
     """A Swin Transformer V2 (Liu et al. 2022); sizes in `SIZES`."""
 
-    size: str = "G"
+    size: str = "G"  # width, depths and heads by name
     patch_size: int = 4  # pixels
     image_size: int = 224  # pixels, square
     window: int = 14  # tokens; a smaller map is one window

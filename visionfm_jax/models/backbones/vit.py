@@ -58,10 +58,10 @@ class ViTConfig(BackboneConfig):
     The defaults are AugReg's (Steiner et al. 2022) but for the pooling; other public weights' are in BUILD.md.
     """
 
-    size: str = "H"
+    size: str = "H"  # width, depth, heads and MLP by name
     width: int = 0  # channels of a token; 0: of the named size, as for the next three
     depth: int = 0  # blocks
-    heads: int = 0
+    heads: int = 0  # of attention; they divide the width
     mlp: int = 0  # hidden channels of the MLPs
     patch_size: int = 14  # pixels
     image_size: int = 224  # pixels, square
