@@ -18,8 +18,12 @@ from visionfm_jax.errors import ConfigError, DataError, UserError, door
 SHIPPED = resources.files("visionfm_jax.data.text") / "emoji.model"
 CONFIG = """
 from visionfm_jax.config import *
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.text import TextConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 def get_config(variant):
     source = SourceConfig(kind="bundled", path="twemoji")
