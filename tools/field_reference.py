@@ -57,7 +57,7 @@ def groups_of(cls: type) -> dict[str, tuple[list[type], bool]]:
         several = typing.get_origin(hint) is tuple
         kinds = typing.get_args(hint) if several else (hint,)
         if hint is ModelConfig:  # of all networks, those that a task trains
-            kinds = sorted({task.model_class for task in _kinds(TaskConfig)}, key=lambda kind: kind.__name__)
+            kinds = list(dict.fromkeys(task.model_class for task in _kinds(TaskConfig)))
         groups = [kind for kind in kinds if list(_kinds(kind))]
         if groups:
             out[name] = (groups, several)
@@ -70,7 +70,7 @@ def _kinds(cls: Any) -> Iterator[type]:
         return
     if "__dataclass_fields__" in vars(cls):
         yield cls
-    for derived in cls.__subclasses__():
+    for derived in sorted(cls.__subclasses__(), key=lambda kind: kind.__name__):
         yield from _kinds(derived)
 
 
