@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,8 @@ SMALL = [
 
 def environment(devices: int) -> dict[str, str]:
     """Of a process with that many virtual devices."""
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = re.sub(r"(--xla_force_host_platform_device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return {**os.environ, "XLA_FLAGS": flags}
 
 
 def start(

@@ -123,9 +123,7 @@ def compiled(task: str, accumulate: int = 1, devices: int = 1, stage: int = 2, b
     params = jax.device_put(weights(trainer.shapes.params), trainer.zero.shardings(trainer.zero.state_specs))
     arguments = params, to_global(trainer.mesh, rows(task, batch))
     lowered = jax.jit(losses_and_grads).lower(*arguments)
-    # In half the seconds; later releases have no such option.
-    options = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
-    return lowered.compile(options), arguments
+    return lowered.compile(), arguments
 
 
 @functools.cache

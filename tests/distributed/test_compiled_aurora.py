@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 
 import jax
 import pytest
@@ -56,11 +55,9 @@ def small(stage: int) -> Config:
 
 
 @pytest.fixture(scope="module")
-def step(tmp_path_factory) -> Iterator[Compiled]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        cluster = find_cluster("h100:1x8")
-        yield Compiled(compile_step(small(stage=2), cluster, GPU), cluster)
+def step(quick_gpu_compiles) -> Compiled:
+    cluster = find_cluster("h100:1x8")
+    return Compiled(compile_step(small(stage=2), cluster, GPU), cluster)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,6 +24,8 @@ from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
 from visionfm_jax.planning.compiled import GPU, compile_step, describe_devices
 from visionfm_jax.planning.estimate import estimate
 from visionfm_jax.tasks.classification import ClassificationConfig
+
+pytestmark = pytest.mark.usefixtures("quick_gpu_compiles")
 
 CONFIG = Path(__file__).parents[2] / "configs" / "vit_huge.py"
 
@@ -69,13 +70,6 @@ def small(stage: int, accumulate: int, replicas: int) -> Config:
     )
     config.validate()
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def compiled(stage: int, accumulate: int = 1, replicas: int = 1) -> Compiled:

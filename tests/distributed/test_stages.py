@@ -12,6 +12,8 @@ from small_run import batches, losses, trainer_on
 
 from visionfm_jax.parallel.mesh import to_global
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS = 4
 
 
