@@ -153,7 +153,7 @@ def check(outputs: dict[str, Any], dtype: str) -> None:
 
 def measure(windows: Windows, stage: int, args: argparse.Namespace) -> dict[str, dict[str, float | None]]:
     """Per form: MiB of temporary memory, and milliseconds."""
-    mask = swin_v2.neighbour_mask(windows)
+    mask = swin_v2.shifted_window_mask(windows)
     shapes = jax.eval_shape(lambda: inputs(windows, stage, args.batch, args.dtype))
     programs = {name: compiled(name, shapes, mask, args.target) for name in args.forms}
     found = {n: {"mib": p.memory_analysis().temp_size_in_bytes / 2**20, "ms": None} for n, p in programs.items()}

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BATCH, SIZE, LENGTH, WORDS, WIDTH = 32, 32, 8, 32, 16
 TASKS = {
-    "aurora": MultimodalConfig(tokenizer="-", mask_unit=8, blind=0.3),
+    "aurora": MultimodalConfig(tokenizer="-", mask_unit=8, image_dropout=0.3),
     "mixed": ContrastiveConfig(mixup=0.2),
     "sigmoid": ContrastiveConfig(loss="sigmoid"),
     "plain": ContrastiveConfig(mixup=0.2, cached=False),

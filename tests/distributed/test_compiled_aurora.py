@@ -117,7 +117,7 @@ def test_the_first_pass_makes_embeddings_and_nothing_else(step):
     found.pop(None)  # where XLA lost the name: 1 %
     assert found == {
         "encode": pytest.approx(PAIRS * part["encoder"], rel=0.02),
-        "read": pytest.approx(PAIRS * part["lower"], rel=0.02),
+        "encode_text": pytest.approx(PAIRS * part["unimodal"], rel=0.02),
         "embed_image": pytest.approx(PAIRS * part["pool"], rel=0.02),
         "embed_text": pytest.approx(PAIRS * part["text_projection"], rel=0.02),
     }
@@ -129,9 +129,9 @@ def test_the_first_pass_makes_embeddings_and_nothing_else(step):
 def test_the_second_pass_sees_every_image_once_and_every_text_twice(step):
     part = small(stage=2).model.flops(readings=2)
     found = flops(step, passes(step)[1], backward=False)
-    assert {way: found[way] for way in ("encode", "paint", "read", "write")} == {
+    assert {way: found[way] for way in ("encode", "reconstruct", "encode_text", "decode_text")} == {
         "encode": pytest.approx((PAIRS + BARE) * part["encoder"], rel=0.02),
-        "paint": pytest.approx(BARE * part["painter"], rel=0.02),
-        "read": pytest.approx(PAIRS * part["lower"], rel=0.02),
-        "write": pytest.approx(PAIRS * part["upper"], rel=0.02),
+        "reconstruct": pytest.approx(BARE * part["reconstruction"], rel=0.02),
+        "encode_text": pytest.approx(PAIRS * part["unimodal"], rel=0.02),
+        "decode_text": pytest.approx(PAIRS * part["multimodal"], rel=0.02),
     }

@@ -64,11 +64,11 @@ def coca(monkeypatch: pytest.MonkeyPatch) -> Reference:
 
     def forward(params: dict) -> dict[str, jax.Array]:
         out, image = {}, params["image_tokens"]
-        params = {name: params[name] for name in ("lower", "upper")}
+        params = {name: params[name] for name in ("unimodal", "multimodal")}
         for name in ("causal", "bidirectional"):
             view = decoder.view_of(data["tokens"], text, causal=name == "causal")
-            out[f"{name}/text"] = run(model, params, "read", data["tokens"], view)
-            out[f"{name}/logits"] = run(model, params, "write", out[f"{name}/text"], view, image)
+            out[f"{name}/text"] = run(model, params, "encode_text", data["tokens"], view)
+            out[f"{name}/logits"] = run(model, params, "decode_text", out[f"{name}/text"], view, image)
         return out | {"caption_loss": caption_loss(out["causal/logits"], data["tokens"], view.lengths)}
 
     return Reference(data, about, model, params, forward)
@@ -86,25 +86,28 @@ def simmim(monkeypatch: pytest.MonkeyPatch) -> Reference:
     kernel, bias = state.pop("decoder.0.weight"), state.pop("decoder.0.bias")
     params = {
         "mask_token": state.pop("swinv2.embeddings.mask_token")[0, 0],
-        "painter": {"kernel": kernel[:, :, 0, 0].T, "bias": bias},
+        "reconstruction": {"kernel": kernel[:, :, 0, 0].T, "bias": bias},
         "image": swin_v2_from_huggingface(state, image, theirs),
     }
     images, hidden = jnp.float32(data["images"]), data["hidden"]
 
     def forward(params: dict) -> dict[str, jax.Array]:
         features = run(model, params, "encode", images, None, enlarge(hidden, about["unit"] // about["patch"]))
-        painted = run(model, params, "paint", features)
+        reconstructed = run(model, params, "reconstruct", features)
         # As many pixels of each image are hidden: Hugging Face's mean over all is that of the images' means.
-        return {"reconstruction": painted, "loss": pixel_loss(painted, images, enlarge(hidden, about["unit"])).mean()}
+        return {
+            "reconstruction": reconstructed,
+            "loss": pixel_loss(reconstructed, images, enlarge(hidden, about["unit"])).mean(),
+        }
 
     return Reference(data, about, model, params, forward)
 
 
 def huggingface_names(tree: dict) -> dict[str, np.ndarray]:
-    painter = tree["painter"]
+    reconstruction = tree["reconstruction"]
     return swin_v2_to_huggingface(tree["image"]) | {
         "swinv2.embeddings.mask_token": tree["mask_token"][None, None],
-        "decoder.0.weight": painter["kernel"].T[:, :, None, None], "decoder.0.bias": painter["bias"],
+        "decoder.0.weight": reconstruction["kernel"].T[:, :, None, None], "decoder.0.bias": reconstruction["bias"],
     }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _natural_log(window: tuple[int, int], pretrained: tuple[int, int]) -> np.nda
 MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "eps 1e-6": ("timm_window4", lambda patch: patch.setattr(swin_v2, "EPS", 1e-6)),
     "tanh GELU": ("timm_window4", lambda patch: patch.setattr(nn, "gelu", _tanh_gelu)),
-    "no mask": ("timm_window4", lambda patch: patch.setattr(swin_v2, "neighbour_mask", lambda windows: None)),
+    "no mask": ("timm_window4", lambda patch: patch.setattr(swin_v2, "shifted_window_mask", lambda windows: None)),
     "logarithms of pixels": ("timm_window7", lambda patch: patch.setattr(swin_v2, "log_coordinates", _natural_log)),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from visionfm_jax.evals.subject import Predict
 class PerplexityEval(MultimodalEval):
     """The `evals.registry.Eval` of masked words in captions: perplexity, exp of the mean NLL per masked token.
 
-    `perplexity_blind` is that of the same words guessed without the image, `image_gain` how many times higher it is:
+    `perplexity_without_image` is that of the same words without the image, `image_gain` how many times higher it is:
     above 1, the image is used. Of several captions of an image the first counts. Which words are masked depends on
     the record's number alone.
     """
@@ -35,19 +35,19 @@ class PerplexityEval(MultimodalEval):
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Over all masked words of the source, each text once."""
-        nll = blind = words = texts = np.float64(0)
+        nll = without = words = texts = np.float64(0)
         for batch in self.batches(Texts(self.tokenizer, self.run_config.model.text.context)):
             out = predict(batch, "masked_language")
             keep = out["mask"] > 0
             nll += out["nll"][keep].sum(dtype=np.float64)
-            blind += out["blind_nll"][keep].sum(dtype=np.float64)
+            without += out["nll_without_image"][keep].sum(dtype=np.float64)
             words += out["words"][keep].sum(dtype=np.float64)
             texts += keep.sum()
         with np.errstate(all="ignore"):  # a model far off has a perplexity of inf, no words have one of nan
             scores = {
                 "perplexity": float(np.exp(nll / words)),
-                "perplexity_blind": float(np.exp(blind / words)),
-                "image_gain": float(np.exp((blind - nll) / words)),
+                "perplexity_without_image": float(np.exp(without / words)),
+                "image_gain": float(np.exp((without - nll) / words)),
                 "words": float(words),
                 "texts": float(texts),
             }

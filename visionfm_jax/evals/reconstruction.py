@@ -1,4 +1,4 @@
-"""How well hidden parts of images are painted. Shapes: B batch, S side of an image, U units along it."""
+"""How well hidden parts of images are reconstructed. Shapes: B batch, S side of an image, U units along it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.evals.subject import Predict
 
 PICTURED = 8
-SAMPLE = 64  # images that are painted for the pictures, and compared with flat colour
+SAMPLE = 64  # images that are reconstructed for the pictures, and compared with flat colour
 GREY = 128
 
 
@@ -20,7 +20,7 @@ class ReconstructionEval(MultimodalEval):
     """The `evals.registry.Eval` of images with hidden units: `pixel_error`, the mean |difference| over hidden pixels.
 
     Its unit is that of the loss, a channel's standard deviation (`data.augment.std`). On up to 64 images spread over
-    the source, `mean_colour_error` is that of painting the mean colour of what is seen of an image, and `colour_gain`
+    the source, `mean_colour_error` is that of filling the mean colour of what is seen of an image, and `colour_gain`
     how many times larger it is than the model's own: above 1, more than a colour has been learned. What is hidden
     depends on the record's number alone.
 
@@ -50,7 +50,7 @@ class ReconstructionEval(MultimodalEval):
             keep = out["mask"] > 0
             total += out["pixel_error"][keep].sum(dtype=np.float64)
             records.append(out["record"][keep])
-        images, out = self._painted(predict, np.concatenate(records))
+        images, out = self._reconstructed(predict, np.concatenate(records))
         flat = mean_colour_error(images, out["hidden"], self.run_config.data.augment.std)
         with np.errstate(all="ignore"):  # nothing hidden is no error: nan
             scores = {
@@ -73,7 +73,7 @@ class ReconstructionEval(MultimodalEval):
             }
         return scores
 
-    def _painted(self, predict: Predict, records: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _reconstructed(self, predict: Predict, records: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The sample's images (B, S, S, 3) and their predictions; the same on every host, each of which computes its
         rows of one batch: small, as whole images come back.
         """
@@ -98,7 +98,7 @@ def whole_units(hidden: np.ndarray, side: int) -> np.ndarray:
 
 
 def mean_colour_error(images: np.ndarray, hidden: np.ndarray, std: tuple[float, float, float]) -> np.ndarray:
-    """The error (B,) of painting what is hidden in the mean colour of what is seen; nan where either is nothing.
+    """The error (B,) of filling what is hidden in the mean colour of what is seen; nan where either is nothing.
 
     Args:
       images: uint8 (B, S, S, 3).

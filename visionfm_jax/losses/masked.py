@@ -42,15 +42,15 @@ def enlarge(units: jax.Array, times: int) -> jax.Array:
     return jnp.repeat(jnp.repeat(units, times, 1), times, 2)
 
 
-def pixel_loss(painted: jax.Array, images: jax.Array, hidden: jax.Array) -> jax.Array:
+def pixel_loss(reconstructed: jax.Array, images: jax.Array, hidden: jax.Array) -> jax.Array:
     """Mean absolute difference over the hidden pixels (Xie et al. 2022, equation 1).
 
     Args:
-      painted, images: (B, H, W, 3), fp32.
+      reconstructed, images: (B, H, W, 3), fp32.
       hidden: (B, H, W) bool.
 
     Returns:
       (B,), fp32.
     """
-    difference = jnp.abs(painted - images).mean(-1) * hidden
+    difference = jnp.abs(reconstructed - images).mean(-1) * hidden
     return difference.sum((1, 2)) / jnp.maximum(hidden.sum((1, 2)), 1)

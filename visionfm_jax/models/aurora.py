@@ -1,10 +1,10 @@
 """Aurora: one hierarchical encoder for masked images, image-text contrast and captions.
 
-    image (B, H, W, 3) -> backbone -> map (B, h, w, D) -> painter: pixels of what was hidden (Xie et al. 2022, "SimMIM")
+    image (B, H, W, 3) -> backbone -> map (B, h, w, D) -> hidden pixels (Xie et al. 2022, "SimMIM")
                                                      -> pool, projection: the image in the joint space
-                                                     -> projection: tokens that the decoder's upper half looks at
-    text (B, T) -> lower half -> at its end token, projection: the text in the joint space
-                              -> upper half: the next word, or a hidden one
+                                                     -> projection: tokens for the decoder's cross-attention
+    text (B, T) -> unimodal decoder -> at its end token, projection: the text in the joint space
+                                    -> multimodal decoder: the next word, or a hidden one
 
 Shapes: B batch, H W image, h w map, S = h w image tokens, T text tokens, D width of the map, E width of the joint
 space, V vocabulary.
@@ -54,19 +54,19 @@ class AuroraConfig(ModelConfig):
         `readings`: how often a text is read in one pass (`decoder.View`).
 
         Returns:
-          encoder and painter, of an image; pool, of an image, with its projection; look, of an image's tokens; lower
-          and upper, of a text; text_projection.
+          encoder and reconstruction, of an image; pool, of an image, with its projection; token_projection, of its
+          tokens; unimodal and multimodal, of a text; text_projection.
         """
         text, stride = decoder.size_of(self.text).width, self.image.strides[-1]
         D, S = self.image.widths[-1], (self.image_size // stride) ** 2
-        lower, upper = decoder.forward_flops(self.text, S, text, readings)
+        unimodal, multimodal = decoder.forward_flops(self.text, S, text, readings)
         return {
             "encoder": self.image.flops,
-            "painter": 2.0 * S * D * stride**2 * PIXELS,
+            "reconstruction": 2.0 * S * D * stride**2 * PIXELS,
             "pool": pooling.forward_flops(S, D, 4 * D) + 2.0 * (D * D + D * self.embed_dim),
-            "look": 2.0 * S * 2 * D * (D + text),
-            "lower": lower,
-            "upper": upper,
+            "token_projection": 2.0 * S * 2 * D * (D + text),
+            "unimodal": unimodal,
+            "multimodal": multimodal,
             "text_projection": 2.0 * 4 * text * (text + self.embed_dim),
         }
 
@@ -104,14 +104,14 @@ class Aurora(nn.Module):
         width, text = config.image.widths[-1], decoder.size_of(config.text).width
         self.image = config.image.make(self.dtype, self.prepare)
         self.mask_token = self.param("mask_token", nn.initializers.truncated_normal(0.02), (config.image.embed_width,))
-        self.painter = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
+        self.reconstruction = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
         self.pool = pooling.AttentionPool(max(width // POOL_HEAD, 1), 4 * width, self.dtype, EPS)
         self.image_projection = Projection(width, config.embed_dim, self.dtype)
         self.token_projection = Projection(2 * width, text, self.dtype)
-        self.lower = decoder.Lower(config.text, self.dtype, self.prepare)
-        self.lower_norm = layer_norm(self.dtype, None, epsilon=EPS)
+        self.unimodal = decoder.UnimodalDecoder(config.text, self.dtype, self.prepare)
+        self.unimodal_norm = layer_norm(self.dtype, None, epsilon=EPS)
         self.text_projection = Projection(4 * text, config.embed_dim, self.dtype)
-        self.upper = decoder.Upper(config.text, self.dtype, self.prepare)
+        self.multimodal = decoder.MultimodalDecoder(config.text, self.dtype, self.prepare)
         self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
     @property
@@ -122,20 +122,25 @@ class Aurora(nn.Module):
     def __call__(self, images: jax.Array, tokens: jax.Array) -> tuple:
         """Everything once, to make parameters: images (B, H, W, 3), normalised, and token ids (B, T)."""
         x = self.encode(images)
-        text = self.read(tokens, view := view_of(tokens, self.config.text, causal=True))
-        return self.paint(x), self.embed_image(x), self.embed_text(text, tokens), self.write(text, view, self.look(x))
+        text = self.encode_text(tokens, view := view_of(tokens, self.config.text, causal=True))
+        return (
+            self.reconstruct(x),
+            self.embed_image(x),
+            self.embed_text(text, tokens),
+            self.decode_text(text, view, self.project_tokens(x)),
+        )
 
     def encode(self, images: jax.Array, keys: jax.Array | None = None, hidden: jax.Array | None = None) -> jax.Array:
         """The normed last map (B, h, w, D); `keys` as for `Backbone`, `hidden` (B, …) bool of patches not shown."""
         kept = None if hidden is None else Hidden(self.mask_token, hidden)
         return self.image(images, keys, kept).normed.astype(self.dtype)
 
-    def paint(self, x: jax.Array) -> jax.Array:
+    def reconstruct(self, x: jax.Array) -> jax.Array:
         """The map to pixels (B, H, W, 3), fp32, normalised like the images."""
-        y = self.painter(x).astype(jnp.float32)
+        y = self.reconstruction(x).astype(jnp.float32)
         return rearrange(y, "b h w (c p q) -> b (h p) (w q) c", p=self.stride, q=self.stride)
 
-    def look(self, x: jax.Array) -> jax.Array:
+    def project_tokens(self, x: jax.Array) -> jax.Array:
         """The map to the decoder's image tokens (B, S, width of the text)."""
         return self.token_projection(rearrange(x, "b h w d -> b (h w) d"))
 
@@ -143,31 +148,35 @@ class Aurora(nn.Module):
         """The map to the joint space, (B, E), fp32, not normalised."""
         return self.image_projection(self.pool(rearrange(x, "b h w d -> b (h w) d"))).astype(jnp.float32)
 
-    def read(self, tokens: jax.Array, view: View) -> jax.Array:
-        """The lower half."""
-        return self.lower(tokens, view)
+    def encode_text(self, tokens: jax.Array, view: View) -> jax.Array:
+        """The unimodal decoder; (B, T, D)."""
+        return self.unimodal(tokens, view)
 
     def embed_text(self, text: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Features of the lower half, read causally, to the joint space, (B, E), fp32, not normalised."""
+        """Features of the unimodal decoder, read causally, to the joint space, (B, E), fp32, not normalised."""
         end = jnp.argmax(tokens == self.config.text.end_token, 1)
-        return self.text_projection(self.lower_norm(text[jnp.arange(len(text)), end])).astype(jnp.float32)
+        return self.text_projection(self.unimodal_norm(text[jnp.arange(len(text)), end])).astype(jnp.float32)
 
-    def write(self, text: jax.Array, view: View, image: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-        """The upper half: logits (B, T, V), fp32."""
-        return self.upper(text, view, image, seen)
+    def decode_text(
+        self, text: jax.Array, view: View, image: jax.Array, cross_attention_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """The multimodal decoder: logits (B, T, V), fp32."""
+        return self.multimodal(text, view, image, cross_attention_mask)
 
-    def begin(self, image: jax.Array) -> dict[str, Any]:
+    def init_cache(self, image: jax.Array) -> dict[str, Any]:
         """The cache before the first token of a caption of image tokens (B, S, …); leaves are (L, B, …)."""
         text, rows = self.config.text, len(image)
-        past = [decoder.empty_past(text, half, rows, self.dtype) for half in (0, 1)]
+        cache = [decoder.empty_cache(text, half, rows, self.dtype) for half in (0, 1)]
         tokens = jnp.full((rows, 1), text.begin_token, jnp.int32)
         first = jnp.zeros((), jnp.int32)  # only what the layers make of the image is kept of this
-        x, _ = self.lower(tokens, None, {"past": past[0]}, first)
-        _, after = self.upper(x, None, image, before={"past": past[1]}, position=first)
-        return {"lower": {"past": past[0]}, "upper": {"past": past[1], "memory": after["memory"]}}
+        x, _ = self.unimodal(tokens, None, {"cache": cache[0]}, first)
+        _, after = self.multimodal(x, None, image, before={"cache": cache[1]}, position=first)
+        return {"unimodal": {"cache": cache[0]}, "multimodal": {"cache": cache[1], "encoder_kv": after["encoder_kv"]}}
 
-    def next(self, cache: dict[str, Any], tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def decode_token(
+        self, cache: dict[str, Any], tokens: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """Logits (B, V) of what follows the tokens (B,) at `position`, and the cache with them."""
-        x, lower = self.lower(tokens[:, None], None, cache["lower"], position)
-        words, upper = self.upper(x, None, None, before=cache["upper"], position=position)
-        return words[:, 0], {"lower": lower, "upper": upper}
+        x, unimodal = self.unimodal(tokens[:, None], None, cache["unimodal"], position)
+        words, multimodal = self.multimodal(x, None, None, before=cache["multimodal"], position=position)
+        return words[:, 0], {"unimodal": unimodal, "multimodal": multimodal}

@@ -1,7 +1,7 @@
-"""A text transformer in two halves: the lower sees text alone, the upper looks at an image (Yu et al. 2022, "CoCa").
+"""A text decoder in two halves, unimodal, then multimodal with cross-attention to an image (Yu et al. 2022, "CoCa").
 
 Both run causally, to caption, and with every word in sight, to guess hidden ones, on the same weights. Every layer is
-self-attention, then in the upper half cross-attention, then an MLP, each behind a norm of its own.
+self-attention, then in the multimodal half cross-attention, then an MLP, each behind a norm of its own.
 
 Shapes: B batch, T tokens, S image tokens, D width, M width of the image tokens, V vocabulary, L layers of a half.
 """
@@ -22,8 +22,8 @@ from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Pro
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.layers import (
     Attention,
+    KVCache,
     Mlp,
-    Past,
     Prepare,
     as_is,
     dense,
@@ -35,7 +35,7 @@ from visionfm_jax.models.layers import (
 
 
 class Size(NamedTuple):
-    """Width D, layers of the lower and of the upper half, heads N."""
+    """Width D, layers of the unimodal and of the multimodal half, heads N."""
 
     width: int
     depths: tuple[int, int]
@@ -52,7 +52,7 @@ EPS = 1e-5
 
 @dataclass(kw_only=True)
 class DecoderConfig(NetworkConfig):
-    """A text transformer whose upper half looks at an image; sizes in `SIZES`.
+    """A text decoder whose second half has cross-attention to an image; sizes in `SIZES`.
 
     Token ids are those of the tokenizer; 0 is padding.
     """
@@ -61,7 +61,7 @@ class DecoderConfig(NetworkConfig):
     vocab_size: int = 32_000  # that of the tokenizer
     context: int = 64  # tokens, with those of begin and end
     begin_token: int = 1  # id of the token that every text begins with
-    end_token: int = 2  # where the lower half's embedding of a text is read off: the first token with this id
+    end_token: int = 2  # where the unimodal half's embedding of a text is read off: the first token with this id
     mask_token: int = 4  # stands for a word to guess
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
@@ -110,7 +110,7 @@ def view_of(tokens: jax.Array, config: DecoderConfig, *, causal: bool) -> View:
     return View(causal, jnp.argmax(tokens == config.end_token, 1) + 1)
 
 
-class Memory(NamedTuple):
+class EncoderKV(NamedTuple):
     """An image's keys and values in one layer."""
 
     keys: jax.Array  # (B, S, N, K)
@@ -125,15 +125,15 @@ class CrossAttention(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, others: jax.Array | Memory) -> tuple[jax.Array, Memory]:
+    def __call__(self, x: jax.Array, others: jax.Array | EncoderKV) -> tuple[jax.Array, EncoderKV]:
         B, T, D = x.shape
 
         def heads(a: jax.Array) -> jax.Array:
             return checkpoint_name(a, "qkv").reshape(*a.shape[:-1], self.heads, -1)
 
         q = heads(dense(x, D, self.dtype, "query"))
-        if not isinstance(others, Memory):
-            others = Memory(*(heads(dense(others, D, self.dtype, name)) for name in ("key", "value")))
+        if not isinstance(others, EncoderKV):
+            others = EncoderKV(*(heads(dense(others, D, self.dtype, name)) for name in ("key", "value")))
         y = checkpoint_name(attention(q, *others, self.implementation).reshape(B, T, D), "attention")
         return checkpoint_name(dense(y, D, self.dtype, "out"), "projection"), others
 
@@ -142,9 +142,9 @@ class Layer(nn.Module):
     """Pre-norm layer of either half; (B, T, D) to (B, T, D).
 
     Attributes:
-      view: of x; None where x is one token, at `position` after its past.
-      image: tokens (B, S, M) for the upper half.
-      seen: (B,), or of several readings (B, V), 1 where the image is looked at, 0 where it is not; None: everywhere.
+      view: of x; None where x is one token, at `position` after its cache.
+      image: tokens (B, S, M) for the multimodal half.
+      cross_attention_mask: (B,), or of several readings (B, V), 0 where the image is not seen; None: 1.
     """
 
     heads: int
@@ -152,35 +152,35 @@ class Layer(nn.Module):
     implementation: str
     view: View | None
     image: jax.Array | None = None
-    seen: jax.Array | None = None
+    cross_attention_mask: jax.Array | None = None
     position: jax.Array | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, before: dict | None = None) -> Any:
-        """With `before`, its `past` and, in the upper half, its `memory`, a pair: x, and the same after this token."""
+        """With `before`, a `cache` and, in the multimodal half, `encoder_kv`, a pair: x, and the same after it."""
         norm, after = partial(layer_norm, self.dtype, epsilon=EPS), {}
         causal, lengths = (True, None) if before else self.view
         y = Attention(self.heads, self.dtype, self.implementation, causal, name="attn")
-        y = y(norm(name="ln1")(x), lengths, before and before["past"], self.position)
+        y = y(norm(name="ln1")(x), lengths, before and before["cache"], self.position)
         if before:
-            y, after["past"] = y
+            y, after["cache"] = y
         x = x + y
-        others = before["memory"] if before and "memory" in before else self.image
+        others = before["encoder_kv"] if before and "encoder_kv" in before else self.image
         if others is not None:
-            if not isinstance(others, Memory):
+            if not isinstance(others, EncoderKV):
                 others = norm(name="ln_image")(others)
-            y, after["memory"] = CrossAttention(self.heads, self.dtype, self.implementation, name="cross")(
+            y, after["encoder_kv"] = CrossAttention(self.heads, self.dtype, self.implementation, name="cross")(
                 norm(name="ln_cross")(x), others
             )
-            if self.seen is not None:
-                seen = self.seen.reshape(len(y), -1)
-                y = y * jnp.repeat(seen, y.shape[1] // seen.shape[1], 1)[..., None].astype(y.dtype)
+            if self.cross_attention_mask is not None:
+                mask = self.cross_attention_mask.reshape(len(y), -1)
+                y = y * jnp.repeat(mask, y.shape[1] // mask.shape[1], 1)[..., None].astype(y.dtype)
             x = x + y
         x = x + Mlp(4 * x.shape[-1], self.dtype, name="mlp")(norm(name="ln2")(x))
         return (x, after) if before else x
 
 
-class Lower(nn.Module):
+class UnimodalDecoder(nn.Module):
     """Token ids (B, T) to features (B, T, D) of the text alone."""
 
     config: DecoderConfig
@@ -206,7 +206,7 @@ class Lower(nn.Module):
         )  # fmt: skip
 
 
-class Upper(nn.Module):
+class MultimodalDecoder(nn.Module):
     """Features (B, T, D) of a text, and an image's tokens (B, S, M), to logits (B, T, V) of tokens, fp32."""
 
     config: DecoderConfig
@@ -219,13 +219,15 @@ class Upper(nn.Module):
         x: jax.Array,
         view: View | None,
         image: jax.Array | None,
-        seen: jax.Array | None = None,
+        cross_attention_mask: jax.Array | None = None,
         before: dict | None = None,
         position: jax.Array | None = None,
     ) -> Any:
-        """With `before`, as for `Lower`; without an image, `before` holds what was made of it."""
+        """With `before`, as for `UnimodalDecoder`; without an image, `before` holds what was made of it."""
         config, size = self.config, size_of(self.config)
-        layer = Layer(size.heads, self.dtype, config.attention, view, image, seen, position, parent=None)
+        layer = Layer(
+            size.heads, self.dtype, config.attention, view, image, cross_attention_mask, position, parent=None
+        )
         x = scan_blocks(
             self, [layer], size.depths[1], x,
             prepare=self.prepare, remat=config.remat, each=before, outputs=before is not None,
@@ -237,15 +239,15 @@ class Upper(nn.Module):
         return words if before is None else (words, after)
 
 
-def empty_past(config: DecoderConfig, half: int, rows: int, dtype: jnp.dtype) -> Past:
-    """That of a half, 0 lower or 1 upper, before the first token; leaves are (L, B, …)."""
+def empty_cache(config: DecoderConfig, half: int, rows: int, dtype: jnp.dtype) -> KVCache:
+    """That of a half, 0 unimodal or 1 multimodal, before the first token; leaves are (L, B, …)."""
     size = size_of(config)
     room = jnp.zeros((size.depths[half], rows, config.context, size.heads, size.width // size.heads), dtype)
-    return Past(room, room)
+    return KVCache(room, room)
 
 
 def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int, readings: int = 1) -> tuple[float, float]:
-    """FLOPs of a text's forward pass through the lower and the upper half, its logits included.
+    """FLOPs of a text's forward pass through the unimodal and the multimodal half, its logits included.
 
     `readings`: V, in one pass. Matrix products alone, two per multiply-add; attention counted whole.
     """
@@ -254,6 +256,6 @@ def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int, re
     layer = T * 12 * D * D + 2 * T * T * D
     cross = T * 2 * D * D + 2 * T * S * D
     image = 2 * S * image_width * D
-    lower, upper = size.depths
-    once = upper * (layer + cross) + T * D * config.vocab_size
-    return 2.0 * readings * lower * layer, 2.0 * (readings * once + upper * image)
+    unimodal, multimodal = size.depths
+    once = multimodal * (layer + cross) + T * D * config.vocab_size
+    return 2.0 * readings * unimodal * layer, 2.0 * (readings * once + multimodal * image)

@@ -106,16 +106,16 @@ class Qkv(nn.Module):
         return [checkpoint_name(part.reshape(x.shape), "qkv") for part in parts]
 
 
-class Past(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of the tokens so far, in arrays with room for all that may follow."""
 
     keys: jax.Array  # (B, S, N, K)
     values: jax.Array  # (B, S, N, K)
 
-    def put(self, key: jax.Array, value: jax.Array, position: jax.Array) -> Past:
+    def put(self, key: jax.Array, value: jax.Array, position: jax.Array) -> KVCache:
         """With those of the token at `position`, (B, 1, N, K)."""
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1)
-        return Past(put(self.keys, key), put(self.values, value))
+        return KVCache(put(self.keys, key), put(self.values, value))
 
 
 class Rotation(NamedTuple):
@@ -156,10 +156,10 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         lengths: jax.Array | None = None,
-        past: Past | None = None,
+        cache: KVCache | None = None,
         position: jax.Array | None = None,
     ) -> Any:
-        """With `past`, x (B, 1, D) is the token at `position`, and the second result the past with it.
+        """With `cache`, x (B, 1, D) is the token at `position`, and the second result the cache with it.
 
         `lengths` (B,): only the first tokens of a sequence are seen; None: all.
         """
@@ -169,9 +169,9 @@ class Attention(nn.Module):
             qkv[:2] = (layer_norm(self.dtype, f"{n}_norm", self.qk_norm)(a) for n, a in zip("qk", qkv, strict=False))
         if self.rotation is not None:
             qkv[:2] = (rotate(a, self.rotation) for a in qkv[:2])
-        if past is not None:
-            past = past.put(*qkv[1:], position)
-            y = attention(qkv[0], *past, self.implementation, lengths=jnp.full(B, position + 1))
+        if cache is not None:
+            cache = cache.put(*qkv[1:], position)
+            y = attention(qkv[0], *cache, self.implementation, lengths=jnp.full(B, position + 1))
         else:
             causal = self.causal if isinstance(self.causal, tuple) else (self.causal,)
             parts = zip(*(jnp.split(a, len(causal), axis=1) for a in qkv), causal, strict=True)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
             y = jnp.concatenate(each, axis=1)
         y = checkpoint_name(y.reshape(B, T, D), "attention")
         y = checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
-        return y if past is None else (y, past)
+        return y if cache is None else (y, cache)
 
 
 def activate(x: jax.Array, activation: str) -> jax.Array:

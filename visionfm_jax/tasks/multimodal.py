@@ -1,7 +1,7 @@
 """Masked images, image-text contrast, captions and masked words, with one pass of the encoder over every image.
 
 Of every p + q samples the first p are pairs and the others bare images (`MultimodalConfig.split`). Bare images are
-shown in part and painted whole; pairs are contrasted with all others of the batch, captioned, and their captions'
+shown in part and reconstructed; pairs are contrasted with all others of the batch, captioned, and their captions'
 hidden words guessed.
 
 Shapes: B rows of this device, P pairs among them, H W image, U units on a side, L tokens, E width of the joint space.
@@ -52,7 +52,7 @@ class MultimodalConfig(TaskConfig):
     mask_unit: int = 32  # pixels, side of what is hidden of an image at a time
     mask_ratio: float = 0.6  # of an image's units
     word_mask_ratio: float = 0.4  # of a text's tokens (Wettig et al. 2023), at least one
-    blind: float = 0.1  # share of texts whose words are guessed without the image
+    image_dropout: float = 0.1  # share of texts whose words are guessed without the image
     cached: bool = True  # as for `ContrastiveConfig`
 
     limits: ClassVar[Limits] = {
@@ -65,7 +65,7 @@ class MultimodalConfig(TaskConfig):
         "mask_unit": SIDE,
         "mask_ratio": Range(0, 1, above=True, below=True),
         "word_mask_ratio": SHARE,
-        "blind": SHARE,
+        "image_dropout": SHARE,
     }
 
     model_class: ClassVar[type] = AuroraConfig
@@ -123,7 +123,7 @@ class Draws(NamedTuple):
     drop_path: jax.Array
     hide: jax.Array  # units of the image
     words: jax.Array
-    blind: jax.Array
+    image_dropout: jax.Array
 
 
 class Multimodal(Pairs):
@@ -140,7 +140,7 @@ class Multimodal(Pairs):
         images = augment(self._pairs(batch["image"]), self._pairs(draws.augment), self.config.data.augment)
         features = self._run(params, "encode", images, self._pairs(draws.drop_path))
         tokens = self._pairs(batch["text"])
-        text = self._run(params, "read", tokens, view_of(tokens, self.config.model.text, causal=True))
+        text = self._run(params, "encode_text", tokens, view_of(tokens, self.config.model.text, causal=True))
         return self._embedded(params, features, text, tokens)
 
     def forward(self, params: Any, batch: dict, keys: jax.Array) -> tuple[dict, dict]:
@@ -156,19 +156,19 @@ class Multimodal(Pairs):
         units = hide_units(draws.hide, self._units, task.mask_ratio) & self._is_bare(len(images))[:, None, None]
         features = self._run(params, "encode", images, draws.drop_path, self._patches(units))
 
-        painted = self._run(params, "paint", self._bare(features))
+        reconstructed = self._run(params, "reconstruct", self._bare(features))
         hidden = enlarge(self._bare(units), task.mask_unit)
-        own = {"masked_image": pixel_loss(painted, self._bare(images), hidden)}
+        own = {"masked_image": pixel_loss(reconstructed, self._bare(images), hidden)}
 
         tokens, features = self._pairs(batch["text"]), self._pairs(features)
         view, length = view_of(tokens, self.config.model.text, causal=True), tokens.shape[1]
         words = hide_words(self._pairs(draws.words), view.lengths, length, task.word_mask_ratio)
         both = jnp.concatenate([tokens, self._without(words, tokens)], 1)
-        seen = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - task.blind))(self._pairs(draws.blind))
-        seen = jnp.stack([jnp.ones_like(seen), seen], 1)
+        mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - task.image_dropout))(self._pairs(draws.image_dropout))
+        mask = jnp.stack([jnp.ones_like(mask), mask], 1)
         view = view._replace(causal=(True, False))
-        text = self._run(params, "read", both, view)
-        logits = self._run(params, "write", text, view, self._run(params, "look", features), seen)
+        text = self._run(params, "encode_text", both, view)
+        logits = self._run(params, "decode_text", text, view, self._run(params, "project_tokens", features), mask)
         own["captioning"] = caption_loss(logits[:, :length], tokens, view.lengths)
         own["masked_language"] = mean_over(word_losses(logits[:, length:], tokens), words)
 
@@ -196,7 +196,7 @@ class Multimodal(Pairs):
             return {"generated": self._caption(params, batch, what)}
         kinds = {
             "embeddings": self._embeddings, "masked_language": self._guessed,
-            "masked_image": self._painted, "reconstruct": self._painted,
+            "masked_image": self._reconstructed, "reconstruct": self._reconstructed,
         }  # fmt: skip
         out = kinds[what](params, batch)
         return {k: v for k, v in out.items() if what == "reconstruct" or k not in ("reconstruction", "hidden")}
@@ -206,8 +206,8 @@ class Multimodal(Pairs):
         """FLOPs of one optimiser step on the global batch: 3 x forward, nothing done twice counted twice."""
         part = self.config.model.flops(readings=2)  # to caption, and to guess
         pairs, bare = (n / sum(self.task.split) for n in self.task.split)
-        texts = sum(part[name] for name in ("pool", "look", "text_projection", "lower", "upper"))
-        return 3 * (part["encoder"] + pairs * texts + bare * part["painter"]) * self.config.train.batch_size
+        texts = sum(part[name] for name in ("pool", "token_projection", "text_projection", "unimodal", "multimodal"))
+        return 3 * (part["encoder"] + pairs * texts + bare * part["reconstruction"]) * self.config.train.batch_size
 
     # Rows: every p + q of them are p pairs, then q bare images.
 
@@ -271,44 +271,46 @@ class Multimodal(Pairs):
             out["image_embedding"] = contrastive.normalize(image)
         if "text" in batch:
             tokens = batch["text"]
-            text = self._run(params, "read", tokens, view_of(tokens, self.config.model.text, causal=True))
+            text = self._run(params, "encode_text", tokens, view_of(tokens, self.config.model.text, causal=True))
             out["text_embedding"] = contrastive.normalize(self._run(params, "embed_text", text, tokens))
         return out
 
     def _guessed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
-        """Sums over the hidden words (B,): `nll`, `blind_nll`, without the image, and `words`, their number."""
-        tokens, look = batch["text"], self._run(params, "look", self._shown(params, batch))
+        """Sums over the hidden words (B,): `nll`, `nll_without_image`, without the image, and `words`, their number."""
+        tokens, image = batch["text"], self._run(params, "project_tokens", self._shown(params, batch))
         view = view_of(tokens, self.config.model.text, causal=False)
         words = hide_words(self._eval_draws(batch).words, view.lengths, tokens.shape[1], self.task.word_mask_ratio)
-        text = self._run(params, "read", self._without(words, tokens), view)
+        text = self._run(params, "encode_text", self._without(words, tokens), view)
         out = {}
-        for name, seen in (("nll", jnp.ones), ("blind_nll", jnp.zeros)):
-            losses = word_losses(self._run(params, "write", text, view, look, seen(len(look))), tokens)
+        for name, mask in (("nll", jnp.ones), ("nll_without_image", jnp.zeros)):
+            losses = word_losses(self._run(params, "decode_text", text, view, image, mask(len(image))), tokens)
             out[name] = jnp.where(words, losses, 0).sum(1)
         return {**out, "words": words.sum(1)}
 
-    def _painted(self, params: Any, batch: dict) -> dict[str, jax.Array]:
-        """`reconstruction` uint8 (B, H, W, 3), hidden units painted; `hidden` (B, U, U); `pixel_error` (B,)."""
+    def _reconstructed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """`reconstruction` uint8 (B, H, W, 3), hidden units reconstructed; `hidden` (B, U, U); `pixel_error` (B,)."""
         config = self.config.data.augment
         images = normalize(batch["image"], config)
         units = hide_units(self._eval_draws(batch).hide, self._units, self.task.mask_ratio)
-        painted = self._run(params, "paint", self._run(params, "encode", images, None, self._patches(units)))
+        reconstructed = self._run(
+            params, "reconstruct", self._run(params, "encode", images, None, self._patches(units))
+        )
         hidden = enlarge(units, self.task.mask_unit)
-        pixels = (painted * jnp.array(config.std) + jnp.array(config.mean)) * 255
+        pixels = (reconstructed * jnp.array(config.std) + jnp.array(config.mean)) * 255
         pixels = jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
         return {
             "reconstruction": jnp.where(hidden[..., None], pixels, batch["image"]),
             "hidden": units,
-            "pixel_error": pixel_loss(painted, images, hidden),
+            "pixel_error": pixel_loss(reconstructed, images, hidden),
         }
 
     def _caption(self, params: Any, batch: dict, decoding: Decoding) -> jax.Array:
         """Texts (B, L)."""
         text = self.config.model.text
-        cache = self._run(params, "begin", self._run(params, "look", self._shown(params, batch)))
+        cache = self._run(params, "init_cache", self._run(params, "project_tokens", self._shown(params, batch)))
 
         def step(cache: Any, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
-            return self._run(params, "next", cache, tokens, position)
+            return self._run(params, "decode_token", cache, tokens, position)
 
         keys = self._eval_draws(batch).words if decoding.method == "nucleus" else None
         return generate(

@@ -1,4 +1,4 @@
-"""Pictures of what an eval found: retrieved, written and painted things, and which classes are taken for which.
+"""Pictures of what an eval found: retrieved, written and reconstructed things, and which classes are taken for which.
 
 Shapes: S side of an image, C classes, K answers to a query.
 """
@@ -135,7 +135,7 @@ def captions(generated: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
 
 
 def reconstructions(reconstructed: Mapping[str, Any], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw images, below them what the model saw of each, and below that what it painted.
+    """Draw images, below them what the model saw of each, and below that what it reconstructed.
 
     Args:
       reconstructed: `image`, `seen`, `reconstruction`, uint8 (B, S, S, 3); `error` (B,).
@@ -143,12 +143,12 @@ def reconstructions(reconstructed: Mapping[str, Any], path: str | os.PathLike[st
       title: above the picture.
     """
     side, gap, left, top = 1.6, 0.1, 1.25, 0.85  # inches
-    rows = {"image": "image", "what the\nmodel saw": "seen", "what it\npainted": "reconstruction"}
+    rows = {"image": "image", "what the\nmodel saw": "seen", "what it\npredicted": "reconstruction"}
     count = len(reconstructed["image"])
     wide = max(left + count * (side + gap) + GAP, 6)
     figure = Figure(figsize=(wide, top + len(rows) * (side + gap) + 2 * LINE), dpi=DPI)
     ax = _canvas(figure)
-    _heading(ax, title, "what is grey was hidden: the model painted that, the rest is the image's own")
+    _heading(ax, title, "what is grey was hidden: the model reconstructed that, the rest is the image's own")
     for row, (label, key) in enumerate(rows.items()):
         y = top + row * (side + gap)
         ax.text(left - 0.15, y + side / 2, label, color=INK, fontsize=11, ha="right", va="center", linespacing=1.4)

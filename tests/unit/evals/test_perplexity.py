@@ -21,22 +21,22 @@ def known(seed=0):
     rng = np.random.default_rng(seed)
     words = rng.integers(1, 9, COUNT)
     nll = (words * rng.uniform(0.5, 1.5, COUNT)).astype(np.float32)
-    return Tables(nll=nll, blind_nll=nll + words.astype(np.float32), words=words.astype(np.int32))
+    return Tables(nll=nll, nll_without_image=nll + words.astype(np.float32), words=words.astype(np.int32))
 
 
 def by_hand(model, rows):
-    nll, blind, words = (sum(float(model.tables[k][i]) for i in rows) for k in ("nll", "blind_nll", "words"))
-    return math.exp(nll / words), math.exp(blind / words), words
+    nll, without, words = (sum(float(model.tables[k][i]) for i in rows) for k in ("nll", "nll_without_image", "words"))
+    return math.exp(nll / words), math.exp(without / words), words
 
 
 def test_numbers_are_those_of_a_loop(monkeypatch):
     (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
     model = known()
     got = evaluation.run(model)
-    perplexity, blind, words = by_hand(model, range(COUNT))
+    perplexity, without, words = by_hand(model, range(COUNT))
     assert got["perplexity"] == pytest.approx(perplexity)
-    assert got["perplexity_blind"] == pytest.approx(blind)
-    assert got["image_gain"] == pytest.approx(blind / perplexity) == pytest.approx(math.e)  # one nat a word
+    assert got["perplexity_without_image"] == pytest.approx(without)
+    assert got["image_gain"] == pytest.approx(without / perplexity) == pytest.approx(math.e)  # one nat a word
     assert (got["words"], got["texts"]) == (words, COUNT)
     assert evaluation.metrics == ("image_gain",)
     shapes = {"image": (BATCH, SIDE, SIDE, 3), "text": (BATCH, CONTEXT), "record": (BATCH,), "mask": (BATCH,)}
@@ -74,14 +74,14 @@ def test_numbers_that_are_not_finite_show(monkeypatch):
         got = evaluation.run(model)
         assert math.isnan(got["perplexity"])
         assert math.isnan(got["image_gain"])
-        assert math.isfinite(got["perplexity_blind"])
+        assert math.isfinite(got["perplexity_without_image"])
         model = known()
-        for name in ("nll", "blind_nll"):
+        for name in ("nll", "nll_without_image"):
             model.tables[name] += 1000 * model.tables["words"]
         got = evaluation.run(model)
-        assert got["perplexity"] == got["perplexity_blind"] == math.inf
+        assert got["perplexity"] == got["perplexity_without_image"] == math.inf
         assert got["image_gain"] == pytest.approx(math.e, rel=1e-3)  # of inf and inf, as the sums are finite
-        none = evaluation.run(Tables(nll=[0.0], blind_nll=[0.0], words=[0]))
+        none = evaluation.run(Tables(nll=[0.0], nll_without_image=[0.0], words=[0]))
         assert math.isnan(none["perplexity"])
         assert math.isnan(none["image_gain"])
 

@@ -77,7 +77,7 @@ def test_two_hosts_agree_with_one(monkeypatch):
     assert two[0].details == two[1].details == alone.details
 
 
-def test_shown_are_image_what_was_seen_and_what_was_painted(monkeypatch):
+def test_shown_are_image_what_was_seen_and_what_was_reconstructed(monkeypatch):
     (evaluation,) = make(monkeypatch, source := Pictures(damaged={0, 5}), kind="reconstruction")
     model = known()
     assert evaluation.run(model)["images"] == COUNT - 2
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite_show(monkeypatch):
         json.dumps(evaluation.details, allow_nan=False)
 
 
-def test_a_flat_image_is_painted_rightly_by_its_colour():
+def test_a_flat_image_is_filled_rightly_with_its_colour():
     images = np.full((1, 4, 4, 3), 77, np.uint8)
     hidden = np.array([[[True, False], [False, False]]])
     assert mean_colour_error(images, hidden, (0.2, 0.2, 0.2)) == pytest.approx(0)

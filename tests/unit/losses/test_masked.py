@@ -55,10 +55,12 @@ def test_units_to_pixels():
 
 def test_pixel_loss_by_hand():
     images = jnp.zeros((2, 2, 2, 3))
-    painted = jnp.full_like(images, 100.0)  # where nothing is hidden, nothing counts
-    painted = painted.at[0, 0, 0].set(jnp.array([1.0, -2.0, 6.0])).at[0, 1, 1].set(jnp.array([-1.0, 0.0, 1.0]))
+    reconstructed = jnp.full_like(images, 100.0)  # where nothing is hidden, nothing counts
+    reconstructed = (
+        reconstructed.at[0, 0, 0].set(jnp.array([1.0, -2.0, 6.0])).at[0, 1, 1].set(jnp.array([-1.0, 0.0, 1.0]))
+    )
     hidden = jnp.zeros((2, 2, 2), bool).at[0, 0, 0].set(True).at[0, 1, 1].set(True)
-    np.testing.assert_allclose(pixel_loss(painted, images, hidden), [(3 + 2 / 3) / 2, 0], rtol=1e-6)
-    gradient = jax.grad(lambda p: pixel_loss(p, images, hidden).sum())(painted)
+    np.testing.assert_allclose(pixel_loss(reconstructed, images, hidden), [(3 + 2 / 3) / 2, 0], rtol=1e-6)
+    gradient = jax.grad(lambda p: pixel_loss(p, images, hidden).sum())(reconstructed)
     np.testing.assert_allclose(gradient[0, 0, 0], [1 / 6, -1 / 6, 1 / 6], rtol=1e-6)
     assert not np.asarray(gradient)[~np.asarray(hidden)].any()

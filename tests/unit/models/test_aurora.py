@@ -55,9 +55,9 @@ def params() -> dict:
         return 0.3 * rng.standard_normal(leaf.shape, np.float32) + np.float32(path[-1].key == "scale")
 
     params = jax.tree.map_with_path(value, shapes(small()))
-    params["upper"]["blocks"]["cross"]["out"]["kernel"] *= 4
-    bias = params["upper"]["norm"]["bias"]
-    params["upper"]["vocabulary"][:, END] += 0.6 * bias / np.linalg.norm(bias)
+    params["multimodal"]["blocks"]["cross"]["out"]["kernel"] *= 4
+    bias = params["multimodal"]["norm"]["bias"]
+    params["multimodal"]["vocabulary"][:, END] += 0.6 * bias / np.linalg.norm(bias)
     return params
 
 
@@ -78,13 +78,15 @@ def test_full_size_counts():
     parts = {name: count(tree) for name, tree in shapes(Aurora(AuroraConfig())).items()}
     assert parts == {
         "image": 2_997_843_680, "mask_token": 512,
-        "painter": 12_585_984, "pool": 201_375_744, "image_projection": 20_975_616, "token_projection": 41_951_232,
-        "lower": 183_988_224, "lower_norm": 2048, "text_projection": 8_392_704, "upper": 234_354_688, "scale": 1,
+        "reconstruction": 12_585_984,
+        "pool": 201_375_744, "image_projection": 20_975_616, "token_projection": 41_951_232,
+        "unimodal": 183_988_224, "unimodal_norm": 2048, "text_projection": 8_392_704,
+        "multimodal": 234_354_688, "scale": 1,
     }  # fmt: skip
     total = sum(parts.values())
     assert total == 3_701_470_433
     assert total == pytest.approx(3.7e9, rel=0.01)
-    heads = ("painter", "pool", "image_projection", "token_projection", "text_projection")
+    heads = ("reconstruction", "pool", "image_projection", "token_projection", "text_projection")
     assert parts["image"] + sum(parts[name] for name in heads) > 0.88 * total
 
 
@@ -92,11 +94,11 @@ def test_forward_flops_by_hand():
     # A map of one token, 128 wide; the pool has one head, and MLPs of 4 D.
     D, T = 128, 32
     own = small().config.flops()
-    lower, upper = decoder.forward_flops(small().config.text, 1, T)
+    unimodal, multimodal = decoder.forward_flops(small().config.text, 1, T)
     assert own == {
-        "encoder": small().config.image.flops, "painter": 2 * D * 32 * 32 * 3,
-        "pool": 2 * ((2 + 2 + 8) * D * D + 2 * D + D * D + D * EMBED), "look": 2 * (D * 2 * D + 2 * D * T),
-        "lower": lower, "upper": upper, "text_projection": 2 * (T * 4 * T + 4 * T * EMBED),
+        "encoder": small().config.image.flops, "reconstruction": 2 * D * 32 * 32 * 3,
+        "pool": 2 * ((2 + 2 + 8) * D * D + 2 * D + D * D + D * EMBED), "token_projection": 2 * (D * 2 * D + 2 * D * T),
+        "unimodal": unimodal, "multimodal": multimodal, "text_projection": 2 * (T * 4 * T + 4 * T * EMBED),
     }  # fmt: skip
 
 
@@ -104,8 +106,8 @@ def test_forward_flops_by_hand():
 def test_shapes(dtype):
     model = small(dtype)
     out = jax.eval_shape(lambda key: model.init_with_output(key, IMAGES, TOKENS)[0], jax.random.key(0))
-    painted, image, text, logits = out
-    assert painted.shape == IMAGES.shape
+    reconstructed, image, text, logits = out
+    assert reconstructed.shape == IMAGES.shape
     assert image.shape == text.shape == (3, EMBED)
     assert logits.shape == (3, LENGTH, VOCAB)
     assert {o.dtype for o in out} == {jnp.dtype("float32")}  # whatever the activations have
@@ -115,18 +117,18 @@ def test_shapes(dtype):
 def test_a_word_leaves_the_cache_in_its_shape(dtype):
     def word(key):
         params = small(dtype).init(key, IMAGES, TOKENS)
-        cache = small(dtype).apply(params, jnp.zeros((3, 6, 32), dtype), method="begin")
-        return cache, small(dtype).apply(params, cache, TOKENS[:, 0], jnp.int32(0), method="next")
+        cache = small(dtype).apply(params, jnp.zeros((3, 6, 32), dtype), method="init_cache")
+        return cache, small(dtype).apply(params, cache, TOKENS[:, 0], jnp.int32(0), method="decode_token")
 
     cache, (logits, after) = jax.eval_shape(word, jax.random.key(0))
     assert cache == after
-    assert cache["upper"]["memory"].keys == jax.ShapeDtypeStruct((2, 3, 6, 4, 8), dtype)
+    assert cache["multimodal"]["encoder_kv"].keys == jax.ShapeDtypeStruct((2, 3, 6, 4, 8), dtype)
     assert {leaf.shape[:2] for leaf in jax.tree.leaves(cache)} == {(2, 3)}  # layers and rows
     assert logits == jax.ShapeDtypeStruct((3, VOCAB), jnp.float32)
 
 
 def test_the_scale_starts_as_clips():
-    scale = small().init(jax.random.key(0), MAP, method="look")["params"]["scale"]
+    scale = small().init(jax.random.key(0), MAP, method="project_tokens")["params"]["scale"]
     assert math.exp(scale) == pytest.approx(1 / 0.07)
 
 
@@ -165,7 +167,7 @@ def test_a_texts_embedding_is_read_at_its_end(params):
     @jax.jit
     def embed(params, tokens):
         view = decoder.view_of(tokens, small().config.text, causal=True)
-        text = small().apply({"params": params}, tokens, view, method="read")
+        text = small().apply({"params": params}, tokens, view, method="encode_text")
         return small().apply({"params": params}, text, tokens, method="embed_text")
 
     whole = embed(params, TOKENS)
@@ -181,16 +183,16 @@ def test_a_texts_embedding_is_read_at_its_end(params):
 def whole_text(params: dict, image: jax.Array, tokens: jax.Array) -> jax.Array:
     """Logits (R, T, V) of texts that have no end yet: none is cut."""
     view = View(True, jnp.full(len(tokens), tokens.shape[1]))
-    text = small().apply({"params": params}, tokens, view, method="read")
-    return small().apply({"params": params}, text, view, image, method="write")
+    text = small().apply({"params": params}, tokens, view, method="encode_text")
+    return small().apply({"params": params}, text, view, image, method="decode_text")
 
 
 @functools.partial(jax.jit, static_argnames="decoding")
 def captions(params: dict, image: jax.Array, decoding: Decoding) -> jax.Array:
     def step(cache, tokens, position):
-        return small().apply({"params": params}, cache, tokens, position, method="next")
+        return small().apply({"params": params}, cache, tokens, position, method="decode_token")
 
-    cache = small().apply({"params": params}, image, method="begin")
+    cache = small().apply({"params": params}, image, method="init_cache")
     return generate(step, cache, decoding, begin=BEGIN, end=END, length=LENGTH, banned=(MASK,))
 
 
@@ -198,7 +200,7 @@ def captions(params: dict, image: jax.Array, decoding: Decoding) -> jax.Array:
 def looks(params) -> np.ndarray:
     """Image tokens of twelve maps."""
     maps = np.random.default_rng(2).normal(size=(12, 2, 3, 128)).astype(np.float32)
-    return np.asarray(run(params, "look", maps))
+    return np.asarray(run(params, "project_tokens", maps))
 
 
 @pytest.fixture

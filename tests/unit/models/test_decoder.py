@@ -13,11 +13,11 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import decoder
 from visionfm_jax.models.decoder import (
     DecoderConfig,
-    Lower,
+    MultimodalDecoder,
     Size,
-    Upper,
+    UnimodalDecoder,
     View,
-    empty_past,
+    empty_cache,
     forward_flops,
     size_of,
     view_of,
@@ -34,8 +34,8 @@ INSIDE = np.arange(LENGTH)[None] < LENGTHS[:, None]
 
 
 class Halves(NamedTuple):
-    lower: dict
-    upper: dict
+    unimodal: dict
+    multimodal: dict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,28 +59,32 @@ def randomised(shapes, seed: int = 7):
 @pytest.fixture(scope="module")
 def params() -> Halves:
     view, x = View(True, jnp.asarray(LENGTHS)), jnp.zeros((3, LENGTH, SIZE.width))
-    lower = jax.eval_shape(lambda key: Lower(small()).init(key, TOKENS, view), jax.random.key(0))
-    upper = jax.eval_shape(lambda key: Upper(small()).init(key, x, view, IMAGE_TOKENS), jax.random.key(0))
+    lower = jax.eval_shape(lambda key: UnimodalDecoder(small()).init(key, TOKENS, view), jax.random.key(0))
+    upper = jax.eval_shape(lambda key: MultimodalDecoder(small()).init(key, x, view, IMAGE_TOKENS), jax.random.key(0))
     return Halves(randomised(lower["params"]), randomised(upper["params"]))
 
 
 IMAGE_TOKENS = np.random.default_rng(0).normal(size=(3, IMAGE, SIZE.width)).astype(np.float32)
 
 
-def both(params: Halves, tokens, lengths, image, seen, causal: bool, remat: str = "none"):
+def both(params: Halves, tokens, lengths, image, cross_attention_mask, causal: bool, remat: str = "none"):
     view = View(causal, lengths)
-    text = Lower(small(remat=remat)).apply({"params": params.lower}, tokens, view)
-    return text, Upper(small(remat=remat)).apply({"params": params.upper}, text, view, image, seen)
+    text = UnimodalDecoder(small(remat=remat)).apply({"params": params.unimodal}, tokens, view)
+    return text, MultimodalDecoder(small(remat=remat)).apply(
+        {"params": params.multimodal}, text, view, image, cross_attention_mask
+    )
 
 
 @functools.partial(jax.jit, static_argnames="causal")  # compiled twice for all tests
-def jitted(params, tokens, lengths, image, seen, causal):
-    return both(params, tokens, lengths, image, seen, causal)
+def jitted(params, tokens, lengths, image, cross_attention_mask, causal):
+    return both(params, tokens, lengths, image, cross_attention_mask, causal)
 
 
-def run(params: Halves, tokens=TOKENS, lengths=LENGTHS, image=IMAGE_TOKENS, seen=(1, 1, 1), *, causal: bool):
+def run(
+    params: Halves, tokens=TOKENS, lengths=LENGTHS, image=IMAGE_TOKENS, cross_attention_mask=(1, 1, 1), *, causal: bool
+):
     """Features and logits, (3, T, …) each."""
-    arrays = (np.asarray(a) for a in (tokens, lengths, image, np.float32(seen)))
+    arrays = (np.asarray(a) for a in (tokens, lengths, image, np.float32(cross_attention_mask)))
     return tuple(np.asarray(a) for a in jitted(params, *arrays, causal=causal))
 
 
@@ -148,8 +152,8 @@ def test_every_word_sees_the_image_but_where_it_is_not_shown(params, causal):
     other_text, other = run(params, image=-IMAGE_TOKENS, causal=causal)
     np.testing.assert_array_equal(text, other_text)
     assert differ(logits, other).all()
-    _, some = run(params, seen=(1, 0, 0), causal=causal)
-    _, others = run(params, image=-IMAGE_TOKENS, seen=(1, 0, 0), causal=causal)
+    _, some = run(params, cross_attention_mask=(1, 0, 0), causal=causal)
+    _, others = run(params, image=-IMAGE_TOKENS, cross_attention_mask=(1, 0, 0), causal=causal)
     np.testing.assert_array_equal(some[0], logits[0])
     np.testing.assert_array_equal(some[1:], others[1:])
     assert differ(some, logits)[1:].all()
@@ -169,14 +173,14 @@ def test_word_by_word_is_the_whole_text(params):
 
     @jax.jit
     def after(params, before, token, position):
-        x, lower = Lower(small()).apply({"params": params.lower}, token, None, before[0], position)
-        image = None if "memory" in before[1] else IMAGE_TOKENS
-        logits, upper = Upper(small()).apply(
-            {"params": params.upper}, x, None, image, before=before[1], position=position
+        x, unimodal = UnimodalDecoder(small()).apply({"params": params.unimodal}, token, None, before[0], position)
+        image = None if "encoder_kv" in before[1] else IMAGE_TOKENS
+        logits, multimodal = MultimodalDecoder(small()).apply(
+            {"params": params.multimodal}, x, None, image, before=before[1], position=position
         )
-        return x, logits, (lower, upper)
+        return x, logits, (unimodal, multimodal)
 
-    garbage = jax.tree.map(lambda a: a + 3, [{"past": empty_past(small(), half, 3, jnp.float32)} for half in (0, 1)])
+    garbage = jax.tree.map(lambda a: a + 3, [{"cache": empty_cache(small(), half, 3, jnp.float32)} for half in (0, 1)])
     text, logits = run(params, causal=True)
     before = tuple(garbage)
     for place in range(LENGTH):
@@ -184,8 +188,8 @@ def test_word_by_word_is_the_whole_text(params):
         inside = INSIDE[:, place]
         np.testing.assert_allclose(x[inside, 0], text[inside, place], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(words[inside, 0], logits[inside, place], rtol=1e-4, atol=1e-5)
-    assert before[1]["memory"].keys.shape == (2, 3, IMAGE, 4, 8)
-    assert before[0]["past"].values.shape == (2, 3, LENGTH, 4, 8)
+    assert before[1]["encoder_kv"].keys.shape == (2, 3, IMAGE, 4, 8)
+    assert before[0]["cache"].values.shape == (2, 3, LENGTH, 4, 8)
 
 
 # Depth

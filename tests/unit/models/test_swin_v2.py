@@ -12,7 +12,7 @@ from visionfm_jax.models.backbones import swin_v2
 from visionfm_jax.models.backbones.swin_v2 import (
     SIZES,
     Block,
-    Merging,
+    PatchMerging,
     PositionBias,
     Size,
     SwinV2,
@@ -20,9 +20,9 @@ from visionfm_jax.models.backbones.swin_v2 import (
     WindowAttention,
     group_of,
     log_coordinates,
-    neighbour_mask,
     offset_index,
     partition,
+    shifted_window_mask,
     unit,
     unpartition,
     windows_of,
@@ -81,7 +81,7 @@ def test_full_size_counts(monkeypatch):
     assert count(giant) == pytest.approx(2.998e9, rel=1e-3)
     assert giant["stage2"]["blocks"]["5"]["norm"]["scale"].shape == (7, 2048)
     assert shapes(SwinV2Config(image_size=640, window=20)) == giant  # nothing depends on the window
-    monkeypatch.setitem(SIZES, "without norms", SIZES["G"]._replace(norm_every=0))
+    monkeypatch.setitem(SIZES, "without norms", SIZES["G"]._replace(extra_norm_every=0))
     assert count(shapes(SwinV2Config(size="without norms"))) == 2_997_815_008  # timm and Hugging Face
 
 
@@ -89,7 +89,7 @@ def test_every_size_has_whole_heads_and_norms_at_the_ends_of_groups():
     for size in SIZES.values():
         for i, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
             assert size.width * 2**i % heads == 0
-            assert depth % group_of(depth, size.norm_every) == 0
+            assert depth % group_of(depth, size.extra_norm_every) == 0
 
 
 def test_unknown_size_lists_the_table():
@@ -147,7 +147,7 @@ def test_the_mask_parts_what_the_roll_joined(map, window, shifted):
     at = np.asarray(partition(jnp.asarray(at, jnp.float32)[None], padded))[0].astype(int)  # (T, windows, 2)
     h, w = windows.window
     inside = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 2)
-    mask = neighbour_mask(windows)
+    mask = shifted_window_mask(windows)
     if not any(windows.shift):
         assert mask is None
         mask = np.zeros((windows.count, h * w, h * w))
@@ -259,7 +259,7 @@ def by_hand(config: SwinV2Config, params, x, keys=None):
         group = 1 if "attn" in blocks else len(blocks)
         for j in range(depth):
             own = jax.tree.map(lambda a, j=j, g=group: a[j // g], blocks if group == 1 else blocks[str(j % group)])
-            normed = size.norm_every > 0 and j % size.norm_every == size.norm_every - 1
+            normed = size.extra_norm_every > 0 and j % size.extra_norm_every == size.extra_norm_every - 1
             assert ("norm" in own) == normed
             windows = windows_of(x.shape[1:3], config.window, (0, 0), j % 2 == 1)
             block = Block(size.heads[i], windows, jnp.float32, "xla", normed, keys)
@@ -268,13 +268,13 @@ def by_hand(config: SwinV2Config, params, x, keys=None):
             layer += 1
         maps.append(x)
         if i < 3:
-            x = Merging(jnp.float32).apply({"params": params[f"merging{i}"]}, x)
+            x = PatchMerging(jnp.float32).apply({"params": params[f"merging{i}"]}, x)
     return maps
 
 
-@pytest.mark.parametrize(("depths", "norm_every"), [((2, 4, 1, 1), 0), ((3, 1, 1, 1), 0), ((1, 12, 1, 1), 6)])
-def test_the_loop_is_the_layers_in_turn(monkeypatch, depths, norm_every):
-    monkeypatch.setitem(SIZES, "tiny", Size(8, depths, (1, 1, 2, 2), norm_every))
+@pytest.mark.parametrize(("depths", "extra_norm_every"), [((2, 4, 1, 1), 0), ((3, 1, 1, 1), 0), ((1, 12, 1, 1), 6)])
+def test_the_loop_is_the_layers_in_turn(monkeypatch, depths, extra_norm_every):
+    monkeypatch.setitem(SIZES, "tiny", Size(8, depths, (1, 1, 2, 2), extra_norm_every))
     config = small(drop_path=0.5, image_size=32, patch_size=2, window=2)
     params = randomised(shapes(config))
     x, keys = images(3, 32, 32, 3), jax.random.split(jax.random.key(2), 3)

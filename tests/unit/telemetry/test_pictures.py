@@ -139,8 +139,8 @@ def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
     assert got == [tmp_path / "retrieval_pairs.png"]
     got = pictures.draw({"generated": [written(True)]}, tmp_path, "pairs", "t")
     assert got == [tmp_path / "captions_pairs.png"]
-    painted = {k: np.stack([grey()] * 2) for k in ("image", "seen", "reconstruction")} | {"error": [0.1, 0.2]}
-    got = pictures.draw({"reconstructed": painted}, tmp_path, "bare", "t")
+    reconstructed = {k: np.stack([grey()] * 2) for k in ("image", "seen", "reconstruction")} | {"error": [0.1, 0.2]}
+    got = pictures.draw({"reconstructed": reconstructed}, tmp_path, "bare", "t")
     assert got == [tmp_path / "reconstructions_bare.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "captions_pairs.png",

@@ -29,7 +29,7 @@ class Size(NamedTuple):
     width: int
     depths: tuple[int, int, int, int]
     heads: tuple[int, int, int, int]
-    norm_every: int = 0  # 0: no such norms
+    extra_norm_every: int = 0  # 0: no such norms
 
 
 # Liu et al. 2022, section 4.1 and appendix; G with 4 layers in the last stage is the one of 3.0 B parameters.
@@ -40,8 +40,8 @@ SIZES = {
     "S": Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "B": Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
     "L": Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    "H": Size(352, (2, 2, 18, 2), (11, 22, 44, 88), norm_every=6),
-    "G": Size(512, (2, 2, 42, 4), (16, 32, 64, 128), norm_every=6),
+    "H": Size(352, (2, 2, 18, 2), (11, 22, 44, 88), extra_norm_every=6),
+    "G": Size(512, (2, 2, 42, 4), (16, 32, 64, 128), extra_norm_every=6),
 }
 EPS = 1e-5
 MLP_RATIO = 4
@@ -195,7 +195,7 @@ def offset_index(window: tuple[int, int]) -> np.ndarray:
     return offset[..., 0] * (2 * window[1] - 1) + offset[..., 1]
 
 
-def neighbour_mask(windows: Windows) -> np.ndarray | None:
+def shifted_window_mask(windows: Windows) -> np.ndarray | None:
     """0 for pairs of a window's tokens that are neighbours on the map, else `MASKED`, (windows, T, T).
 
     After the map is rolled by the shift, the last windows hold tokens of both of its ends. None: it is not shifted.
@@ -265,7 +265,7 @@ class WindowAttention(nn.Module):
         q, k, v = Qkv(self.dtype, biases="no_key", kernel_init=_init, name="qkv")(x)
         scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (self.heads,))
         bias = PositionBias(self.heads, name="bias")(self.windows)
-        y = folded_attention(q, k, v, scale, bias, neighbour_mask(self.windows), self.implementation)
+        y = folded_attention(q, k, v, scale, bias, shifted_window_mask(self.windows), self.implementation)
         y = checkpoint_name(y, "attention")
         y = unpartition(dense(y, x.shape[-1], self.dtype, "out", kernel_init=_init), self.windows)
         return checkpoint_name(y, "projection")
@@ -289,7 +289,7 @@ def folded_attention(
       q, k, v: (B, T, windows, D).
       scale: (N,), in logarithms.
       bias: (N, T, T).
-      mask: (windows, T, T), as `neighbour_mask` gives it.
+      mask: (windows, T, T), as `shifted_window_mask` gives it.
       implementation: of `models.attention`.
 
     Returns:
@@ -319,7 +319,7 @@ def unit(x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """Residual post-norm layer: x + norm(attention(x)), then x + norm(mlp(x)); (B, H, W, D) to (B, H, W, D).
 
-    Both norms start at zero, so that each block starts as the identity. With `closing_norm` the main branch is normed
+    Both norms start at zero, so that each block starts as the identity. With `extra_norm` the main branch is normed
     at the end.
     """
 
@@ -327,7 +327,7 @@ class Block(nn.Module):
     windows: Windows
     dtype: jnp.dtype
     implementation: str
-    closing_norm: bool
+    extra_norm: bool
     keys: jax.Array | None
 
     @nn.compact
@@ -341,10 +341,10 @@ class Block(nn.Module):
         x = x + drop(layer_norm(self.dtype, "ln1", **zero)(y), 0)
         y = Mlp(MLP_RATIO * x.shape[-1], self.dtype, kernel_init=_init, name="mlp")(x)
         x = x + drop(layer_norm(self.dtype, "ln2", **zero)(y), 1)
-        return layer_norm(self.dtype, "norm", epsilon=EPS)(x) if self.closing_norm else x
+        return layer_norm(self.dtype, "norm", epsilon=EPS)(x) if self.extra_norm else x
 
 
-class Merging(nn.Module):
+class PatchMerging(nn.Module):
     """Four neighbours to one, of twice the width; (B, H, W, D) to (B, H / 2, W / 2, 2 D). Odd sides are lengthened."""
 
     dtype: jnp.dtype
@@ -371,12 +371,12 @@ class Stage(nn.Module):
         config, size = self.config, size_of(self.config)
         depth, heads = size.depths[self.number], size.heads[self.number]
         pretrained = (pretrained_windows(config)[self.number],) * 2
-        group = group_of(depth, size.norm_every)
+        group = group_of(depth, size.extra_norm_every)
 
         def block(i: int) -> Block:
             windows = windows_of(x.shape[1:3], config.window, pretrained, i % 2 == 1, config.roll_first)
-            closing_norm = size.norm_every > 0 and (i + 1) % size.norm_every == 0
-            return Block(heads, windows, self.dtype, config.attention, closing_norm, keys, parent=None)
+            extra_norm = size.extra_norm_every > 0 and (i + 1) % size.extra_norm_every == 0
+            return Block(heads, windows, self.dtype, config.attention, extra_norm, keys, parent=None)
 
         first, total = sum(size.depths[: self.number]), sum(size.depths)
         layer = jnp.arange(first, first + depth)
@@ -387,10 +387,10 @@ class Stage(nn.Module):
         )  # fmt: skip
 
 
-def group_of(depth: int, norm_every: int) -> int:
+def group_of(depth: int, extra_norm_every: int) -> int:
     """Blocks after which a stage repeats: an unshifted and a shifted one, or all up to a norm of the main branch."""
-    if norm_every and depth >= norm_every:
-        return norm_every
+    if extra_norm_every and depth >= extra_norm_every:
+        return extra_norm_every
     return 2 if depth % 2 == 0 else depth
 
 
@@ -415,6 +415,6 @@ class SwinV2(nn.Module):
             x = Stage(self.config, i, self.dtype, self.prepare, name=f"stage{i}")(x, keys)
             maps.append(x)
             if i < 3:
-                x = Merging(self.dtype, name=f"merging{i}")(x)
+                x = PatchMerging(self.dtype, name=f"merging{i}")(x)
         normed = layer_norm(jnp.float32, "norm", epsilon=EPS)(x)
         return Features(tuple(maps), normed, jnp.zeros((len(x), 0, x.shape[-1])), normed.mean((1, 2)))

@@ -221,7 +221,7 @@ class ViT(nn.Module):
         config, width = self.config, size_of(self.config).width
         side = (config.pos_image_size or config.image_size) // config.patch_size
         first = {"patches": 0, "class": int(config.has_class_token), "all": first_tokens(config)}[config.pos_embed]
-        # Of the size of a sine-cosine table and of the patch embedding: beside 0.02 a small model is blind to position
+        # Of the size of a sine-cosine table and of the patch embedding: beside 0.02 a small model does not see position
         # for its first hundreds of steps.
         table = self.param("pos_embed", nn.initializers.normal(0.5), (first + side**2, width))
         if grid != (side, side):
