@@ -7,8 +7,8 @@ needs what `make_clip.py` needs. `coca.npz` holds
     params        float16, exact: weights in our names and layout, random in every tensor, one after the other; and
                   `image_tokens` (B, S, D), whose gradient is that of the encoder
     tokens        (B, T) int32: begin, words, end, zeros
-    causal/…, bidirectional/…   what either view makes of the texts: `text` (B, T, D), features of the lower half,
-                  and `logits` (B, T, V) of the upper
+    causal/…, bidirectional/…   what either view makes of the texts: `text` (B, T, D), features of the unimodal decoder,
+                  and `logits` (B, T, V) of the multimodal decoder
     caption_loss  (B,), CoCaLoss of each text alone
     gradients     d(sum of the mean squares of all these)/d(param), likewise; of large tensors some elements: `sample`
     about         JSON: shapes by name, in the order of `params` and `gradients`; the model's shape, the versions, and
@@ -71,7 +71,7 @@ class Simmim(NamedTuple):
 
 
 class Coca(torch.nn.Module):
-    """Both halves. CoCa norms what the upper half gets of the lower; Aurora does not."""
+    """Both halves. CoCa norms what the multimodal decoder gets of the unimodal; Aurora does not."""
 
     def __init__(self, case: Text):
         super().__init__()
@@ -138,14 +138,14 @@ def ours(state: Tensors, depths: tuple[int, int]) -> dict[str, np.ndarray]:
         }  # fmt: skip
 
     lower = [flat(tree(*[f"lower.transformer.resblocks.{i}"] * 2)) for i in range(depths[0])]
-    stacks = {"lower": lower, "upper": [flat(upper(i)) for i in range(depths[1])]}
+    stacks = {"unimodal": lower, "multimodal": [flat(upper(i)) for i in range(depths[1])]}
     out = {
-        "lower/token_embed": state["lower.token_embedding.weight"],
-        "lower/pos_embed": state["lower.positional_embedding"],
-        "upper/vocabulary": state["upper.text_projection"],
+        "unimodal/token_embed": state["lower.token_embedding.weight"],
+        "unimodal/pos_embed": state["lower.positional_embedding"],
+        "multimodal/vocabulary": state["upper.text_projection"],
         "image_tokens": state["image_tokens"],
     }
-    out |= {f"upper/norm/{k}": v for k, v in norm("upper.ln_final").items()}
+    out |= {f"multimodal/norm/{k}": v for k, v in norm("upper.ln_final").items()}
     for half, layers in stacks.items():
         out |= {f"{half}/blocks/{k}": np.stack([layer[k] for layer in layers]) for k in layers[0]}
     return out
