@@ -29,14 +29,16 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from visionfm_jax.config.schema import AugmentConfig, DataConfig, SourceConfig
-from visionfm_jax.data import loader, transforms
+from visionfm_jax.config.schema import DataConfig, SourceConfig
+from visionfm_jax.data import loader
+from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.transforms import TRIES, RandomResizedCrop, random_box
 
 SIZE = 224
 LINKS = 64  # names of every file: below a few thousand records Grain's index shuffle is slow, no dataset is so small
-SCALE = (0.08, 1.0)
+CROP = RandomResizedCrop(scale=(0.08, 1.0))
 WARM_UP = 2  # batches of the loader before the clock runs
 
 
@@ -74,15 +76,16 @@ def pillow_loop(samples: Samples) -> None:
     """Decode and crop by Pillow, with antialiased bilinear resizing."""
     for data, rng in samples:
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        draws = rng.random((transforms.CROP_TRIES, 4))
-        top, left, h, w = transforms.random_box(draws, SCALE, image.height, image.width)
+        draws = rng.random((TRIES, 4))
+        top, left, h, w = random_box(draws, CROP.scale, CROP.ratio, image.height, image.width)
         np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
 
 
 def bare_loop(samples: Samples) -> None:
     """Decode and crop by our functions."""
+    chain = Chain((CROP,), SIZE)
     for data, rng in samples:
-        transforms.train_image(data, SIZE, SCALE, rng)
+        chain({"image": data}, rng)
 
 
 def clocks() -> np.ndarray:
@@ -99,7 +102,7 @@ def timed(run: Callable[[Samples], None], samples: Samples) -> np.ndarray:
 
 def timed_loader(config: SourceConfig, source: Source, seed: int, args: argparse.Namespace) -> np.ndarray:
     """As `timed`, of the whole loader once it runs: its consumer never works, so nothing is held ready."""
-    data = DataConfig(train=(config,), augment=AugmentConfig(crop_scale=SCALE), threads=args.threads)
+    data = DataConfig(train=(config,), transforms=(CROP,), threads=args.threads)
     others = threading.active_count()
     arguments = {"image_size": SIZE, "batch_size": args.batch_size, "seed": seed, "start_step": 0}
     with loader.train_loader(

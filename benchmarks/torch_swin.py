@@ -131,7 +131,7 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
     fields = {
         "model.image.size": IMAGE[word][0], "model.image.window": window, "model.image.image_size": pixels,
         "model.image.drop_path": 0.0, "model.text.size": args.text, "model.text.context": CONTEXT,
-        "model.embed_dim": JOINT, "task.mixup": 0.0, "data.augment.flip": False, "optim.clip_norm": args.clip_norm,
+        "model.embed_dim": JOINT, "task.mixup": 0.0, "optim.clip_norm": args.clip_norm,
         "train.batch_size": batch, "train.precision": args.precision, "parallel.stage": 0, "parallel.replicas": 1,
     }  # fmt: skip
     if args.peer == "cpu":

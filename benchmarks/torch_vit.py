@@ -88,7 +88,7 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
     fields = {
         "model.size": SIZES[word], "model.patch_size": patch, "model.image_size": pixels, "model.pool": args.pool,
         "task.num_classes": args.classes, "task.loss": "softmax", "task.label_smoothing": 0.0,
-        "data.augment.flip": False, "data.augment.jitter": "(0.0,0.0,0.0,0.0)", "optim.clip_norm": args.clip_norm,
+        "data.augment.jitter": "(0.0,0.0,0.0,0.0)", "optim.clip_norm": args.clip_norm,
         "train.batch_size": batch, "train.accumulate": 1, "train.precision": args.precision,
         "parallel.stage": 0, "parallel.replicas": 1,
     }  # fmt: skip

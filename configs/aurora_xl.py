@@ -14,7 +14,6 @@ but not the two together.
 """
 
 from visionfm_jax.config import (
-    AugmentConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -27,6 +26,7 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.decoder import DecoderConfig
@@ -54,7 +54,7 @@ def full() -> Config:
                 SourceConfig(kind="tars", path="/data/images", caption_key=""),
             ),
             num_examples=2_000_000_000,
-            augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=True),
+            transforms=(RandomResizedCrop(scale=(0.5, 1.0)), Flip()),
             workers=12,
         ),
         optim=OptimConfig(
@@ -107,7 +107,7 @@ def tiny() -> Config:
                 emoji("train", caption_key=""),
                 emoji("train", style="noto", caption_key=""),
             ),
-            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False),
+            transforms=(RandomResizedCrop(scale=(0.8, 1.0)),),
             threads=2,
         ),
         optim=OptimConfig(lr=1.5e-3, final_lr=1e-6, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),

@@ -18,6 +18,7 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.transforms import RandomResizedCrop
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 
@@ -37,7 +38,8 @@ def get_config(variant: str = "") -> Config:
         data=DataConfig(
             train=(SourceConfig(kind="bundled", path="digits", split="train"),),
             num_examples=4000,
-            augment=AugmentConfig(crop_scale=(0.7, 1.0), flip=False, mean=(0.13,) * 3, std=(0.31,) * 3),
+            transforms=(RandomResizedCrop(scale=(0.7, 1.0)),),
+            augment=AugmentConfig(mean=(0.13,) * 3, std=(0.31,) * 3),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=60, weight_decay=0.05),

@@ -12,7 +12,6 @@ combinations of concept and skin tone of which each part is known, but not the t
 """
 
 from visionfm_jax.config import (
-    AugmentConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -25,6 +24,7 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.transforms import Flip, RandAugment, RandomResizedCrop
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig
@@ -48,7 +48,7 @@ def full() -> Config:
         data=DataConfig(
             train=(SourceConfig(kind="tars", path="/data/laion5b", selection="/data/laion5b.selection"),),
             num_examples=1_200_000_000,
-            augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=True, rand_augment=(2, 9.0)),
+            transforms=(RandomResizedCrop(scale=(0.5, 1.0)), Flip(), RandAugment(operations=2, magnitude=9.0)),
             workers=12,
         ),
         optim=OptimConfig(lr=5e-4, warmup_steps=10_000, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),
@@ -85,7 +85,7 @@ def tiny() -> Config:
         task=ContrastiveConfig(tokenizer="clip", mixup=0.1),
         data=DataConfig(
             train=(emoji("train"),),
-            augment=AugmentConfig(crop_scale=(0.8, 1.0), flip=False, rand_augment=(1, 2.0)),
+            transforms=(RandomResizedCrop(scale=(0.8, 1.0)), RandAugment(operations=1, magnitude=2.0)),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.98, weight_decay=0.05, clip_norm=1.0),

@@ -26,6 +26,7 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 
@@ -45,7 +46,8 @@ def full() -> Config:
         data=DataConfig(
             train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split=f"train[{HELD_OUT}:]"),),
             num_examples=14_197_122 - HELD_OUT,  # ImageNet Fall 2011
-            augment=AugmentConfig(crop_scale=(0.08, 1.0), flip=True, jitter=(0.4, 0.4, 0.4, 0.1)),
+            transforms=(RandomResizedCrop(scale=(0.08, 1.0)), Flip()),
+            augment=AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1)),
             workers=12,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=10_000, final_lr=0.0, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),
@@ -72,7 +74,8 @@ def tiny() -> Config:
                 SourceConfig(kind="bundled", path="twemoji", split="train", weight=1.0),
                 SourceConfig(kind="bundled", path="noto", split="train", weight=1.0),
             ),
-            augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=False, jitter=(0.4, 0.4, 0.4, 0.1)),
+            transforms=(RandomResizedCrop(scale=(0.5, 1.0)),),
+            augment=AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1)),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=30, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0),

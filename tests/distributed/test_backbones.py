@@ -14,7 +14,6 @@ from einops import rearrange, reduce
 from flax import linen as nn
 
 from visionfm_jax.config import (
-    AugmentConfig,
     BackboneConfig,
     Config,
     DataConfig,
@@ -132,7 +131,7 @@ def run_of(model, task) -> Config:
         name="cell",
         model=model,
         task=task,
-        data=DataConfig(train=(SourceConfig(path="-"),), augment=AugmentConfig(flip=False)),
+        data=DataConfig(train=(SourceConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=1, lr=3e-3),
         train=TrainConfig(batch_size=BATCH, steps=50, precision="fp32"),
     )

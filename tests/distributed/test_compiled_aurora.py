@@ -10,7 +10,6 @@ import pytest
 from compiled_step import Compiled, elements
 
 from visionfm_jax.config import (
-    AugmentConfig,
     Config,
     DataConfig,
     OptimConfig,
@@ -45,7 +44,7 @@ def small(stage: int) -> Config:
             embed_dim=WIDTH,
         ),
         task=MultimodalConfig(tokenizer="-", split=(3, 1), mask_unit=8),
-        data=DataConfig(train=(SourceConfig(path="-"),), augment=AugmentConfig(flip=False)),
+        data=DataConfig(train=(SourceConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=2),
         parallel=ParallelConfig(stage=stage),
         train=TrainConfig(batch_size=BATCH, accumulate=MICRO_BATCHES, steps=20, precision="bf16"),

@@ -51,7 +51,7 @@ def small_config(
         task=ContrastiveConfig(loss=loss, mixup=mixup),
         data=DataConfig(
             train=(SourceConfig(path="-"),),
-            augment=AugmentConfig(flip=jitter, jitter=(0.2, 0.2, 0.2, 0.1) if jitter else (0, 0, 0, 0)),
+            augment=AugmentConfig(jitter=(0.2, 0.2, 0.2, 0.1) if jitter else (0, 0, 0, 0)),
         ),
         optim=OptimConfig(warmup_steps=10, lr=2e-3),
         parallel=ParallelConfig(stage=stage, replicas=replicas),

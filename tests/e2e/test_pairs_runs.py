@@ -20,7 +20,7 @@ COMMON = [
 ]
 SMALL = [
     "--config=configs/swinv2_g_clip.py:tiny",
-    "--config.data.augment.crop_scale=(0.2, 0.4)",
+    "--config.data.transforms[0].scale=(0.2, 0.4)",
     f"--config.train.steps={STEPS}",
     f"--config.checkpoint.every_steps={EVERY}",
     "--config.checkpoint.keep_last=4",

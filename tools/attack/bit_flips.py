@@ -42,10 +42,10 @@ from tar_sets import write_tars  # noqa: E402
 
 from visionfm_jax.config import CheckpointConfig, Config, SourceConfig  # noqa: E402
 from visionfm_jax.data.checksums import make as make_checksums  # noqa: E402
+from visionfm_jax.data.images import decode  # noqa: E402
 from visionfm_jax.data.loader import DAMAGED  # noqa: E402
 from visionfm_jax.data.sources import open_source, selection  # noqa: E402
 from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
-from visionfm_jax.data.transforms import decode  # noqa: E402
 from visionfm_jax.errors import UserError  # noqa: E402
 from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
 from visionfm_jax.tasks.classification import ClassificationConfig  # noqa: E402

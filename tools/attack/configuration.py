@@ -316,7 +316,7 @@ ODD = (
     "--config.evals=" + "x" * 100_000, "--config.evals[0].name=../x", "--config.name=a/../../b", "--config.name=",
     "--config.name=é", "--config.workdir=a\nb", "--config.workdir=\udcff", "--config.workdir=" + "x" * 5000,
     "--config.data.augment.std=(inf,inf,inf)", "--config.data.augment.std=(1e400,1,1)",
-    "--config.data.augment.rand_augment=(1.9,9)", "--config.data.augment.crop_scale='ab'",
+    "--config.data.transforms[0].size=(1.9,9)", "--config.data.transforms[0].scale='ab'",
     "--config.data.augment.mean={0.1,0.2,0.3}", "--config.data.prefetch=1000000", "--config.data.threads=1000000",
     "--config.train.epochs=1e308", "--config.train.steps=4294967296", "--config.train.batch_size=0",
     "--config.model.attention=cudnn", "--config.task.num_classes=100000000000000000000", "--config.__class__=1",

@@ -30,7 +30,9 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from visionfm_jax.config import DataConfig, PreprocessConfig
-from visionfm_jax.data import transforms
+from visionfm_jax.data import images
+from visionfm_jax.data.chain import Chain, EvalTransform
+from visionfm_jax.data.transforms import RandomResizedCrop
 
 Image.MAX_IMAGE_PIXELS = None  # of what this program itself makes
 SIDE = 64
@@ -250,26 +252,26 @@ def measure(path: str, way: str, pixels: int) -> dict:
     """In a process of its own: seconds, and bytes of memory beyond those of before."""
     warnings.simplefilter("ignore")
     data = Path(path).read_bytes()
-    view = transforms.EvalTransform(224, PreprocessConfig(), pixels)
+    view = EvalTransform(224, PreprocessConfig(), pixels)
     view(np.zeros((300, 300, 3), np.uint8))
-    with contextlib.suppress(transforms.DamagedImage):  # what is loaded at the first use of a format
-        transforms.decode(data[:1000])
+    with contextlib.suppress(images.DamagedImage):  # what is loaded at the first use of a format
+        images.decode(data[:1000])
     Path("/proc/self/clear_refs").write_text("5")
     before, start = memory("VmRSS"), time.perf_counter()
     try:
         if way == "train":
-            transforms.train_image(data, 224, (0.08, 1.0), np.random.default_rng(0), pixels)
+            Chain((RandomResizedCrop(),), 224, pixels)({"image": data}, np.random.default_rng(0))
         else:
             view(data)
         result = "read"
-    except transforms.DamagedImage as error:
+    except images.DamagedImage as error:
         result = f"damaged: {error}"
     return {"seconds": time.perf_counter() - start, "bytes": memory("VmHWM") - before, "result": result}
 
 
 def together(path: str, threads: int, pixels: int) -> dict:
     """The same file in several threads at once."""
-    view, data = transforms.EvalTransform(224, PreprocessConfig(), pixels), Path(path).read_bytes()
+    view, data = EvalTransform(224, PreprocessConfig(), pixels), Path(path).read_bytes()
     view(np.zeros((300, 300, 3), np.uint8))
     before, start = memory("VmRSS"), time.perf_counter()
     work = [threading.Thread(target=view, args=(data,)) for _ in range(threads)]
@@ -311,7 +313,7 @@ def small_files(rng: np.random.Generator) -> dict[str, bytes]:
 def damage(count: int, seed: int) -> collections.Counter:
     """Valid files with some bytes changed, cut out or cut off: how many were read, how many were damaged."""
     rng = np.random.default_rng(seed)
-    view, found, kinds = transforms.EvalTransform(16, PreprocessConfig()), collections.Counter(), small_files(rng)
+    view, found, kinds = EvalTransform(16, PreprocessConfig()), collections.Counter(), small_files(rng)
     names = sorted(kinds)
     for number in range(count):
         data = bytearray(kinds[names[number % len(names)]])
@@ -328,9 +330,9 @@ def damage(count: int, seed: int) -> collections.Counter:
             if number & 1:
                 view(bytes(data))
             else:
-                transforms.train_image(bytes(data), 16, (0.08, 1.0), rng)
+                Chain((RandomResizedCrop(),), 16)({"image": bytes(data)}, rng)
             found["read"] += 1
-        except transforms.DamagedImage:
+        except images.DamagedImage:
             found["damaged"] += 1
     return found
 
@@ -341,13 +343,13 @@ def flip(count: int, seed: int) -> dict[str, collections.Counter]:
     out = {}
     for name, whole in sorted(small_files(rng).items()):
         out[name] = collections.Counter()
-        expected = transforms.decode(whole)
+        expected = images.decode(whole)
         for _ in range(count):
             data = bytearray(whole)
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
             try:
-                out[name]["same" if np.array_equal(transforms.decode(bytes(data)), expected) else "silent"] += 1
-            except transforms.DamagedImage:
+                out[name]["same" if np.array_equal(images.decode(bytes(data)), expected) else "silent"] += 1
+            except images.DamagedImage:
                 out[name]["damaged"] += 1
     return out
 
@@ -389,7 +391,7 @@ def main() -> int:
                     if False
                     else run(f"--megapixels={given.megapixels}", "--measure", str(path), way)
                 )
-                limit = transforms.OTHER_BYTES * pixels + 50e6
+                limit = images.OTHER_BYTES * pixels + 50e6
                 bad = found["seconds"] > given.seconds or found["bytes"] > limit or "BROKEN" in found["result"]
                 broken += bad
                 cost = found["bytes"] / pixels
@@ -404,7 +406,7 @@ def main() -> int:
     if worst:
         found = run(f"--megapixels={given.megapixels}", f"--threads={given.threads}", "--together", str(costly))
         kept = 50e6 * given.threads  # by the allocator, for each thread, of what it has given back
-        bad = found["bytes"] > transforms.OTHER_BYTES * pixels + kept
+        bad = found["bytes"] > images.OTHER_BYTES * pixels + kept
         broken += bad
         print(f"the costliest in {found['result']}: {found['seconds']:.1f} s, {found['bytes'] / 1e6:.0f} MB")
     print(f"{given.damages} damaged small files: {dict(damage(given.damages, given.seed))}; nothing else was raised")

@@ -14,11 +14,13 @@ from visionfm_jax.config.schema import (
     NetworkConfig,
     OptimConfig,
     ParallelConfig,
+    PhotometricConfig,
     PreprocessConfig,
     SourceConfig,
     TaskConfig,
     TelemetryConfig,
     TrainConfig,
+    Transform,
 )
 
 __all__ = [
@@ -32,9 +34,11 @@ __all__ = [
     "NetworkConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PhotometricConfig",
     "PreprocessConfig",
     "SourceConfig",
     "TaskConfig",
     "TelemetryConfig",
     "TrainConfig",
+    "Transform",
 ]

@@ -116,7 +116,8 @@ def field_help(config: Config) -> str:
             if dataclasses.is_dataclass(value):
                 continue
             if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-                value = f"{len(value)} x {type(value[0]).__name__}"
+                kinds = [type(item).__name__ for item in value]
+                value = ", ".join(kinds) if len(set(kinds)) > 1 else f"{len(kinds)} x {kinds[0]}"
             else:
                 value = repr(value)
             what, kind = meaning_of(type(holder), field), kind_of(type(holder), field)

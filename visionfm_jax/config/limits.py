@@ -102,6 +102,7 @@ Limit = Range | OneOf | FileName | Filled
 Limits = dict[str, Limit | tuple[Limit, ...]]  # a tuple has one limit for all its numbers, or one for each
 
 SHARE = Range(0, 1, below=True)
+CHANCE = Range(0, 1)
 DECAY = Range(0, 0.999999, "1 - decay is rounded in fp32")
 STEPS = Range(0, 2**30, "steps are counted in int32")
 LOSS_WEIGHT = Range(0, 1e6)

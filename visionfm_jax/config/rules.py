@@ -83,9 +83,10 @@ def _model_problems(c: Config) -> list[Problem]:
     return out + c.task.problems(c)
 
 
-def _crop_problems(c: Config) -> list[Problem]:
-    low, high = scale = c.data.augment.crop_scale
-    return [] if low <= high else [("data.augment.crop_scale", scale, "needs low <= high", f"set {high, low}")]
+def _transform_problems(c: Config) -> list[Problem]:
+    named = {f"data.transforms[{i}]": t for i, t in enumerate(c.data.transforms)}
+    named |= {f"evals[{i}].preprocess": e.preprocess for i, e in enumerate(c.evals)}
+    return [problem for name, transform in named.items() for problem in transform.problems(name)]
 
 
 def _length_problems(c: Config) -> list[Problem]:
@@ -125,7 +126,7 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_accumulate_problems, "train.batch_size", "train.accumulate"),
     (_length_problems, "train.steps", "train.epochs", "train.batch_size", "data.num_examples", "optim.warmup_steps"),
     (_optim_problems, "model", "optim.lr", "optim.final_lr", "optim.layer_decay"),
-    (_crop_problems, "data.augment.crop_scale"),
+    (_transform_problems, "data.transforms", "evals"),
     (_source_problems, "data.train"),
     (_checkpoint_problems, "checkpoint"),
     (_eval_problems, "evals"),

@@ -8,16 +8,20 @@ once after that, and nothing changes a configuration afterwards. Derived quantit
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from visionfm_jax.config import rules
-from visionfm_jax.config.limits import DECAY, SHARE, STEPS, FileName, Filled, Limits, OneOf, Problem, Range
+from visionfm_jax.config.limits import CHANCE, DECAY, SHARE, STEPS, FileName, Filled, Limits, OneOf, Problem, Range
 
 if TYPE_CHECKING:  # the packages above this one
     import jax.numpy as jnp
+    import numpy as np
     from flax import linen as nn
+
+    from visionfm_jax.data.sample import Sample
 
 
 class ModelConfig:
@@ -137,21 +141,53 @@ class SourceConfig:
     }
 
 
-@dataclass(kw_only=True)
-class AugmentConfig:
-    """How a training image is varied; crop and RandAugment on the host, the rest on the device."""
+class Transform:
+    """A step of the chain that a sample passes. Subclasses, dataclasses, are in `data.transforms`, or your own.
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # area of the crop relative to the image; (1, 1): no random crop
-    rand_augment: tuple[int, float] = (0, 9.0)  # operations on an image (0: none), and their magnitude of 10
-    flip: bool = True  # horizontal; off for flags, digits, clock faces
+    Attributes:
+      limits: what each field may hold.
+    """
+
+    limits: ClassVar[Limits] = {}
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The sample, transformed; what is drawn, is drawn by `rng`, and as much whatever the sample."""
+        raise NotImplementedError
+
+    def problems(self, name: str) -> list[Problem]:
+        """Broken rules between its fields, where it stands as field `name`."""
+        return []
+
+
+@dataclass(kw_only=True)
+class PhotometricConfig:
+    """How the colours of a training image are varied, on the device, in this order."""
+
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter_chance: float = 1.0  # that an image is jittered
+    grey_chance: float = 0.0
+    blur_chance: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, of the Gaussian, drawn between
+    solarize_chance: float = 0.0  # that the light half of the values is inverted
+
+    limits: ClassVar[Limits] = {
+        "jitter": (Range(0, 10), Range(0, 10), Range(0, 10), Range(0, 0.5, "half of the colour circle")),
+        "jitter_chance": CHANCE,
+        "grey_chance": CHANCE,
+        "blur_chance": CHANCE,
+        "blur_sigma": Range(0.01, 16),  # pixels
+        "solarize_chance": CHANCE,
+    }
+
+
+@dataclass(kw_only=True)
+class AugmentConfig(PhotometricConfig):
+    """What the device makes of a training image; `mean` and `std` are also evaluation's."""
+
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, of values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise; images minus the mean are divided by it
 
     limits: ClassVar[Limits] = {
-        "crop_scale": Range(0, 1, above=True),
-        "rand_augment": (Range(0, 100), Range(0, 10)),  # operations, magnitude
-        "jitter": (Range(0, 10), Range(0, 10), Range(0, 10), Range(0, 0.5, "half of the colour circle")),
         "mean": Range(0, 1, "of values in [0, 1]"),
         "std": Range(1e-3, 1, "of values in [0, 1]"),
     }
@@ -163,7 +199,8 @@ class DataConfig:
 
     train: tuple[SourceConfig, ...] = ()
     num_examples: int = 0  # images in an epoch; needed when the run's length is given in epochs
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    transforms: tuple[Transform, ...] = ()  # on the host, in order (`data.transforms`); (): the whole image, resized
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # on the device, after them
     shuffle: bool = True  # another order in every epoch; False: as the sources have them
     workers: int = 0  # processes per host; 0: threads of the training process
     threads: int = 8  # reader threads per process
@@ -264,18 +301,37 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
-class PreprocessConfig:
+class PreprocessConfig(Transform):
     """What an evaluation sees of an image, resized once, antialiased, to the model's size."""
 
     crop: float = 0.875  # side of the centre square relative to the shorter side: 224 of 256; 1: all of it
-    resize: str = "crop"  # crop: the centre square | squash: `crop` of either side, whatever the ratio becomes
+    resize: str = "crop"  # crop: the centre | squash: `crop` of either side, at another ratio | pad: all of it
     interpolation: str = "bicubic"  # bicubic | bilinear
 
     limits: ClassVar[Limits] = {
         "crop": Range(0.01, 1),
-        "resize": OneOf(("crop", "squash")),
+        "resize": OneOf(("crop", "squash", "pad")),
         "interpolation": OneOf(("bicubic", "bilinear")),
     }
+
+    def problems(self, name: str) -> list[Problem]:
+        if self.resize == "pad" and self.crop != 1:
+            return [(f"{name}.crop", self.crop, f"leaves out what {name}.resize = pad shows", "set it to 1")]
+        return []
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """As timm's evaluation: torchvision's Resize(floor(S / crop)) and CenterCrop(S), whole pixels and all."""
+        (height, width), (rows, columns) = (math.floor(side / self.crop) for side in sample.target), sample.size
+        wide = rows * width <= columns * height
+        if self.resize != "squash" and wide == (self.resize == "crop"):
+            width = max(1, height * columns // rows)
+        elif self.resize != "squash":
+            height = max(1, width * rows // columns)
+        sample = sample.resize((height, width), self.interpolation)
+        if self.resize == "pad":
+            return sample.crop(0, 0, *sample.target)
+        top, left = (round((side - wanted) / 2) for side, wanted in zip(sample.size, sample.target, strict=True))
+        return sample.crop(top, left, *sample.target)
 
 
 @dataclass(kw_only=True)
@@ -285,7 +341,7 @@ class EvalConfig:
     kind: str = "classification"  # a name in `evals.EVALS`
     name: str = "val"  # in the logs and the names of files
     source: SourceConfig = field(default_factory=SourceConfig)
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    preprocess: Transform = field(default_factory=PreprocessConfig)
     batch_size: int = 0  # 0: the training batch size
     every_steps: int = 0  # 0: only at the end
     classes: str = ""  # of `zero_shot`: a shipped list or a file of names, one a line; empty: those of the source
@@ -392,5 +448,13 @@ class Config:
 
 
 def to_dict(config: Config) -> dict:
-    """Nested plain values, for JSON."""
-    return dataclasses.asdict(config)
+    """Nested plain values, for JSON; a transform's begin with the name of its class."""
+    return plain(config)
+
+
+def plain(value: Any) -> Any:
+    """As `to_dict`, of a part of a configuration."""
+    if dataclasses.is_dataclass(value):
+        kind = {"transform": type(value).__name__} if isinstance(value, Transform) else {}
+        return kind | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value

@@ -1,15 +1,21 @@
-"""Augmentation on the device, each sample by its own key: equal for any number of devices or micro-batches.
+"""Colours varied on the device, each sample by its own key: equal for any number of devices or micro-batches.
 
-Shapes: B batch, H W image.
+What moves pixels is done on the host (`data.transforms`), where boxes and masks move with them. Shapes: B batch, H W
+image, V views, S their side.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from visionfm_jax.config import AugmentConfig
+from visionfm_jax.config import AugmentConfig, PhotometricConfig
+from visionfm_jax.data.transforms import MultiCrop
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 _TO_YIQ = np.array([_GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
@@ -22,19 +28,68 @@ def normalize(images: jax.Array, config: AugmentConfig) -> jax.Array:
 
 
 def augment(images: jax.Array, keys: jax.Array, config: AugmentConfig) -> jax.Array:
-    """Flip, jitter and normalise uint8 images (B, H, W, 3) with keys (B,); fp32 (B, H, W, 3)."""
-
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        flip_key, jitter_key = jax.random.split(key)
-        x = image.astype(jnp.float32) / 255
-        if config.flip:
-            x = jnp.where(jax.random.bernoulli(flip_key), x[:, ::-1], x)
-        if any(config.jitter):
-            x = color_jitter(x, jitter_key, config.jitter)
-        return x
-
-    x = jax.vmap(one)(images, keys)
+    """Vary the colours of uint8 images (B, H, W, 3) with keys (B,), and normalise; fp32 (B, H, W, 3)."""
+    x = jax.vmap(lambda image, key: photometric(image.astype(jnp.float32) / 255, key, config))(images, keys)
     return (x - jnp.array(config.mean)) / jnp.array(config.std)
+
+
+def augment_views(
+    batch: Mapping[str, jax.Array], keys: jax.Array, crop: MultiCrop, config: AugmentConfig
+) -> dict[str, jax.Array]:
+    """As `augment`, of several views of each image, each varied as its `Views` say, by a key of its own.
+
+    Args:
+      batch: uint8 (B, V, S, S, 3) by the names of the views.
+      keys: (B,), one for each sample.
+      crop: which made the views.
+      config: of which the mean and the standard deviation are taken.
+
+    Returns:
+      fp32 (B, V, S, S, 3) by name.
+    """
+    out: dict[str, list[jax.Array]] = {name: [] for name in crop.shapes}
+    for number, views in enumerate(group for group in crop.views for _ in range(group.count)):
+        image = batch[views.name][:, len(out[views.name])]
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        colours = AugmentConfig(**dataclasses.asdict(views.photometric), mean=config.mean, std=config.std)
+        out[views.name].append(augment(image, own, colours))
+    return {name: jnp.stack(views, 1) for name, views in out.items()}
+
+
+def photometric(image: jax.Array, key: jax.Array, config: PhotometricConfig) -> jax.Array:
+    """Jitter, grey, blur, solarise, in that order, as DINOv2 does (Oquab et al. 2023); (H, W, 3) in [0, 1]."""
+    grey_key, jitter_key, blur_key, solarize_key = jax.random.split(key, 4)
+    x = image
+    if any(config.jitter) and config.jitter_chance:
+        use_key = jax.random.fold_in(jitter_key, 1)
+        x = _perhaps(use_key, config.jitter_chance, color_jitter(x, jitter_key, config.jitter), x)
+    if config.grey_chance:
+        x = _perhaps(grey_key, config.grey_chance, jnp.broadcast_to((x @ jnp.array(_GREY))[..., None], x.shape), x)
+    if config.blur_chance:
+        use_key, sigma_key = jax.random.split(blur_key)
+        low, high = config.blur_sigma
+        sigma = jax.random.uniform(sigma_key, minval=low, maxval=high)
+        x = _perhaps(use_key, config.blur_chance, gaussian_blur(x, sigma, 2 * high), x)
+    if config.solarize_chance:
+        x = _perhaps(solarize_key, config.solarize_chance, jnp.where(x >= 128 / 255, 1 - x, x), x)
+    return x
+
+
+def _perhaps(key: jax.Array, chance: float, changed: jax.Array, same: jax.Array) -> jax.Array:
+    return changed if chance == 1 else jnp.where(jax.random.bernoulli(key, chance), changed, same)
+
+
+def gaussian_blur(image: jax.Array, sigma: jax.Array, reach: float) -> jax.Array:
+    """(H, W, C) blurred by a Gaussian of standard deviation `sigma`, cut off at `reach` pixels; edges mirror."""
+    radius = math.ceil(reach)
+    weights = jnp.exp(-((jnp.arange(-radius, radius + 1) / sigma) ** 2) / 2)
+    weights /= weights.sum()
+    for axis in (0, 1):
+        length = image.shape[axis]
+        padding = [(radius, radius) if a == axis else (0, 0) for a in range(image.ndim)]
+        padded = jnp.pad(image, padding, "reflect")
+        image = sum(weight * jax.lax.slice_in_dim(padded, k, k + length, axis=axis) for k, weight in enumerate(weights))
+    return image
 
 
 def color_jitter(image: jax.Array, key: jax.Array, strength: tuple[float, float, float, float]) -> jax.Array:

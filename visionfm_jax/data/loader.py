@@ -1,7 +1,7 @@
 """Host batches whose every pixel depends on (seed, sample index) only: not on hosts, workers, threads or restarts.
 
     record ids of each source -> shuffled by (seed, source, epoch) -> mixed by weight         sample i of the run
-    -> read, decoded and cropped with the random numbers of (seed, i) -> rows of this host    batch of step s
+    -> read, decoded and transformed by the random numbers of (seed, i) -> rows of this host  batch of step s
 
 A task of pairs and bare images takes p samples in turn from the mixture of the sources with captions, then q from the
 mixture of the others.
@@ -9,7 +9,7 @@ mixture of the others.
 Grain does the order, the mixture and the random numbers by index arithmetic; nothing is materialised, and the
 position in the data is the step, nothing else. `data.batches` fills the batches and holds them ready.
 
-Shapes: B rows of this host in a batch; S side of an image.
+Shapes: B rows of this host in a batch; H W image; V views, S their side.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ import numpy as np
 from absl import logging
 
 from visionfm_jax.config.schema import DataConfig
-from visionfm_jax.data import transforms
 from visionfm_jax.data.batches import Batch, HostBatches, Loader
-from visionfm_jax.data.fields import Fields, Row, Spec
-from visionfm_jax.data.rand_augment import rand_augment
+from visionfm_jax.data.chain import Chain, EvalTransform
+from visionfm_jax.data.fields import Fields, Row
+from visionfm_jax.data.images import DamagedImage
+from visionfm_jax.data.sample import Size
 from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
-DAMAGED = (transforms.DamagedImage, DamagedRecord)
+DAMAGED = (DamagedImage, DamagedRecord)
 # One of Grain's shuffles, 4 rounds of a block cipher, leaves records correlated over hundreds of samples; two leave
 # traces; after three nothing was found. benchmarks/shuffle.py prints the statistics.
 SHUFFLES = 3
@@ -42,7 +43,7 @@ STEP_OVER = 16  # unreadable records in a row after which the data, not an image
 def train_loader(
     data: DataConfig,
     *,
-    image_size: int,
+    image_size: int | Size,
     batch_size: int,
     seed: int,
     start_step: int,
@@ -55,8 +56,8 @@ def train_loader(
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
     Args:
-      data: mixture, augmentation, threads or processes; `data.train[i]` describes `sources[i]`.
-      image_size: S, pixels.
+      data: mixture, transforms, threads or processes; `data.train[i]` describes `sources[i]`.
+      image_size: (H, W) of what the model is given, or the side of a square.
       batch_size: rows over all hosts; row r of step s is sample s * batch_size + r.
       seed: of order and crops.
       start_step: the first batch is that of this step.
@@ -66,11 +67,13 @@ def train_loader(
       split: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all sources.
 
     Returns:
-      An iterator of {"image": uint8 (B, S, S, 3), the fields' own, "source": int32 (B,), "record": int64 (B,),
-      "damaged": int32 (B,)}: `record` of `source` is what the row asked for, `damaged` how many unreadable records
-      had to be stepped over (the next ones of the same source) until one could be read.
+      An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, S, S, 3); the fields' own, "source":
+      int32 (B,), "record": int64 (B,), "damaged": int32 (B,)}: `record` of `source` is what the row asked for,
+      `damaged` how many unreadable records had to be stepped over (the next ones of the same source) until one could
+      be read.
 
     Raises:
+      ConfigError: what leaves the transforms is not of the model's size.
       DataError: the sources do not fit the configuration or the split; while iterating: a dataset that cannot be read.
     """
     _check(data, batch_size, hosts, sources)
@@ -81,8 +84,10 @@ def train_loader(
             "set data.shuffle to True to train"
         )
     order = run_order(data, seed, sources, split)
-    rows = order.random_map(_TrainRow(tuple(sources), fields, image_size, data), seed=derive_seed(seed, "crop"))
-    spec = {**_image_spec(image_size), **fields.spec}
+    chain = Chain(data.transforms, image_size, data.max_pixels)
+    chain.check()
+    rows = order.random_map(_TrainRow(tuple(sources), fields, chain), seed=derive_seed(seed, "crop"))
+    spec = {**chain.spec, **fields.spec}
     spec |= {"source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
     batches = HostBatches(
         rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
@@ -93,7 +98,7 @@ def train_loader(
 def eval_loader(
     source: Source,
     fields: Fields,
-    transform: transforms.EvalTransform,
+    transform: EvalTransform,
     *,
     batch_size: int,
     host: int,
@@ -111,14 +116,14 @@ def eval_loader(
       threads: that read and decode.
 
     Yields:
-      {"image": uint8 (B, S, S, 3), the fields' own, "mask": float32 (B,)}; mask is 0 on the padding of the last
+      {"image": uint8 (B, H, W, 3), the fields' own, "mask": float32 (B,)}; mask is 0 on the padding of the last
       batch and on unreadable records, which are logged.
 
     Raises:
       DataError: not one record could be read.
     """
     rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, fields, transform))
-    spec = {**_image_spec(transform.size), **fields.spec, "mask": ((), np.float32)}
+    spec = {**transform.spec, **fields.spec, "mask": ((), np.float32)}
     batches = HostBatches(rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
     asked = read = 0
     with Loader(batches, workers=0, prefetch=2) as loader:
@@ -271,57 +276,45 @@ class DamageLog:
                 )  # fmt: skip
 
 
-class _TrainRow:
+class _TrainRow(grain.transforms.RandomMap):
     """(source, record) -> a row; steps over damaged records."""
 
-    def __init__(self, sources: tuple[Source, ...], fields: Fields, size: int, data: DataConfig):
-        self._sources, self._fields, self._size = sources, fields, size
-        self._scale, self._rand_augment = data.augment.crop_scale, data.augment.rand_augment
-        self._max_pixels = data.max_pixels
+    def __init__(self, sources: tuple[Source, ...], fields: Fields, chain: Chain):
+        self._sources, self._fields, self._chain = sources, fields, chain
 
-    def __call__(self, asked: tuple[int, int], rng: np.random.Generator) -> Row:
+    def random_map(self, asked: tuple[int, int], rng: np.random.Generator) -> Row:
         number, record = asked
         source = self._sources[number]
         for damaged in range(STEP_OVER + 1):
             try:
-                example = read_record(source, (record + damaged) % len(source))
-                row = self._fields(example, rng)
-                row["image"] = self._image(example["image"], rng)
+                sample = self._chain(read_record(source, (record + damaged) % len(source)), rng)
+                row = self._fields(sample, rng)
             except DAMAGED as error:
                 reason = error
                 continue
-            return {**row, "source": number, "record": record, "damaged": damaged}
+            pixels = {name: sample[name] for name in self._chain.spec}
+            return {**pixels, **row, "source": number, "record": record, "damaged": damaged}
         raise DataError(
             f"{source.name}: {STEP_OVER + 1} records in a row cannot be decoded, from {source.key(record)} on; "
             f"the last: {reason}; check that these files are what the source says"
         )
 
-    def _image(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        operations, magnitude = self._rand_augment
-        pixels = transforms.train_image(image, self._size, self._scale, rng, self._max_pixels)
-        return rand_augment(pixels, operations, magnitude, rng)
 
-
-class _EvalRow:
+class _EvalRow(grain.transforms.Map):
     """Record -> its row, or an empty one where it is damaged."""
 
-    def __init__(self, source: Source, fields: Fields, transform: transforms.EvalTransform):
+    def __init__(self, source: Source, fields: Fields, transform: EvalTransform):
         self._source, self._fields, self._transform = source, fields, transform
 
-    def __call__(self, record: int) -> Row:
+    def map(self, record: int) -> Row:
         try:
-            example = read_record(self._source, record)
-            row = self._fields(example)
-            row["image"] = self._transform(example["image"])
+            sample = self._transform.record(read_record(self._source, record))
+            row = self._fields(sample)
         except DAMAGED as error:
             key = self._source.key(record)
             logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
             return {}
-        return {**row, "mask": 1.0}
-
-
-def _image_spec(size: int) -> Spec:
-    return {"image": ((size, size, 3), np.uint8)}
+        return {"image": sample["image"], **row, "mask": 1.0}
 
 
 def _store(batch: Batch, index: int, row: Row) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.sources import Source
-from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.sampling import image_of, sample
 
 # Classes up to which details hold every pair of class and guess; above, as many of the most frequent confusions: of

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.evals.by_class import LabelledEval
 from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.subject import Predict, require_prediction

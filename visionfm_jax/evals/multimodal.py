@@ -9,11 +9,11 @@ import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.batches import Batch
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Fields, Row, Spec
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
-from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.captions import captions_of
 from visionfm_jax.evals.protocol import measured_on, protocol_of

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
-from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.subject import Predict, require_prediction
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.batches import Row, Spec
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
-from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.captions import captions_of
 from visionfm_jax.evals.metrics import best, ranks, recall

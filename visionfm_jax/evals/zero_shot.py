@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
-from visionfm_jax.data.transforms import EvalTransform
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.by_class import LabelledEval
 from visionfm_jax.evals.metrics import class_embeddings, classify

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from visionfm_jax.config import Config
-from visionfm_jax.config.schema import to_dict
+from visionfm_jax.config.schema import plain, to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.tokenizer import file_digest
@@ -130,9 +130,14 @@ def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, lis
 def _take(holder: Any, kept: Any, prefix: str, path: Path, changed: list[str]) -> None:
     """As `with_settings`, of a dataclass within the configuration."""
     known = [field.name for field in dataclasses.fields(holder)]
-    if not isinstance(kept, dict) or kept.keys() - known:
+    if not isinstance(kept, dict) or kept.keys() - known - plain(holder).keys() or not _same_class(kept, holder):
         raise ConfigError(
             f"config.{prefix.rstrip('.') or 'name'}: is a {type(holder).__name__}, and something else in {path}; name "
+            "the configuration that the run was started with"
+        )
+    if "transforms" in kept and len(kept["transforms"]) != len(holder.transforms):
+        raise ConfigError(
+            f"config.{prefix}transforms: are {len(holder.transforms)}, and {len(kept['transforms'])} in {path}; name "
             "the configuration that the run was started with"
         )
     for leaf in known:
@@ -252,14 +257,21 @@ def _with_defaults(kept: Any, holder: Any) -> Any:
     """
     if isinstance(kept, list) and isinstance(holder, tuple) and len(kept) == len(holder):
         return [_with_defaults(value, item) for value, item in zip(kept, holder, strict=True)]
-    if not isinstance(kept, dict) or not dataclasses.is_dataclass(holder):
+    if not isinstance(kept, dict) or not dataclasses.is_dataclass(holder) or not _same_class(kept, holder):
         return kept
-    out = {name: _with_defaults(value, getattr(holder, name, None)) for name, value in kept.items()}
+    out = {k: v for k, v in plain(holder).items() if k == "transform"}
+    out |= {name: _with_defaults(value, getattr(holder, name, None)) for name, value in kept.items()}
     for field in dataclasses.fields(holder):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.name not in kept and default is not dataclasses.MISSING:
-            out[field.name] = json.loads(json.dumps(default, default=dataclasses.asdict))
+            out[field.name] = json.loads(json.dumps(plain(default)))
     return out
+
+
+def _same_class(kept: dict[str, Any], holder: Any) -> bool:
+    """Whether kept settings are of the class of `holder`, where their release kept its name."""
+    name = type(holder).__name__
+    return kept.get("transform", name) == name
 
 
 def _leaves(old: Any, new: Any, name: str = "") -> list[str]:

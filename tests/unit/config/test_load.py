@@ -12,8 +12,8 @@ OVERRIDES = [
     "--config.optim.lr=3e-4",
     "--config.train.batch_size=128",
     "--config.data.train[0].split=test",
-    "--config.data.augment.flip",
-    "--config.data.augment.crop_scale=(0.3, 0.9)",
+    "--config.data.shuffle",
+    "--config.data.transforms[0].scale=(0.3, 0.9)",
     "--config.telemetry.progress=false",
     "--config.workdir=/tmp/a=b",
     "--config.checkpoint.keep_best=0",
@@ -27,8 +27,8 @@ def test_overrides_are_typed():
     assert rest == ["--other=1"]
     assert config.optim.lr == 3e-4
     assert config.data.train[0].split == "test"
-    assert config.data.augment.flip is True
-    assert config.data.augment.crop_scale == (0.3, 0.9)
+    assert config.data.shuffle is True
+    assert config.data.transforms[0].scale == (0.3, 0.9)
     assert config.telemetry.progress is False
     assert config.evals == ()
     assert config.workdir == "/tmp/a=b"
@@ -36,8 +36,8 @@ def test_overrides_are_typed():
 
 @pytest.mark.parametrize("text", ["(0.3, 0.9)", "[0.3,0.9]", "0.3,0.9", " ( 0.3 , 9e-1, ) "])
 def test_tuples_in_any_brackets(text):
-    config, _ = load.from_arguments([f"--config={QUICK}", f"--config.data.augment.crop_scale={text}"])
-    assert config.data.augment.crop_scale == (0.3, 0.9)
+    config, _ = load.from_arguments([f"--config={QUICK}", f"--config.data.transforms[0].scale={text}"])
+    assert config.data.transforms[0].scale == (0.3, 0.9)
 
 
 def test_a_flag_for_steps_overrides_epochs_and_the_reverse():
@@ -70,10 +70,10 @@ def test_a_flag_for_steps_overrides_epochs_and_the_reverse():
         ([f"--config={QUICK}", "--config.train.steps=1e400"], "is no int"),
         ([f"--config={QUICK}", "--config.optim.lr=1e400"], "config.optim.lr = inf: must be finite"),
         ([f"--config={QUICK}", "--config.data.augment.std=(1e400, 1, 1)"], "std[0] = inf: must be finite"),
-        ([f"--config={QUICK}", "--config.data.augment.rand_augment=(1.9, 9)"], "is no tuple[int, float]"),
-        ([f"--config={QUICK}", "--config.data.augment.crop_scale={1, 0.5}"], "is no tuple[float, float]"),
-        ([f"--config={QUICK}", "--config.data.augment.crop_scale='ab'"], "is no tuple[float, float]"),
-        ([f"--config={QUICK}", "--config.data.augment.crop_scale=" + "(" * 9999], "is no tuple[float, float]"),
+        ([f"--config={QUICK}", "--config.data.transforms[0].size=(1.9, 9)"], "is no tuple[int, int]"),
+        ([f"--config={QUICK}", "--config.data.transforms[0].scale={1, 0.5}"], "is no tuple[float, float]"),
+        ([f"--config={QUICK}", "--config.data.transforms[0].scale='ab'"], "is no tuple[float, float]"),
+        ([f"--config={QUICK}", "--config.data.transforms[0].scale=" + "(" * 9999], "is no tuple[float, float]"),
         ([f"--config={QUICK}", "--config.evals=(1, 2)"], "=(1, 2): a flag can empty it by (), only a file can fill"),
         ([f"--config={QUICK}", "--config.model=ViT"], "no such field; did you mean model."),
         ([f"--config={QUICK}", "--config.name=a/../../b"], "config.name = 'a/../../b': must be"),
@@ -86,8 +86,8 @@ def test_a_flag_for_steps_overrides_epochs_and_the_reverse():
         ([f"--config={QUICK}", "--config.optim.wd=1"], "did you mean optim.weight_decay or"),
         ([f"--config={QUICK}", "--config.train.bs=1"], "did you mean train.batch_size or"),
         ([f"--config={QUICK}", "--config.train.batch_size=many"], "is no int; such as 32"),
-        ([f"--config={QUICK}", "--config.data.augment.flip=maybe"], "is no bool"),
-        ([f"--config={QUICK}", "--config.data.augment.crop_scale=(1,)"], "such as"),
+        ([f"--config={QUICK}", "--config.data.shuffle=maybe"], "is no bool"),
+        ([f"--config={QUICK}", "--config.data.transforms[0].scale=(1,)"], "such as"),
         ([f"--config={QUICK}", "--config.train.batch_size=0"], "must lie in [1, 65536]"),
     ],
 )

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from visionfm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, SourceConfig, TrainConfig
+from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
@@ -17,7 +18,7 @@ def good() -> Config:
         name="t",
         model=ViTConfig(),
         task=ClassificationConfig(),
-        data=DataConfig(train=(SourceConfig(path="x"),), num_examples=1000),
+        data=DataConfig(train=(SourceConfig(path="x"),), num_examples=1000, transforms=(RandomResizedCrop(), Flip())),
         optim=OptimConfig(warmup_steps=2),
         train=TrainConfig(batch_size=64, accumulate=2, epochs=2),
         evals=(EvalConfig(name="val", source=SourceConfig(path="y")),),
@@ -58,7 +59,7 @@ def test_derived_quantities():
         ("data.max_damaged", -0.1, ["[0, 1)"]),
         ("checkpoint.keep_best", 1, ["checkpoint.best_metric"]),
         ("task.label_smoothing", 1.0, ["[0, 1)"]),
-        ("data.augment.rand_augment", (2, 11.0), ["rand_augment[1] = 11.0", "[0, 10]"]),
+        ("data.augment.jitter", (0.0, 11.0, 0.0, 0.0), ["jitter[1] = 11.0", "[0, 10]"]),
         ("seed", -1, ["[0, 4294967295]", "nearest is 0"]),
     ],
 )

@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 from real_tars import unpack
 
-from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConfig, SourceConfig
+from visionfm_jax.config.schema import DataConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.data import select
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader, train_loader
 from visionfm_jax.data.sources import Source, open_source, tar_index
 from visionfm_jax.data.tokenizer import open_tokenizer
-from visionfm_jax.data.transforms import EvalTransform
+from visionfm_jax.data.transforms import RandAugment, RandomResizedCrop
 
 EMPTY = 3  # captions
 
@@ -117,8 +118,8 @@ BATCH, STEPS = 12, 40  # 480 samples: more than two epochs
 def batches(path: str, host: int, hosts: int, workers: int = 0) -> list[dict[str, np.ndarray]]:
     """Of one host, that opens the tars itself."""
     config = SourceConfig(kind="tars", path=path)
-    augment = AugmentConfig(crop_scale=(0.5, 1.0), rand_augment=(2, 9.0))
-    data = DataConfig(train=(config,), augment=augment, threads=2, workers=workers)
+    chain = (RandomResizedCrop(scale=(0.5, 1.0)), RandAugment())
+    data = DataConfig(train=(config,), transforms=chain, threads=2, workers=workers)
     with train_loader(
         data, image_size=16, batch_size=BATCH, seed=3, start_step=0, host=host, hosts=hosts,
         sources=[open_source(config)], fields=Texts(open_tokenizer("clip"), 16),

@@ -20,12 +20,13 @@ from absl import logging
 from PIL import Image
 
 from visionfm_jax import storage
-from visionfm_jax.config.schema import AugmentConfig, DataConfig, PreprocessConfig, SourceConfig
+from visionfm_jax.config.schema import DataConfig, PreprocessConfig, SourceConfig
 from visionfm_jax.data import batches as batches_module
+from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
 from visionfm_jax.data.sources.record import DamagedRecord
-from visionfm_jax.data.transforms import EvalTransform
+from visionfm_jax.data.transforms import RandAugment, RandomResizedCrop, Resize
 from visionfm_jax.errors import DataError, StorageError
 
 SIZE = 16
@@ -72,7 +73,9 @@ def no_waits():
 
 
 def config(sources: int = 1, **changes) -> DataConfig:
-    return DataConfig(train=(SourceConfig(path="x"),) * sources, **{"threads": 2, **changes})
+    return DataConfig(
+        train=(SourceConfig(path="x"),) * sources, **{"threads": 2, "transforms": (RandomResizedCrop(),), **changes}
+    )
 
 
 def load(steps: int, sources=None, data=None, *, batch_size=8, seed=0, start_step=0, host=0, hosts=1) -> list[dict]:
@@ -187,7 +190,7 @@ def test_no_random_crop_passes_pixels_through():
         def __getitem__(self, index):
             return {"image": np.random.default_rng(index).integers(0, 256, (SIZE, SIZE, 1), np.uint8), "label": index}
 
-    (batch,) = load(1, [Digits(13)], config(augment=AugmentConfig(crop_scale=(1.0, 1.0))))
+    (batch,) = load(1, [Digits(13)], config(transforms=()))
     for record, image in zip(batch["record"], batch["image"], strict=True):
         assert (image == Digits(13)[int(record)]["image"]).all()
 
@@ -505,7 +508,8 @@ def test_a_record_without_caption_is_replaced_as_a_damaged_image_is():
 
 def test_rand_augment_is_a_function_of_the_sample_and_works_on_the_resized_image():
     def images(operations: int, seed: int = 0) -> np.ndarray:
-        data = config(shuffle=False, augment=AugmentConfig(crop_scale=(1, 1), rand_augment=(operations, 9.0)))
+        chain = (Resize(), RandAugment(operations=operations, magnitude=9.0))
+        data = config(shuffle=False, transforms=chain)
         return load(1, [Pictures(8)], data, seed=seed)[0]["image"]
 
     assert (images(2) != images(0)).any(axis=(1, 2, 3)).sum() >= 6  # few draw nothing but the identity

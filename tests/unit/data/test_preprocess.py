@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from visionfm_jax.config import PreprocessConfig
+from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.sources.bundled import read_set
-from visionfm_jax.data.transforms import EvalTransform, train_image
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -95,7 +95,7 @@ def test_training_and_evaluation_see_the_same_kind_of_picture():
     """Their resizing differs (speed there, exactness here), but by less than a grey level on smooth pictures."""
     y, x = np.mgrid[:150, :150] / 25.0
     pixels = (127 + 100 * np.stack([np.sin(x + y), np.cos(x - y), np.sin(y)], -1)).astype(np.uint8)
-    train = train_image(pixels, 96, (1.0, 1.0), np.random.default_rng(0))
+    train = Chain((), 96)({"image": pixels}, np.random.default_rng(0))["image"]
     assert apart(train, EvalTransform(96, PreprocessConfig(crop=1.0))(pixels)).mean() < 1
 
 

@@ -23,7 +23,7 @@ from tar_sets import write_tars
 
 from visionfm_jax import storage
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data import transforms
+from visionfm_jax.data import images
 from visionfm_jax.data.sources import SOURCES, open_source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
@@ -356,7 +356,7 @@ def test_folder_reads_the_formats_whose_suffixes_it_knows(folder, suffix, form):
     Image.new("RGB", (40, 30), (200, 0, 0)).save(folder / f"train/bee/d{suffix}", form)
     source = opened("folder", folder)
     assert source.key(3) == f"bee/d{suffix}"
-    pixels = transforms.decode(source[3]["image"])
+    pixels = images.decode(source[3]["image"])
     assert pixels.shape == (30, 40, 3)
     assert abs(pixels.reshape(-1, 3).mean(0) - [200, 0, 0]).max() < 4
 

@@ -21,7 +21,7 @@ from absl import logging
 from tar_sets import cannot_write, caption, members, picture, tar_bytes, write_tars
 
 from visionfm_jax import storage
-from visionfm_jax.data import transforms
+from visionfm_jax.data import images
 from visionfm_jax.data.sources import claim, read_record, tar_index
 from visionfm_jax.data.sources import store as store_module
 from visionfm_jax.data.sources.record import DamagedRecord
@@ -68,7 +68,7 @@ def test_records_lie_in_order_of_tar_and_position(folder):
     assert source.key(5) == "00001/000000101"
     assert source[5] == {"image": picture(101), "caption": caption(101)}
     assert source[11]["caption"] == caption(203)
-    assert transforms.decode(source[0]["image"]).ndim == 3
+    assert images.decode(source[0]["image"]).ndim == 3
     assert source.name == f"tars {folder}"
     assert source.report() == {"tars": 3, "pairs": 12, "records": 12, "cut": [], "skipped": {}}
     for index in (12, -1):

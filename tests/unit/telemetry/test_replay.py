@@ -193,7 +193,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_what_a_step_follows_from_is_the_runs(tmp_path):
     def other(c):
-        c.optim.lr, c.seed, c.data.augment.crop_scale, c.task.num_classes = 0.5, 3, (0.4, 1.0), 9
+        c.optim.lr, c.seed, c.data.transforms[0].scale, c.task.num_classes = 0.5, 3, (0.4, 1.0), 9
         c.data.train[0].weight = 2.0
         c.telemetry.log_every, c.parallel.stage, c.data.train[0].path, c.evals = 7, 0, "there", ()
         c.checkpoint.weights, c.train.on_nonfinite = "from", "skip"
@@ -205,7 +205,7 @@ def test_what_a_step_follows_from_is_the_runs(tmp_path):
     assert changed == [
         "seed: 0 -> 3",
         "data.train[0].weight: 1.0 -> 2.0",
-        f"data.augment.crop_scale: {before.data.augment.crop_scale} -> (0.4, 1.0)",
+        f"data.transforms[0].scale: {before.data.transforms[0].scale} -> (0.4, 1.0)",
         f"optim.lr: {before.optim.lr} -> 0.5",
     ]
     assert found.checkpoint.weights == "from"  # what it began with

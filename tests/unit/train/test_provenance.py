@@ -176,10 +176,10 @@ def test_the_split_of_a_task_is_refused(tmp_path):
 
 def test_settings_of_a_later_stage_are_listed(pictures, tmp_path):
     old, config = provenance(config_of(pictures)), config_of(pictures)
-    config.model.image_size, config.data.augment.flip, config.train.steps = 448, False, 200
+    config.model.image_size, config.data.augment.grey_chance, config.train.steps = 448, 0.2, 200
     assert changes(old, provenance(config), tmp_path) == [
         "model.image_size: 224 -> 448",
-        "data.augment.flip: True -> False",
+        "data.augment.grey_chance: 0.0 -> 0.2",
         "train.steps: 100 -> 200",
     ]
 

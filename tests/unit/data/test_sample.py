@@ -1,0 +1,284 @@
+"""Transforms of whole samples: what lies on an image moves with it; and what is decoded, how often, how small."""
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from visionfm_jax.config import PreprocessConfig
+from visionfm_jax.data.chain import Chain, EvalTransform
+from visionfm_jax.data.sample import FILL, ignored
+from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.transforms import (
+    CenterCrop,
+    Flip,
+    MultiCrop,
+    Pad,
+    RandAugment,
+    RandomCrop,
+    RandomResizedCrop,
+    Resize,
+    Views,
+)
+from visionfm_jax.errors import ConfigError
+
+SIZE = 48, 64
+CHAINS = {
+    "classification": (RandomResizedCrop(scale=(0.2, 1.0)), Flip()),
+    "large scale jitter": (Resize(to="longer", scale=(0.3, 2.0)), Flip(), RandomCrop()),
+    "covers": (Resize(to="shorter", scale=(1.0, 1.6)), RandomCrop(), Flip()),
+    "fits": (Flip(chance=1.0), Resize(to="longer"), Pad()),
+    "padded crop": (Resize(), RandomCrop(padding=9)),
+    "five in one": (
+        RandomResizedCrop(scale=(0.5, 1.0)), Resize(size=(30, 30)), CenterCrop(size=(40, 36)), Flip(), Resize(),
+    ),
+}  # fmt: skip
+EVALS = [PreprocessConfig(crop=1.0, resize=how) for how in ("crop", "squash", "pad")]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def rectangles(seed: int) -> dict:
+    """A record of bright rectangles on black, each of one channel, with all that can lie on an image."""
+    draw, count = rng(seed), 3
+    height, width = draw.integers(30, 120, 2)
+    image, masks = np.zeros((height, width, 3), np.uint8), np.zeros((count, height, width), bool)
+    boxes, areas = [], np.zeros((height, width), np.uint8)
+    for k in range(count):
+        top, left = draw.integers(0, height - 6), draw.integers(0, width - 6)
+        bottom, right = draw.integers(top + 6, height + 1), draw.integers(left + 6, width + 1)
+        image[top:bottom, left:right, k] = 255
+        masks[k, top:bottom, left:right], areas[top:bottom, left:right] = True, k + 1
+        boxes.append((left, top, right, bottom))
+    names = [f"object {k}" for k in range(count)]
+    return {
+        "image": image, "boxes": np.array(boxes), "box_labels": np.arange(count), "box_texts": names, "masks": masks,
+        "class_map": areas, "caption": "rectangles",
+    }  # fmt: skip
+
+
+def box_of(mask: np.ndarray) -> np.ndarray | None:
+    ys, xs = np.nonzero(mask)
+    return np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) if len(ys) else None
+
+
+def check_objects(out: dict) -> None:
+    """Boxes are those of the masks, and what is bright in an object's channel, all to a pixel."""
+    assert len(out["boxes"]) == len(out["masks"]) == len(out["box_labels"]) == len(out["box_texts"])
+    assert [f"object {k}" for k in out["box_labels"]] == list(out["box_texts"])
+    for box, mask, label in zip(out["boxes"], out["masks"], out["box_labels"], strict=True):
+        if (from_mask := box_of(mask)) is None:
+            assert min(box[2] - box[0], box[3] - box[1]) < 1
+            continue
+        assert np.abs(from_mask - box).max() <= 0.501
+        assert set(np.unique(out["class_map"][mask])) <= {*range(label + 1, 4), 255}  # later ones lie above it
+        inner = mask[:-2, :-2] & mask[2:, 2:] & mask[:-2, 2:] & mask[2:, :-2]  # with a pixel around
+        assert (out["image"][1:-1, 1:-1, label][inner] > 100).all()
+    padding = out["class_map"] == 255
+    assert (out["image"][padding] == FILL).all()
+    assert not out["masks"][:, padding].any()
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_boxes_masks_maps_and_pixels_stay_together(name):
+    for seed in range(25):
+        for exact in (False, True):
+            out = Chain(CHAINS[name], SIZE, exact=exact)(rectangles(seed), rng(seed))
+            assert out["image"].shape == (*SIZE, 3)
+            assert out["masks"].shape[1:] == out["class_map"].shape == SIZE
+            assert out["caption"] == "rectangles"
+            check_objects(out)
+
+
+@pytest.mark.parametrize("preprocess", EVALS, ids=lambda p: p.resize)
+def test_evaluation_moves_objects_too(preprocess):
+    for seed in range(10):
+        check_objects(EvalTransform(SIZE, preprocess).record(rectangles(seed)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_turns_what_lies_on_the_image(kind, orientation):
+    record, exif, file = rectangles(3), Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(record["image"]).save(file, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+    height, width = record["class_map"].shape
+    size = (width, height) if orientation > 4 else (height, width)
+    out = Chain((Resize(),), size)({**record, "image": file.getvalue()}, rng())
+    for box, mask in zip(out["boxes"], out["masks"], strict=True):
+        np.testing.assert_array_equal(box_of(mask), box)
+    for k, mask in enumerate(out["masks"]):
+        bright = out["image"][..., k] > 128
+        assert (bright == mask).mean() > 0.98
+
+
+def test_objects_of_which_too_little_is_left_are_dropped_with_all_that_belongs_to_them():
+    record = {
+        "image": np.zeros((100, 100, 3), np.uint8), "box_labels": np.arange(3), "box_texts": ["a", "b", "c"],
+        "boxes": np.array([(0, 0, 20, 20), (45, 0, 65, 20), (90, 90, 100, 100)]), "masks": np.ones((3, 100, 100), bool),
+    }  # fmt: skip
+    for share, kept in ((0.0, [0, 1]), (0.2, [0, 1]), (0.3, [0])):  # a quarter of the second is left
+        out = Chain((CenterCrop(size=(100, 100)), RandomCrop(size=(50, 50), min_visible=share)), 50)
+        draws = type("Corner", (), {"random": staticmethod(lambda *shape: np.zeros(shape))})()
+        out = out(record, draws)
+        assert out["box_labels"].tolist() == kept
+        assert out["box_texts"] == [record["box_texts"][k] for k in kept]
+        assert out["masks"].shape == (len(kept), 50, 50)
+        assert out["boxes"].tolist() == [[0, 0, 20, 20], [45, 0, 50, 20]][: len(kept)]
+
+
+def test_no_objects_are_no_special_case():
+    record = {"image": np.zeros((9, 12, 3), np.uint8), "boxes": [], "box_labels": np.zeros(0, int)}
+    record["masks"] = np.zeros((0, 9, 12), bool)
+    out = Chain(CHAINS["large scale jitter"], 16)(record, rng())
+    assert out["boxes"].shape == (0, 4)
+    assert out["masks"].shape == (0, 16, 16)
+
+
+def test_what_does_not_fit_its_image_is_a_damaged_record():
+    record = rectangles(0)
+    for name, wrong, words in (
+        ("box_labels", np.arange(2), "its objects are 3 boxes, 3 masks, 2 box_labels"),
+        ("class_map", np.zeros((4, 5), np.uint8), "its class_map have 4 x 5 pixels, its image"),
+        ("masks", np.zeros((3, 4, 5), bool), "its masks have 4 x 5 pixels"),
+    ):
+        with pytest.raises(DamagedRecord, match=words):
+            Chain((), SIZE)({**record, name: wrong}, rng())
+
+
+def test_padding_is_ignored_in_maps_of_every_kind():
+    for dtype, value in ((np.uint8, 255), (np.uint16, 65535), (np.int32, -1), (np.float32, -1)):
+        record = {"image": np.zeros((4, 8, 3), np.uint8), "depth_map": np.ones((4, 8), dtype)}
+        out = Chain((Pad(size=(8, 8)),), 8)(record, rng())["depth_map"]
+        assert out.dtype == dtype
+        assert (out[:4] == 1).all()
+        assert (out[4:] == value).all()
+        assert ignored(np.dtype(dtype)) == value
+
+
+EVERY = [
+    RandomResizedCrop(), Resize(scale=(0.5, 2.0)), CenterCrop(), RandomCrop(padding=3), Pad(), Flip(), RandAugment(),
+    MultiCrop(views=(Views(size=8), Views(name="local", size=4, count=3))), PreprocessConfig(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", EVERY, ids=lambda t: type(t).__name__)
+def test_every_transform_draws_as_much_whatever_the_sample(transform):
+    states = set()
+    for height, width in ((5, 9), (40, 3), (16, 16), (90, 120)):
+        generator = rng(7)
+        Chain((transform,), 16)({"image": np.zeros((height, width, 3), np.uint8)}, generator)
+        states.add(generator.random())
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("transform", EVERY[:2] + EVERY[3:4] + EVERY[5:8], ids=lambda t: type(t).__name__)
+def test_what_is_random_differs_from_sample_to_sample_and_is_the_same_again(transform):
+    image = rng().integers(0, 256, (40, 50, 3), np.uint8)
+    results = []
+    for seed in (*range(12), *range(12)):
+        out = Chain((transform,), 16)({"image": image}, rng(seed))
+        results.append(b"".join(out[name].tobytes() for name in sorted(out)))
+    assert results[:12] == results[12:]
+    assert len(set(results)) >= (2 if isinstance(transform, Flip) else 9)
+
+
+def test_a_flip_mirrors_half_of_the_samples():
+    image = rng().integers(0, 256, (6, 8, 3), np.uint8)
+    out = [Chain((Flip(),), (6, 8))({"image": image}, rng(seed))["image"] for seed in range(200)]
+    mirrored = sum((o == image[:, ::-1]).all() for o in out)
+    assert sum((o == image).all() for o in out) + mirrored == 200
+    assert 70 < mirrored < 130
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """The shapes of what libjpeg-turbo decodes."""
+    shapes, original = [], simplejpeg.decode_jpeg
+
+    def decode(*args, **options):
+        pixels = original(*args, **options)
+        shapes.append(pixels.shape[:2])
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
+    return shapes
+
+
+def photo(height: int = 768, width: int = 1024) -> bytes:
+    y, x = np.mgrid[:height, :width] / 40.0
+    waves = 127 + 100 * np.stack([np.sin(x + y), np.cos(x - y / 2), np.sin(y) * np.cos(x / 3)], -1)
+    return simplejpeg.encode_jpeg(waves.astype(np.uint8), 95)
+
+
+VIEWS = MultiCrop(
+    views=(
+        Views(count=1, size=112), Views(count=1, size=112), Views(name="local", count=8, size=48, scale=(0.05, 0.32)),
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chain", "shape"),
+    [
+        ((RandomResizedCrop(scale=(0.9, 1.0)), Flip(), RandAugment()), (192, 256)),  # of 768 x 1024
+        ((Resize(to="shorter"), RandomCrop(), Flip()), (192, 256)),
+        ((Flip(), Resize(to="longer"), Pad()), (96, 128)),
+        ((Resize(size=(400, 400)), RandomResizedCrop(scale=(0.9, 1.0))), (192, 256)),
+    ],
+)
+def test_however_many_transforms_a_jpeg_is_decoded_once_as_small_as_the_result_allows(decodes, chain, shape):
+    out = Chain(chain, 112)({"image": photo()}, rng())
+    assert decodes == [shape]
+    whole = Chain(chain, 112, exact=True)({"image": photo()}, rng())["image"]
+    assert decodes[1:] == [(768, 1024)]
+    if not any(isinstance(t, RandAugment) for t in chain):
+        assert np.abs(out["image"].astype(int) - whole).mean() < 6
+
+
+def test_views_are_of_one_decode_and_each_a_crop_of_its_own(decodes):
+    chain = Chain((VIEWS,), 112)
+    out = chain({"image": photo(), "label": 3}, rng())
+    assert len(decodes) == 1
+    assert {k: v.shape for k, v in out.items() if k != "label"} == {k: shape for k, (shape, _) in chain.spec.items()}
+    assert chain.spec["global"][0] == (2, 112, 112, 3)
+    assert chain.spec["local"][0] == (8, 48, 48, 3)
+    assert out["label"] == 3
+    assert len({view.tobytes() for view in (*out["global"], *out["local"])}) == 10
+
+
+def test_a_view_is_a_random_resized_crop():
+    image = rng().integers(0, 256, (60, 80, 3), np.uint8)
+    (view,) = Chain((MultiCrop(views=(Views(count=1, size=32, flip=0.0),)),), 32)({"image": image}, rng(5))["global"]
+    draws = type("Draws", (), {"random": staticmethod(lambda shape: rng(5).random((1, 41))[0, :40].reshape(shape))})()
+    crop = RandomResizedCrop(scale=(0.32, 1.0))
+    np.testing.assert_array_equal(view, Chain((crop,), 32)({"image": image}, draws)["image"])
+
+
+def test_colours_may_follow_the_views():
+    image = rng().integers(0, 256, (60, 80, 3), np.uint8)
+    plain = Chain((VIEWS,), 112)({"image": image}, rng(1))
+    varied = Chain((VIEWS, RandAugment()), 112)({"image": image}, rng(1))
+    assert sum((a != b).any() for a, b in zip(plain["local"], varied["local"], strict=True)) >= 6
+    with pytest.raises(ValueError, match="come before the transform that makes several views"):
+        Chain((VIEWS, Flip(chance=1.0)), 112)({"image": image}, rng(1))
+
+
+def test_a_chain_that_ends_at_another_size_is_refused_before_training():
+    Chain((RandomResizedCrop(),), SIZE).check()
+    with pytest.raises(ConfigError, match=r"data.transforms = \['Resize', 'Flip'\]: .* of an image of 90 x 50 pixels"):
+        Chain((Resize(to="shorter"), Flip()), SIZE).check()
+
+
+def test_images_need_not_be_square():
+    for size in ((32, 96), (96, 32)):
+        for preprocess in EVALS:
+            assert EvalTransform(size, preprocess)(photo(60, 90)).shape == (*size, 3)
+        assert EvalTransform(size, PreprocessConfig()).settings["image_size"] == size
+    wide = EvalTransform((30, 60), PreprocessConfig(crop=1.0))(np.tile(np.arange(90, dtype=np.uint8)[:, None], (1, 60)))
+    assert abs(int(wide[0].mean()) - 30) <= 1  # the middle third of the rows
+    assert abs(int(wide[-1].mean()) - 59) <= 1

@@ -1,0 +1,122 @@
+"""From a record to what a row is made of: open the image, apply the transforms that a configuration lists.
+
+Shapes: H W of the images that the model is given, V views, S side of a view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from visionfm_jax.config import PreprocessConfig, Transform
+from visionfm_jax.data.fields import Spec
+from visionfm_jax.data.images import MAX_PIXELS, opened
+from visionfm_jax.data.sample import Sample, Size
+from visionfm_jax.data.transforms import MultiCrop, Resize
+from visionfm_jax.errors import ConfigError
+
+
+def pair(size: int | Size) -> Size:
+    """(H, W) of a side or of both."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The transforms of training, in order.
+
+    Attributes:
+      transforms: of the configuration; (): the whole image, whatever its ratio.
+      size: (H, W), or the side of a square.
+      max_pixels: of an image; one whose header states more is damaged.
+      exact: resized as evaluation wants it.
+    """
+
+    transforms: Sequence[Transform]
+    size: int | Size
+    max_pixels: int = MAX_PIXELS
+    exact: bool = False
+
+    @property
+    def spec(self) -> Spec:
+        """Of the pixels that a row gets: `image`, or the views by name."""
+        views = [t.shapes for t in self.transforms if isinstance(t, MultiCrop)]
+        shapes = views[-1] if views else {"image": (*pair(self.size), 3)}
+        return {name: (shape, np.uint8) for name, shape in shapes.items()}
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """The record as `spec` says, and all else in it that lies on the image moved with it (`data.sample.Sample`).
+
+        Args:
+          record: "image", encoded bytes or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), and the rest.
+          rng: the sample's own; advances by the same amount whatever the image, if it can be decoded.
+
+        Raises:
+          DamagedImage: it cannot be.
+          DamagedRecord: what lies on the image does not fit it.
+        """
+        with opened(record["image"], self.max_pixels) as picture:
+            sample = Sample.of(record, picture, pair(self.size), self.exact)
+            for transform in self.transforms or (Resize(),):
+                sample = transform(sample, rng)
+            return sample.record()
+
+    def check(self) -> None:
+        """Try the chain on two images.
+
+        Raises:
+          ConfigError: what leaves it is not of the model's size.
+        """
+        for height, width in ((90, 50), (50, 90)):
+            out = self({"image": np.zeros((height, width, 3), np.uint8)}, np.random.default_rng(0))
+            for name, (shape, _) in self.spec.items():
+                if (found := out[name].shape) != shape:
+                    names = [type(t).__name__ for t in self.transforms]
+                    raise ConfigError(
+                        f"config.data.transforms = {names}: make {name} of {found} of an image of {height} x {width} "
+                        f"pixels, and the model is given {shape}; end them by RandomResizedCrop, RandomCrop or Pad"
+                    )
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """What evaluation makes of an image: uint8 (H, W, 3), RGB.
+
+    Attributes:
+      size: (H, W), or the side of a square.
+      preprocess: which part is seen, and how it is resized.
+      max_pixels: of an image; one whose header states more is damaged.
+    """
+
+    size: int | Size
+    preprocess: Transform
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
+        """`image` as that of `Chain`.
+
+        Raises:
+          DamagedImage: the image cannot be decoded.
+        """
+        return self.record({"image": image})["image"]
+
+    def record(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """As `Chain`, the same at every call."""
+        chain = Chain((self.preprocess,), self.size, self.max_pixels, exact=True)
+        return chain(record, np.random.default_rng(0))
+
+    @property
+    def spec(self) -> Spec:
+        """Of the pixels that a row gets."""
+        return Chain((self.preprocess,), self.size).spec
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its part of an eval's protocol."""
+        kind = type(self.preprocess)
+        name = {} if kind is PreprocessConfig else {"transform": kind.__name__}
+        return {"image_size": self.size, **name, **dataclasses.asdict(self.preprocess)}

@@ -1,0 +1,358 @@
+"""A record on its way through a chain of transforms: an image, and all that lies on it.
+
+Crop, resize and flip are planned, not done: they move a `Placement`, which says what part of the image lies where on a
+canvas. So a JPEG is decoded no larger than the result needs, and an image, a mask or a map is resized once, however
+many transforms it passes.
+
+Shapes: N objects, H W image or canvas, V views, S side of a view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+
+from visionfm_jax.data.images import UPRIGHT, Picture, upright
+from visionfm_jax.data.sources.record import DamagedRecord
+
+FILL = 128  # grey level of what lies outside the image
+
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a placement.
+
+    Attributes:
+      length: of the canvas, pixels.
+      seen: begin and end of the part of the image that is to be seen, in pixels of the image.
+      at: begin and end of where it lies, in pixels of the canvas.
+      flipped: whether it lies there mirrored.
+    """
+
+    length: int
+    seen: tuple[float, float]
+    at: tuple[float, float]
+    flipped: bool = False
+
+    @property
+    def pixels(self) -> slice:
+        """Those of the canvas whose centres lie on the image."""
+        return slice(math.ceil(self.at[0] - 0.5), math.ceil(self.at[1] - 0.5))
+
+    def crop(self, begin: int, length: int) -> Axis:
+        """The canvas becomes a window, which may reach beyond it."""
+        low, high = (min(max(edge, begin), begin + length) for edge in self.at)
+        seen = sorted(min(max(self._on_image(edge), self.seen[0]), self.seen[1]) for edge in (low, high))
+        return Axis(length, tuple(seen), (low - begin, high - begin), self.flipped)
+
+    def resize(self, length: int) -> Axis:
+        """The canvas is stretched, with all on it."""
+        return Axis(length, self.seen, tuple(edge * length / self.length for edge in self.at), self.flipped)
+
+    def flip(self) -> Axis:
+        """The canvas is mirrored."""
+        return Axis(self.length, self.seen, (self.length - self.at[1], self.length - self.at[0]), not self.flipped)
+
+    def part(self, exact: bool) -> tuple[float, float, int, int]:
+        """Begin and end of what of the image is resized, to what length, and where in that `pixels` begin.
+
+        Training takes whole pixels of the image: off by half a pixel of the image or of the canvas, whichever is less.
+        """
+        (low, high), length = self.seen, self.pixels.stop - self.pixels.start
+        if exact:
+            return low, high, length, 0
+        if length <= high - low:
+            begin = min(round(low), math.ceil(high) - 1)
+            return begin, max(begin + 1, round(high)), length, 0
+        begin, end, scale = math.floor(low), math.ceil(high), length / (high - low)
+        offset = round((low - begin) * scale)
+        return begin, end, max(offset + length, round((end - begin) * scale)), offset
+
+    def nearest(self) -> np.ndarray:
+        """For each of `pixels`, the pixel of the image on which its centre lies."""
+        centres = np.arange(self.pixels.start, self.pixels.stop) + 0.5
+        return np.clip(self._on_image(centres), self.seen[0], max(self.seen[0], math.ceil(self.seen[1]) - 1)).astype(
+            int
+        )
+
+    def _on_image(self, place: Any) -> Any:
+        """The place in the image of one on the canvas."""
+        (low, high), (begin, end) = self.seen, self.at
+        ratio = (high - low) / (end - begin) if end > begin else 0.0
+        return high - (place - begin) * ratio if self.flipped else low + (place - begin) * ratio
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an upright image lies on a canvas of `size`; `interpolation` is that of evaluation, bicubic or bilinear."""
+
+    rows: Axis
+    columns: Axis
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def whole(cls, size: Size) -> Placement:
+        """The image fills the canvas."""
+        return cls(*(Axis(length, (0, length), (0, length)) for length in size))
+
+    @property
+    def size(self) -> Size:
+        """(H, W) of the canvas."""
+        return self.rows.length, self.columns.length
+
+    @property
+    def visible(self) -> bool:
+        """Whether a pixel of the canvas lies on the image."""
+        return all(axis.pixels.start < axis.pixels.stop for axis in (self.rows, self.columns))
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Placement:
+        """The canvas becomes a window, which may reach beyond it."""
+        return Placement(self.rows.crop(top, height), self.columns.crop(left, width), self.interpolation)
+
+    def resize(self, size: Size, interpolation: str = "bicubic") -> Placement:
+        """The canvas is stretched to (H, W), with all on it."""
+        return Placement(self.rows.resize(size[0]), self.columns.resize(size[1]), interpolation)
+
+    def flip(self) -> Placement:
+        """The canvas is mirrored, left to right."""
+        return Placement(self.rows, self.columns.flip(), self.interpolation)
+
+
+def render(picture: Picture, placements: Sequence[Placement], exact: bool) -> list[np.ndarray]:
+    """The canvases, uint8 (H, W, 3), grey where there is no image; the image is decoded once.
+
+    Raises:
+      DamagedImage: it cannot be decoded.
+    """
+    out: list[np.ndarray | None] = [None] * len(placements)
+    visible = [i for i, place in enumerate(placements) if place.visible]
+    plans = [(placements[i].rows.part(exact), placements[i].columns.part(exact)) for i in visible]
+    parts = [((top, left, bottom, right), (h, w)) for (top, bottom, h, _), (left, right, w, _) in plans]
+    made = picture.parts(parts, exact, placements[0].interpolation) if parts else []
+    for i, pixels, ((*_, down), (*_, across)) in zip(visible, made, plans, strict=True):
+        rows, columns = placements[i].rows, placements[i].columns
+        height, width = rows.pixels.stop - rows.pixels.start, columns.pixels.stop - columns.pixels.start
+        pixels = pixels[down : down + height, across : across + width]
+        pixels = cv2.flip(pixels, 1) if columns.flipped else pixels
+        if (height, width) == placements[i].size:
+            out[i] = pixels
+        else:
+            out[i] = np.full((*placements[i].size, 3), FILL, np.uint8)
+            out[i][rows.pixels, columns.pixels] = pixels
+    return [np.full((*p.size, 3), FILL, np.uint8) if o is None else o for o, p in zip(out, placements, strict=True)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record whose image has been opened. Methods return another sample; none changes this one.
+
+    What a record may hold, by its name:
+      image: see `data.sources.Source`.
+      boxes: (N, 4), left, top, right and bottom edge of each object, pixels.
+      box_…: (N, …) or N texts, what belongs to the boxes: labels, say; dropped with them.
+      masks: (N, H, W), an image's pixels that belong to each object.
+      …_map: (H, W), a class for each pixel, say.
+    All are of the image as it is stored, and are turned upright with it. The rest is passed on.
+
+    Attributes:
+      picture: the image.
+      placement: of the image on the canvas.
+      target: (H, W) that the model is given.
+      exact: whether pixels are made for evaluation (`data.images`).
+      boxes: as above, on the canvas; None: the record has none.
+      objects: what belongs to the boxes.
+      fields: the rest of the record.
+      views: by name, uint8 (V, S, S, 3); where there are any, the model is given these in place of the image.
+    """
+
+    picture: Picture
+    placement: Placement
+    target: Size
+    exact: bool = False
+    boxes: np.ndarray | None = None
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    views: Mapping[str, np.ndarray] = field(default_factory=dict)
+    _masks: np.ndarray | None = None  # of the image, not of the canvas; and so are the maps
+    _maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], picture: Picture, target: Size, exact: bool = False) -> Sample:
+        """A record and its opened image.
+
+        Raises:
+          DamagedRecord: boxes, masks or maps do not fit each other or the image.
+        """
+        rest = {k: v for k, v in record.items() if k != "image"}
+        boxes, masks = rest.pop("boxes", None), rest.pop("masks", None)
+        objects = {k: rest.pop(k) for k in list(rest) if k.startswith("box_")}
+        maps = {k: rest.pop(k) for k in list(rest) if k.endswith("_map")}
+        if boxes is not None:
+            boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+            boxes = clip_boxes(upright_boxes(boxes, picture), picture.size)
+        if masks is not None:
+            masks = np.moveaxis(upright(np.moveaxis(np.asarray(masks), 0, -1), picture.orientation), -1, 0)
+        maps = {k: upright(np.asarray(v), picture.orientation) for k, v in maps.items()}
+        counts = {k: len(v) for k, v in {"boxes": boxes, "masks": masks, **objects}.items() if v is not None}
+        if len(set(counts.values())) > 1:
+            raise DamagedRecord(f"its objects are {', '.join(f'{n} {k}' for k, n in counts.items())}")
+        sizes = {k: v.shape[:2] for k, v in maps.items()} | ({} if masks is None else {"masks": masks.shape[1:]})
+        for name, size in sizes.items():
+            if size != picture.size:
+                of = " x ".join(map(str, picture.size))
+                raise DamagedRecord(f"its {name} have {size[0]} x {size[1]} pixels, its image {of}")
+        place = Placement.whole(picture.size)
+        return cls(picture, place, target, exact, boxes, objects, rest, {}, masks, maps)
+
+    @property
+    def size(self) -> Size:
+        """(H, W) of the canvas."""
+        return self.placement.size
+
+    @property
+    def image(self) -> np.ndarray:
+        """The canvas, uint8 (H, W, 3).
+
+        Raises:
+          DamagedImage: the image cannot be decoded.
+        """
+        return render(self.picture, [self.placement], self.exact)[0]
+
+    @property
+    def masks(self) -> np.ndarray | None:
+        """(N, H, W) on the canvas, 0 where there is no image; None: the record has none."""
+        if self._masks is None:
+            return None
+        masks = np.zeros((len(self._masks), *self.size), self._masks.dtype)
+        for out, mask in zip(masks, self._masks, strict=True):
+            self._place(mask, out)
+        return masks
+
+    @property
+    def maps(self) -> dict[str, np.ndarray]:
+        """(H, W) each, on the canvas; where there is no image, `ignored`."""
+        maps = {name: np.full(self.size, ignored(m.dtype), m.dtype) for name, m in self._maps.items()}
+        for name, out in maps.items():
+            self._place(self._maps[name], out)
+        return maps
+
+    def crop(self, top: int, left: int, height: int, width: int, min_visible: float = 0.0) -> Sample:
+        """The canvas becomes a window, which may reach beyond it.
+
+        Boxes are clipped; those of which nothing, or less than `min_visible` of their area, is left are dropped.
+        """
+        out = self._moved(self.placement.crop(top, left, height, width))
+        if self.boxes is None:
+            return out
+        boxes = clip_boxes(self.boxes - np.array([left, top, left, top], np.float32), (height, width))
+        left_over, before = areas(boxes), areas(self.boxes)
+        return dataclasses.replace(out, boxes=boxes).keep((left_over > 0) & (left_over >= min_visible * before))
+
+    def resize(self, size: Size, interpolation: str = "bicubic") -> Sample:
+        """The canvas is stretched to (H, W), with all on it; `interpolation` is that of evaluation."""
+        out = self._moved(self.placement.resize(size, interpolation))
+        scale = np.array([size[1] / self.size[1], size[0] / self.size[0]] * 2, np.float32)
+        return out if self.boxes is None else dataclasses.replace(out, boxes=self.boxes * scale)
+
+    def flip(self) -> Sample:
+        """The canvas is mirrored, left to right."""
+        out = self._moved(self.placement.flip())
+        if self.boxes is None:
+            return out
+        left, top, right, bottom = self.boxes.T
+        width = self.size[1]
+        return dataclasses.replace(out, boxes=np.stack([width - right, top, width - left, bottom], 1))
+
+    def keep(self, chosen: np.ndarray) -> Sample:
+        """The objects that `chosen`, bool (N,), names."""
+        kept = np.flatnonzero(chosen)
+        if len(kept) == len(chosen):
+            return self
+        objects = {
+            k: v[kept] if isinstance(v, np.ndarray) else type(v)(v[i] for i in kept) for k, v in self.objects.items()
+        }
+        masks = None if self._masks is None else self._masks[kept]
+        boxes = None if self.boxes is None else self.boxes[kept]
+        return dataclasses.replace(self, boxes=boxes, objects=objects, _masks=masks)
+
+    def with_image(self, image: np.ndarray) -> Sample:
+        """Another canvas, uint8 (H, W, 3); what lies on it stays where it is, so its size must be that of before."""
+        if image.shape[:2] != self.size:
+            raise ValueError(f"an image of {image.shape[:2]} pixels for a canvas of {self.size}; crop or resize before")
+        masks, maps = self.masks, self.maps
+        picture = Picture.of(image)
+        place = Placement.whole(self.size)
+        return dataclasses.replace(self, picture=picture, placement=place, _masks=masks, _maps=maps)
+
+    def map_pixels(self, function: Callable[[np.ndarray], np.ndarray]) -> Sample:
+        """`function` of the canvas, or of each view where there are views; it keeps the size."""
+        if not self.views:
+            return self.with_image(function(self.image))
+        return self.with_views({k: np.stack([function(view) for view in views]) for k, views in self.views.items()})
+
+    def with_views(self, views: Mapping[str, np.ndarray | Sequence[Placement]]) -> Sample:
+        """Views by name: pixels, uint8 (V, S, S, 3), or placements of the image, of which one decode makes them all.
+
+        Raises:
+          DamagedImage: the image cannot be decoded.
+        """
+        planned = [place for places in views.values() if not isinstance(places, np.ndarray) for place in places]
+        made = iter(render(self.picture, planned, self.exact) if planned else ())
+        return dataclasses.replace(
+            self,
+            views={
+                name: what if isinstance(what, np.ndarray) else np.stack([next(made) for _ in what])
+                for name, what in views.items()
+            },
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What `of` has taken, as it lies on the canvas, with the views, if there are any, in place of the image."""
+        out = {**self.fields, **self.objects, **self.maps, **(self.views or {"image": self.image})}
+        out |= {} if self.boxes is None else {"boxes": self.boxes}
+        return out | ({} if self._masks is None else {"masks": self.masks})
+
+    def _place(self, pixels: np.ndarray, canvas: np.ndarray) -> None:
+        """Fill the canvas (H, W) from the nearest pixels of the image."""
+        rows, columns = self.placement.rows, self.placement.columns
+        canvas[rows.pixels, columns.pixels] = pixels[rows.nearest()[:, None], columns.nearest()]
+
+    def _moved(self, placement: Placement) -> Sample:
+        if self.views:
+            raise ValueError("crop, resize and flip come before the transform that makes several views of an image")
+        return dataclasses.replace(self, placement=placement)
+
+
+def ignored(dtype: np.dtype) -> float:
+    """What stands in a map where there is no image: the largest value of unsigned integers (255), else -1."""
+    return np.iinfo(dtype).max if np.issubdtype(dtype, np.unsignedinteger) else -1
+
+
+def areas(boxes: np.ndarray) -> np.ndarray:
+    """(N,) of boxes (N, 4)."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def clip_boxes(boxes: np.ndarray, size: Size) -> np.ndarray:
+    """The parts of boxes (N, 4) that lie on (H, W)."""
+    return np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
+
+
+def upright_boxes(boxes: np.ndarray, picture: Picture) -> np.ndarray:
+    """Boxes (N, 4) of the stored image on the upright one."""
+    swap, flip_rows, flip_columns = UPRIGHT.get(picture.orientation, (False, False, False))
+    left, top, right, bottom = boxes[:, [1, 0, 3, 2]].T if swap else boxes.T
+    height, width = picture.size
+    if flip_rows:
+        top, bottom = height - bottom, height - top
+    if flip_columns:
+        left, right = width - right, width - left
+    return np.stack([left, top, right, bottom], 1)
