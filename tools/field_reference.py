@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from visionfm_jax import evals, models, tasks
+from visionfm_jax import data, evals, models, tasks
 from visionfm_jax.config import Config, ModelConfig, TaskConfig
 from visionfm_jax.config.arguments import default_of, kind_of, meaning_of
 from visionfm_jax.config.limits import types_of
-from visionfm_jax.data import sources
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
-PACKAGES = (models, tasks, evals, sources)  # where classes stand beside what they make
+PACKAGES = (models, tasks, evals, data)  # where classes stand beside what they make
 HEAD = """# Fields of a configuration
 
 Written by `python tools/field_reference.py` from the classes themselves. `visionfm train --config=FILE.py --help`

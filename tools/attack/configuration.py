@@ -253,7 +253,8 @@ def check_type(value: Any, kind: Any, name: str) -> Iterator[str]:
     """As `check_types`, of one value."""
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
-        kinds = kinds[:1] * len(value) if Ellipsis in kinds else kinds
+        if Ellipsis in kinds and type(value) is tuple:
+            kinds = kinds[:1] * len(value)
         if type(value) is not tuple or len(value) != len(kinds):
             yield f"{name} is no {kind}"
         else:

@@ -18,10 +18,7 @@ from visionfm_jax.config.limits import CHANCE, DECAY, SHARE, STEPS, FileName, Fi
 
 if TYPE_CHECKING:  # the packages above this one
     import jax.numpy as jnp
-    import numpy as np
     from flax import linen as nn
-
-    from visionfm_jax.data.sample import Sample
 
 
 class ModelConfig:
@@ -150,8 +147,11 @@ class Transform:
 
     limits: ClassVar[Limits] = {}
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """The sample, transformed; what is drawn, is drawn by `rng`, and as much whatever the sample."""
+    def __call__(self, sample: Any, rng: Any) -> Any:
+        """A `data.sample.Sample`, transformed.
+
+        What is drawn, is drawn by `rng`, a NumPy generator of the sample's own, and as much whatever the sample.
+        """
         raise NotImplementedError
 
     def problems(self, name: str) -> list[Problem]:
@@ -188,6 +188,7 @@ class AugmentConfig(PhotometricConfig):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise; images minus the mean are divided by it
 
     limits: ClassVar[Limits] = {
+        **PhotometricConfig.limits,
         "mean": Range(0, 1, "of values in [0, 1]"),
         "std": Range(1e-3, 1, "of values in [0, 1]"),
     }
@@ -319,7 +320,7 @@ class PreprocessConfig(Transform):
             return [(f"{name}.crop", self.crop, f"leaves out what {name}.resize = pad shows", "set it to 1")]
         return []
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def __call__(self, sample: Any, rng: Any) -> Any:
         """As timm's evaluation: torchvision's Resize(floor(S / crop)) and CenterCrop(S), whole pixels and all."""
         (height, width), (rows, columns) = (math.floor(side / self.crop) for side in sample.target), sample.size
         wide = rows * width <= columns * height

@@ -65,6 +65,14 @@ class Chain:
                 sample = transform(sample, rng)
             return sample.record()
 
+    def __str__(self) -> str:
+        """What is done, for people, in a line."""
+        names = [type(t).__name__ for t in self.transforms] or ["whole image, resized"]
+        return (
+            f"{', '.join(names)}; JPEG decoded at 1/8, 1/4, 1/2 or all of its size, as the result needs, and resized "
+            "once by OpenCV (bilinear; area average from a half down); evaluation decodes all, resized by Pillow"
+        )
+
     def check(self) -> None:
         """Try the chain on two images.
 

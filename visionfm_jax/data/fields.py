@@ -1,4 +1,4 @@
-"""What a task wants of a record beside its image: a label or a caption. Shapes: L tokens of a text."""
+"""What a task wants of a record beside its image: a label, a caption, objects. Shapes: L tokens, N objects."""
 
 from __future__ import annotations
 
@@ -61,6 +61,31 @@ class Labels:
                 f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "
                 f"{self.num_classes}; set it to {source.num_classes}"
             )
+
+
+class Objects:
+    """The objects on an image, after the transforms: at most `most` of them, then zeros, and their number.
+
+    `boxes`, float32 (N, 4): left, top, right and bottom edge, pixels of the image that the model is given;
+    `box_labels`, int32 (N,), below `num_classes`; `objects`, int32: how many the image has, also where more than N.
+    """
+
+    def __init__(self, num_classes: int, most: int):
+        arrays = {"boxes": ((most, 4), np.float32), "box_labels": ((most,), np.int32)}
+        self.spec: Spec = {**arrays, "objects": ((), np.int32)}
+        self.num_classes, self.most = num_classes, most
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        labels = np.asarray(record["box_labels"], np.int32)[: self.most]
+        if ((labels < 0) | (labels >= self.num_classes)).any():
+            raise DamagedRecord(f"its labels of boxes are {labels.tolist()}, not from 0 to {self.num_classes - 1}")
+        row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
+        row["box_labels"][: len(labels)] = labels
+        row["boxes"][: len(labels)] = record["boxes"][: self.most]
+        return {**row, "objects": len(record["boxes"])}
+
+    def check(self, source: Source) -> None:
+        """Sources do not say whether they have objects: `data.sources.Source`."""
 
 
 class Texts:

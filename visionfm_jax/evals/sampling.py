@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.chain import EvalTransform
+from visionfm_jax.data.sources import Source, read_record
 
 
 def sample(rows: np.ndarray, count: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from visionfm_jax.config import Config, load
+from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.sources import Source
 from visionfm_jax.evals.registry import Eval
 from visionfm_jax.telemetry.pictures import draw
@@ -35,6 +36,7 @@ def describe(trainer: Trainer) -> str:
             f"{config.name}: {count:,} parameters on {mesh.size} x {kind}, mesh {dict(mesh.shape)}, "
             f"ZeRO stage {config.parallel.stage}, {config.train.precision}",
             load.describe(config),
+            f"  images           {Chain(config.data.transforms, config.model.image_size)}",
             f"  run folder       {config.folder}",
         ]
     )

@@ -7,8 +7,11 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from visionfm_jax.config import PreprocessConfig
+from visionfm_jax.config import DataConfig, PreprocessConfig, SourceConfig, load
+from visionfm_jax.config.schema import plain
 from visionfm_jax.data.chain import Chain, EvalTransform
+from visionfm_jax.data.fields import Labels, Objects
+from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sample import FILL, ignored
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import (
@@ -22,7 +25,7 @@ from visionfm_jax.data.transforms import (
     Resize,
     Views,
 )
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, DataError
 
 SIZE = 48, 64
 CHAINS = {
@@ -282,3 +285,124 @@ def test_images_need_not_be_square():
     wide = EvalTransform((30, 60), PreprocessConfig(crop=1.0))(np.tile(np.arange(90, dtype=np.uint8)[:, None], (1, 60)))
     assert abs(int(wide[0].mean()) - 30) <= 1  # the middle third of the rows
     assert abs(int(wide[-1].mean()) - 59) <= 1
+
+
+class Scenes:
+    """Record i: rectangles, as `rectangles(i)`."""
+
+    class_names, name, num_classes = None, "scenes", 3
+
+    def __len__(self) -> int:
+        return 11
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def __getitem__(self, index: int) -> dict:
+        return rectangles(index) | {"label": index % 3}
+
+
+def batches(fields, chain, **changes) -> list[dict]:
+    arguments = {"batch_size": 8, "host": 0, "hosts": 1, "threads": 2, "workers": 0} | changes
+    data = DataConfig(
+        train=(SourceConfig(path="x"),), transforms=chain, threads=arguments.pop("threads"),
+        workers=arguments.pop("workers"),
+    )  # fmt: skip
+    with train_loader(
+        data, image_size=(16, 24), seed=0, start_step=0, sources=[Scenes()], fields=fields, **arguments
+    ) as loader:
+        return [next(loader) for _ in range(2)]
+
+
+def same(a: list[dict], b: list[dict]) -> bool:
+    return all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x | y)
+
+
+SMALL = MultiCrop(views=(Views(size=16), Views(name="local", count=3, size=8, scale=(0.05, 0.32))))
+
+
+@pytest.mark.parametrize(
+    ("fields", "chain"), [(Objects(3, 2), CHAINS["large scale jitter"]), (Labels(3), (SMALL, RandAugment()))]
+)
+def test_batches_are_the_same_for_any_number_of_hosts_and_threads(fields, chain):
+    whole = batches(fields, chain)
+    assert same(whole, batches(fields, chain, threads=1))
+    halves = [batches(fields, chain, host=host, hosts=2) for host in (0, 1)]
+    assert same(whole, [{k: np.concatenate([h[i][k] for h in halves]) for k in whole[0]} for i in (0, 1)])
+
+
+def test_batches_of_views_have_the_promised_arrays():
+    (batch, _) = batches(Labels(3), (SMALL,))
+    assert {k: (v.dtype.name, v.shape) for k, v in batch.items() if k in ("image", "global", "local", "label")} == {
+        "global": ("uint8", (8, 2, 16, 16, 3)),
+        "local": ("uint8", (8, 3, 8, 8, 3)),
+        "label": ("int32", (8,)),
+    }
+
+
+def test_objects_are_padded_to_one_number_and_counted():
+    (batch, _) = batches(Objects(3, 5), (Flip(chance=1.0), Resize(to="longer"), Pad()))
+    assert batch["image"].shape == (8, 16, 24, 3)
+    assert batch["boxes"].shape == (8, 5, 4)
+    assert batch["objects"].tolist() == [3] * 8
+    assert batch["box_labels"][:, :3].tolist() == [[0, 1, 2]] * 8
+    assert not batch["boxes"][:, 3:].any()
+    assert (batch["boxes"][:, :3, 2:] > batch["boxes"][:, :3, :2]).all()
+    (few, _) = batches(Objects(3, 2), (Flip(chance=1.0), Resize(to="longer"), Pad()))
+    assert few["objects"].tolist() == [3] * 8  # more than fit
+    np.testing.assert_array_equal(few["boxes"], batch["boxes"][:, :2])
+    with pytest.raises(DataError, match=r"its labels of boxes are \[0, 1, 2\], not from 0 to 1"):
+        batches(Objects(2, 5), (Resize(),))
+
+
+OWN = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from visionfm_jax.config import *
+from visionfm_jax.config.limits import Limits, Range
+from visionfm_jax.data.transforms import RandomResizedCrop
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
+
+
+@dataclass(kw_only=True)
+class Darken(Transform):
+    low: float = 0.25  # factor, drawn between this and 1
+
+    limits: ClassVar[Limits] = {"low": Range(0, 1)}
+
+    def __call__(self, sample, rng: np.random.Generator):
+        factor = self.low + (1 - self.low) * rng.random()
+        return sample.map_pixels(lambda pixels: (pixels * factor).astype(np.uint8))
+
+
+def get_config(variant=""):
+    return Config(
+        name="own",
+        model=ViTConfig(size="Ti", patch_size=16, image_size=32),
+        task=ClassificationConfig(num_classes=3),
+        data=DataConfig(
+            train=(SourceConfig(kind="bundled", path="digits"),), transforms=(RandomResizedCrop(), Darken(low=0.5))
+        ),
+        optim=OptimConfig(warmup_steps=2),
+        train=TrainConfig(batch_size=8, steps=10),
+    )
+"""
+
+
+def test_a_transform_of_ones_own_needs_no_change_of_the_package(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    config, _ = load.from_arguments([f"--config={path}", "--config.data.transforms[1].low=0.25"])
+    assert plain(config)["data"]["transforms"][1] == {"transform": "Darken", "low": 0.25}
+    with pytest.raises(ConfigError, match=r"config.data.transforms\[1\].low = 2.0: must lie in \[0, 1\]"):
+        load.from_arguments([f"--config={path}", "--config.data.transforms[1].low=2"])
+    dark = batches(Labels(3), config.data.transforms)
+    light = batches(Labels(3), config.data.transforms[:1])
+    ratios = [d.sum() / b.sum() for d, b in zip(dark[0]["image"], light[0]["image"], strict=True)]
+    assert 0.2 < min(ratios) < 0.6 < max(ratios) < 1

@@ -33,7 +33,8 @@ class Source(Protocol):
 
         Returns:
           "image", encoded bytes or uint8 (H, W, C); where there are classes, "label", int; where there are captions,
-          "caption", str, or bytes as they are stored, or a tuple of those, several captions of the image.
+          "caption", str, or bytes as they are stored, or a tuple of those, several captions of the image; and what lies
+          on the image: boxes, masks, maps, by the names that `data.sample.Sample` knows.
 
         Raises:
           IndexError: no such record.
