@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +126,13 @@ def overflowing(tmp_path) -> list[str]:
     return [*source.split(), mean, std, "--config.data.augment.jitter=(0.,0.,0.,0.)", "--config.optim.warmup_steps=2"]
 
 
+def start_unbounded(folder: Path, *arguments: str) -> subprocess.Popen:
+    """Few steps: compiling takes nearly all the time."""
+    return start(folder, *arguments, base=UNBOUNDED, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
 def run_unbounded(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
-    return finish(start(folder, *arguments, base=UNBOUNDED), folder, code)
+    return finish(start_unbounded(folder, *arguments), folder, code)
 
 
 def test_a_value_that_is_not_finite(tmp_path, overflowing):
@@ -195,7 +201,7 @@ def test_overflows_of_fp16_are_ordinary_and_a_killed_run_keeps_the_scale(tmp_pat
     rows = read_metrics(whole)
     assert [rows[0]["loss_scale"], rows[-1]["skipped_steps"]] == [65536, 3]
 
-    process = start(folder, *arguments, "--config.checkpoint.every_steps=1", base=UNBOUNDED)
+    process = start_unbounded(folder, *arguments, "--config.checkpoint.every_steps=1")
     signal_after(process, folder, 4, signal.SIGKILL)
     finish(process, folder, code=-signal.SIGKILL)
     run_unbounded(folder, *arguments)
