@@ -31,7 +31,7 @@ class HalfFailed(Exception):
 
 
 def parser(doc: str, peers: Sequence[str], precisions: Sequence[str], config: str) -> argparse.ArgumentParser:
-    """The flags that all of these benchmarks have; `config` is ours unless told."""
+    """The flags that all of these benchmarks have; `config` is ours unless given."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     p.add_argument("--peer", choices=peers, required=True, help="which defaults: a laptop's or one accelerator's")
     p.add_argument("--model", help="what both halves are")
@@ -159,10 +159,10 @@ def time_torch(args: argparse.Namespace, batch: int, model: Any, step: Callable[
 
 
 def our_command(args: argparse.Namespace, fields: dict[str, Any]) -> list[str]:
-    """The bench door with these fields of a configuration, and those of the command line."""
+    """The benchmark command with these fields of a configuration, and those of the command line."""
     flags = [f"--config.{k}={v}" for k, v in fields.items()]
-    door = [args.jax_python, "-m", "visionfm_jax.bench", f"--config={args.config}", f"--steps={args.steps}"]
-    return [*door, *flags, *args.ours]
+    command = [args.jax_python, "-m", "visionfm_jax.bench", f"--config={args.config}", f"--steps={args.steps}"]
+    return [*command, *flags, *args.ours]
 
 
 def torch_command(args: argparse.Namespace, batch: int, program: str, *more: str) -> list[str]:

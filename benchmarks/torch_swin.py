@@ -126,7 +126,7 @@ def torch_steps(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 
 def our_command(args: argparse.Namespace, batch: int) -> list[str]:
-    """The bench door with the peer's towers, batch and precision."""
+    """The benchmark command with the peer's towers, batch and precision."""
     word, window, pixels = form(args)
     fields = {
         "model.image.size": IMAGE[word][0], "model.image.window": window, "model.image.image_size": pixels,

@@ -83,7 +83,7 @@ def torch_steps(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 
 def our_command(args: argparse.Namespace, batch: int) -> list[str]:
-    """The bench door with the peer's model, batch and precision."""
+    """The benchmark command with the peer's model, batch and precision."""
     word, patch, pixels = re.fullmatch(r"vit_(\w+)_patch(\d+)_(\d+)", args.model).groups()
     fields = {
         "model.size": SIZES[word], "model.patch_size": patch, "model.image_size": pixels, "model.pool": args.pool,

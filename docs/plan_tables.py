@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from visionfm_jax.config import load
-from visionfm_jax.errors import UserError, door
+from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel.targets import find_cluster
 from visionfm_jax.planning.compiled import GPU, compile_step, missing_packages
 from visionfm_jax.planning.estimate import estimate
@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)())
+    sys.exit(entry_point(main)())

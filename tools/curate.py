@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from visionfm_jax.errors import DataError, UserError, door
+from visionfm_jax.errors import DataError, UserError, entry_point
 
 SEED = 0
 EMOJI_SIZE = 64  # pixels
@@ -407,4 +407,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 
 from visionfm_jax.config.arguments import show_help
-from visionfm_jax.errors import UserError, door
+from visionfm_jax.errors import UserError, entry_point
 
 COMMANDS = {  # module and what it does
     "train": ("main", "train as a configuration says, or continue its run"),
     "evaluate": ("main", "run a configuration's evals on what its run has reached"),
     "replay": ("main", "run a step again, with statistics of every layer"),
-    "plan": ("plan", "memory, exchanges and time of a step on GPUs that are not there"),
+    "plan": ("plan", "memory, collectives and time of a step on GPUs that are not there"),
     "bench": ("bench", "time the training step on synthetic data"),
     "select": ("data.select", "select pairs of a folder of tars by columns of their parquets"),
     "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on a configuration's captions"),
@@ -31,7 +31,7 @@ def usage() -> str:
     return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "visionfm COMMAND --help says more."])
 
 
-@door
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run the command that the first argument names; None: those of the command line."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]

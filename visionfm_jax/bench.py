@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.errors import UserError, door
+from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.mesh import BATCH, make_mesh
 from visionfm_jax.parallel.targets import peak_flops
@@ -113,4 +113,4 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> 
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))

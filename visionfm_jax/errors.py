@@ -1,7 +1,7 @@
 """Errors that a person can act on, and the exit codes that schedulers understand.
 
 Every error of this module is one line for the user: what is wrong, with which value, and what to do.
-The doors (`main`, `bench`, …) print that line and exit with the class's code; anything else is a bug
+The entry points (`main`, `bench`, …) print that line and exit with the class's code; anything else is a bug
 and keeps its traceback.
 """
 
@@ -60,7 +60,7 @@ PREEMPTED = 75  # EX_TEMPFAIL: the state is saved; a scheduler should start the 
 INTERRUPTED = 130  # as shells report Ctrl-C
 
 
-def door(main: Callable[..., int | None]) -> Callable[..., int]:
+def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a program's `main` so that errors for people are one line on stderr and an exit code."""
 
     @functools.wraps(main)

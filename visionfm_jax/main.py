@@ -18,7 +18,7 @@ from visionfm_jax.cli.evaluate import evaluate
 from visionfm_jax.cli.replay import replay
 from visionfm_jax.cli.train import run
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.errors import door
+from visionfm_jax.errors import entry_point
 from visionfm_jax.parallel import cluster
 from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.watchdog import Watchdog
@@ -73,4 +73,4 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.main", mode
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Plan a run: `python -m visionfm_jax.plan --config=FILE.py[:VARIANT] --cluster=h100:4x8 [--search] [--json=FILE]`.
 
 Compiles the training step of a configuration for the GPUs of a cluster, without them, and prints what it needs: memory,
-exchanges, time. Takes the configuration words of `main`. Exit codes: 0 it fits · 2 the input is wrong · 3 it does
+collectives, time. Takes the configuration words of `main`. Exit codes: 0 it fits · 2 the input is wrong · 3 it does
 not fit, with the nearest setting that does.
 """
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.errors import UserError, door
+from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster, read_targets
 from visionfm_jax.planning import report, settings
 from visionfm_jax.planning.compiled import CPU, GPU, compile_step, missing_packages
@@ -80,13 +80,13 @@ def plan_for_gpus(console: Console, config: Config, cluster: Cluster, *, search:
     base = settings.setting_of(config)
     bar = tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty())
 
-    def told(done: int, of: int) -> None:
+    def on_progress(done: int, of: int) -> None:
         bar.total = of
         bar.n = done
         bar.refresh()
 
-    with bar, settings.Planner(config, cluster, told) as planner:
-        told(0, 1)
+    with bar, settings.Planner(config, cluster, on_progress) as planner:
+        on_progress(0, 1)
         now = estimate(compile_step(config, cluster, GPU), cluster)
         bar.clear()
         report.print_plan(console, config.name, now)
@@ -119,4 +119,4 @@ def _ending(planner: settings.Planner, key: str, found: list) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))

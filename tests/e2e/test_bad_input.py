@@ -8,7 +8,7 @@ from runs import ROOT, SMALL, only_error, run
 
 from visionfm_jax.cli.data import open_data
 from visionfm_jax.config import load
-from visionfm_jax.errors import door
+from visionfm_jax.errors import entry_point
 
 NUMPY = ["--config.data.train[0].kind=numpy", "--config.data.train[1].kind=numpy"]
 
@@ -52,7 +52,7 @@ def test_one_line_names_the_cause_and_the_remedy(tmp_path, monkeypatch, capsys, 
     (tmp_path / "images" / "cat" / "1.jpg").write_bytes(b"-")
     names = {"empty": tmp_path / "empty", "images": tmp_path / "images"}
     monkeypatch.chdir(ROOT)
-    code = door(check)([*SMALL, *(a.format(**names) for a in arguments)], devices=8)
+    code = entry_point(check)([*SMALL, *(a.format(**names) for a in arguments)], devices=8)
     line = only_error(capsys.readouterr().err)
     assert code == 2
     for part in parts:
@@ -73,7 +73,7 @@ def test_one_line_for_runs_of_pairs(tmp_path, monkeypatch, capsys, arguments, pa
     monkeypatch.chdir(ROOT)
     (tmp_path / "notes.txt").write_text("-")
     pairs = ["--config=configs/swinv2_g_clip.py:tiny", *(a.format(tmp=tmp_path) for a in arguments)]
-    assert door(check)(pairs, devices=1) == 2
+    assert entry_point(check)(pairs, devices=1) == 2
     line = only_error(capsys.readouterr().err)
     for part in parts:
         assert part.format(tmp=tmp_path) in line
@@ -101,7 +101,7 @@ ALL_PAIRS = [f"--config.data.train[{i}].caption_key=caption" for i in (1, 2)]
 )
 def test_one_line_for_runs_of_pairs_and_bare_images(monkeypatch, capsys, arguments, parts):
     monkeypatch.chdir(ROOT)
-    assert door(check)(["--config=configs/aurora_xl.py:tiny", *arguments], devices=1) == 2
+    assert entry_point(check)(["--config=configs/aurora_xl.py:tiny", *arguments], devices=1) == 2
     line = only_error(capsys.readouterr().err)
     for part in parts:
         assert part in line
@@ -112,7 +112,7 @@ def test_configuration_files(tmp_path, monkeypatch, capsys, spec):
     (tmp_path / "broken.py").write_text("def get_config(variant):\n    return 1 / 0\n")
     monkeypatch.chdir(ROOT)
     spec = spec.format(tmp=tmp_path)
-    assert door(check)([f"--config={spec}"], devices=8) == 2
+    assert entry_point(check)([f"--config={spec}"], devices=8) == 2
     assert spec.partition(":")[0] in only_error(capsys.readouterr().err)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from visionfm_jax.config import load
-from visionfm_jax.errors import door
+from visionfm_jax.errors import entry_point
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
 from visionfm_jax.plan import main
 from visionfm_jax.planning.compiled import GPU, compile_step
@@ -21,9 +21,9 @@ QUICKLY = """
 import sys
 from gpu_compiles import without_softmax_kernels
 from visionfm_jax import plan
-from visionfm_jax.errors import door
+from visionfm_jax.errors import entry_point
 with without_softmax_kernels():
-    sys.exit(door(plan.main)(sys.argv[1:]))
+    sys.exit(entry_point(plan.main)(sys.argv[1:]))
 """
 # In stage 1 the tests compile least: there are fewer other settings, and they share some.
 SMALL = (TINY, "--config.parallel.stage=1", "--config.data.augment.jitter=(0,0,0,0)")
@@ -112,7 +112,7 @@ def test_nothing_fits(cache, tmp_path):
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, words, said):
     monkeypatch.chdir(ROOT)
-    assert door(main)(list(words)) == 2
+    assert entry_point(main)(list(words)) == 2
     out, err = capsys.readouterr()
     assert not out
     assert said in err
@@ -124,8 +124,8 @@ import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.startswith(("jax_plugins", "nvidia")) else find(name, *rest)
 from visionfm_jax import plan
-from visionfm_jax.errors import door
-sys.exit(door(plan.main)(sys.argv[1:]))
+from visionfm_jax.errors import entry_point
+sys.exit(entry_point(plan.main)(sys.argv[1:]))
 """
 
 

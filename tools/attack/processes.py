@@ -152,7 +152,7 @@ def worker(phase: str, name: str, mark: str, silence: str) -> None:
         Checkpoints.save = saved
     elif phase == "evaluate":
         after_calls("predict", 2)
-    sys.exit(main.door(main.main)(sys.argv[1:]))
+    sys.exit(main.entry_point(main.main)(sys.argv[1:]))
 
 
 def start(folder: Path, case: Case | None, rank: int, processes: int, port: int, silence: float) -> subprocess.Popen:

@@ -25,7 +25,7 @@ from visionfm_jax.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line and exit code 2 by `errors.door`, and which knows `--config`.
+    """argparse, whose errors are one line and exit code 2 by `errors.entry_point`, and which knows `--config`.
 
     Args:
       program: as it was called, such as "visionfm train" or "python -m visionfm_jax.main".

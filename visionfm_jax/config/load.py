@@ -23,6 +23,7 @@ from visionfm_jax.config.limits import types_of
 from visionfm_jax.config.schema import Config
 from visionfm_jax.errors import ConfigError
 
+MODULE = "visionfm_jax_config_file"  # by which a configuration file is imported
 _PLAIN = (int, float, str, bool)  # all other types of fields are groups of fields
 _OVERRIDE = re.compile(r"--config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
@@ -56,7 +57,7 @@ def load_file(spec: str) -> Config:
         raise ConfigError(f"--config={_beginning(path)}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
     if not path.endswith(".py"):
         raise ConfigError(f"--config={path}: is no Python file; name one of configs/*.py")
-    module_spec = importlib.util.spec_from_file_location("visionfm_jax_config_file", path)
+    module_spec = importlib.util.spec_from_file_location(MODULE, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass that the file defines looks for its types
     try:

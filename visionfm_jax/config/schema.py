@@ -232,7 +232,7 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices; not on position tables, position biases, pooling probes
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     layer_decay: float = 1.0  # factor of the learning rate per layer below the head; 1: none
-    ema: float = 0.0  # decay per step of the averaged weights; 0: none
+    ema: float = 0.0  # decay per step of the EMA weights; 0: none
 
     limits: ClassVar[Limits] = {
         "lr": Range(1e-12, 100),

@@ -28,7 +28,7 @@ from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.checksums import KINDS, RECORD, VERSION, Checksums, ImageFiles, digest_of, newest, places
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.store import write_table
-from visionfm_jax.errors import ConfigError, DataError, door
+from visionfm_jax.errors import ConfigError, DataError, entry_point
 from visionfm_jax.storage import read
 
 KEPT = 50_000  # files after which the checksums so far are written
@@ -127,4 +127,4 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.checks
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))

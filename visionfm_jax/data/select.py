@@ -28,7 +28,7 @@ from visionfm_jax.data.conditions import Condition, parse
 from visionfm_jax.data.sources.selection import write_selection
 from visionfm_jax.data.sources.tar_index import each
 from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import ConfigError, DataError, UserError, door
+from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point
 from visionfm_jax.storage import read, write_text
 
 SHOWN = 20  # tars in the printed table; the JSON has all
@@ -185,4 +185,4 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
 
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))

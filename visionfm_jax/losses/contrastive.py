@@ -23,7 +23,7 @@ class Targets(NamedTuple):
     share: jax.Array | None = None  # (B,), of `own`
 
 
-def normalize(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Rows (…, D) over their length, fp32; 0 stays 0, with a finite gradient."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))

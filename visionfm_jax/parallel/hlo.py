@@ -100,7 +100,7 @@ class Computation(dict):
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices, and how often a step makes it."""
+    """One collective between devices, and how often a step makes it."""
 
     kind: str  # of COLLECTIVES
     arrays: tuple[Array, ...]  # the whole ones: gathered by all-gather, given to reduce-scatter
@@ -164,7 +164,7 @@ class Module:
                 yield instruction, inside, times
 
     def collective(self, instruction: Instruction, inside: Computation, times: int = 1) -> Collective | None:
-        """What `instruction` exchanges; None for everything else, and for the done of a pair."""
+        """What `instruction` sends and receives; None for everything else, and for the done of a pair."""
         kind = self._work(instruction).opcode
         kind = kind.removesuffix("-start")
         if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):
@@ -185,7 +185,7 @@ class Module:
         )
 
     def collectives(self) -> list[Collective]:
-        """All exchanges of a step, in program order."""
+        """All collectives of a step, in program order."""
         found = (self.collective(*at) for at in self.instructions())
         return [c for c in found if c is not None]
 
@@ -196,7 +196,7 @@ class Module:
         return instruction
 
     def flops(self, instruction: Instruction, inside: Computation) -> Counter[str]:
-        """FLOPs of its matrix products and attention kernels, by the operands' dtype; loops once."""
+        """FLOPs of its matmuls and attention kernels, by the operands' dtype; loops once."""
         if instruction.opcode == "dot":
             dtype = inside[instruction.operands[0]].outputs[0].dtype
             products = math.prod(instruction.outputs[0].shape) * _contracted(instruction, inside)

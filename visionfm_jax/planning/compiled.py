@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pickle
@@ -20,7 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
+
 from visionfm_jax.config import Config
+from visionfm_jax.config.load import MODULE
 from visionfm_jax.errors import UserError
 from visionfm_jax.parallel.cluster import is_installed
 from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
@@ -30,7 +34,7 @@ GPU, CPU = "cuda", "cpu"
 # No kernel is ever run: no time goes into optimising its code, and none into assembling it (see `ASSEMBLER`). What XLA
 # schedules and how it lays out memory is decided before.
 COMPILE_ONLY_FLAGS = (
-    "--xla_gpu_enable_triton_gemm=false",  # products by cuBLAS: XLA's own kernels need a GPU to be tuned on
+    "--xla_gpu_enable_triton_gemm=false",  # matmuls by cuBLAS: XLA's own kernels need a GPU to be tuned on
     "--xla_backend_optimization_level=0",
     "--xla_gpu_enable_libnvjitlink=false",
     "--xla_gpu_enable_libnvptxcompiler=false",
@@ -53,7 +57,7 @@ class CompiledStep:
 
     platform: str  # cuda, or cpu where the CUDA packages are missing
     parameters: dict[str, int]  # by part of the network
-    state: dict[str, int]  # bytes: weights, optimiser, averaged weights, batch
+    state: dict[str, int]  # bytes: weights, optimiser, EMA weights, batch
     weights_in_use: int  # bytes: the 16-bit copy that products read, where it is whole all the time
     gradients: int  # bytes, accumulated over micro-batches
     checkpoint_host_bytes: int  # that the busiest host writes
@@ -120,18 +124,21 @@ def _key(config: Config, cluster: Cluster, platform: str) -> str:
     digest.update(repr((config, target, cluster.hosts, cluster.per_host, platform)).encode())
     for package in ("jax", "jaxlib", "flax", "optax"):
         digest.update(importlib.metadata.version(package).encode())
-    for name, source in _sources():
+    for name, source in _sources(config):
         digest.update(name.encode() + source)
     return digest.hexdigest()[:32]
 
 
-def _sources() -> Iterator[tuple[str, bytes]]:
-    """The package's own code: another version of it is another step."""
+def _sources(config: Config) -> Iterator[tuple[str, bytes]]:
+    """The code of the package, and of models and tasks of the user's own: another version of it is another step."""
     package = Path(__file__).parents[1]
-    for room in ("config", "data", "losses", "models", "optim", "parallel", "tasks", "train"):
-        for path in sorted((package / room).glob("*.py")):
+    for part in ("config", "data", "losses", "models", "optim", "parallel", "tasks", "train"):
+        for path in sorted((package / part).rglob("*.py")):
             yield str(path.relative_to(package)), path.read_bytes()
     yield "compiled.py", Path(__file__).read_bytes()
+    for part in (config.model, *config.model.networks().values(), config.task):
+        if package not in (path := Path(inspect.getfile(type(part)))).parents:
+            yield type(part).__name__, path.read_bytes()
 
 
 def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
@@ -155,7 +162,7 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
         )  # fmt: skip
         try:
-            out, err = child.communicate(pickle.dumps((config, cluster, platform)))
+            out, err = child.communicate(_pickled((config, cluster, platform)))
         finally:
             child.kill()
     if child.returncode:
@@ -163,6 +170,13 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
         reason = lines[-1][:300] if lines else f"the compiler ended with {child.returncode}"
         raise CompileError(f"the step does not compile for {cluster.name}: {reason}")
     return out
+
+
+def _pickled(what: Any) -> bytes:
+    """`what`, with the classes that a configuration file defines itself, which another process cannot import."""
+    if (module := sys.modules.get(MODULE)) is not None:
+        cloudpickle.register_pickle_by_value(module)
+    return cloudpickle.dumps(what)
 
 
 def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
@@ -195,7 +209,7 @@ def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
         platform=platform,
         parameters=parts(trainer.shapes.params),
         state={
-            "weights": held(state.params), "optimiser": held(state.opt_state), "averaged weights": held(state.ema),
+            "weights": held(state.params), "optimiser": held(state.opt_state), "EMA weights": held(state.ema),
             "batch": held(batch),
         },
         weights_in_use=in_use,

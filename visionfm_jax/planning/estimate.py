@@ -14,7 +14,7 @@ from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster
 from visionfm_jax.planning.compiled import GPU, CompiledStep
 
 # What programs reach of a data sheet's figures. Assumptions, to be replaced by measurements of one's own machine.
-PRODUCTS = 0.70  # of peak FLOP/s, by large matrix products
+MATMULS = 0.70  # of peak FLOP/s, by large matmuls
 ATTENTION = 0.50  # of peak FLOP/s, by fused attention kernels
 MEMORY = 0.85  # of memory bandwidth
 NETWORK = 0.80  # of network bandwidth
@@ -26,7 +26,7 @@ RATE = {"f32": 0.5, "f64": 1 / 16}
 
 
 @dataclasses.dataclass
-class Exchange:
+class CollectiveTime:
     """One collective of the step and what its time costs."""
 
     collective: Collective
@@ -43,11 +43,11 @@ class Estimate:
     compiled: CompiledStep
     cluster: Cluster
     memory: dict[str, int]  # bytes by kind; they add up to the peak
-    exchanges: list[Exchange]
+    collectives: list[CollectiveTime]
     executed_flops: float
     traffic: float  # bytes to and from device memory
     seconds: float
-    products: float  # seconds in matrix products and attention
+    matmuls: float  # seconds in matmuls and attention
     other: float  # seconds in everything else that computes, all of it bound by memory
     exposed: float  # seconds of waiting for the network
 
@@ -63,7 +63,7 @@ class Estimate:
     @property
     def network(self) -> float:
         """Seconds that the network is busy."""
-        return sum(e.seconds * e.collective.count for e in self.exchanges)
+        return sum(e.seconds * e.collective.count for e in self.collectives)
 
     @property
     def images_per_s(self) -> float:
@@ -94,13 +94,13 @@ def estimate(compiled: CompiledStep, cluster: Cluster) -> Estimate:
         compiled=compiled,
         cluster=cluster,
         memory=memory_by_kind(compiled, module),
-        exchanges=list(walk.exchanges.values()),
+        collectives=list(walk.collectives.values()),
         executed_flops=walk.flops,
         traffic=walk.traffic,
         seconds=seconds,
-        products=walk.products,
+        matmuls=walk.matmuls,
         other=walk.other,
-        exposed=sum(e.exposed * e.collective.count for e in walk.exchanges.values()),
+        exposed=sum(e.exposed * e.collective.count for e in walk.collectives.values()),
     )
 
 
@@ -119,7 +119,7 @@ def memory_by_kind(compiled: CompiledStep, module: Module) -> dict[str, int]:
         "weights": compiled.state["weights"] + compiled.weights_in_use,
         "gradients": compiled.gradients,
         "optimiser": compiled.state["optimiser"],
-        "averaged weights": compiled.state["averaged weights"],
+        "EMA weights": compiled.state["EMA weights"],
         "batch": compiled.state["batch"],
         "activations": module.stacked_bytes()[0],
     }
@@ -146,14 +146,14 @@ class _Walk:
 
     def __init__(self, module: Module, cluster: Cluster):
         self.module, self.cluster = module, cluster
-        self.exchanges: dict[str, Exchange] = {}
-        self.flops = self.traffic = self.products = self.other = 0.0
+        self.collectives: dict[str, CollectiveTime] = {}
+        self.flops = self.traffic = self.matmuls = self.other = 0.0
 
     def computation(self, name: str, times: int) -> float:
         """Seconds of one run of a computation that a step runs `times`; adds to the totals."""
         inside = self.module.computations[name]
         clock = network_free = 0.0
-        running: dict[str, tuple[float, Exchange]] = {}  # by the name of the start: when it ends
+        running: dict[str, tuple[float, CollectiveTime]] = {}  # by the name of the start: when it ends
         for instruction in inside.values():
             if instruction.opcode == "while":
                 clock += instruction.trips * self.computation(instruction.body, times * instruction.trips)
@@ -165,30 +165,30 @@ class _Walk:
                 clock += max(self.computation(called, times) for called in instruction.called)
                 continue
             if instruction.operands and instruction.operands[0] in running and instruction.opcode.endswith("-done"):
-                end, exchange = running.pop(instruction.operands[0])
-                exchange.exposed = max(end - clock, 0.0)
+                end, timed = running.pop(instruction.operands[0])
+                timed.exposed = max(end - clock, 0.0)
                 clock = max(clock, end)
                 continue
             if collective := self.module.collective(instruction, inside, times):
-                exchange = self._exchange(f"{name}/{instruction.name}", collective)
-                end = max(clock, network_free) + exchange.seconds
+                timed = self._collective(f"{name}/{instruction.name}", collective)
+                end = max(clock, network_free) + timed.seconds
                 network_free = end
                 if collective.is_async:
-                    running[instruction.name] = end, exchange
+                    running[instruction.name] = end, timed
                 else:
-                    exchange.exposed = end - clock
+                    timed.exposed = end - clock
                     clock = end
                 continue
             seconds = self._work(instruction, inside, times)
-            for _, exchange in running.values():
-                exchange.beside[_label(instruction.source)] += seconds
+            for _, timed in running.values():
+                timed.beside[_label(instruction.source)] += seconds
             clock += seconds
         return clock
 
-    def _exchange(self, key: str, collective: Collective) -> Exchange:
+    def _collective(self, key: str, collective: Collective) -> CollectiveTime:
         hosts = {device // self.cluster.per_host for device in collective.group}
-        exchange = Exchange(collective, len(hosts) > 1, network_seconds(collective, self.cluster))
-        return self.exchanges.setdefault(key, exchange)
+        timed = CollectiveTime(collective, len(hosts) > 1, network_seconds(collective, self.cluster))
+        return self.collectives.setdefault(key, timed)
 
     def _work(self, instruction: Instruction, inside: Computation, times: int) -> float:
         """Seconds of one kernel; adds to the totals."""
@@ -197,13 +197,13 @@ class _Walk:
         if not traffic:
             return 0.0
         flops = self.module.flops(instruction, inside)
-        reached = ATTENTION if "fmha" in instruction.attributes else PRODUCTS
+        reached = ATTENTION if "fmha" in instruction.attributes else MATMULS
         arithmetic = sum(n / (RATE.get(dtype, 1.0) * reached * target.peak_flops) for dtype, n in flops.items())
         seconds = max(arithmetic, traffic / (MEMORY * target.memory_bandwidth)) + KERNEL
         self.flops += times * flops.total()
         self.traffic += times * traffic
         if flops:
-            self.products += times * seconds
+            self.matmuls += times * seconds
         else:
             self.other += times * seconds
         return seconds

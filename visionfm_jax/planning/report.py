@@ -11,7 +11,7 @@ from visionfm_jax.parallel.hlo import Collective
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster
 from visionfm_jax.planning import estimate as assumed
 from visionfm_jax.planning.compiled import CompiledStep
-from visionfm_jax.planning.estimate import Estimate, Exchange
+from visionfm_jax.planning.estimate import CollectiveTime, Estimate
 from visionfm_jax.planning.settings import Setting
 
 GIB = 2**30
@@ -47,7 +47,7 @@ def print_without_gpus(
     console.print(_heading(name, compiled, cluster), highlight=False)
     console.print(
         f"Compiled for CPUs, as {' and '.join(missing)} for GPUs are not installed: "
-        "pip install 'visionfm_jax\\[plan]'. This cannot show peak memory, the step's time, or what exchanges cost.",
+        "pip install 'visionfm_jax\\[plan]'. This cannot show peak memory, the step's time, or what collectives cost.",
         highlight=False,
     )
     memory = _table("Memory of one GPU, without activations", "", "")
@@ -55,7 +55,7 @@ def print_without_gpus(
         memory.add_row(kind, size(held))
     step = _table("One step", "", "")
     step.add_row("model FLOPs of all GPUs", f"{compiled.step_flops:.4g}")
-    least = compiled.step_flops / (cluster.devices * cluster.target.peak_flops * assumed.PRODUCTS)
+    least = compiled.step_flops / (cluster.devices * cluster.target.peak_flops * assumed.MATMULS)
     step.add_row("time, at the very least", f"{least * 1e3:.1f} ms")
     for table in (_parameters(compiled), memory, step):
         console.print()
@@ -68,7 +68,7 @@ def state_bytes(compiled: CompiledStep) -> dict[str, int]:
         "weights": compiled.state["weights"] + compiled.weights_in_use,
         "gradients": compiled.gradients,
         "optimiser": compiled.state["optimiser"],
-        "averaged weights": compiled.state["averaged weights"],
+        "EMA weights": compiled.state["EMA weights"],
     }
 
 
@@ -104,10 +104,10 @@ def _memory(found: Estimate) -> Table:
 
 def _collectives(found: Estimate) -> Table:
     table = _table(
-        "Exchanges of one step (MB and ms each, waits in ms of all)",
+        "Collectives of one step (MB and ms each, waits in ms of all)",
         "", " ", " in", " to", "times", "MB", "ms", "waits", " runs beside",
     )  # fmt: skip
-    for e in of_weight(found.exchanges):
+    for e in of_weight(found.collectives):
         c = e.collective
         beside = e.beside.most_common(1)[0][0] if e.beside else ""
         beside = "/".join(beside.split("/")[-2:])
@@ -120,7 +120,7 @@ def _collectives(found: Estimate) -> Table:
 
 
 def when(collective: Collective) -> str:
-    """In which part of the step an exchange happens."""
+    """In which part of the step a collective happens."""
     source = collective.source.partition(":")[0]  # of several joined, the first
     if "jvp(" not in source:
         return "update"
@@ -128,15 +128,15 @@ def when(collective: Collective) -> str:
     return "backward" if backward else "forward"
 
 
-def of_weight(exchanges: list[Exchange]) -> list[Exchange]:
+def of_weight(collectives: list[CollectiveTime]) -> list[CollectiveTime]:
     """Those that matter for people: with at least 1 % of all bytes."""
-    total = sum(e.collective.nbytes * e.collective.count for e in exchanges)
-    return [e for e in exchanges if e.collective.nbytes * e.collective.count >= 0.01 * total]
+    total = sum(e.collective.nbytes * e.collective.count for e in collectives)
+    return [e for e in collectives if e.collective.nbytes * e.collective.count >= 0.01 * total]
 
 
-def dtype_of(exchange: Exchange) -> str:
+def dtype_of(timed: CollectiveTime) -> str:
     """The type of most of its bytes."""
-    return max(exchange.collective.arrays, key=lambda array: array.nbytes).dtype
+    return max(timed.collective.arrays, key=lambda array: array.nbytes).dtype
 
 
 def _times(found: Estimate) -> Table:
@@ -147,9 +147,9 @@ def _times(found: Estimate) -> Table:
     def row(what: str, value: str, remark: str = "") -> None:
         table.add_row(what, value, remark)
 
-    row("matrix products", f"{found.products * 1e3:.1f} ms", f"at {assumed.PRODUCTS:.0%} of the peak, or memory-bound")
+    row("matmuls", f"{found.matmuls * 1e3:.1f} ms", f"at {assumed.MATMULS:.0%} of the peak, or memory-bound")
     row("all else", f"{found.other * 1e3:.1f} ms", f"memory-bound, at {assumed.MEMORY:.0%} of the bandwidth")
-    row("waiting for the network", f"{found.exposed * 1e3:.1f} ms", f"of {found.network * 1e3:.1f} ms that it is busy")
+    row("exposed communication", f"{found.exposed * 1e3:.1f} ms", f"of {found.network * 1e3:.1f} ms that it is busy")
     table.add_section()
     row("step", f"{found.seconds * 1e3:.1f} ms", "a roofline, not a measurement")
     row("images/s", f"{found.images_per_s:,.0f}", f"{found.images_per_s / cluster.devices:,.1f} per GPU")
@@ -202,13 +202,13 @@ def as_json(name: str, found: Estimate) -> dict[str, Any]:
                 "beside": dict(e.beside.most_common(3)),
                 "source": e.collective.source,
             }
-            for e in found.exchanges
+            for e in found.collectives
         ],
         "step": {
             "model_flops": compiled.step_flops,
             "executed_flops": found.executed_flops * cluster.devices,
             "memory_traffic_bytes": found.traffic,
-            "products_seconds": found.products,
+            "matmul_seconds": found.matmuls,
             "other_seconds": found.other,
             "network_seconds": found.network,
             "exposed_seconds": found.exposed,

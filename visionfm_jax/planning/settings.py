@@ -105,11 +105,13 @@ class Planner:
     Args:
       config: the run.
       cluster: where.
-      told: called with the number of settings known so far, and of those asked for.
+      on_progress: called with the number of settings known so far, and of those asked for.
     """
 
-    def __init__(self, config: Config, cluster: Cluster, told: Callable[[int, int], None] = lambda done, of: None):
-        self.config, self.cluster, self._told = config, cluster, told
+    def __init__(
+        self, config: Config, cluster: Cluster, on_progress: Callable[[int, int], None] = lambda done, of: None
+    ):
+        self.config, self.cluster, self._on_progress = config, cluster, on_progress
         self._pool = concurrent.futures.ThreadPoolExecutor(jobs())
         self._asked: dict[Setting, concurrent.futures.Future[Estimate | None]] = {}
         self._lock = threading.Lock()  # families are walked in threads
@@ -135,7 +137,7 @@ class Planner:
             found = None
         with self._lock:
             self.compiled += 1
-            self._told(self.compiled, len(self._asked))
+            self._on_progress(self.compiled, len(self._asked))
         return found
 
 

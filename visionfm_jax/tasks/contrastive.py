@@ -95,7 +95,7 @@ class Contrastive(Pairs):
 
     def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
         """Loss (B,) of this device's rows against all; `embedded` as `embed` gives it."""
-        images, texts = contrastive.normalize(embedded["image"]), contrastive.normalize(embedded["text"])
+        images, texts = contrastive.l2_normalize(embedded["image"]), contrastive.l2_normalize(embedded["text"])
         own = jnp.arange(len(images))
         mixed = (own ^ 1, embedded["share"]) if "share" in embedded else (None, None)
         first = first_row(len(images))
@@ -120,7 +120,7 @@ class Contrastive(Pairs):
         return out
 
     def _embed(self, params: Any, x: jax.Array, method: Any) -> jax.Array:
-        return contrastive.normalize(self.model.apply({"params": params}, x, method=method))
+        return contrastive.l2_normalize(self.model.apply({"params": params}, x, method=method))
 
     @property
     def step_flops(self) -> float:

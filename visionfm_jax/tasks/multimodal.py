@@ -179,7 +179,7 @@ class Multimodal(Pairs):
 
     def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
         """Loss (P,) of this device's pairs among those of all; `embedded` as `embed` gives it."""
-        images, texts = contrastive.normalize(embedded["image"]), contrastive.normalize(embedded["text"])
+        images, texts = contrastive.l2_normalize(embedded["image"]), contrastive.l2_normalize(embedded["text"])
         targets = Targets(first_row(len(images)) + jnp.arange(len(images)))
         scale = jnp.exp(embedded["scale"])[:, None]
         return contrastive.clip_loss(images, texts, all_rows(images), all_rows(texts), scale, targets)
@@ -268,11 +268,11 @@ class Multimodal(Pairs):
         out = {}
         if "image" in batch:
             image = self._run(params, "embed_image", self._shown(params, batch))
-            out["image_embedding"] = contrastive.normalize(image)
+            out["image_embedding"] = contrastive.l2_normalize(image)
         if "text" in batch:
             tokens = batch["text"]
             text = self._run(params, "encode_text", tokens, view_of(tokens, self.config.model.text, causal=True))
-            out["text_embedding"] = contrastive.normalize(self._run(params, "embed_text", text, tokens))
+            out["text_embedding"] = contrastive.l2_normalize(self._run(params, "embed_text", text, tokens))
         return out
 
     def _guessed(self, params: Any, batch: dict) -> dict[str, jax.Array]:

@@ -26,7 +26,7 @@ class TrainState:
     step: jax.Array  # int32
     params: Any  # fp32
     opt_state: Any  # fp32
-    ema: Any  # fp32 averaged weights, or None
+    ema: Any  # fp32 EMA weights, or None
     loss_scale: Any = None  # optim.loss_scale.LossScale in fp16
 
 

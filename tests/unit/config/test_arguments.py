@@ -11,7 +11,7 @@ import pytest
 from visionfm_jax.config import load
 from visionfm_jax.config.arguments import Parser, comments, field_help
 from visionfm_jax.config.schema import OptimConfig
-from visionfm_jax.errors import door
+from visionfm_jax.errors import entry_point
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +20,7 @@ QUICK = "--config=configs/quickstart.py"
 
 def refused(capsys, main, *words):
     """The one line on stderr."""
-    assert door(main)(list(words)) == 2
+    assert entry_point(main)(list(words)) == 2
     out, err = capsys.readouterr()
     assert not out
     (line,) = err.splitlines()

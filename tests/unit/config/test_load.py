@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from visionfm_jax.config import load
-from visionfm_jax.errors import ConfigError, door
+from visionfm_jax.errors import ConfigError, entry_point
 
 ROOT = Path(__file__).parents[3]
 QUICK = str(ROOT / "configs" / "quickstart.py")
@@ -162,7 +162,7 @@ def test_a_value_that_cannot_be_written_is_refused_by_its_type(tmp_path):
 
 
 def test_nothing_in_an_error_is_obeyed_by_a_terminal(capsys):
-    @door
+    @entry_point
     def fails():
         raise ConfigError("red \x1b[31m, wide \x9b, é\nnext line")
 

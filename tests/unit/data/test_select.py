@@ -14,7 +14,7 @@ from tar_sets import members, tar_bytes, write_parquet, write_tars
 from visionfm_jax.data import columns, select
 from visionfm_jax.data.conditions import parse
 from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import ConfigError, DataError, UserError, door
+from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point
 
 NAN = float("nan")
 
@@ -227,7 +227,7 @@ def test_a_tar_only_touched_or_copied_keeps_its_selection(folder):
 )
 def test_a_wrong_condition_is_one_line_and_writes_nothing(folder, capsys, where, message):
     out = folder / "s.pairs"
-    assert door(select.main)([f"--path={folder}", f"--where={where}", f"--out={out}"]) == 2
+    assert entry_point(select.main)([f"--path={folder}", f"--where={where}", f"--out={out}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     with pytest.raises(UserError, match=message):

@@ -13,7 +13,7 @@ import sentencepiece
 from visionfm_jax.data import tokenizer
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import train as train_tokenizer
-from visionfm_jax.errors import ConfigError, DataError, UserError, door
+from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point
 
 SHIPPED = resources.files("visionfm_jax.data.text") / "emoji.model"
 CONFIG = """
@@ -170,5 +170,5 @@ def test_the_command_itself(config: str, capfd: pytest.CaptureFixture):
     command = [sys.executable, "-m", "visionfm_jax.data.tokenizer", "train"]
     assert subprocess.run([*command, "--help"], check=False).returncode == 0
     assert "--overwrite" in capfd.readouterr().out
-    assert door(train_tokenizer.main)(["train", "--config=nothing.py"]) == 2
+    assert entry_point(train_tokenizer.main)(["train", "--config=nothing.py"]) == 2
     assert capfd.readouterr().err == "visionfm_jax: error: --config=nothing.py: no such file\n"

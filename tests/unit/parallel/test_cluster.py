@@ -270,8 +270,8 @@ def test_a_notice_to_one_stops_both_at_the_same_question():
 @pytest.mark.parametrize(("process", "words"), [(1, "does not answer"), (0, "process 1 of 2 did not come")])
 def test_absent_processes_end_the_wait_with_one_line(process, words):
     code = (
-        "import sys; from visionfm_jax.errors import door; from visionfm_jax.parallel import cluster\n"
-        "sys.exit(door(cluster.initialize)(timeout=1))"
+        "import sys; from visionfm_jax.errors import entry_point; from visionfm_jax.parallel import cluster\n"
+        "sys.exit(entry_point(cluster.initialize)(timeout=1))"
     )
     where = f"127.0.0.1:{free_port()}"
     start = time.monotonic()

@@ -21,14 +21,14 @@ HOST = Cluster(CHIP, 1, 8)
 def _round_assumptions(monkeypatch):
     """What programs reach, in round numbers: the real ones are measured, and change."""
     for name, value in {
-        "PRODUCTS": 0.5, "ATTENTION": 0.25, "MEMORY": 0.8, "NETWORK": 0.5, "KERNEL": 2e-6, "LATENCY": (10e-6, 1e-6),
+        "MATMULS": 0.5, "ATTENTION": 0.25, "MEMORY": 0.8, "NETWORK": 0.5, "KERNEL": 2e-6, "LATENCY": (10e-6, 1e-6),
     }.items():  # fmt: skip
         monkeypatch.setattr(roofline, name, value)
 
 
 def compiled_step(hlo="", **changes):
     step = CompiledStep(
-        platform="cuda", parameters={}, state={"weights": 0, "optimiser": 0, "averaged weights": 0, "batch": 0},
+        platform="cuda", parameters={}, state={"weights": 0, "optimiser": 0, "EMA weights": 0, "batch": 0},
         weights_in_use=0, gradients=0, checkpoint_host_bytes=0, step_flops=0.0, total_steps=1, batch_size=1, peak=0,
         arguments=0, seconds=1.0, hlo=hlo,
     )  # fmt: skip
@@ -124,16 +124,16 @@ STEP = f"""
 
 def test_collectives_are_hidden_exposed_or_waited_for():
     result = estimated(STEP, LOOP)
-    hidden, partly, sync, looped, looped_sync = result.exchanges
+    hidden, partly, sync, looped, looped_sync = result.collectives
 
-    assert [e.seconds for e in result.exchanges] == pytest.approx([SMALL, LARGE, SUM, LARGE, SUM])
-    assert [e.collective.count for e in result.exchanges] == [1, 1, 1, 5, 5]
+    assert [e.seconds for e in result.collectives] == pytest.approx([SMALL, LARGE, SUM, LARGE, SUM])
+    assert [e.collective.count for e in result.collectives] == [1, 1, 1, 5, 5]
     assert hidden.exposed == 0
     assert partly.exposed == pytest.approx(LARGE - COPY)
     assert sync.exposed == pytest.approx(SUM)
     assert looped.exposed == pytest.approx(LARGE - COPY)  # of each iteration
     assert looped_sync.exposed == pytest.approx(SUM)
-    assert not any(e.crosses_hosts for e in result.exchanges)
+    assert not any(e.crosses_hosts for e in result.collectives)
 
     assert hidden.beside == {"mlp/fc1/dot_general": pytest.approx(COPY)}
     assert looped.beside == {"mlp/fc1/dot_general": pytest.approx(COPY)}
@@ -143,7 +143,7 @@ def test_collectives_are_hidden_exposed_or_waited_for():
     assert result.exposed == pytest.approx(6 * waiting)
     assert result.network == pytest.approx(SMALL + 6 * (LARGE + SUM))
     assert result.seconds == pytest.approx(7 * COPY + 6 * waiting)
-    assert (result.products, result.other) == (0, pytest.approx(7 * COPY))
+    assert (result.matmuls, result.other) == (0, pytest.approx(7 * COPY))
     assert result.traffic == 7 * 2 * 2**24
     assert result.executed_flops == 0
 
@@ -159,7 +159,7 @@ def test_the_network_carries_one_collective_after_the_other():
   %a-done = bf16[8388608]{{0}} all-gather-done(%a)
   ROOT %b-done = bf16[8388608]{{0}} all-gather-done(%b)"""
     )
-    first, second = result.exchanges
+    first, second = result.collectives
     assert first.exposed == pytest.approx(LARGE - COPY)
     assert second.exposed == pytest.approx(LARGE)
     assert result.seconds == pytest.approx(2 * LARGE)
@@ -202,7 +202,7 @@ def test_products_bound_by_arithmetic(dtype, rate):
     flops = 2 * 4096**3
     assert result.executed_flops == flops
     assert result.seconds == pytest.approx(flops / (rate * 0.5e15) + 2e-6)
-    assert (result.products, result.other) == (result.seconds, 0)
+    assert (result.matmuls, result.other) == (result.seconds, 0)
 
 
 def test_products_bound_by_memory():
@@ -210,7 +210,7 @@ def test_products_bound_by_memory():
     moved = 2 * (4096 * 16 + 4096 * 16 + 4096 * 4096)
     assert result.seconds == pytest.approx(moved / 0.8e12 + 2e-6)
     assert result.traffic == moved
-    assert (result.products, result.other) == (result.seconds, 0)
+    assert (result.matmuls, result.other) == (result.seconds, 0)
 
 
 def test_attention_kernels_reach_less_than_products():
@@ -238,9 +238,9 @@ def test_a_group_across_hosts_is_marked_and_slower():
     lines = f"""
   %q = bf16[262144]{{0}} parameter(0)
   ROOT %sum = bf16[262144]{{0}} all-reduce(%q), {SYNC}"""
-    (exchange,) = estimate(compiled_step(text(lines)), Cluster(CHIP, 2, 4)).exchanges
-    assert exchange.crosses_hosts
-    assert exchange.seconds == pytest.approx(2 * 2**19 * 7 / 8 / (0.5 * 4 * 25e9) + 17e-6)
+    (collective,) = estimate(compiled_step(text(lines)), Cluster(CHIP, 2, 4)).collectives
+    assert collective.crosses_hosts
+    assert collective.seconds == pytest.approx(2 * 2**19 * 7 / 8 / (0.5 * 4 * 25e9) + 17e-6)
 
 
 STACKS = """
@@ -264,7 +264,7 @@ STACKS_STEP = """
   %init = (s32[], bf16[1,1024]{1,0}, bf16[4,1024]{1,0}) parameter(0)
   ROOT %loop = (s32[], bf16[1,1024]{1,0}, bf16[4,1024]{1,0}) while(%init), condition=%less, body=%layers, backend_config={"known_trip_count":{"n":"4"}}
 """  # noqa: E501
-STATE = {"weights": 1000, "optimiser": 2000, "averaged weights": 0, "batch": 30}
+STATE = {"weights": 1000, "optimiser": 2000, "EMA weights": 0, "batch": 30}
 
 
 def test_memory_by_kind_adds_up_to_the_peak():
@@ -278,14 +278,14 @@ def test_memory_by_kind_adds_up_to_the_peak():
         "temporary": 20_000 - 1500 - 400 - 2000 - 30 - activations,
     }  # fmt: skip
     assert sum(kinds.values()) == step.peak
-    averaged = replace(step, state=STATE | {"averaged weights": 1000})
-    assert memory_by_kind(averaged, Module(step.hlo))["averaged weights"] == 1000
+    averaged = replace(step, state=STATE | {"EMA weights": 1000})
+    assert memory_by_kind(averaged, Module(step.hlo))["EMA weights"] == 1000
 
 
 def result_of(cluster=HOST, seconds=0.5, **changes):
     return Estimate(
-        compiled=compiled_step(**changes), cluster=cluster, memory={}, exchanges=[], executed_flops=0.0, traffic=0.0,
-        seconds=seconds, products=0.0, other=0.0, exposed=0.0,
+        compiled=compiled_step(**changes), cluster=cluster, memory={}, collectives=[], executed_flops=0.0, traffic=0.0,
+        seconds=seconds, matmuls=0.0, other=0.0, exposed=0.0,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from visionfm_jax.data.tokenizer.train import main
-from visionfm_jax.errors import door
+from visionfm_jax.errors import entry_point
 
 if __name__ == "__main__":
-    sys.exit(door(main)(sys.argv[1:]))
+    sys.exit(entry_point(main)(sys.argv[1:]))
