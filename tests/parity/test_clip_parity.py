@@ -19,7 +19,7 @@ from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.open_clip import text_from_open_clip, text_to_open_clip
 from visionfm_jax.losses import contrastive
-from visionfm_jax.losses.contrastive import Targets, clip_loss, normalize, sigmoid_loss
+from visionfm_jax.losses.contrastive import Targets, clip_loss, l2_normalize, sigmoid_loss
 from visionfm_jax.models import clip, layers, text
 from visionfm_jax.models.backbones import swin_v2
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
@@ -177,7 +177,7 @@ def over_devices(name: str, devices: int, replicas: int) -> tuple[jax.Array, dic
 
     def local(values: dict) -> jax.Array:
         scalars = [jnp.exp(values["scale"]), *([values["bias"]] if "bias" in values else [])]
-        return OF_ROWS[name](normalize(values["images"]), normalize(values["texts"]), *scalars)
+        return OF_ROWS[name](l2_normalize(values["images"]), l2_normalize(values["texts"]), *scalars)
 
     values = frozen(name).values
     specs = {k: BATCH if v.ndim else P() for k, v in values.items()}

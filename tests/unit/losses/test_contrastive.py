@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from visionfm_jax.losses.contrastive import Targets, clip_loss, normalize, sigmoid_loss
+from visionfm_jax.losses.contrastive import Targets, clip_loss, l2_normalize, sigmoid_loss
 from visionfm_jax.parallel.mesh import BATCH, all_rows, first_row, make_mesh
 
 B, D = 16, 24
@@ -42,7 +42,7 @@ def by_hand(images, texts, scale, share=None, other=None):
 
 
 def one_device(images, texts, scale, targets):
-    images, texts = normalize(images), normalize(texts)
+    images, texts = l2_normalize(images), l2_normalize(texts)
     return clip_loss(images, texts, images, texts, scale, targets)
 
 
@@ -59,7 +59,7 @@ def test_mixed_pairs_belong_to_both(pairs):
 
 
 def test_sigmoid_loss_judges_every_pair(pairs):
-    images, texts = map(normalize, pairs)
+    images, texts = map(l2_normalize, pairs)
     got = sigmoid_loss(images, texts, 10.0, -10.0, rows(B))
     z = 10 * unit(pairs[0]) @ unit(pairs[1]).T - 10
     sign = 2 * np.eye(B) - 1
@@ -72,7 +72,7 @@ def test_devices_with_their_own_rows_agree_with_one_device(pairs, replicas):
     mesh = make_mesh(replicas)
 
     def local(images, texts, scale):
-        images, texts = normalize(images), normalize(texts)
+        images, texts = l2_normalize(images), l2_normalize(texts)
         targets = Targets(first_row(len(images)) + jnp.arange(len(images)))
         return clip_loss(images, texts, all_rows(images), all_rows(texts), scale, targets)
 
@@ -92,7 +92,7 @@ def test_logits_of_a_device_grow_with_the_batch_not_its_square():
         mesh = make_mesh(1, jax.devices()[:devices])
 
         def local(images, texts):
-            images, texts = normalize(images), normalize(texts)
+            images, texts = l2_normalize(images), l2_normalize(texts)
             targets = Targets(first_row(len(images)) + jnp.arange(len(images)))
             return clip_loss(images, texts, all_rows(images), all_rows(texts), jnp.float32(10), targets)
 
@@ -109,7 +109,7 @@ def test_constant_and_zero_embeddings_stay_finite(loss):
     images, texts = jnp.zeros((4, D)), jnp.ones((4, D))
 
     def mean(images, texts):
-        i, t = normalize(images), normalize(texts)
+        i, t = l2_normalize(images), l2_normalize(texts)
         if loss == "clip":
             return clip_loss(i, t, i, t, 100.0, rows(4)).mean()
         return sigmoid_loss(i, t, 100.0, -10.0, rows(4)).mean()
