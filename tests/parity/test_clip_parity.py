@@ -65,7 +65,9 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     with np.load(HERE / f"text_{name}.npz") as file:
         data = dict(file)
     about = json.loads(str(data.pop("about")))
-    monkeypatch.setitem(text.SIZES, "parity", text.Size(about["width"], about["depth"], about["heads"]))
+    monkeypatch.setitem(
+        text.SIZES, "parity", text.Size(about["width"], about["depth"], about["heads"], 4 * about["width"])
+    )
     config = ClipConfig(
         image=SwinV2Config(size="P"), embed_dim=about["embed"],
         text=TextConfig(
@@ -114,7 +116,6 @@ def _no_mask(*args: Any, causal: bool, **kwargs: Any) -> jax.Array:
 attention = layers.attention
 
 MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "eps 1e-6": lambda patch: patch.setattr(text, "EPS", 1e-6),
     "tanh GELU": lambda patch: patch.setattr(nn, "gelu", _tanh_gelu),
     "OpenAI's GELU": lambda patch: patch.setattr(nn, "gelu", _quick_gelu),
     "no mask": lambda patch: patch.setattr(layers, "attention", _no_mask),
@@ -126,6 +127,13 @@ MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 def test_gate_catches(mistake: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = load(name, monkeypatch)
     MISTAKES[mistake](monkeypatch)
+    outputs = jax.jit(reference.forward)(reference.params)
+    assert relative(outputs["pooled"], reference.data["pooled"]) > 2 * FORWARD
+
+
+def test_gate_catches_another_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load("head64", monkeypatch)
+    reference.model.config.text.norm_eps = 1e-6
     outputs = jax.jit(reference.forward)(reference.params)
     assert relative(outputs["pooled"], reference.data["pooled"]) > 2 * FORWARD
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from visionfm_jax.config import BackboneConfig, ModelConfig
-from visionfm_jax.config.limits import Limits, Range
+from visionfm_jax.config.limits import Limits, Problem, Range
 from visionfm_jax.models import text
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.layers import Prepare, as_is, logits
@@ -29,8 +29,17 @@ class ClipConfig(ModelConfig):
     image: BackboneConfig = field(default_factory=SwinV2Config)
     text: text.TextConfig = field(default_factory=text.TextConfig)
     embed_dim: int = 1024  # of the joint space
+    image_projection: bool = True  # False: the pooled features are the image's embedding (SigLIP)
+    text_bias: bool = False  # of the text's projection (SigLIP)
 
     limits: ClassVar[Limits] = {"embed_dim": Range(1, 2**16)}
+
+    def problems(self, name: str) -> list[Problem]:
+        out = super().problems(name)
+        if not self.image_projection and self.image.features != self.embed_dim:
+            rule = f"needs embed_dim = {self.embed_dim} to be the image's {self.image.features} channels"
+            out.append((f"{name}.image_projection", False, rule, f"set embed_dim to {self.image.features}"))
+        return out
 
     @property
     def image_size(self) -> int:
@@ -39,7 +48,8 @@ class ClipConfig(ModelConfig):
     @property
     def flops(self) -> float:
         """FLOPs of one pair's forward pass, without the loss."""
-        projections = 2.0 * (self.image.features + self.text.features) * self.embed_dim
+        widths = self.image.features * self.image_projection + self.text.features
+        projections = 2.0 * widths * self.embed_dim
         return self.image.flops + text.forward_flops(self.text) + projections
 
 
@@ -53,7 +63,7 @@ class Embeddings(NamedTuple):
 
 
 class Clip(nn.Module):
-    """Two towers, each with a linear map without bias into the joint space.
+    """Two towers, each with a linear map into the joint space.
 
     `sigmoid`: scale and bias of the logits start as Zhai et al. 2023 have them for their loss.
     """
@@ -66,11 +76,12 @@ class Clip(nn.Module):
     def setup(self) -> None:
         self.image = self.config.image.make(self.dtype, self.prepare)
         self.text = text.TextTransformer(self.config.text, self.dtype, self.prepare)
-        widths = self.config.image.features, self.config.text.features
-        self.image_projection, self.text_projection = (
-            self.param(f"{name}_projection", nn.initializers.normal(width**-0.5), (width, self.config.embed_dim))
-            for name, width in zip(("image", "text"), widths, strict=True)
-        )
+        config = self.config
+        if config.image_projection:
+            self.image_projection = self._projection("image_projection", config.image.features)
+        self.text_projection = self._projection("text_projection", config.text.features)
+        if config.text_bias:
+            self.text_bias = self.param("text_bias", nn.initializers.zeros, (config.embed_dim,))
         self.scale = self.param("scale", nn.initializers.constant(math.log(10 if self.sigmoid else 1 / 0.07)), ())
         self.bias = self.param("bias", nn.initializers.constant(-10.0), ()) if self.sigmoid else None
 
@@ -80,11 +91,16 @@ class Clip(nn.Module):
 
     def embed_images(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """(B, E), fp32."""
-        return self._project(self.image(images, keys).pooled, self.image_projection)
+        pooled = self.image(images, keys).pooled
+        return self._project(pooled, self.image_projection) if self.config.image_projection else pooled
 
     def embed_texts(self, tokens: jax.Array) -> jax.Array:
         """(B, E), fp32."""
-        return self._project(self.text(tokens), self.text_projection)
+        y = self._project(self.text(tokens), self.text_projection)
+        return y + self.text_bias if self.config.text_bias else y
+
+    def _projection(self, name: str, width: int) -> jax.Array:
+        return self.param(name, nn.initializers.normal(width**-0.5), (width, self.config.embed_dim))
 
     def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return logits(x.astype(self.dtype), kernel.astype(self.dtype))

@@ -1,4 +1,4 @@
-"""The text transformer of CLIP (Radford et al. 2021).
+"""The text transformer of CLIP (Radford et al. 2021), and of SigLIP (Zhai et al. 2023), each difference a field.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -14,43 +14,59 @@ from flax import linen as nn
 
 from visionfm_jax.config import NetworkConfig
 from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.layers import Block, Prepare, as_is, layer_norm, named_size, scan_blocks
 
 
 class Size(NamedTuple):
-    """Width D, layers L, heads N."""
+    """Width D, layers L, heads N, width of the MLP."""
 
     width: int
     depth: int
     heads: int
+    mlp: int
 
 
 # B L: Radford et al. 2021, the towers beside ViT-B and ViT-L; H: OpenCLIP's beside ViT-H/14. P ("pico") is ours.
 SIZES = {
-    "P": Size(96, 4, 3),
-    "B": Size(512, 12, 8),
-    "L": Size(768, 12, 12),
-    "H": Size(1024, 24, 16),
+    "P": Size(96, 4, 3, 384),
+    "B": Size(512, 12, 8, 2048),
+    "L": Size(768, 12, 12, 3072),
+    "H": Size(1024, 24, 16, 4096),
 }
-EPS = 1e-5
 
 
 @dataclass(kw_only=True)
 class TextConfig(NetworkConfig):
     """A text transformer; sizes in `SIZES`."""
 
-    size: str = "H"  # width, depth and heads by name
+    size: str = "H"  # width, depth, heads and mlp by name
+    width: int = 0  # channels of a token; 0: of the named size, as for the next three
+    depth: int = 0  # layers
+    heads: int = 0  # attention heads
+    mlp: int = 0  # hidden channels of the MLPs
     vocab_size: int = 49_408  # that of the tokenizer
     context: int = 77  # tokens, with those of begin and end
-    end_token: int = 49_407  # where a text is read off: the first token with this id
+    end_token: int = 49_407  # with pool = end: where a text is read off, the first token with this id
+    pool: str = "end"  # whose features are the text's: end | last: of the last position, whatever it holds (SigLIP)
+    causal: bool = True  # a token sees those before it and itself; False: all, padding too (SigLIP)
+    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu
+    norm_eps: float = 1e-5  # of LayerNorms; other weights may have been trained with another
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
+        "width": Range(0, 2**16),
+        "depth": Range(0, 1024),
+        "heads": Range(0, 1024),
+        "mlp": Range(0, 2**18),
         "vocab_size": Range(3, 2**24),
         "context": Range(3, 2**14, "tokens are compared each with each"),
         "end_token": IDS,
+        "pool": OneOf(("end", "last")),
+        "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu")),
+        "norm_eps": Range(1e-12, 1e-3),
         "attention": ATTENTION,
         "remat": REMAT,
     }
@@ -68,18 +84,25 @@ class TextConfig(NetworkConfig):
 
 
 def size_of(config: TextConfig) -> Size:
-    """The row of `SIZES`.
+    """The row of `SIZES`, with what the configuration gives as a number in its place.
 
     Raises:
-      ConfigError: no such size.
+      ConfigError: no such size, or a width that its heads cannot share.
     """
-    return named_size(SIZES, config.size, "model.text.size")
+    named = named_size(SIZES, config.size, "model.text.size")
+    size = Size(*(getattr(config, name) or number for name, number in named._asdict().items()))
+    if size.width % size.heads:
+        raise ConfigError(
+            f"config.model.text.width = {size.width}: must be a multiple of its {size.heads} heads; set "
+            "config.model.text.width or config.model.text.heads"
+        )
+    return size
 
 
 class TextTransformer(nn.Module):
-    """Token ids (B, T) to the normed features (B, D) of each text's end token, which saw all before it.
+    """Token ids (B, T) to the normed features (B, D) of one token of each text: of its end, which saw all before it.
 
-    What follows the end token is padding, which no token before it sees.
+    What follows the end token is padding, which no token before it sees if it is causal.
     """
 
     config: TextConfig
@@ -92,14 +115,17 @@ class TextTransformer(nn.Module):
         table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
         position = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
         x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)
-        block = Block(size.heads, 4 * size.width, self.dtype, config.attention, EPS, causal=True, parent=None)
+        block = Block(
+            size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, causal=config.causal,
+            activation=config.activation, parent=None,
+        )  # fmt: skip
         x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
-        end = jnp.argmax(tokens == config.end_token, 1)
-        return layer_norm(jnp.float32, "norm", epsilon=EPS)(x[jnp.arange(len(x)), end])
+        end = jnp.argmax(tokens == config.end_token, 1) if config.pool == "end" else tokens.shape[1] - 1
+        return layer_norm(jnp.float32, "norm", epsilon=config.norm_eps)(x[jnp.arange(len(x)), end])
 
 
 def forward_flops(config: TextConfig) -> float:
     """FLOPs of one text's forward pass: matrix products alone, two per multiply-add; attention counted whole."""
     size = size_of(config)
     T, D = config.context, size.width
-    return 2.0 * size.depth * (T * 12 * D * D + 2 * T * T * D)
+    return 2.0 * size.depth * (T * (4 * D * D + 2 * D * size.mlp) + 2 * T * T * D)
