@@ -2,8 +2,8 @@
 
     python tests/parity/make_dialects.py
 
-needs what `make_vit.py` needs. Each `dialect_*.npz` holds the model at the resolution of its position table and at
-another one, which is not square and larger along one side, smaller along the other:
+needs what `make_vit.py` needs, and open_clip_torch. Each `dialect_*.npz` holds the model at the resolution of its
+position table and at another one, which is not square and larger along one side, smaller along the other:
 
     params         weights, one behind the other, random in every tensor; float16, exact
     images0, 1     (B, H, W, 3) float16, exact
@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import safetensors
 import timm
 import torch
 import transformers
 from gates import sample
 from make_vit import HERE, randomise, relative
+from open_clip.transformer import VisionTransformer as OpenClipViT
 from safetensors.numpy import load_file
 from timm.layers import SwiGLUPacked
 from timm.models.eva import Eva
@@ -81,6 +83,11 @@ def huggingface(name: str, **more: Any) -> torch.nn.Module:
             hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, patch_size=PATCH, **shape, **more
         )
     )  # fmt: skip
+
+
+def openclip(**more: Any) -> torch.nn.Module:
+    """OpenCLIP's own image tower, with its projection."""
+    return OpenClipViT(SIZE, PATCH, WIDTH, DEPTH, HEADS, MLP / WIDTH, output_dim=8, **more)
 
 
 REGISTERS = {"registers": 4, "layer_scale": 1e-5}
@@ -164,6 +171,22 @@ CASES: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, Any], dict[str, 
     "huggingface_clip": (lambda: huggingface("CLIPVision"), CLIP, None),
     "huggingface_siglip": (lambda: huggingface("SiglipVision"), SIGLIP, None),
     "huggingface_siglip2": (lambda: huggingface("Siglip2Vision"), SIGLIP, None),
+    "openclip_quickgelu": (
+        lambda: openclip(act_layer=open_clip.transformer.QuickGELU),
+        CLIP,
+        {
+            "quick_gelu": True,
+            "embed_dim": 8,
+            "vision_cfg": {
+                "image_size": SIZE,
+                "patch_size": PATCH,
+                "layers": DEPTH,
+                "width": WIDTH,
+                "head_width": WIDTH // HEADS,
+                "mlp_ratio": MLP / WIDTH,
+            },
+        },
+    ),
 }
 # Each library's and model's own way to take its position table to other images.
 RESIZE = {"huggingface_siglip2": "bilinear_antialias", "huggingface_dinov2_registers": "bicubic_antialias"}
@@ -172,6 +195,13 @@ RESIZE = {"huggingface_siglip2": "bilinear_antialias", "huggingface_dinov2_regis
 def outputs(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Pooled features or logits of images (B, 3, H, W)."""
     kind = type(model).__name__
+    if isinstance(model, OpenClipViT):  # whose loader resizes the table so (`open_clip.model.resize_pos_embed`)
+        table, grid = model.positional_embedding, [side // PATCH for side in images.shape[2:]]
+        patches = table[1:].reshape(1, SIZE // PATCH, SIZE // PATCH, -1).permute(0, 3, 1, 2)
+        patches = torch.nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
+        resized = torch.cat([table[:1], patches.permute(0, 2, 3, 1).reshape(-1, WIDTH)])
+        table = table if grid == [SIZE // PATCH] * 2 else resized
+        return torch.func.functional_call(model, {"positional_embedding": table}, (images,))
     if not isinstance(model, transformers.PreTrainedModel):
         return model(images)
     if kind.startswith("Siglip2"):
@@ -188,6 +218,8 @@ def outputs(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def on_disk(model: torch.nn.Module) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The state in the names that the library writes to files, and config.json."""
+    if isinstance(model, OpenClipViT):
+        return {f"visual.{name}": value.detach().numpy().copy() for name, value in model.state_dict().items()}, {}
     if not isinstance(model, transformers.PreTrainedModel):
         return {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -235,13 +267,14 @@ def make(name: str, seed: int) -> None:
         error["outputs"].append(relative({"": plain}, {"": exact}))
         error["gradients"].append(relative(gradients, exact_gradients))
     library = name.partition("_")[0]
-    how = RESIZE.get(name, {"timm": "bicubic_antialias", "huggingface": "bicubic"}[library])
+    how = RESIZE.get(name, "bicubic" if library == "huggingface" else "bicubic_antialias")
     about = {
         "library": library, "config": {**SHAPE, "pos_resize": how, **fields}, "asked": asked or config,
         "shapes": {k: v.shape for k, v in state.items()}, "peer_error": error,
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-            "transformers": transformers.__version__, "safetensors": safetensors.__version__, "numpy": np.__version__,
+            "transformers": transformers.__version__, "open_clip": open_clip.__version__,
+            "safetensors": safetensors.__version__, "numpy": np.__version__,
         },
     }  # fmt: skip
     path = HERE / f"dialect_{name}.npz"

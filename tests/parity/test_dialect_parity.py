@@ -18,6 +18,7 @@ from gates import GRADIENT, GRADIENT_TENSOR, check_forward, relative, sample, te
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_from_huggingface, vit_to_huggingface
 from visionfm_jax.interop.leaves import flatten
+from visionfm_jax.interop.open_clip import visual_from_open_clip, visual_to_open_clip
 from visionfm_jax.interop.timm import vit_from_timm, vit_to_timm
 from visionfm_jax.models.backbones.vit import ViT, ViTConfig
 from visionfm_jax.models.heads import Classifier
@@ -49,12 +50,16 @@ class Reference(NamedTuple):
         config = ViTConfig(**{**vars(self.config), **changed})
         if self.library == "timm":
             return vit_from_timm(self.state, config, **self.asked)
+        if self.library == "openclip":
+            return visual_from_open_clip(self.state, config, self.asked)
         return vit_from_huggingface(self.state, config, self.asked)
 
     def exported(self, params: dict) -> dict[str, np.ndarray]:
         """The peer's state, as transformers' models without classifier name it."""
         if self.library == "timm":
             return vit_to_timm(params, self.config)
+        if self.library == "openclip":
+            return visual_to_open_clip(params, self.config)
         state = vit_to_huggingface(params, self.config, self.asked["model_type"])
         return {k if k in self.state else k.partition(".")[2]: v for k, v in state.items()}
 
@@ -72,8 +77,8 @@ def test_every_dialect_is_frozen() -> None:
     assert list(NAMES) == [
         "huggingface_augreg", "huggingface_clip", "huggingface_dinov2", "huggingface_dinov2_registers",
         "huggingface_dinov2_swiglu", "huggingface_dinov3", "huggingface_dinov3_swiglu", "huggingface_siglip",
-        "huggingface_siglip2", "timm_augreg", "timm_clip", "timm_deit3", "timm_dinov2", "timm_dinov2_registers",
-        "timm_dinov3", "timm_dinov3_qkvb", "timm_qk_norm", "timm_siglip",
+        "huggingface_siglip2", "openclip_quickgelu", "timm_augreg", "timm_clip", "timm_deit3", "timm_dinov2",
+        "timm_dinov2_registers", "timm_dinov3", "timm_dinov3_qkvb", "timm_qk_norm", "timm_siglip",
     ]  # fmt: skip
 
 
@@ -86,11 +91,15 @@ def test_outputs_and_gradients_at_two_resolutions(name: str) -> None:
     model = Classifier(backbone, classes) if classes else backbone
     images = [data[f"images{i}"].astype(np.float32) for i in (0, 1)]
     own = jax.eval_shape(model.init, jax.random.key(0), images[0])["params"]
-    assert {k: v.shape for k, v in flatten(own).items()} == {k: v.shape for k, v in flatten(params).items()}
+    assert {k: v.shape for k, v in flatten(own).items()} == {
+        k: v.shape for k, v in flatten(params).items() if k != "projection"
+    }
 
     def product(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = model.apply({"params": params}, images)
+        network = {k: v for k, v in params.items() if k != "projection"}  # of OpenCLIP's towers, to the joint space
+        out = model.apply({"params": network}, images)
         out = out if classes else out.pooled
+        out = out @ params["projection"] if "projection" in params else out
         return (out * data["cotangent"].astype(np.float32)).sum(), out
 
     for i in (0, 1):
@@ -139,6 +148,9 @@ def test_image_tower_of_a_model_of_two() -> None:
         ("timm_dinov3", {"rope_theta": 10.0}, r"rope_temperature is 100\.0, but ViTConfig.rope_theta makes it 10\.0"),
         ("timm_dinov3_qkvb", {"qkv_bias": "none"}, r"unknown blocks\.0\.attn\.q_bias"),
         ("timm_qk_norm", {"qk_norm": False}, r"unknown blocks\.0\.attn\.k_norm"),
+        ("timm_augreg", {"image_size": 24, "pos_resize": "bicubic"}, r"resizing is 'bicubic_antialias', but"),
+        ("openclip_quickgelu", {"activation": "gelu"}, r"quick_gelu is 'quick_gelu', but ViTConfig.activation makes"),
+        ("openclip_quickgelu", {"heads": 4}, r"head_width is 8, but ViTConfig.width / ViTConfig.heads makes it 4"),
         ("timm_siglip", {"pool": "gap"}, r"global_pool is 'map', but ViTConfig.pool makes it 'gap'"),
         ("huggingface_dinov2", {"pool": "cls"}, r"pooling is 'cls_gap', but ViTConfig.pool makes it 'cls'"),
         ("huggingface_dinov2", {"layer_scale": 0.0}, r"ViTConfig\.layer_scale = 0\.0, there set"),

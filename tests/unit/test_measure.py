@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from visionfm_jax.config import CheckpointConfig
+from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.errors import CheckpointError, ConfigError
 from visionfm_jax.evals.run import measure
-from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.parallel.mesh import WHOLE, make_mesh
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.checkpoint import Checkpoints
-from visionfm_jax.train.initialise import other_run, run_to_evaluate
+from visionfm_jax.train.initialise import other_run, weights_to_evaluate
 from visionfm_jax.train.state import TrainState
 
 
@@ -60,12 +63,24 @@ def test_a_folder_without_a_run_is_a_wrong_setting_one_without_checkpoints_a_fau
 def test_weights_of_another_run_are_evaluated_where_the_own_folder_has_none(tmp_path):
     own, other = tmp_path / "own", tmp_path / "other"
 
+    shapes = {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    mesh = make_mesh(1, jax.devices()[:1])
+    trees = types.SimpleNamespace(params=shapes), types.SimpleNamespace(params={"w": NamedSharding(mesh, WHOLE)})
+
     def evaluated(weights: str) -> str:
-        config = types.SimpleNamespace(folder=str(own), checkpoint=CheckpointConfig(weights=weights))
-        folder, stored = run_to_evaluate(config)
-        with stored:
-            assert stored.latest() == 3
-        return folder
+        config = Config(
+            name="a",
+            model=ViTConfig(),
+            task=ClassificationConfig(),
+            workdir=str(own),
+            checkpoint=CheckpointConfig(weights=weights),
+        )
+        found = weights_to_evaluate(
+            types.SimpleNamespace(config=config, shapes=trees[0], shardings=trees[1], mesh=mesh)
+        )
+        assert found.step == 3
+        np.testing.assert_array_equal(found.params["w"], np.ones(4))
+        return found.name
 
     def save(folder) -> None:
         state = TrainState(step=jnp.int32(3), params={"w": jnp.ones(4)}, opt_state=(), ema=None)

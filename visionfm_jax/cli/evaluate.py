@@ -15,7 +15,7 @@ from visionfm_jax.telemetry.console import describe, describe_start, say, summar
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import append_evaluation
 from visionfm_jax.train.folder import refuse_links
-from visionfm_jax.train.initialise import origin_of, run_to_evaluate
+from visionfm_jax.train.initialise import weights_to_evaluate
 from visionfm_jax.train.step import Trainer
 
 
@@ -30,20 +30,17 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
         raise ConfigError("config.evals = (): there is nothing to measure; name an eval in the configuration")
     refuse_links(config.folder)  # where pictures and scores will be written
     say(describe(trainer))
-    folder, stored = run_to_evaluate(config)
-    with stored:
-        found = stored.restore_weights(trainer.shapes.params, trainer.shardings.params)
-    origin = origin_of(found, f"the weights of step {found.step} of {folder}")
-    say(describe_start(origin, []))
+    found = weights_to_evaluate(trainer)
+    say(describe_start(found.origin, []))
     with tqdm(
         desc="evaluating; compiling comes first", unit=" batches", disable=host > 0 or not config.telemetry.progress
     ) as bar:
         scores = measure(
-            trainer, evals, found.what, {"weights": folder, "step": found.step},
+            trainer, evals, found.params, {"weights": found.name, "step": found.step},
             lambda: (bar.set_description_str("evaluating", refresh=False), bar.update(), watchdog.beat(-1)),
         )  # fmt: skip
     if host == 0:
         say(summary(Path(config.folder), config, evals, {k: (v, found.step) for k, v in scores.items()}, found.step))
-        line = {"weights": folder, "protocols": {name: e.protocol for name, e in evals.items()}, **scores}
+        line = {"weights": found.name, "protocols": {name: e.protocol for name, e in evals.items()}, **scores}
         say(f"  {append_evaluation(config.folder, found.step, line)}")
     return 0

@@ -17,7 +17,7 @@ from visionfm_jax.telemetry.console import describe, describe_start, say
 from visionfm_jax.telemetry.replay import write as write_replay
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints
-from visionfm_jax.train.folder import refuse_links
+from visionfm_jax.train.folder import refuse_links, refuse_other_weights
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.provenance import changes, provenance_of, read_provenance, settings_files, with_settings
 from visionfm_jax.train.replay import PASSES, run_again
@@ -45,7 +45,8 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
         sources, fields = open_data(config)
     say(describe(trainer))
     with Checkpoints(folder, config.checkpoint, read_only=True, until=step) as stored:
-        state, _, origin = starting_state(trainer, stored)
+        state, _, origin, weights = starting_state(trainer, stored)
+    refuse_other_weights(folder, weights)
     start = int(state.step)
     if start > step:
         raise ConfigError(f"--step={step}: the run begins with {origin}; name that step or a later one")

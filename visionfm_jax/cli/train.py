@@ -40,9 +40,9 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     ):
         begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
         say(describe(trainer))  # before the first compilation, which may take minutes
-        state, record, origin = starting_state(trainer, checkpoints)
+        state, record, origin, weights = starting_state(trainer, checkpoints)
         start = int(state.step)
-        changed = folder.keep(provenance_of(config, sources), start, begun_in) if host == 0 else []
+        changed = folder.keep(provenance_of(config, sources), start, begun_in, weights) if host == 0 else []
         say(describe_start(origin, changed))
         damage = DamageLog(
             sources, config.data.max_damaged,

@@ -224,7 +224,7 @@ def _set(config: Config, name: str, text: str | None) -> None:
     kind, now = types_of(type(holder))[leaf], getattr(holder, leaf)
     if text is None and kind is not bool:
         raise ConfigError(f"--config.{name}: has no value; write --config.{name}=VALUE")
-    if Ellipsis in typing.get_args(kind):
+    if Ellipsis in typing.get_args(kind) and dataclasses.is_dataclass(typing.get_args(kind)[0]):
         if text.replace(" ", "") != "()":
             raise ConfigError(f"--config.{name}={_beginning(text)}: a flag can empty it by (), only a file can fill it")
         now = ()
@@ -258,7 +258,7 @@ def _beginning(text: str) -> str:
 
 
 def _parse(text: str, kind: Any) -> Any:
-    """`text` as a value of `kind`; a tuple of numbers in any brackets or none."""
+    """`text` as a value of `kind`; a tuple of numbers or names in any brackets or none, names in any quotes or none."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
@@ -271,10 +271,14 @@ def _parse(text: str, kind: Any) -> Any:
     items = (inside[1] or inside[2] or inside[3] or "").split(",")
     if not items[-1].strip():  # of (1,) and ()
         items.pop()
-    kinds = () if Ellipsis in typing.get_args(kind) else typing.get_args(kind)
+    kinds = typing.get_args(kind)
+    if Ellipsis in kinds:
+        kinds = kinds[:1] * len(items)
     if len(items) != len(kinds):
         raise ValueError(text)
-    return tuple(_parse(item, k) for item, k in zip(items, kinds, strict=True))
+    return tuple(
+        _parse(item.strip().strip("\"'") if k is str else item, k) for item, k in zip(items, kinds, strict=True)
+    )
 
 
 def describe(config: Config) -> str:

@@ -47,8 +47,6 @@ def _optim_problems(c: Config) -> list[Problem]:
     out: list[Problem] = []
     if c.optim.final_lr > c.optim.lr:
         out.append(("optim.final_lr", c.optim.final_lr, f"must not exceed optim.lr = {c.optim.lr:g}", "lower it"))
-    if c.optim.layer_decay < 1 and len(c.model.networks()) > 1:
-        out.append(("optim.layer_decay", c.optim.layer_decay, "is for models of one network", "set it to 1"))
     return out
 
 
@@ -65,6 +63,13 @@ def _checkpoint_problems(c: Config) -> list[Problem]:
     if c.checkpoint.resume and c.checkpoint.weights:
         rule = "excludes checkpoint.weights"
         out.append(("checkpoint.resume", c.checkpoint.resume, rule, "empty one: resume continues a whole run"))
+    of_weights = ("weights_config", "weights_from", "weights_into", "skip")
+    if not c.checkpoint.weights:
+        for leaf in of_weights:
+            if value := getattr(c.checkpoint, leaf):
+                out.append(
+                    (f"checkpoint.{leaf}", value, "is of checkpoint.weights, which is empty", "name the weights")
+                )
     if c.checkpoint.keep_best and not c.checkpoint.best_metric:
         out.append(("checkpoint.best_metric", "", "is needed by checkpoint.keep_best", 'set e.g. "val/top1"'))
     return out
@@ -125,7 +130,7 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_model_problems, "model", "task", "train.precision"),
     (_accumulate_problems, "train.batch_size", "train.accumulate"),
     (_length_problems, "train.steps", "train.epochs", "train.batch_size", "data.num_examples", "optim.warmup_steps"),
-    (_optim_problems, "model", "optim.lr", "optim.final_lr", "optim.layer_decay"),
+    (_optim_problems, "optim.lr", "optim.final_lr"),
     (_transform_problems, "data.transforms", "evals"),
     (_source_problems, "data.train"),
     (_checkpoint_problems, "checkpoint"),

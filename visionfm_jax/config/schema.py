@@ -289,7 +289,15 @@ class CheckpointConfig:
     keep_best: int = 0  # checkpoints with the highest best_metric, beside them
     best_metric: str = ""  # e.g. "val/top1"; needed by keep_best; higher is better
     resume: str = ""  # another run's folder: continue its whole state
-    weights: str = ""  # another run's folder: start from its weights only
+    weights: str = (
+        ""  # start from those of another run's folder, or of a file or folder of timm, Hugging Face, OpenCLIP
+    )
+    weights_config: str = (
+        ""  # its config.json, if not beside it; or a timm architecture; or "model": as config.model is
+    )
+    weights_from: str = ""  # what its names begin with, e.g. "backbone"; what does not is not taken
+    weights_into: str = ""  # part of the model that they are for, e.g. "image"; empty: all of it
+    skip: tuple[str, ...] = ()  # names, there or here, or their beginnings, that are not taken: they start afresh
     on_damage: str = "stop"  # the newest checkpoint is damaged: stop | older: continue from the newest whole one
 
     limits: ClassVar[Limits] = {

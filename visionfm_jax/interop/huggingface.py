@@ -8,7 +8,8 @@ live `state_dict()` of transformers 5 has other names; no file has them.) Checke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +131,9 @@ def _form(model_type: str, config: ViTConfig) -> Form:
     return Form(f"Hugging Face {model_type}", names, model.has)
 
 
-def vit_from_huggingface(state: Mapping[str, np.ndarray], config: ViTConfig, theirs: Mapping[str, Any]) -> Params:
+def vit_from_huggingface(
+    state: Mapping[str, np.ndarray], config: ViTConfig, theirs: Mapping[str, Any], skip: Sequence[str] = ()
+) -> Params:
     """Our parameter tree of a Hugging Face ViT, of which `model_type` says which.
 
     A model without classifier gives a tree without `head`. Of a model of two towers, whose `config.json` has a
@@ -142,20 +145,24 @@ def vit_from_huggingface(state: Mapping[str, np.ndarray], config: ViTConfig, the
       config: under which the weights will be used.
       theirs: what `config.json` beside the weights holds, or, where that leaves out defaults, transformers'
         `AutoConfig.from_pretrained(…).to_dict()`.
+      skip: names, theirs without prefix or ours, or their beginnings, that are left out of the tree; with "pool", the
+        pooling here may be another.
 
     Raises:
       UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
         compute, or that `config` would compute otherwise.
     """
     theirs = theirs.get("vision_config", theirs)
-    model, form = _model(setting(theirs, "model_type")), _form(theirs["model_type"], config)
-    state = {k.removeprefix(model.prefix): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith(_SKIPPED)}
+    model = _model(setting(theirs, "model_type"))
+    state = {k.removeprefix(model.prefix): v for k, v in state.items() if not is_left_out(k, theirs)}
     head = any(k.startswith("classifier.") for k in state)
     heads, eps = (setting(theirs, key) for key in ("num_attention_heads", "layer_norm_eps"))
     activation = setting(theirs, "hidden_act")
     gated = theirs.get("use_swiglu_ffn", False) or (theirs.get("use_gated_mlp", False) and activation == "silu")
     pool = "cls_gap" if head and "cls_gap" in model.has["pool"] else model.has["pool"][0]
+    if "pool" in skip:
+        config = dataclasses.replace(config, pool=pool)
+    form = _form(theirs["model_type"], config)
     theta = setting(theirs, "rope_theta") if model.has["rope_theta"] else 0.0
     require_same(
         form.what,
@@ -166,9 +173,15 @@ def vit_from_huggingface(state: Mapping[str, np.ndarray], config: ViTConfig, the
             "swiglu" if gated else ACTIVATIONS.get(activation, activation), "ViTConfig.activation", config.activation,
         ),
         rope_theta=(theta, "ViTConfig.rope_theta", config.rope_theta),
-        **resized(model.resizes, config),
+        **resized(model.resizes, config, state.get(model.names.table)),
     )  # fmt: skip
-    return import_state(state, form.leaves(config, head), form.what)
+    return import_state(state, form.leaves(config, head), form.what, skip)
+
+
+def is_left_out(name: str, theirs: Mapping[str, Any]) -> bool:
+    """Whether a tensor of the file is none of the network that makes features; `theirs` is its `config.json`."""
+    model_type = theirs.get("vision_config", theirs).get("model_type")
+    return name.removeprefix(_model(model_type).prefix).startswith(_SKIPPED)
 
 
 def setting(theirs: Mapping[str, Any], key: str) -> Any:

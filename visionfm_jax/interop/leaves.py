@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,13 +92,28 @@ def require_same(what: str, **facts: tuple[Any, str, Any]) -> None:
         )
 
 
-def import_state(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...], what: str) -> Params:
+def is_named(name: str, by: Sequence[str]) -> bool:
+    """Whether a name, "blocks.0.mlp" or "blocks/mlp", is one of `by` or lies below it; whole words count."""
+    name = name.replace("/", ".")
+    return any(f"{name}.".startswith(f"{one.replace('/', '.').rstrip('.')}.") for one in by)
+
+
+def import_state(
+    state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...], what: str, skip: Sequence[str] = ()
+) -> Params:
     """Our tree, made of the tensors of `state` by the naming `leaves`; `what` names the model in errors.
+
+    `skip`: names, in either naming, or their beginnings, that are left out of the tree.
 
     Raises:
       UserError: missing or unknown names, or wrong shapes.
     """
     depth = _depth(state, leaves)
+    out = {n for leaf in leaves if is_named(leaf.ours, skip) for n in _names(leaf, depth)}
+    leaves = tuple(leaf for leaf in leaves if not is_named(leaf.ours, skip))
+    leaves = tuple(leaf for leaf in leaves if not all(is_named(n, skip) for n in _names(leaf, depth)))
+    used = {n for leaf in leaves for n in _names(leaf, depth)}  # by parts, some of which may be left out
+    state = {n: v for n, v in state.items() if not ((n in out and n not in used) or is_named(n, skip))}
     wanted = {name: leaf for leaf in leaves for name in _names(leaf, depth)}
     problems = _differences(set(state), set(wanted)) or _wrong_shapes(state, wanted)
     if problems:

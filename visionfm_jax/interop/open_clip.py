@@ -1,8 +1,8 @@
-"""The text side of CLIP in OpenCLIP's names, to and from our tree: tower, projection, scale and bias of the logits.
+"""CLIP in OpenCLIP's names, to and from our trees: both towers, their projections, scale and bias of the logits.
 
-Source: open_clip_torch 3.3, `CLIP.state_dict()` and `CustomTextCLIP.state_dict()`. Checked against OpenCLIP itself in
-`tests/parity`. OpenCLIP's image towers are other networks than ours. OpenAI's own weights, and OpenCLIP's `-quickgelu`
-models, have these names too but another activation: they are refused.
+Source: open_clip_torch 3.3, `CLIP.state_dict()` and `CustomTextCLIP.state_dict()`, whose image tower is its own ViT (a
+tower of timm's, `visual.trunk`, has timm's names). Checked against OpenCLIP itself in `tests/parity`. OpenAI's own
+weights, and OpenCLIP's `-quickgelu` models, have these names too but another activation.
 
 Letters in shapes: D width, M hidden width of the MLP, V vocabulary, T positions, E width of the joint space.
 """
@@ -10,13 +10,17 @@ Letters in shapes: D width, M hidden width of the MLP, V vocabulary, T positions
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.timm import resized
+from visionfm_jax.interop.vit import Form, Names
+from visionfm_jax.models.backbones import vit
+from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.text import TextConfig, size_of
 
 # The image tower, and a mask that follows from the positions, which older files hold.
@@ -45,7 +49,9 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def text_from_open_clip(state: Mapping[str, np.ndarray], config: TextConfig, model_cfg: Mapping[str, Any]) -> Params:
+def text_from_open_clip(
+    state: Mapping[str, np.ndarray], config: TextConfig, model_cfg: Mapping[str, Any], skip: Sequence[str] = ()
+) -> Params:
     """The text part of our `Clip` tree: `text`, `text_projection`, and `scale` and `bias` where the state has them.
 
     Width, depth, vocabulary and positions are read off the state itself. Names may begin with
@@ -57,6 +63,7 @@ def text_from_open_clip(state: Mapping[str, np.ndarray], config: TextConfig, mod
       config: under which the weights will be used.
       model_cfg: OpenCLIP's of the model, as `open_clip.get_model_config(NAME)` has it, or `open_clip_config.json`
         under that key.
+      skip: names, theirs or ours, or their beginnings, that are left out of the tree.
 
     Raises:
       UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
@@ -79,7 +86,7 @@ def text_from_open_clip(state: Mapping[str, np.ndarray], config: TextConfig, mod
     state = {name.removeprefix("text."): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not _SKIPPED.fullmatch(name)}
     leaves = _TEXT + tuple(leaf for leaf in _OF_LOGITS if leaf.theirs[0] in state)
-    return import_state(state, leaves, what)
+    return import_state(state, leaves, what, skip)
 
 
 def text_to_open_clip(params: Params) -> dict[str, np.ndarray]:
@@ -91,3 +98,74 @@ def text_to_open_clip(params: Params) -> dict[str, np.ndarray]:
     params = {name: value for name, value in params.items() if not name.startswith("image")}
     leaves = _TEXT + tuple(leaf for leaf in _OF_LOGITS if leaf.ours in params)
     return export_tree(params, leaves, "CLIP text")
+
+
+_VISUAL = Names(
+    patches="conv1", cls_token="class_embedding", token_kind="vector", table="positional_embedding",
+    table_kind="vector", norm_pre="ln_pre", block="transformer.resblocks.{}.", ln1="ln_1", qkv=("attn.in_proj",),
+    out="attn.out_proj", ln2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj", layer_scale=("ls_1.gamma", "ls_2.gamma"),
+    norm="ln_post",
+)  # fmt: skip
+_OF_VISUAL: dict[str, Any] = {  # fields of `ViTConfig` that the tower can have (`Form.has`)
+    "pool": ("cls",), "pos_embed": ("class",), "registers": False, "rope_theta": False, "patch_bias": False,
+    "qkv_bias": ("all",), "qk_norm": False, "activation": ("gelu", "quick_gelu"),
+}  # fmt: skip
+# What `vision_cfg` may hold beside what is compared: shapes, which the state has too, and what is of training alone.
+_KNOWN_VISUAL = {
+    "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout", "ls_init_value",
+    "no_ln_pre", "pool_type", "pos_embed_type",
+}  # fmt: skip
+
+
+def _visual_leaves(config: ViTConfig, projected: bool) -> tuple[Leaf, ...]:
+    leaves = Form("OpenCLIP image tower", _VISUAL, _OF_VISUAL).leaves(config, False)
+    packed = {"attn.in_proj.weight": "attn.in_proj_weight", "attn.in_proj.bias": "attn.in_proj_bias"}
+
+    def named(name: str) -> str:
+        for ours, theirs in packed.items():
+            name = name.replace(ours, theirs)
+        return f"visual.{name}"
+
+    leaves = tuple(leaf._replace(theirs=tuple(map(named, leaf.theirs))) for leaf in leaves)
+    return leaves + ((Leaf("projection", ("visual.proj",), "vector", ("D", "E")),) if projected else ())
+
+
+def visual_from_open_clip(
+    state: Mapping[str, np.ndarray], config: ViTConfig, model_cfg: Mapping[str, Any], skip: Sequence[str] = ()
+) -> Params:
+    """Our tree of an OpenCLIP ViT, and in it `projection` (D, E), where the state has it, which is `Clip`'s.
+
+    Args:
+      state: name to array; names that begin with "visual." are taken.
+      config: under which the weights will be used.
+      model_cfg: as for `text_from_open_clip`.
+      skip: likewise.
+
+    Raises:
+      UserError: as `text_from_open_clip`.
+    """
+    what, theirs = "OpenCLIP image tower", model_cfg["vision_cfg"]
+    if other := sorted(key for key, value in theirs.items() if key not in _KNOWN_VISUAL and value):
+        raise UserError(f"the {what} has {', '.join(other)} in its vision_cfg, which ours cannot compute; use another")
+    state = {name: value for name, value in state.items() if name.startswith("visual.")}
+    width, head = theirs.get("width", 768), theirs.get("head_width", 64)
+    require_same(
+        what,
+        head_width=(head, "ViTConfig.width / ViTConfig.heads", width / vit.size_of(config).heads),
+        pool_type=({"tok": "cls"}.get(theirs.get("pool_type", "tok")), "ViTConfig.pool", config.pool),
+        quick_gelu=(
+            "quick_gelu" if model_cfg.get("quick_gelu") else "gelu", "ViTConfig.activation", config.activation
+        ),
+        norm_eps=(1e-5, "ViTConfig.norm_eps", config.norm_eps),
+        **resized("bicubic_antialias", config, state.get("visual.positional_embedding")),
+    )  # fmt: skip
+    return import_state(state, _visual_leaves(config, "visual.proj" in state), what, skip)
+
+
+def visual_to_open_clip(params: Params, config: ViTConfig) -> dict[str, np.ndarray]:
+    """The state of an OpenCLIP image tower: the inverse of `visual_from_open_clip`.
+
+    Raises:
+      UserError: `params` is not the tree of `config`, or OpenCLIP's ViT cannot be that.
+    """
+    return export_tree(params, _visual_leaves(config, "projection" in params), "ViT")

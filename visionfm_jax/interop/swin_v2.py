@@ -105,6 +105,8 @@ def swin_v2_from_timm(
     pretrained_window_sizes: Sequence[int],
     norm_eps: float,
     act_layer: str,
+    img_size: int = 0,
+    skip: Sequence[str] = (),
 ) -> Params:
     """Our parameter tree of a timm `SwinTransformerV2`, or of a file of SwinV2's authors.
 
@@ -119,16 +121,20 @@ def swin_v2_from_timm(
       pretrained_window_sizes: likewise, by stage; zeros: none.
       norm_eps: likewise, `model.norm.eps`: 1e-5 by default.
       act_layer: likewise: "gelu" by default.
+      img_size: likewise; the windows of `config` may then be others than the model's, as long as the position bias is
+        evaluated as it was trained (`pretrained_window`). 0: they are the same.
+      skip: names, timm's or ours, or their beginnings, that are left out of the tree.
 
     Raises:
       UserError: names that are missing or unknown, or a wrong shape, all of a stage's in one line; a model that ours
         cannot compute, or that `config` would compute otherwise.
     """
     what = "timm SwinV2"
-    _require_same(what, config, True, window_size=window_size, pretrained_window_sizes=pretrained_window_sizes,
-                  norm_eps=norm_eps, act_layer=act_layer)  # fmt: skip
+    trained = img_size, np.shape(state.get("patch_embed.proj.weight", ()))
+    _require_same(what, config, True, trained, window_size=window_size, norm_eps=norm_eps, act_layer=act_layer,
+                  pretrained_window_sizes=pretrained_window_sizes)  # fmt: skip
     first = "layers.0.downsample.reduction.weight" not in state
-    return _import(state, what, "layers.", lambda stage: _timm_leaves(stage, first))
+    return _import(state, what, "layers.", lambda stage: _timm_leaves(stage, first), skip)
 
 
 def swin_v2_to_timm(params: Params) -> dict[str, np.ndarray]:
@@ -141,7 +147,7 @@ def swin_v2_to_timm(params: Params) -> dict[str, np.ndarray]:
 
 
 def swin_v2_from_huggingface(
-    state: Mapping[str, np.ndarray], config: SwinV2Config, theirs: Mapping[str, Any]
+    state: Mapping[str, np.ndarray], config: SwinV2Config, theirs: Mapping[str, Any], skip: Sequence[str] = ()
 ) -> Params:
     """Our parameter tree of a Hugging Face SwinV2; see `swin_v2_from_timm`.
 
@@ -150,14 +156,23 @@ def swin_v2_from_huggingface(
     Args:
       state: name to array, as `model.safetensors` holds them.
       config: under which the weights will be used; not `roll_first`, if shifted maps of its image size need padding.
-      theirs: what `config.json` beside the weights holds.
+      theirs: what `config.json` beside the weights holds; with its `image_size`, windows may be others, as there.
+      skip: names, theirs without prefix or ours, or their beginnings, that are left out of the tree.
     """
     what = "Hugging Face SwinV2"
-    keys = ("window_size", "pretrained_window_sizes", "layer_norm_eps", "hidden_act")
-    _require_same(what, config, False, **{key: setting(theirs, key) for key in keys})
+    keys = ("window_size", "layer_norm_eps", "hidden_act", "pretrained_window_sizes")
     if not any(name.startswith("swinv2.") for name in state):
         state = {f"swinv2.{name}": value for name, value in state.items()}
-    return _import(state, what, "swinv2.encoder.layers.", _huggingface_leaves)
+    patches = np.shape(state.get("swinv2.embeddings.patch_embeddings.projection.weight", ()))
+    trained = theirs.get("image_size", 0), patches
+    _require_same(what, config, False, trained, **{key: setting(theirs, key) for key in keys})
+    skip = (*skip, *(f"swinv2.{name}" for name in skip))
+    return _import(state, what, "swinv2.encoder.layers.", _huggingface_leaves, skip)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a tensor of a file is none of the encoder's."""
+    return bool(_SKIPPED.fullmatch(name))
 
 
 def swin_v2_to_huggingface(params: Params) -> dict[str, np.ndarray]:
@@ -165,38 +180,61 @@ def swin_v2_to_huggingface(params: Params) -> dict[str, np.ndarray]:
     return _export(params, _huggingface_leaves, merging_first=False)
 
 
-def _require_same(what: str, config: SwinV2Config, rolls_first: bool, **theirs: Any) -> None:
-    """`require_same` of what a state does not tell: window, windows of before, epsilon, activation; and the order."""
-    window, pretrained, eps, activation = theirs
-    require_same(
-        what,
-        **{
-            window: (theirs[window], "SwinV2Config.window", config.window),
-            pretrained: (
-                list(theirs[pretrained]), "SwinV2Config.pretrained_window and pretrained_image_size",
-                pretrained_windows(config),
-            ),
-            eps: (theirs[eps], "this project's SwinV2", EPS),
-            activation: (ACTIVATIONS.get(theirs[activation], theirs[activation]), "this project's SwinV2", "gelu"),
-        },
-    )  # fmt: skip
-    maps = [-(-config.image_size // (config.patch_size * 2**stage)) for stage in range(STAGES)]
+def _require_same(
+    what: str, config: SwinV2Config, rolls_first: bool, trained: tuple[int, tuple[int, ...]], **theirs: Any
+) -> None:
+    """`require_same` of what a state does not tell: windows, epsilon, activation; and the order.
+
+    `trained`: sides of the images that the model was made for, 0: unknown, and shape of its patch embedding's weight.
+    """
+    window, eps, activation, pretrained = theirs
+    facts = {
+        eps: (theirs[eps], "this project's SwinV2", EPS),
+        activation: (ACTIVATIONS.get(theirs[activation], theirs[activation]), "this project's SwinV2", "gelu"),
+    }
+    before, ours = list(theirs[pretrained]), pretrained_windows(config)
+    fields = "SwinV2Config.pretrained_window and pretrained_image_size"
+    size, patches = trained
+    if (
+        isinstance(size, int) and size and len(patches) == 4
+    ):  # what counts is where the position bias was trained, or, if nowhere before, is
+        before = _bias_windows(before, theirs[window], size, patches[-1])
+        ours = _bias_windows(ours, config.window, config.image_size, config.patch_size)
+        fields = f"SwinV2Config.window, or for other windows than its {theirs[window]} at {size} px {fields},"
+    else:
+        facts[window] = (theirs[window], "SwinV2Config.window", config.window)
+    require_same(what, **{pretrained: (before, fields, ours)}, **facts)
+    maps = _maps(config.image_size, config.patch_size)
     if any(side > config.window and side % config.window for side in maps):
         require_same(what, rolls_before_padding=(rolls_first, "SwinV2Config.roll_first", config.roll_first))
 
 
+def _bias_windows(pretrained: Sequence[int], window: int, image_size: int, patch_size: int) -> list[int]:
+    """By stage, the windows whose offsets the position bias takes for the unit: those of before, or its own."""
+    return [p or min(window, side) for p, side in zip(pretrained, _maps(image_size, patch_size), strict=True)]
+
+
+def _maps(image_size: int, patch_size: int) -> list[int]:
+    """Sides of the stages' maps."""
+    return [-(-image_size // (patch_size * 2**stage)) for stage in range(STAGES)]
+
+
 def _import(
-    state: Mapping[str, np.ndarray], what: str, prefix: str, naming: Callable[[int], tuple[Leaf, ...]]
+    state: Mapping[str, np.ndarray],
+    what: str,
+    prefix: str,
+    naming: Callable[[int], tuple[Leaf, ...]],
+    skip: Sequence[str] = (),
 ) -> Params:
     last_norm = {leaf.theirs[0] for leaf in naming(STAGES - 1) if leaf.ours.startswith("norm/")}
     parts: list[dict[str, np.ndarray]] = [{} for _ in range(STAGES)]
     for name, value in state.items():
-        if not _SKIPPED.fullmatch(name):
+        if not is_left_out(name):
             stage = re.match(re.escape(prefix) + rf"([0-{STAGES - 1}])\.", name)
             parts[int(stage.group(1)) if stage else STAGES - 1 if name in last_norm else 0][name] = value
     params: Params = {}
     for stage, part in enumerate(parts):
-        tree = import_state(part, naming(stage), f"{what} stage {stage}")
+        tree = import_state(part, naming(stage), f"{what} stage {stage}", skip)
         params[f"stage{stage}"] = {"blocks": _grouped(tree.pop("blocks"))}
         params |= tree
     widths = [_width(params, stage) for stage in range(STAGES)]

@@ -6,14 +6,24 @@ DINOv3 models have it. Checked against timm itself in `tests/parity`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.leaves import (
+    Leaf,
+    Params,
+    affine,
+    export_tree,
+    import_state,
+    is_named,
+    layer_norm,
+    require_same,
+)
 from visionfm_jax.interop.vit import Form, Names
-from visionfm_jax.models.backbones.vit import ViTConfig, size_of
+from visionfm_jax.models.backbones.vit import ViTConfig, size_of, table_first, table_side
 
 _POOL = (
     Leaf("pool/probe", ("attn_pool.latent",), "table", (1, 1, "D")),
@@ -66,6 +76,7 @@ def vit_from_timm(
     act_layer: str,
     no_embed_class: bool = False,
     rope_temperature: float = 0.0,
+    skip: Sequence[str] = (),
 ) -> Params:
     """Our parameter tree of a timm `VisionTransformer`, or of an `Eva` as DINOv3's.
 
@@ -84,6 +95,8 @@ def vit_from_timm(
         patches'.
       rope_temperature: of an `Eva`, `model.rope.temperature`, 100 for DINOv3, with `rope_type="dinov3"` and
         `rope_rotate_half=True`.
+      skip: names, timm's or ours, or their beginnings, that are left out of the tree; with "pool", the pooling here may
+        be another.
 
     Raises:
       UserError: names that are missing or unknown, or a wrong shape, all of them in one line; a model that ours cannot
@@ -96,12 +109,16 @@ def vit_from_timm(
             f'a timm ViT of global_pool="{global_pool}" {token} a class token is none of ours, which are global_pool='
             '"token", "avg" and "map"; use one of these'
         )
+    if "pool" in skip:
+        config = dataclasses.replace(config, pool=pool)
     table = "none"
     if "pos_embed" in state:
         table = "patches" if no_embed_class else "all" if "reg_token" in state else "class"
     ours = config.pos_embed
     if table == "patches" and ours == "class" and not config.has_class_token:
         ours = "patches"  # the same
+    if is_named("pos_embed", skip):
+        table = ours
     require_same(
         "timm ViT",
         num_heads=(num_heads, "ViTConfig.heads", size_of(config).heads),
@@ -110,10 +127,10 @@ def vit_from_timm(
         act_layer=(act_layer, "ViTConfig.activation", config.activation),
         pos_embed=(table, "ViTConfig.pos_embed", ours),
         rope_temperature=(rope_temperature, "ViTConfig.rope_theta", config.rope_theta),
-        **resized("bicubic_antialias", config),
+        **resized("bicubic_antialias", config, state.get("pos_embed")),
     )
     form = _form(config)
-    return import_state(state, form.leaves(config, any(k.startswith("head.") for k in state)), form.what)
+    return import_state(state, form.leaves(config, any(k.startswith("head.") for k in state)), form.what, skip)
 
 
 def vit_to_timm(params: Params, config: ViTConfig) -> dict[str, np.ndarray]:
@@ -126,8 +143,14 @@ def vit_to_timm(params: Params, config: ViTConfig) -> dict[str, np.ndarray]:
     return export_tree(params, _form(config).leaves(config, "head" in params), "ViT")
 
 
-def resized(how: str, config: ViTConfig) -> dict[str, tuple[str, str, str]]:
-    """For `require_same`: how a library takes its position table to other images, where the configuration does."""
-    if config.pos_embed == "none" or config.pos_image_size in (0, config.image_size):
+def resized(how: str, config: ViTConfig, table: np.ndarray | None) -> dict[str, tuple[str, str, str]]:
+    """For `require_same`: how a library takes its position table to other images, where the configuration does.
+
+    `table`: of the state, (…, T, D).
+    """
+    if config.pos_embed == "none" or table is None:
+        return {}
+    side = table_side(config)
+    if config.pos_image_size in (0, config.image_size) and np.shape(table)[-2] == table_first(config) + side**2:
         return {}
     return {"resizing": (how, "ViTConfig.pos_resize", config.pos_resize)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from visionfm_jax.config import OptimConfig
-from visionfm_jax.parallel.zero import is_scanned, matrix_rank
+from visionfm_jax.parallel.zero import SCANNED, is_scanned, matrix_rank
 
 
 def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -27,7 +28,8 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 # and all below "bias", which in SwinV2 is also a network: as in the authors' lists (`no_weight_decay` of timm's ViT and
 # of Swin-Transformer, where it is `cpb_mlp`; the kernels alone in big_vision, whose attention pooling has the probe).
 _NOT_DECAYED = {"bias", "pos_embed", "probe", "registers"}
-_ABOVE_BLOCKS = {"norm", "pool", "head"}  # of a ViT
+_ABOVE_BLOCKS = {"norm", "pool", "head", "vocabulary"}  # of a network
+_STAGE, _MERGING = re.compile(r"stage(\d+)"), re.compile(r"merging(\d+)")
 
 
 def decay_mask(params: Any) -> Any:
@@ -42,19 +44,51 @@ def decay_mask(params: Any) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """Learning-rate factors by depth (BEiT, Bao et al. 2022): decay^(layers between a parameter and the head).
 
-    The embedding is below all L layers and gets decay^(L+1), layer i (from 0) decay^(L-i), norm, pool and head 1.
+    Of each network by itself: the embedding is below all L layers and gets decay^(L+1), layer i (from 0) decay^(L-i),
+    norm, pool and head 1. The layers of stages (`stage0`, …) are numbered through, and the map that leads to a stage
+    counts with its first layer. What belongs to no network, as projections and the scale of logits, gets 1.
     A scanned parameter's factor has shape (L, 1, …).
     """
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    networks: dict[tuple[str, ...], dict[int, dict[int, int]]] = {}  # path: stage: number in its group: layers
+    for path, leaf in flat:
+        if place := _place(path):
+            network, stage, number = place
+            networks.setdefault(network, {}).setdefault(stage, {})[number] = leaf.shape[0]
+    starts = {}  # (network, stage): its first layer; the stage after the last: all layers
+    for network, stages in networks.items():
+        total = 0
+        for stage in sorted(stages):
+            starts[network, stage] = total
+            total += sum(stages[stage].values())
+        starts[network, -1] = total
 
     def scale(path: tuple, leaf: Any) -> jax.Array:
-        if is_scanned(path):
-            L = leaf.shape[0]
-            return (decay ** jnp.arange(L, 0, -1.0)).reshape(L, *(1,) * (leaf.ndim - 1))
-        return jnp.asarray(1.0 if path[0].key in _ABOVE_BLOCKS else decay ** (depth + 1))
+        if place := _place(path):
+            network, stage, number = place
+            first, group = starts[network, stage] + number, len(networks[network][stage])
+            layers = first + group * jnp.arange(leaf.shape[0], dtype=jnp.float32)
+            return (decay ** (starts[network, -1] - layers)).reshape(-1, *(1,) * (leaf.ndim - 1))
+        keys = tuple(key.key for key in path)
+        network = max((n for n in networks if keys[: len(n)] == n), key=len, default=None)
+        if network is None or keys[len(network)] in _ABOVE_BLOCKS:
+            return jnp.asarray(1.0)
+        if merging := _MERGING.fullmatch(keys[len(network)]):
+            return jnp.asarray(decay ** (starts[network, -1] - starts[network, int(merging[1]) + 1]))
+        return jnp.asarray(decay ** (starts[network, -1] + 1))
 
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    depth = max((leaf.shape[0] for path, leaf in flat if is_scanned(path)), default=0)
     return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _place(path: tuple) -> tuple[tuple[str, ...], int, int] | None:
+    """Of a scanned parameter: its network, the stage, and its number in the group that is scanned; else None."""
+    if not is_scanned(path):
+        return None
+    keys = tuple(key.key for key in path)
+    at = keys.index(SCANNED)
+    number = int(keys[at + 1]) if keys[at + 1].isdigit() else 0
+    stage = _STAGE.fullmatch(keys[at - 1]) if at else None
+    return (keys[: at - 1], int(stage[1]), number) if stage else (keys[:at], 0, number)
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:

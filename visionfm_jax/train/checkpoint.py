@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
-from visionfm_jax.errors import CheckpointError, StorageError
+from visionfm_jax.errors import CheckpointError, StorageError, UserError
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.parallel import agreement
 from visionfm_jax.storage import seal, unseal
@@ -238,11 +238,27 @@ class Checkpoints:
           CheckpointError: as `restore`.
         """
 
+        def choose(step: int, stored: Any) -> Any:
+            _refuse_other_tree(self.folder / str(step), {"params": stored}, {"params": shapes})
+            return _targets(shapes, shardings)
+
+        return self.restore_chosen_weights(choose)
+
+    def restore_chosen_weights(self, choose: Callable[[int, Any], Any]) -> Restored:
+        """As `restore_weights`, of the weights that `choose` asks for.
+
+        Args:
+          choose: (step, the stored tree, of objects with a shape) -> the part of it that is read, of
+            `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          CheckpointError: as `restore`; and what `choose` raises.
+        """
+
         def parts_of(step: int) -> dict[str, Any]:
             stored = self._stored(step)
             key = "ema" if jax.tree.leaves(stored.get("ema")) else "params"
-            _refuse_other_tree(self.folder / str(step), {"params": stored.get(key)}, {"params": shapes})
-            return {key: _targets(shapes, shardings)}
+            return {key: choose(step, stored.get(key))}
 
         found = self._newest_whole(parts_of)
         [weights] = found.what.values()
@@ -439,7 +455,7 @@ def _plain_errors(doing: str, *, reading: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, StorageError):
+    except UserError:
         raise
     except Exception as error:
         cause = _first_cause(error)

@@ -9,10 +9,10 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from visionfm_jax.config import Config
-from visionfm_jax.errors import OutputError, UserError
+from visionfm_jax.errors import ConfigError, OutputError, UserError
 from visionfm_jax.storage import FULL, read, read_bytes, retry, write, write_text
 from visionfm_jax.train.provenance import (
     DATA,
@@ -23,6 +23,8 @@ from visionfm_jax.train.provenance import (
     read_provenance,
     settings_files,
 )
+
+WEIGHTS = "weights.json"  # where the weights that the run began with came from
 
 
 class RunFolder:
@@ -61,13 +63,16 @@ class RunFolder:
         except BlockingIOError as error:
             raise UserError(f"another run is in {self.path}; wait for it, or set config.workdir") from error
 
-    def keep(self, new: Provenance, step: int, begun_in: str | Path) -> list[str]:
+    def keep(
+        self, new: Provenance, step: int, begun_in: str | Path, weights: dict[str, Any] | None = None
+    ) -> list[str]:
         """Keep what the samples follow from; called once it is known that the state of `step` fits the configuration.
 
         Args:
           new: of this run.
           step: that it continues from.
           begun_in: the run folder that `step` was reached in; empty: it starts anew.
+          weights: where the weights of a new run come from (`initialise.Start`).
 
         Returns:
           The settings that have changed since the run was there, "field: old -> new"; the former file is kept beside
@@ -82,6 +87,11 @@ class RunFolder:
         self._keep_former(self.path / f"config-until-{step}.json", step, bool(changed))
         _write(self.path / DATA, json.dumps(new.data, indent=1) + "\n")
         _write(path, json.dumps(new.settings, indent=2) + "\n")
+        if weights is not None:
+            _write(self.path / WEIGHTS, json.dumps(weights, indent=1) + "\n")
+        elif not begun_in:
+            former = self.path / WEIGHTS
+            write(lambda: former.unlink(missing_ok=True), former)
         return changed
 
     def _keep_former(self, path: Path, step: int, changed: bool) -> None:
@@ -105,6 +115,27 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def refuse_other_weights(folder: Path, weights: dict[str, Any] | None) -> None:
+    """Refuse to run a step again from other weights than the run in `folder` began with.
+
+    Raises:
+      ConfigError: they are others.
+      DataError, StorageError: what is kept of them cannot be read.
+    """
+    if weights is None or (kept := read_bytes(folder / WEIGHTS)) is None:
+        return
+    try:
+        before = json.loads(kept)
+    except ValueError as error:
+        raise ConfigError(f"{folder / WEIGHTS} is damaged: {error}; move it away") from error
+    for key in ("sha256", "step"):
+        if isinstance(before, dict) and before.get(key) != weights.get(key):
+            raise ConfigError(
+                f"config.checkpoint.weights = {weights['source']!r}: not those that the run in {folder} began with "
+                f"({key} was {before.get(key)}); put them back, or name them"
+            )
 
 
 def _write(path: Path, text: str) -> None:

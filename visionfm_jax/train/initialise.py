@@ -1,30 +1,101 @@
-"""Where the weights of a run come from."""
+"""Where a run starts: its own folder, another run, weights from elsewhere, or scratch; the first that there is.
+
+Weights are another run's, or a file's in the names of timm, Hugging Face or OpenCLIP. Either way they become arrays by
+our paths; each is taken as it is, resampled (positions, patches), or replaced (a head of other classes). All else that
+does not fit is refused, unless `config.checkpoint.skip` lists it, and all of it is printed.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
 
 from visionfm_jax.config import CheckpointConfig, Config
-from visionfm_jax.errors import CheckpointError, ConfigError
-from visionfm_jax.parallel.agreement import from_first
+from visionfm_jax.config.schema import to_dict
+from visionfm_jax.errors import CheckpointError, ConfigError, UserError
+from visionfm_jax.interop import files
+from visionfm_jax.interop.leaves import flatten, is_named
+from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
+from visionfm_jax.interop.resample import Way, way
+from visionfm_jax.parallel.agreement import from_first, require_same
+from visionfm_jax.parallel.mesh import WHOLE
+from visionfm_jax.storage import read
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
+from visionfm_jax.train.provenance import leaf_changes, read_provenance
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 
+Shapes = Mapping[str, tuple[int, ...]]  # by path, "image/embed/kernel"
 
-def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], str]:
-    """The first that there is: own run folder, `resume`, `weights`, scratch; its record; and its name for people.
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    state: TrainState
+    record: dict[str, Any]  # what was saved beside it
+    origin: str  # for people
+    weights: dict[str, Any] | None = (
+        None  # where they came from, for the run folder; None: a state of a run, or scratch
+    )
+
+
+class Fit(NamedTuple):
+    """What of a source goes where, by our paths."""
+
+    taken: list[str]
+    resampled: dict[str, Way]
+    afresh: dict[str, list[str]]  # why -> arrays that are not from the source
+    left: dict[str, list[str]]  # why -> what of the source is not taken
+
+
+class Found(NamedTuple):
+    """Weights that fit the model, by our paths."""
+
+    arrays: dict[str, Any]  # of a file NumPy's, of a run as the devices store them; what is resampled as it was
+    name: str  # of the source
+    step: int  # of its run, or 0
+    fit: Fit
+    source: dict[str, Any]  # for the run folder
+    notes: list[str]  # for people
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """For the run folder."""
+        resampled = {path: how.what for path, how in self.fit.resampled.items()}
+        return {
+            **self.source, "taken": len(self.fit.taken), "resampled": resampled, "afresh": self.fit.afresh,
+            "not_taken": self.fit.left,
+        }  # fmt: skip
+
+    @property
+    def origin(self) -> str:
+        """For people."""
+        lines = [f"the weights of {self.name}", *self.notes]
+        lines.append(f"{len(self.fit.taken) + len(self.fit.resampled)} arrays taken")
+        lines += [f"resampled: {_dots(path)}, {how.what}" for path, how in self.fit.resampled.items()]
+        lines += [f"begins afresh: {_some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
+        lines += [f"not taken: {_some(names)} ({why})" for why, names in self.fit.left.items()]
+        return _below(lines)
+
+
+def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> Start:
+    """The first that there is: own run folder, `resume`, `weights`, scratch.
 
     Raises:
       CheckpointError: it is named or there, but cannot be used.
+      ConfigError: `resume` has all its steps, or `weights` do not fit.
     """
     config = trainer.config.checkpoint
     if checkpoints.latest() is not None:
         own = checkpoints.restore(trainer.shapes, trainer.shardings)
-        return own.what, own.record, origin_of(own, f"step {own.step} of its own folder")
+        return Start(own.what, own.record, origin_of(own, f"step {own.step} of its own folder"))
     if config.resume:
         with other_run(config, config.resume, "checkpoint.resume") as other:
             found = other.restore(trainer.shapes, trainer.shardings)
@@ -33,20 +104,19 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainSta
                 f"config.checkpoint.resume = {config.resume!r}: is at step {found.step}, and config.train sets {total} "
                 "steps; set more, or evaluate it by --mode=evaluate"
             )
-        return found.what, found.record, origin_of(found, f"step {found.step} of {config.resume}")
+        return Start(found.what, found.record, origin_of(found, f"step {found.step} of {config.resume}"))
+    if not config.weights:
+        return Start(trainer.init(), {}, f"scratch, seed {trainer.config.seed}")
+    found = find_weights(trainer)  # before anything is compiled
     state = trainer.init()
-    if config.weights:
-        with other_run(config, config.weights, "checkpoint.weights") as other:
-            found = other.restore_weights(trainer.shapes.params, trainer.shardings.params)
-        ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, found.what)
-        origin = origin_of(found, f"the weights of {config.weights}")
-        return state.replace(params=found.what, ema=ema), {}, origin
-    return state, {}, f"scratch, seed {trainer.config.seed}"
+    params = placed(trainer, found, state.params)
+    ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+    return Start(state.replace(params=params, ema=ema), {}, found.origin, found.about)
 
 
 def origin_of(found: Restored, name: str) -> str:
     """`name` for people, with what they should know of the checkpoint."""
-    return "\n                   ".join([name, *found.notes])
+    return _below([name, *found.notes])
 
 
 def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
@@ -73,14 +143,275 @@ def saved_run(config: CheckpointConfig, folder: str) -> Checkpoints | None:
     return None
 
 
-def run_to_evaluate(config: Config) -> tuple[str, Checkpoints]:
-    """The run folder and its checkpoints; where it has none, those that `config.checkpoint.weights` names.
+class ToEvaluate(NamedTuple):
+    """Weights to be evaluated."""
+
+    params: Any
+    name: str  # the run folder or file that they come from
+    step: int
+    origin: str  # for people
+
+
+def weights_to_evaluate(trainer: Trainer) -> ToEvaluate:
+    """The newest of the run's own folder; where it has none, those that `config.checkpoint.weights` names.
 
     Raises:
-      ConfigError, CheckpointError: as `other_run`.
+      ConfigError, CheckpointError: as `other_run`; and weights that leave a part of the model as it was initialised.
     """
-    if (own := saved_run(config.checkpoint, config.folder)) is not None:
-        return config.folder, own
-    if weights := config.checkpoint.weights:
-        return weights, other_run(config.checkpoint, weights, "checkpoint.weights")
-    return config.folder, other_run(config.checkpoint, config.folder, "workdir")
+    config = trainer.config
+    shapes, shardings = trainer.shapes.params, trainer.shardings.params
+    own = saved_run(config.checkpoint, config.folder)
+    if own is None and config.checkpoint.weights:
+        found = find_weights(trainer)
+        return ToEvaluate(placed(trainer, found, None), config.checkpoint.weights, found.step, found.origin)
+    with own or other_run(config.checkpoint, config.folder, "workdir") as stored:
+        restored = stored.restore_weights(shapes, shardings)
+    origin = origin_of(restored, f"the weights of step {restored.step} of {config.folder}")
+    return ToEvaluate(restored.what, config.folder, restored.step, origin)
+
+
+def find_weights(trainer: Trainer) -> Found:
+    """Those that `config.checkpoint.weights` names, for the model of `trainer`.
+
+    Raises:
+      ConfigError: they do not fit, or cannot be read.
+      CheckpointError: the run's checkpoint is damaged, or there is none.
+    """
+    where = trainer.config.checkpoint.weights
+    if not Path(where).exists():
+        raise ConfigError(
+            f"config.checkpoint.weights = {where!r}: there is no such folder or file; name that of a run, or weights "
+            "of timm, Hugging Face or OpenCLIP"
+        )
+    of_file = from_first(lambda: read(lambda: _is_file(Path(where)), lambda: where))
+    return _of_file(trainer) if of_file else _of_run(trainer)
+
+
+def _is_file(where: Path) -> bool:
+    if where.is_file():
+        return True
+    return not (where / SUBFOLDER).is_dir() and any(path.name.endswith(files.SUFFIXES) for path in where.iterdir())
+
+
+def _of_file(trainer: Trainer) -> Found:
+    config = trainer.config.checkpoint
+    where = Path(config.weights)
+    file = Path(from_first(lambda: str(read(lambda: files.file_in(where, "checkpoint.weights"), lambda: str(where)))))
+    about = from_first(lambda: _about(config, file))
+    weights = files.read_weights(file)
+    require_same(weights.digests, "checkpoint.weights")
+    below = f"{config.weights_from.rstrip('.')}." if config.weights_from else ""
+    state = {name.removeprefix(below): value for name, value in weights.tensors.items() if name.startswith(below)}
+    if not state:
+        raise ConfigError(
+            f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} begins so, but "
+            f"{_some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
+        )
+    try:
+        found = import_weights(state, about, _networks(trainer.config), config.weights_into, config.skip)
+    except UserError as error:
+        if type(error) is not UserError:
+            raise
+        raise ConfigError(f"{file}: {_with_fields(str(error), trainer.config)}") from error
+    left = {**found.left, **_outside(weights.tensors, below)}
+    here = _shapes(trainer.shapes.params)
+    fit = match({path: value.shape for path, value in found.arrays.items()}, here, trainer.config, left, str(file))
+    digests = _some([f"{name} {digest[:16]}…" for name, digest in weights.digests.items()], 2)
+    notes = [f"{found.what}, {len(weights.tensors)} tensors, sha256 {digests}"]
+    kept = {"source": str(file), "names": found.what, "sha256": weights.digests}
+    return Found(found.arrays, str(file), 0, fit, kept, notes)
+
+
+def _about(config: CheckpointConfig, file: Path) -> dict[str, Any] | str:
+    """What `import_weights` asks for beside the names."""
+    given = config.weights_config
+    if given == AS_MODEL or given in timm_architectures():
+        return given
+    if given:
+        if not Path(given).is_file():
+            raise ConfigError(
+                f"config.checkpoint.weights_config = {given!r}: is neither a file nor a timm architecture known here; "
+                f'name the config.json of the weights, or set "{AS_MODEL}" if config.model is their network'
+            )
+        return files.read_json(Path(given))
+    if (found := files.about(file)) is not None:
+        return found
+    raise ConfigError(
+        f"{file}: has no config.json beside it, and names do not tell heads, pooling, activation and the epsilon of "
+        "norms; set config.checkpoint.weights_config to that file, to the timm architecture, or, if config.model is "
+        f'the network that was trained, to "{AS_MODEL}"'
+    )
+
+
+def _of_run(trainer: Trainer) -> Found:
+    config = trainer.config.checkpoint
+    here, fits = _shapes(trainer.shapes.params), []
+    shardings = flatten(trainer.shardings.params)
+    whole = NamedSharding(trainer.mesh, WHOLE)
+    below = f"{config.weights_from.strip('./').replace('.', '/')}/" if config.weights_from else ""
+    into = f"{config.weights_into}/" if config.weights_into else ""
+
+    def choose(step: int, stored: Any) -> Any:
+        there = {path: tuple(leaf.shape) for path, leaf in flatten(stored).items()}
+        source = {into + path.removeprefix(below): shape for path, shape in there.items() if path.startswith(below)}
+        fit = match(source, here, trainer.config, _outside(there, below), f"{config.weights}, step {step}")
+        fits.append(fit)
+        wanted = {path: whole if path in fit.resampled else shardings[path] for path in (*fit.taken, *fit.resampled)}
+        return _tree(
+            {
+                below + path.removeprefix(into): jax.ShapeDtypeStruct(source[path], np.float32, sharding=to)
+                for path, to in wanted.items()
+            }
+        )
+
+    with other_run(config, config.weights, "checkpoint.weights") as other:
+        found = other.restore_chosen_weights(choose)
+    arrays = {into + path.removeprefix(below): value for path, value in flatten(found.what).items()}
+    settings = from_first(lambda: read_provenance(Path(config.weights)).settings)
+    before, now = settings.get("config", {}).get("model"), json.loads(json.dumps(to_dict(trainer.config)["model"]))
+    other_there = [f"other there: {change}" for change in leaf_changes(before, now, "model")] if before else []
+    kept = {"source": config.weights, "step": found.step}
+    return Found(arrays, config.weights, found.step, fits[-1], kept, [*found.notes, *other_there])
+
+
+def match(there: Shapes, here: Shapes, config: Config, left: Mapping[str, list[str]], source: str) -> Fit:
+    """What of a source goes where in the model.
+
+    Args:
+      there: the source's arrays, by the paths that they would have here.
+      here: the model's.
+      config: of the run.
+      left: why -> what of the source is not in `there`.
+      source: for errors.
+
+    Raises:
+      ConfigError: what does not fit, all of it in one line.
+    """
+    networks, into, skip = _networks(config), config.checkpoint.weights_into, config.checkpoint.skip
+    fit, problems = Fit([], {}, {}, {why: [*names] for why, names in left.items()}), {}
+
+    def skipped(path: str) -> bool:
+        return is_named(path, skip) or is_named(path.removeprefix(f"{into}/"), skip)
+
+    for path, shape in here.items():
+        if into and not path.startswith(f"{into}/") and path not in there:
+            fit.afresh.setdefault("not of checkpoint.weights_into", []).append(path)
+        elif skipped(path):
+            fit.afresh.setdefault("listed in checkpoint.skip", []).append(path)
+        elif there.get(path) == shape:
+            fit.taken.append(path)
+        elif path in there and (how := _way(path, there[path], shape, networks)):
+            fit.resampled[path] = how
+        elif _is_head(path):
+            classes = f"{there[path][-1]} classes" if path in there else "none"
+            fit.afresh.setdefault(f"{classes} there, {shape[-1]} here", []).append(path)
+        elif path in there:
+            problems.setdefault("other shapes", []).append(f"{_dots(path)} {there[path]} there, {shape} here")
+        else:
+            problems.setdefault("only here", []).append(_dots(path))
+    for path in there:
+        if skipped(path):
+            fit.left.setdefault("listed in checkpoint.skip", []).append(_dots(path))
+        elif path not in here and _is_head(path):
+            fit.left.setdefault("the model has no head", []).append(_dots(path))
+        elif path not in here:
+            problems.setdefault("only there", []).append(_dots(path))
+    if problems or not (fit.taken or fit.resampled):
+        what = "; ".join(f"{why}: {_some(names)}" for why, names in problems.items()) or "nothing is taken"
+        raise ConfigError(
+            f"config.checkpoint.weights = {source}: do not fit the model: {what}; set the fields of config.model or "
+            "config.checkpoint.weights_into, or list in config.checkpoint.skip what shall not be taken"
+        )
+    return fit
+
+
+def _way(path: str, there: tuple[int, ...], here: tuple[int, ...], networks: Mapping[str, Any]) -> Way | None:
+    part = max((p for p in networks if not p or path.startswith(f"{p}/")), key=len, default=None)
+    return None if part is None else way(path.removeprefix(f"{part}/"), there, here, networks[part])
+
+
+def _is_head(path: str) -> bool:
+    """Whether an array is of a classifier: it has a number for each class."""
+    return path.rpartition("/")[0].rpartition("/")[2] == "head"
+
+
+def placed(trainer: Trainer, found: Found, fresh: Any | None) -> Any:
+    """The parameters, stored as ZeRO has them: each device gets its part, none the whole.
+
+    Args:
+      trainer: of the model.
+      found: for it.
+      fresh: parameters for what `found` does not have; None: it must have all.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    fit = found.fit
+    if fresh is None and fit.afresh:
+        untrained = [_dots(path) for paths in fit.afresh.values() for path in paths]
+        raise ConfigError(
+            f"config.checkpoint.weights = {trainer.config.checkpoint.weights!r}: leave {_some(untrained)} untrained, "
+            "which an evaluation would measure; train first"
+        )
+    params = {} if fresh is None else flatten(fresh)
+    shardings = flatten(trainer.shardings.params)
+    for path in (*fit.taken, *fit.resampled):
+        value = found.arrays[path]
+        if path in fit.resampled:
+            value = fit.resampled[path].apply(np.asarray(value))
+        params[path] = value if isinstance(value, jax.Array) else _sharded(value, shardings[path])
+    return _tree({path: params[path] for path in _shapes(trainer.shapes.params)})
+
+
+def _sharded(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    value = np.asarray(value, np.float32)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: np.asarray(value[index]))
+
+
+def _networks(config: Config) -> dict[str, Any]:
+    """The configurations of the model's networks by their paths in its parameters; "" is all of it."""
+    return {
+        name.removeprefix("model").lstrip(".").replace(".", "/"): net for name, net in config.model.networks().items()
+    }
+
+
+def _with_fields(text: str, config: Config) -> str:
+    """An error of an importer, which names "ViTConfig.heads", with the fields of this configuration."""
+    for name, network in config.model.networks().items():
+        text = re.sub(rf"\b{type(network).__name__}\.", f"config.{name}.", text)
+    return text
+
+
+def _outside(names: Mapping[str, Any], below: str) -> dict[str, list[str]]:
+    outside = [name for name in names if not name.startswith(below)]
+    return {"not of checkpoint.weights_from": outside} if outside else {}
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _dots(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def _some(names: Any, most: int = 6) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _below(lines: list[str]) -> str:
+    return "\n                   ".join(lines)

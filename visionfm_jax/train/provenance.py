@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.config.schema import plain, to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
@@ -120,6 +120,9 @@ def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, lis
         for leaf in ("resume", "weights"):  # the path may be another one now, but not be there where none was
             then = begun.get(leaf) and (getattr(out.checkpoint, leaf) or begun[leaf])
             setattr(out.checkpoint, leaf, then)
+        for leaf in ("weights_config", "weights_from", "weights_into", "skip"):
+            then = begun.get(leaf, getattr(CheckpointConfig, leaf))
+            setattr(out.checkpoint, leaf, tuple(then) if isinstance(then, list) else then)
     try:
         out.validate()
     except ConfigError as error:
@@ -167,7 +170,7 @@ def changes(old: Provenance, new: Provenance, folder: Path) -> list[str]:
     if not old.settings:
         differing = [f"{folder / SETTINGS} was not there: the settings were not compared"]
     else:
-        differing = _leaves(_with_defaults(old.settings["config"], new.config), new.settings["config"])
+        differing = leaf_changes(_with_defaults(old.settings["config"], new.config), new.settings["config"])
         for name in (change.partition(":")[0] for change in differing):
             if name in FIXED or (name.startswith("data.train") and not name.endswith(PATHS)):
                 raise ConfigError(
@@ -274,11 +277,11 @@ def _same_class(kept: dict[str, Any], holder: Any) -> bool:
     return kept.get("transform", name) == name
 
 
-def _leaves(old: Any, new: Any, name: str = "") -> list[str]:
-    """Differing leaves of two nested JSON values."""
+def leaf_changes(old: Any, new: Any, name: str = "") -> list[str]:
+    """Differing leaves of two nested JSON values, "name: old -> new"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*new, *(k for k in old if k not in new)]
-        return [c for k in keys for c in _leaves(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+        return [c for k in keys for c in leaf_changes(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
-        return [c for i, (a, b) in enumerate(zip(old, new, strict=True)) for c in _leaves(a, b, f"{name}[{i}]")]
+        return [c for i, (a, b) in enumerate(zip(old, new, strict=True)) for c in leaf_changes(a, b, f"{name}[{i}]")]
     return [] if old == new else [f"{name}: {old} -> {new}"]

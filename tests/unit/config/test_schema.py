@@ -113,7 +113,7 @@ def pairs() -> Config:
         ("model.text.context", 2, ["[3, 16384]"]),
         ("task.loss", "hinge", ["softmax, sigmoid"]),
         ("task.mixup", -1.0, ["0 or [0.001, 100]"]),
-        ("optim.layer_decay", 0.9, ["models of one network"]),
+        ("checkpoint.weights_into", "image", ["is of checkpoint.weights, which is empty"]),
     ],
 )
 def test_a_broken_rule_of_pairs(name, value, words):

@@ -84,6 +84,28 @@ def test_layer_scales_fall_towards_the_embedding():
     assert scales["embed"]["bias"] == scales["pos_embed"] == 0.125
 
 
+def test_layers_of_stages_are_numbered_through_and_every_network_by_itself():
+    image = SwinV2Config(size="P", image_size=64, patch_size=8)  # 1, 1, 4 and 1 layers
+    own = jax.eval_shape(SwinV2(image).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    both = {"image": own, "text": PARAMS, "image_projection": jnp.ones((6, 3)), "scale": jnp.ones(())}
+    scales = layer_scales(both, 0.5)
+    assert scales["image_projection"] == scales["scale"] == 1
+    assert scales["text"]["embed"]["bias"] == 0.125
+    image = scales["image"]
+    assert jax.tree.map(float, image["norm"]) == {"bias": 1, "scale": 1}
+    for name in ("embed", "embed_norm"):
+        assert set(map(float, jax.tree.leaves(image[name]))) == {0.5**8}
+    for stage, layers in enumerate(([7], [6], [5, 4, 3, 2], [1])):
+        blocks = image[f"stage{stage}"]["blocks"]
+        groups = [blocks[str(i)] for i in range(len(layers)) if str(i) in blocks] or [blocks]
+        for i, group in enumerate(groups):
+            for leaf in jax.tree.leaves(group):
+                np.testing.assert_allclose(leaf.ravel(), [0.5**n for n in layers[i :: len(groups)]])
+        if stage:
+            assert set(map(float, jax.tree.leaves(image[f"merging{stage - 1}"]))) == {0.5 ** layers[0]}
+    jax.tree.map(lambda scale, leaf: jnp.broadcast_to(scale, leaf.shape), scales, both)
+
+
 def test_first_update_by_hand():
     config = OptimConfig(lr=0.1, warmup_steps=0, b1=0.9, b2=0.99, eps=0.0, weight_decay=0.5, clip_norm=0.0)
     tx = make_optimizer(config, 1000)

@@ -244,7 +244,7 @@ def test_settings_that_changed_between_the_checkpoint_and_the_step_are_refused(t
     run_with(tmp_path, lambda c: setattr(c.optim, "lr", 0.5), "config-until-40.json")
     run_with(tmp_path, lambda c: setattr(c.telemetry, "log_every", 9), "config-until-60.json")
     state = types.SimpleNamespace(step=30)
-    monkeypatch.setattr(replay, "starting_state", lambda *_: (state, {}, "step 30 of its own folder"))
+    monkeypatch.setattr(replay, "starting_state", lambda *_: (state, {}, "step 30 of its own folder", None))
     monkeypatch.setattr(replay, "changes", lambda *_: pytest.fail("not refused"))
     with pytest.raises(ConfigError) as raised:
         replay.replay(config, 65, Watchdog(0, folder=config.workdir))

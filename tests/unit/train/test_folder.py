@@ -16,7 +16,7 @@ from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, DataError, OutputError, StorageError, UserError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
-from visionfm_jax.train.folder import RunFolder, refuse_links
+from visionfm_jax.train.folder import RunFolder, refuse_links, refuse_other_weights
 from visionfm_jax.train.provenance import provenance_of, settings_files
 
 DIGITS = SourceConfig(kind="bundled", path="digits")
@@ -66,6 +66,20 @@ def test_changes_of_settings_are_listed_and_the_former_file_kept(tmp_path):
         kept = json.loads((tmp_path / "config-until-40.json").read_text())
         assert kept["config"]["optim"]["lr"] == 1e-3
         assert folder.keep(provenance_of(config, SOURCES), 50, tmp_path) == []
+
+
+def test_where_weights_came_from_is_kept_while_the_run_goes_on(tmp_path):
+    config, weights = config_in(tmp_path), {"source": "w", "sha256": {"w": "1"}}
+    with RunFolder(config, owner=True) as folder:
+        for begun_in, came in (("", weights), (tmp_path, None)):
+            folder.keep(provenance_of(config, SOURCES), 0, begun_in, came)
+            assert json.loads((tmp_path / "weights.json").read_text()) == weights
+        refuse_other_weights(tmp_path, weights)
+        refuse_other_weights(tmp_path, None)
+        with pytest.raises(ConfigError, match=r"weights = 'w': not those that the run in .* began with \(sha256 was"):
+            refuse_other_weights(tmp_path, weights | {"sha256": {"w": "2"}})
+        folder.keep(provenance_of(config, SOURCES), 0, "")  # from scratch
+        assert not (tmp_path / "weights.json").exists()
 
 
 def test_settings_stay_with_their_steps_where_a_run_goes_back(tmp_path):

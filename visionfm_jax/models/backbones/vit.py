@@ -219,8 +219,7 @@ class ViT(nn.Module):
     def positions(self, grid: tuple[int, int]) -> jax.Array:
         """(T, D) for an image of (h, w) patches; zeros for tokens that have no row in the table."""
         config, width = self.config, size_of(self.config).width
-        side = (config.pos_image_size or config.image_size) // config.patch_size
-        first = {"patches": 0, "class": int(config.has_class_token), "all": first_tokens(config)}[config.pos_embed]
+        side, first = table_side(config), table_first(config)
         # Of the size of a sine-cosine table and of the patch embedding: beside 0.02 a small model does not see position
         # for its first hundreds of steps.
         table = self.param("pos_embed", nn.initializers.normal(0.5), (first + side**2, width))
@@ -271,6 +270,16 @@ class ViT(nn.Module):
 def first_tokens(config: ViTConfig) -> int:
     """Tokens before the patches'."""
     return config.has_class_token + config.registers
+
+
+def table_first(config: ViTConfig) -> int:
+    """Rows of the position table before the patches'."""
+    return {"patches": 0, "class": int(config.has_class_token), "all": first_tokens(config)}[config.pos_embed]
+
+
+def table_side(config: ViTConfig) -> int:
+    """Patches along a side of the images that the position table is for."""
+    return (config.pos_image_size or config.image_size) // config.patch_size
 
 
 def grid_of(config: ViTConfig, sides: tuple[int, int]) -> tuple[int, int]:

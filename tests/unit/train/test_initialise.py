@@ -1,0 +1,221 @@
+"""Weights from elsewhere: what is taken, resampled, replaced or refused, and what the model then computes."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from visionfm_jax.config import CheckpointConfig, Config, OptimConfig, load
+from visionfm_jax.errors import ConfigError
+from visionfm_jax.interop.leaves import flatten
+from visionfm_jax.interop.timm import vit_to_timm
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.backbones.vit import ViT
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.heads import Classifier
+from visionfm_jax.models.text import TextConfig
+from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.train.checkpoint import Checkpoints
+from visionfm_jax.train.initialise import find_weights, match, placed, starting_state, weights_to_evaluate
+from visionfm_jax.train.state import TrainState
+from visionfm_jax.train.step import Trainer
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+ROOT = Path(__file__).parents[3]
+TINY = ("model.width=48", "model.depth=2", "model.heads=3", "model.mlp=64", "optim.ema=0.9", "model.remat=none")
+
+
+def config_of(*settings: str) -> Config:
+    """The quick start's, of a tiny network on images of 28 pixels."""
+    config, _ = load.from_arguments(
+        [f"--config={ROOT}/configs/quickstart.py", *(f"--config.{s}" for s in (*TINY, *settings))]
+    )
+    config.validate()
+    return config
+
+
+def trainer_of(*settings: str) -> Trainer:
+    return Trainer(config_of(*settings), make_mesh())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A folder as timm's hub has it, and our tree of its weights: random in every tensor, ten classes."""
+    config, rng = config_of(), np.random.default_rng(0)
+    shapes = jax.eval_shape(Classifier(ViT(config.model), 10).init, jax.random.key(0), np.zeros((1, 28, 28, 3)))[
+        "params"
+    ]
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(vit_to_timm(params, config.model), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "global_pool": "token"}))
+    return folder, params
+
+
+@pytest.fixture(scope="module")
+def other() -> Trainer:
+    """Of other classes, image and patch sizes; its weights are set by each test."""
+    return trainer_of("task.num_classes=7", "model.image_size=56", "model.patch_size=8")
+
+
+def on(trainer: Trainer, **settings: Any) -> Trainer:
+    """`trainer` with other settings of `config.checkpoint`."""
+    trainer.config.checkpoint = CheckpointConfig(**settings)
+    return trainer
+
+
+def no_run(folder: Path) -> Any:
+    return types.SimpleNamespace(latest=lambda: None, folder=folder)
+
+
+def test_a_file_is_placed_as_zero_stores_it(source):
+    folder, params = source
+    trainer = trainer_of(f"checkpoint.weights={folder}")
+    start = starting_state(trainer, no_run(folder))
+    for path, leaf in flatten(params).items():
+        for tree in (start.state.params, start.state.ema):
+            np.testing.assert_array_equal(flatten(tree)[path], leaf)
+    jax.tree.map(lambda leaf, to: leaf.sharding == to or pytest.fail("elsewhere"), start.state, trainer.shardings)
+    kernel = start.state.params["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    assert (int(start.state.step), start.record) == (0, {})
+    lines = start.origin.splitlines()
+    assert lines[0] == f"the weights of {folder}/model.safetensors"
+    assert lines[1].strip().startswith("timm vit_tiny_patch16_224, 32 tensors, sha256 model.safetensors ")
+    assert [line.strip() for line in lines[2:]] == ["20 arrays taken"]
+    assert start.weights["sha256"].keys() == {"model.safetensors"}
+    found = weights_to_evaluate(trainer)
+    np.testing.assert_array_equal(found.params["norm"]["scale"], params["norm"]["scale"])
+
+
+def test_features_are_the_sources_at_another_resolution_with_other_classes(source, other):
+    """Interpolated once, as the network interpolates its table at each pass, which is timm's (`tests/parity`)."""
+    folder, params = source
+    trainer = on(trainer_of("task.num_classes=7", "model.image_size=56"), weights=str(folder))
+    fresh = trainer.init()
+    found = find_weights(trainer)
+    params_here = jax.device_get(placed(trainer, found, fresh.params))
+    images = np.random.default_rng(1).normal(size=(2, 56, 56, 3)).astype(np.float32)
+    config = config_of().model
+    config.pos_image_size, config.image_size = 28, 56
+    theirs = ViT(config).apply({"params": {k: v for k, v in params.items() if k != "head"}}, images).pooled
+    network = {k: v for k, v in params_here.items() if k != "head"}
+    ours = ViT(trainer.config.model).apply({"params": network}, images).pooled
+    assert np.linalg.norm(ours - theirs) <= 3e-6 * np.linalg.norm(theirs)
+    np.testing.assert_array_equal(params_here["head"]["kernel"], fresh.params["head"]["kernel"])
+    said = [line.strip() for line in found.origin.splitlines()]
+    assert said[2:] == [
+        "18 arrays taken",
+        "resampled: pos_embed, 4 x 4 to 8 x 8 positions (bicubic_antialias)",
+        "begins afresh: head.bias, head.kernel (10 classes there, 7 here)",
+    ]
+
+
+def test_another_patch_size_too(source, other):
+    folder = source[0]
+    assert find_weights(on(other, weights=str(folder))).about["resampled"] == {
+        "embed/kernel": "patches of 7 to 8 pixels (pseudo-inverse)",
+        "pos_embed": "4 x 4 to 7 x 7 positions (bicubic_antialias)",
+    }
+    with pytest.raises(ConfigError, match=r"leave head\.bias, head\.kernel untrained"):
+        weights_to_evaluate(on(other, weights=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"weights_config": "vit_base_patch16_224"}, r"num_heads is 12, but config\.model\.heads makes it 3"),
+        ({"weights_config": "/no/config.json"}, r"weights_config = '/no/config\.json': is neither a file nor"),
+        ({"weights_from": "backbone"}, r"weights_from = 'backbone': no name in .* begins so, but blocks, cls_token"),
+        ({"weights_into": "image"}, r'weights_into = \'image\': timm weights are for one network; set it to ""'),
+        ({"skip": ("pos_embed", "norm")}, None),
+    ],
+)
+def test_fields(source, other, settings, says):
+    trainer = on(other, weights=str(source[0] / "model.safetensors"), **settings)
+    if says is None:
+        origin = find_weights(trainer).origin
+        assert "begins afresh: norm.bias, norm.scale, pos_embed (listed in checkpoint.skip)" in origin
+        assert "not taken: norm.bias, norm.weight, pos_embed (listed in checkpoint.skip)" in origin
+        return
+    with pytest.raises(ConfigError, match=says) as error:
+        find_weights(trainer)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_alone_asks_for_what_names_do_not_tell(source, other, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes((source[0] / "model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"has no config\.json beside it, and names do not tell heads"):
+        find_weights(on(other, weights=str(file)))
+    for given in ("model", "vit_tiny_patch16_224", str(source[0] / "config.json")):
+        assert find_weights(on(other, weights=str(file), weights_config=given)).fit.taken
+    with pytest.raises(ConfigError, match="there is no such folder or file"):
+        find_weights(on(other, weights=str(tmp_path / "mistyped")))
+
+
+def test_a_run_of_another_resolution_and_other_classes(source, other, tmp_path):
+    """Weights of a run fit as those of a file; a part of them, below a name of theirs, into a part of ours."""
+    params = source[1]
+    state = TrainState(step=np.int32(3), params={"net": params, "extra": np.ones(3)}, opt_state=(), ema=None)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(3, jax.device_put(state), {})
+    with pytest.raises(ConfigError, match=r"do not fit the model: only here: .*; only there: .*extra"):
+        find_weights(on(other, weights=str(tmp_path)))
+    found = find_weights(on(other, weights=str(tmp_path), weights_from="net"))
+    assert found.step == 3
+    assert set(found.about["resampled"]) == {"embed/kernel", "pos_embed"}
+    assert found.fit.left == {"not of checkpoint.weights_from": ["extra"]}
+    assert found.fit.afresh == {"10 classes there, 7 here": ["head/bias", "head/kernel"]}
+    here = placed(other, found, other.init().params)
+    np.testing.assert_array_equal(here["norm"]["scale"], params["norm"]["scale"])
+    jax.tree.map(lambda leaf, to: leaf.sharding == to or pytest.fail("elsewhere"), here, other.shardings.params)
+
+
+def shapes(**more: Any) -> dict[str, tuple[int, ...]]:
+    return {"image/embed/kernel": (48, 8), "image/norm/scale": (8,), "text/pos_embed": (12, 6), "scale": (), **more}
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings", "says"),
+    [
+        ({"image/norm/scale": None}, {}, r"only here: image\.norm\.scale; set the fields"),
+        ({"image/more": (3,)}, {}, r"only there: image\.more; set"),
+        ({"image/norm/scale": (9,)}, {}, r"other shapes: image\.norm\.scale \(9,\) there, \(8,\) here"),
+        ({"image/embed/kernel": (50, 8)}, {}, r"other shapes: image\.embed\.kernel"),
+        ({"text/pos_embed": (5, 6)}, {}, r"other shapes: text\.pos_embed \(5, 6\) there"),
+        ({"text/pos_embed": (77, 6)}, {}, None),
+        ({"image/embed/kernel": (108, 8)}, {}, None),
+        ({"image/norm/scale": None}, {"skip": ("image.norm",)}, None),
+        ({"image/more": (3,)}, {"skip": ("image/more",)}, None),
+        ({"image/head/kernel": (8, 5)}, {}, None),
+        ({"text/pos_embed": None, "scale": None}, {"weights_into": "image"}, None),
+        ({"text/pos_embed": None, "scale": None, "image/norm/scale": None},
+         {"weights_into": "image", "skip": ("norm",)}, None),
+        (dict.fromkeys(shapes()), {"skip": tuple(shapes())}, "nothing is taken"),
+    ],
+)  # fmt: skip
+def test_all_that_does_not_fit_is_refused_unless_listed(changed, settings, says):
+    image = SwinV2Config(size="P", patch_size=4)
+    config = Config(
+        name="a", model=ClipConfig(image=image, text=TextConfig()), task=ContrastiveConfig(), optim=OptimConfig(),
+        checkpoint=CheckpointConfig(weights="w", **settings),
+    )  # fmt: skip
+    there = {path: shape for path, shape in shapes(**changed).items() if shape is not None}
+    if says is None:
+        fit = match(there, shapes(), config, {}, "w")
+        afresh = [path for paths in fit.afresh.values() for path in paths]
+        assert {*fit.taken, *fit.resampled, *afresh} == set(shapes())
+        return
+    with pytest.raises(ConfigError, match=says) as error:
+        match(there, shapes(), config, {}, "w")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,305 @@
+"""Weights in the names of timm, Hugging Face or OpenCLIP, for a part of our model: whose they are, and what to ask.
+
+What the names do not tell (heads, pooling, the epsilon of norms, activations, windows) is in the `config.json` beside
+the weights: Hugging Face's and OpenCLIP's say it, timm's names the architecture, of which `timm_architectures.json`
+knows it (written by `tools/timm_architectures.py` from timm itself).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from visionfm_jax.errors import UserError
+from visionfm_jax.interop import huggingface, open_clip, swin_v2
+from visionfm_jax.interop.leaves import Params, flatten, is_named
+from visionfm_jax.interop.timm import vit_from_timm
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.backbones.vit import ViTConfig, size_of
+from visionfm_jax.models.text import TextConfig
+
+State = dict[str, np.ndarray]
+AS_MODEL = "model"  # instead of a config.json: what names do not tell is as in the configuration
+_READABLE = {  # of timm's `model_args`: what the weights show, and what is of training alone
+    "img_size", "patch_size", "embed_dim", "depth", "depths", "mlp_ratio", "num_classes", "in_chans", "init_values",
+    "class_token", "reg_tokens", "num_reg_tokens", "qkv_bias", "dynamic_img_size", "drop_rate", "drop_path_rate",
+    "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "strict_img_size",
+}  # fmt: skip
+# What a config.json of a stranger may hold under the names that are read here.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("architecture", "model_type", "hidden_act", "global_pool", "act_layer", "pool_type"), str),
+    **dict.fromkeys(("timm_model_name", "timm_pool"), (str, type(None))),
+    **dict.fromkeys(("vision_config", "model_cfg", "vision_cfg", "text_cfg", "model_args"), dict),
+    **dict.fromkeys(("window_size", "width", "heads", "head_width", "num_heads", "num_attention_heads"), int),
+    **dict.fromkeys(("layer_norm_eps", "norm_eps", "rope_theta", "rope_temperature"), (int, float)),
+    "pretrained_window_sizes": list,
+}
+
+
+class Imported(NamedTuple):
+    """Arrays by their paths in our model, below the part that they are for; and what of the file is not among them."""
+
+    what: str  # for people
+    arrays: dict[str, np.ndarray]
+    left: dict[str, list[str]]  # why -> names of tensors
+
+
+def import_weights(
+    state: State, about: Mapping[str, Any] | str, towers: Mapping[str, Any], into: str, skip: Sequence[str]
+) -> Imported:
+    """The tensors of a file for the part `into` of the model.
+
+    Args:
+      state: name to array.
+      about: the model's `config.json` (timm's, Hugging Face's or OpenCLIP's), a timm architecture, or `AS_MODEL`.
+      towers: the configurations of the model's networks, by their paths in the parameters; "" is the whole model.
+      into: a path that `towers` has; or "", for a model of two towers.
+      skip: names, theirs or ours, or their beginnings, that are not taken.
+
+    Raises:
+      UserError: names that are missing or unknown, or a wrong shape; a model that ours cannot compute, or that its
+        configuration would compute otherwise; a library that is not known here.
+    """
+    if not isinstance(about, str):
+        _check_kinds(about)
+    library = _library(state, about)
+    listed = [name for name in state if is_named(name, skip)]
+    state = {name: tensor for name, tensor in state.items() if not is_named(name, skip)}
+    left = {"listed in checkpoint.skip": listed}
+    if library == "OpenCLIP":
+        found = _from_open_clip(state, about, towers, into, skip, left)
+    else:
+        tower = towers.get(into)
+        if tower is None:
+            parts = ", ".join(f'"{path}"' for path in towers)
+            raise UserError(
+                f"config.checkpoint.weights_into = {into!r}: {library} weights are for one network; set it to {parts}"
+            )
+        importers = _IMPORTERS.get(type(tower), {})
+        if library not in importers:
+            have = " and ".join(importers) or "no library"
+            raise UserError(f"these are {library} weights, and for a {type(tower).__name__} those of {have} are read")
+        found = _as_paths(importers[library](state, tower, about, skip, left), into)
+    return Imported(_what(library, about), found, {why: names for why, names in left.items() if names})
+
+
+def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
+    """Refuse a config.json that holds something else than is read under a name, at any depth that is read."""
+    for name, value in about.items():
+        kind = _KINDS.get(name, object)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, (int, float))):
+            raise UserError(f"config.json: {name} = {value!r:.60} is no such value; get the file again")
+        if kind is dict and depth < 2:
+            _check_kinds(value, depth + 1)
+
+
+def _library(state: State, about: Mapping[str, Any] | str) -> str:
+    """By what is said of the model, or, where that is nothing, by its names."""
+    if isinstance(about, str) and about != AS_MODEL:
+        return "timm"
+    keys = {"architecture": "timm", "model_type": "Hugging Face", "vision_config": "Hugging Face",
+            "model_cfg": "OpenCLIP", "vision_cfg": "OpenCLIP"}  # fmt: skip
+    found = {library for key, library in keys.items() if about != AS_MODEL and key in about}
+    found -= {"Hugging Face"} if "timm" in found else set()  # timm writes model_type for some
+    if about == AS_MODEL:
+        starts = {r"blocks\.0\.|layers\.0\.blocks\.0\.attn\.qkv": "timm",
+                  r"visual\.|(text\.)?transformer\.resblocks\.0\.": "OpenCLIP"}  # fmt: skip
+        found = {library for start, library in starts.items() if any(re.match(start, name) for name in state)}
+    if len(found) != 1:
+        few = ", ".join(list(state)[:3])
+        why = "says nothing of the model" if about != AS_MODEL else f"cannot be told from names such as {few}"
+        raise UserError(
+            f"whose names they are (timm's, Hugging Face's, OpenCLIP's) {why}; set config.checkpoint.weights_config to "
+            "the config.json of the model, or config.checkpoint.weights_from to what the names begin with"
+        )
+    return found.pop()
+
+
+def _what(library: str, about: Mapping[str, Any] | str) -> str:
+    name = about if isinstance(about, str) else about.get("architecture") or about.get("model_type") or ""
+    return f"{library} names" if name in ("", AS_MODEL) else f"{library} {name}"
+
+
+def _as_paths(tree: Params, into: str) -> dict[str, np.ndarray]:
+    return {f"{into}/{path}" if into else path: value for path, value in flatten(tree).items()}
+
+
+def _leave(state: State, left: dict[str, list[str]], why: str, leave: Callable[[str], bool]) -> State:
+    """The rest of `state`; names for which `leave` holds go to `left`."""
+    left.setdefault(why, []).extend(name for name in state if leave(name))
+    return {name: tensor for name, tensor in state.items() if not leave(name)}
+
+
+# timm
+
+
+@functools.cache
+def timm_architectures() -> dict[str, dict[str, Any]]:
+    """What the importers ask for, by timm's names of architectures."""
+    table = json.loads(files("visionfm_jax.interop").joinpath("timm_architectures.json").read_text())
+    return {name: row["facts"] for row in table["architectures"] for name in row["of"]}
+
+
+def _timm_facts(about: Mapping[str, Any] | str, kind: str) -> dict[str, Any]:
+    """What timm's importers ask for, of an architecture, with what its config.json changes of it."""
+    name = about if isinstance(about, str) else about["architecture"]
+    known = timm_architectures()
+    if not isinstance(name, str) or name not in known:
+        raise UserError(
+            f"timm's architecture {name!r} is none of the {len(known)} known here; if config.model is that network, "
+            f"set config.checkpoint.weights_config={AS_MODEL}"
+        )
+    facts = dict(known[name])
+    if ("window_size" in facts) != (kind == "SwinV2"):
+        raise UserError(f"timm's {name} is no {kind}, which the configuration has there")
+    if isinstance(about, str):
+        return facts
+    arguments = {**about.get("model_args", {})}
+    if isinstance(sides := arguments.get("img_size"), list) and sides and all(side == sides[0] for side in sides):
+        arguments["img_size"] = sides[0]
+    if kind == "SwinV2" and arguments.get("global_pool") == "avg":
+        del arguments["global_pool"]
+    if other := sorted(arguments.keys() - facts.keys() - _READABLE):
+        raise UserError(
+            f"the model_args {', '.join(other)} of config.json are not understood; if config.model is that network, "
+            f"set config.checkpoint.weights_config={AS_MODEL}"
+        )
+    facts |= {key: value for key, value in arguments.items() if key in facts}
+    if kind == "ViT" and about.get("global_pool"):
+        facts["global_pool"] = about["global_pool"]
+    return facts
+
+
+def _vit_of_timm(
+    state: State, tower: ViTConfig, about: Mapping[str, Any] | str, skip: Sequence[str], left: dict[str, list[str]]
+) -> Params:
+    if about == AS_MODEL:
+        pools = {"cls": "token", "gap": "avg", "norm_gap": "avg", "map": "map"}
+        if tower.pool not in pools:
+            raise UserError(f"ViTConfig.pool = {tower.pool!r}: no ViT of timm's has it; set another")
+        facts = {
+            "num_heads": size_of(tower).heads, "global_pool": pools[tower.pool], "norm_eps": tower.norm_eps,
+            "act_layer": tower.activation, "no_embed_class": tower.pos_embed == "patches",
+            "rope_temperature": tower.rope_theta,
+        }  # fmt: skip
+    else:
+        facts = _timm_facts(about, "ViT")
+    return vit_from_timm(state, tower, skip=skip, **facts)
+
+
+def _swin_of_timm(
+    state: State, tower: SwinV2Config, about: Mapping[str, Any] | str, skip: Sequence[str], left: dict[str, list[str]]
+) -> Params:
+    state = _leave(state, left, "no part of the network", lambda n: swin_v2.is_left_out(n) and "head.fc." not in n)
+    if about == AS_MODEL:
+        facts = {
+            "window_size": tower.window, "pretrained_window_sizes": swin_v2.pretrained_windows(tower),
+            "norm_eps": swin_v2.EPS, "act_layer": "gelu",
+        }  # fmt: skip
+    else:
+        facts = _timm_facts(about, "SwinV2")
+    return swin_v2.swin_v2_from_timm(state, tower, skip=skip, **facts) | _head(state, "head.fc", skip)
+
+
+def _head(state: State, name: str, skip: Sequence[str]) -> Params:
+    """A linear classifier on pooled features; {}: the state has none."""
+    kernel, bias = (state.get(f"{name}.{leaf}") for leaf in ("weight", "bias"))
+    if kernel is None or bias is None or is_named("head", skip):
+        return {}
+    if kernel.ndim != 2 or bias.shape != kernel.shape[:1]:
+        raise UserError(f"{name}.weight {kernel.shape} and {name}.bias {bias.shape} are no linear layer; get it again")
+    return {"head": {"kernel": kernel.T, "bias": bias}}
+
+
+# Hugging Face
+
+
+def _vit_of_huggingface(
+    state: State, tower: ViTConfig, about: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
+) -> Params:
+    state = _leave(state, left, "no part of the features", lambda name: huggingface.is_left_out(name, about))
+    return huggingface.vit_from_huggingface(state, tower, about, skip)
+
+
+def _swin_of_huggingface(
+    state: State, tower: SwinV2Config, about: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
+) -> Params:
+    state = _leave(state, left, "no part of the network", lambda n: swin_v2.is_left_out(n) and "classifier." not in n)
+    return swin_v2.swin_v2_from_huggingface(state, tower, about, skip) | _head(state, "classifier", skip)
+
+
+# OpenCLIP
+
+
+def _from_open_clip(
+    state: State,
+    about: Mapping[str, Any] | str,
+    towers: Mapping[str, Any],
+    into: str,
+    skip: Sequence[str],
+    left: dict[str, list[str]],
+) -> dict[str, np.ndarray]:
+    """Both towers and what joins them, or the one that `into` names."""
+    if about == AS_MODEL:
+        raise UserError(
+            "of OpenCLIP weights, config.checkpoint.weights_config must name their open_clip_config.json (or what "
+            "open_clip.get_model_config(NAME) gives, as JSON)"
+        )
+    theirs = about.get("model_cfg", about)
+    if not {"vision_cfg", "text_cfg"} <= theirs.keys():
+        raise UserError("open_clip_config.json has no vision_cfg and text_cfg in its model_cfg; get the file again")
+    found: dict[str, np.ndarray] = {}
+    here = [path for path in towers if not into or path == into]
+    texts = [path for path in here if isinstance(towers[path], TextConfig)]
+    images = [path for path in here if path not in texts]
+    joined = len(towers) > 1 and not into
+    visual = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    rest = {name: tensor for name, tensor in state.items() if name not in visual}
+    for path in images:
+        if not isinstance(towers[path], ViTConfig):
+            kind = type(towers[path]).__name__
+            raise UserError(f"OpenCLIP's image towers are ViTs, and config.model.{path} is a {kind}")
+        tree = _visual_of_open_clip(visual, towers[path], theirs, skip, left)
+        projection = tree.pop("projection", None)
+        found |= _as_paths(tree, path)
+        if joined and projection is not None:
+            found[f"{path}_projection"] = projection
+        elif projection is not None:
+            left.setdefault("of the joint space", []).append("visual.proj")
+    if not images:
+        left.setdefault("of the other tower", []).extend(visual)
+    for path in texts:
+        tree = flatten(open_clip.text_from_open_clip(rest, towers[path], theirs, skip))
+        own = {name: tensor for name, tensor in tree.items() if joined or name.startswith("text/")}
+        found |= {name.replace("text", path, 1): tensor for name, tensor in own.items()}
+        if not joined:
+            names = ("text_projection", "text.text_projection", "logit_scale", "logit_bias")
+            left.setdefault("of the joint space", []).extend(n for n in names if n in rest)
+    if not texts:
+        left.setdefault("of the other tower", []).extend(rest)
+    return found
+
+
+def _visual_of_open_clip(
+    state: State, tower: ViTConfig, theirs: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
+) -> Params:
+    """OpenCLIP's own ViT, or one of timm's."""
+    name = theirs["vision_cfg"].get("timm_model_name")
+    if not name:
+        return open_clip.visual_from_open_clip(state, tower, theirs, skip)
+    state = _leave(state, left, "of the joint space", lambda name: not name.startswith("visual.trunk."))
+    state = {name.removeprefix("visual.trunk."): tensor for name, tensor in state.items()}
+    pool = theirs["vision_cfg"].get("timm_pool", "avg")
+    return _vit_of_timm(state, tower, {"architecture": name, "global_pool": pool}, skip, left)
+
+
+_IMPORTERS: dict[type, dict[str, Callable[..., Params]]] = {
+    ViTConfig: {"timm": _vit_of_timm, "Hugging Face": _vit_of_huggingface},
+    SwinV2Config: {"timm": _swin_of_timm, "Hugging Face": _swin_of_huggingface},
+}
