@@ -165,8 +165,8 @@ class PhotometricConfig:
 
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_chance: float = 1.0  # that an image is jittered
-    grey_chance: float = 0.0
-    blur_chance: float = 0.0
+    grey_chance: float = 0.0  # that an image loses its colours
+    blur_chance: float = 0.0  # that an image is blurred
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, of the Gaussian, drawn between
     solarize_chance: float = 0.0  # that the light half of the values is inverted
 

@@ -159,7 +159,7 @@ class Pad(Transform):
 class Flip(Transform):
     """Mirrored, left to right; not for flags, digits, clock faces."""
 
-    chance: float = 0.5
+    chance: float = 0.5  # that a sample is flipped
 
     limits: ClassVar[Limits] = {"chance": CHANCE}
 
@@ -171,7 +171,7 @@ class Flip(Transform):
 class RandAugment(Transform):
     """Random operations on colours and shapes (Cubuk et al. 2020), on the image or on each view; boxes stay."""
 
-    operations: int = 2
+    operations: int = 2  # on an image, drawn anew for each
     magnitude: float = 9.0  # of 10
 
     limits: ClassVar[Limits] = {"operations": Range(0, 100), "magnitude": Range(0, 10)}
@@ -187,7 +187,7 @@ class Views:
     """Some of the views of an image: each a random resized crop of its own."""
 
     name: str = "global"  # of the batch's array, uint8 (B, V, S, S, 3); one name may stand for several `Views`
-    count: int = 2
+    count: int = 2  # views of a sample
     size: int = 224  # pixels, side
     scale: tuple[float, float] = (0.32, 1.0)  # area of the crop relative to the image
     flip: float = 0.5  # chance that a view is mirrored, left to right
