@@ -5,12 +5,15 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
 
 def word_losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """-log p of each token, (B, T), of logits (B, T, V), fp32, and ids (B, T)."""
+    chex.assert_rank(logits, 3)
+    chex.assert_equal_shape_prefix([logits, tokens], 2)
     right = jnp.take_along_axis(logits, tokens[..., None], 2)[..., 0]
     return jax.nn.logsumexp(logits, 2) - right
 

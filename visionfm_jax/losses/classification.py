@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +19,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float
     Returns:
       (B,).
     """
+    chex.assert_rank([logits, labels], [2, 1])
     logits = logits.astype(jnp.float32)
     # Without the (B, C) target: -Σ t log p = logsumexp - (1 - s) logit[label] - s mean(logits).
     normaliser = jax.nn.logsumexp(logits, -1)
@@ -30,6 +32,7 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float
 
     Args, Returns: as `softmax_cross_entropy`; smoothing moves every target by the same share towards 1/C.
     """
+    chex.assert_rank([logits, labels], [2, 1])
     C = logits.shape[-1]
     targets = jax.nn.one_hot(labels, C) * (1 - smoothing) + smoothing / C
     return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets).sum(-1)

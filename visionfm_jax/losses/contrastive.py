@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -51,6 +52,8 @@ def clip_loss(
     Returns:
       (B,), fp32.
     """
+    chex.assert_equal_shape([images, texts])
+    chex.assert_equal_shape([all_images, all_texts])
     forth = _cross_entropy(_logits(images, all_texts, scale), targets)
     back = _cross_entropy(_logits(texts, all_images, scale), targets)
     return (forth + back) / 2
@@ -70,6 +73,7 @@ def sigmoid_loss(
     Returns:
       (B,), fp32: for each image, the sum over all texts.
     """
+    chex.assert_rank([images, all_texts], 2)
     logits = _logits(images, all_texts, scale) + bias
     G = logits.shape[1]
     match = jax.nn.one_hot(targets.own, G)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -52,5 +53,8 @@ def pixel_loss(reconstructed: jax.Array, images: jax.Array, hidden: jax.Array) -
     Returns:
       (B,), fp32.
     """
+    chex.assert_rank(images, 4)
+    chex.assert_equal_shape([reconstructed, images])
+    chex.assert_shape(hidden, images.shape[:3])
     difference = jnp.abs(reconstructed - images).mean(-1) * hidden
     return difference.sum((1, 2)) / jnp.maximum(hidden.sum((1, 2)), 1)

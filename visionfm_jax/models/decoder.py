@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -126,15 +127,16 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, others: jax.Array | EncoderKV) -> tuple[jax.Array, EncoderKV]:
-        B, T, D = x.shape
+        D = x.shape[-1]
 
         def heads(a: jax.Array) -> jax.Array:
-            return checkpoint_name(a, "qkv").reshape(*a.shape[:-1], self.heads, -1)
+            return rearrange(checkpoint_name(a, "qkv"), "b t (n k) -> b t n k", n=self.heads)
 
         q = heads(dense(x, D, self.dtype, "query"))
         if not isinstance(others, EncoderKV):
             others = EncoderKV(*(heads(dense(others, D, self.dtype, name)) for name in ("key", "value")))
-        y = checkpoint_name(attention(q, *others, self.implementation).reshape(B, T, D), "attention")
+        y = rearrange(attention(q, *others, self.implementation), "b t n k -> b t (n k)")
+        y = checkpoint_name(y, "attention")
         return checkpoint_name(dense(y, D, self.dtype, "out"), "projection"), others
 
 
@@ -235,7 +237,8 @@ class MultimodalDecoder(nn.Module):
         x, after = x if before is not None else (x, None)
         x = layer_norm(self.dtype, "norm", epsilon=EPS)(x)
         kernel = self.param("vocabulary", nn.initializers.normal(size.width**-0.5), (size.width, config.vocab_size))
-        words = logits(x.reshape(-1, size.width), kernel.astype(self.dtype)).reshape(*x.shape[:2], -1)
+        words = logits(rearrange(x, "b t d -> (b t) d"), kernel.astype(self.dtype))
+        words = rearrange(words, "(b t) v -> b t v", b=len(x))
         return words if before is None else (words, after)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 Cache = Any  # a pytree of arrays (layers, R, …)
 Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
@@ -123,9 +124,11 @@ def _beam(words: Step, cache: Cache, decoding: Decoding, begin: int, end: int, l
 
     def next_words(carry: tuple[_Beams, Cache], position: jax.Array) -> tuple[tuple[_Beams, Cache], None]:
         beams, cache = carry
-        log_p, cache = words(cache, beams.live[:, :, position].reshape(B * K), position)
-        totals = beams.scores[:, :, None] + log_p.reshape(B, K, -1)
-        scores, place = jax.lax.top_k(totals.reshape(B, -1), 2 * K)  # K of which go on, as each beam has one end
+        log_p, cache = words(cache, rearrange(beams.live[:, :, position], "b k -> (b k)"), position)
+        totals = beams.scores[:, :, None] + rearrange(log_p, "(b k) v -> b k v", k=K)
+        scores, place = jax.lax.top_k(
+            rearrange(totals, "b k v -> b (k v)"), 2 * K
+        )  # K of which go on, as each beam has one end
         beam, token = jnp.divmod(place, totals.shape[2])
         texts = beams.live[own, beam].at[:, :, position + 1].set(token.astype(jnp.int32))
         ends = token == end
@@ -137,7 +140,7 @@ def _beam(words: Step, cache: Cache, decoding: Decoding, begin: int, end: int, l
         done = jnp.concatenate([beams.done, texts[:, :K]], 1)[own, pick]
 
         scores, pick = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), K)
-        rows = (own * K + beam[own, pick]).reshape(-1)
+        rows = rearrange(own * K + beam[own, pick], "b k -> (b k)")
         cache = jax.tree.map(lambda leaf: leaf[:, rows], cache)
         return (_Beams(texts[own, pick], scores, done, done_scores), cache), None
 

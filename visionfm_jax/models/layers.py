@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -163,8 +164,9 @@ class Attention(nn.Module):
 
         `lengths` (B,): only the first tokens of a sequence are seen; None: all.
         """
-        B, T, D = x.shape
-        qkv = [a.reshape(B, T, self.heads, D // self.heads) for a in Qkv(self.dtype, self.biases, name="qkv")(x)]
+        B, D = len(x), x.shape[-1]
+        heads = functools.partial(rearrange, pattern="b t (n k) -> b t n k", n=self.heads)
+        qkv = [heads(a) for a in Qkv(self.dtype, self.biases, name="qkv")(x)]
         if self.qk_norm:
             qkv[:2] = (layer_norm(self.dtype, f"{n}_norm", self.qk_norm)(a) for n, a in zip("qk", qkv, strict=False))
         if self.rotation is not None:
@@ -177,7 +179,7 @@ class Attention(nn.Module):
             parts = zip(*(jnp.split(a, len(causal), axis=1) for a in qkv), causal, strict=True)
             each = [attention(*part, self.implementation, causal=c, lengths=lengths) for *part, c in parts]
             y = jnp.concatenate(each, axis=1)
-        y = checkpoint_name(y.reshape(B, T, D), "attention")
+        y = checkpoint_name(rearrange(y, "b t n k -> b t (n k)"), "attention")
         y = checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
         return y if cache is None else (y, cache)
 
@@ -335,7 +337,7 @@ def scan_blocks(
             x, kept = x if outputs else (x, None)
         return x, kept
 
-    own = jax.tree.map(lambda a: a.reshape(repeats, len(group), *a.shape[1:]), each)
+    own = jax.tree.map(lambda a: rearrange(a, "(l g) ... -> l g ...", g=len(group)), each)
     x, kept = jax.lax.scan(body, x, (params, own))
     return (x, kept) if outputs else x
 

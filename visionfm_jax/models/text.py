@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -112,6 +113,7 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         config, size = self.config, size_of(self.config)
+        chex.assert_rank(tokens, 2)
         table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
         position = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
         x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from visionfm_jax.config import Config, TaskConfig
 from visionfm_jax.config.limits import Limits, OneOf, Range
@@ -140,5 +141,6 @@ def mix_pairs(images: jax.Array, share: jax.Array) -> jax.Array:
     Neighbours are strangers, as samples come shuffled; they are on one device, whatever the mesh.
     """
     share = share[:, None, None, None]
-    other = images.reshape(-1, 2, *images.shape[1:])[:, ::-1].reshape(images.shape)
+    pairs = rearrange(images, "(p two) ... -> p two ...", two=2)
+    other = rearrange(pairs[:, ::-1], "p two ... -> (p two) ...")
     return share * images + (1 - share) * other

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from visionfm_jax.config import Config, TaskConfig
 from visionfm_jax.config.limits import LOSS_WEIGHT, SHARE, SIDE, Filled, Limits, Problem, Range
@@ -218,8 +219,8 @@ class Multimodal(Pairs):
         return self._some(rows, slice(self.task.split[0], None))
 
     def _some(self, rows: jax.Array, which: slice) -> jax.Array:
-        turns = rows.reshape(-1, sum(self.task.split), *rows.shape[1:])
-        return turns[:, which].reshape(-1, *rows.shape[1:])
+        turns = rearrange(rows, "(t s) ... -> t s ...", s=sum(self.task.split))
+        return rearrange(turns[:, which], "t s ... -> (t s) ...")
 
     def _is_bare(self, rows: int) -> jax.Array:
         return jnp.arange(rows) % sum(self.task.split) >= self.task.split[0]
@@ -227,8 +228,8 @@ class Multimodal(Pairs):
     def _rows(self, pairs: jax.Array, bare: jax.Array) -> jax.Array:
         """Losses (P,) and (B - P,) to (B,), whose mean is the sum of their means."""
         p, q = self.task.split
-        both = (p + q) / p * pairs.reshape(-1, p), (p + q) / q * bare.reshape(-1, q)
-        return jnp.concatenate(both, 1).reshape(-1)
+        both = [(p + q) / n * rearrange(rows, "(t n) -> t n", n=n) for rows, n in ((pairs, p), (bare, q))]
+        return rearrange(jnp.concatenate(both, 1), "t s -> (t s)")
 
     # Steps of the model.
 

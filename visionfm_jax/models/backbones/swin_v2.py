@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -295,13 +296,13 @@ def folded_attention(
     Returns:
       (B, T, windows, D).
     """
-    B, T, count, D = q.shape
-    N = len(scale)
-    q, k, v = (a.reshape(B, T, count * N, D // N) for a in (q, k, v))
+    count, N = q.shape[2], len(scale)
+    q, k, v = (rearrange(a, "b t c (n k) -> b t (c n) k", n=N) for a in (q, k, v))
     scale = jnp.tile(jnp.exp(jnp.minimum(scale, MAX_SCALE)), count)[:, None]
     q, k = (unit(q) * scale).astype(q.dtype), unit(k).astype(k.dtype)
     bias = jnp.tile(bias, (count, 1, 1, 1)) if mask is None else bias + mask[:, None]
-    return attention(q, k, v, implementation, bias=bias.reshape(1, count * N, T, T), scale=1.0).reshape(B, T, count, D)
+    y = attention(q, k, v, implementation, bias=rearrange(bias, "c n t s -> 1 (c n) t s"), scale=1.0)
+    return rearrange(y, "b t (c n) k -> b t c (n k)", n=N)
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -404,6 +405,7 @@ class SwinV2(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
         """As `Backbone`; the last map is normed in fp32."""
+        chex.assert_shape(images, (None, None, None, 3))
         P, maps = self.config.patch_size, []
         pad = [(0, -side % P) for side in images.shape[1:3]]
         x = rearrange(jnp.pad(images, ((0, 0), *pad, (0, 0))), "b (h p) (w q) c -> b h w (p q c)", p=P, q=P)

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -195,6 +196,7 @@ class ViT(nn.Module):
           ConfigError: a side of the images is no multiple of the patch.
         """
         config = self.config
+        chex.assert_shape(images, (None, None, None, 3))
         grid = grid_of(config, images.shape[1:3])
         x = self.tokens(images, grid, hidden)
         if config.pre_norm:
@@ -224,8 +226,8 @@ class ViT(nn.Module):
         # for its first hundreds of steps.
         table = self.param("pos_embed", nn.initializers.normal(0.5), (first + side**2, width))
         if grid != (side, side):
-            resized = resize_table(table[first:].reshape(side, side, width), grid, config.pos_resize)
-            table = jnp.concatenate([table[:first], resized.reshape(-1, width)])
+            resized = resize_table(rearrange(table[first:], "(h w) d -> h w d", h=side), grid, config.pos_resize)
+            table = jnp.concatenate([table[:first], rearrange(resized, "h w d -> (h w) d")])
         missing = first_tokens(config) - first
         rows = table[:first], jnp.zeros((missing, width), table.dtype), table[first:]
         return jnp.concatenate(rows) if missing else table
