@@ -126,9 +126,8 @@ def _beam(words: Step, cache: Cache, decoding: Decoding, begin: int, end: int, l
         beams, cache = carry
         log_p, cache = words(cache, rearrange(beams.live[:, :, position], "b k -> (b k)"), position)
         totals = beams.scores[:, :, None] + rearrange(log_p, "(b k) v -> b k v", k=K)
-        scores, place = jax.lax.top_k(
-            rearrange(totals, "b k v -> b (k v)"), 2 * K
-        )  # K of which go on, as each beam has one end
+        # K of which go on, as each beam has one end.
+        scores, place = jax.lax.top_k(rearrange(totals, "b k v -> b (k v)"), 2 * K)
         beam, token = jnp.divmod(place, totals.shape[2])
         texts = beams.live[own, beam].at[:, :, position + 1].set(token.astype(jnp.int32))
         ends = token == end
