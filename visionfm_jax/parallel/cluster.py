@@ -1,6 +1,6 @@
 """How the processes of a run find each other, before JAX touches a device.
 
-`initialize` is the first call of every door. Explicit values win: arguments, or the variables that the
+`initialize` is the first call of every entry point. Explicit values win: arguments, or the variables that the
 scripts of `launch/` export,
 
     VISIONFM_COORDINATOR=HOST:PORT   where process 0 listens

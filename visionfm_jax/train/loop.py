@@ -42,7 +42,7 @@ class Monitor(Protocol):
 
 @dataclasses.dataclass
 class Hooks:
-    """What the loop calls and does not know: all of it handed in by the door."""
+    """What the loop calls and does not know: all of it handed in by the entry point."""
 
     monitor: Monitor
     eval_due: Callable[[int], bool]  # whether any eval is due after this many steps

@@ -1,4 +1,4 @@
-"""Painted images: errors, the flat colour beside them, hosts, what is shown."""
+"""Reconstructed images: errors, the flat colour beside them, hosts, what is shown."""
 
 import json
 import math

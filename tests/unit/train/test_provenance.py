@@ -85,7 +85,7 @@ CRC = "[0-9a-f]{8}"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         (added, f"5 records were there, 6 are; bee was 3 files, {CRC}, is 4 files, {CRC}; put"),
         (removed, f"5 records were there, 4 are; cow was 2 files, {CRC}, is 1 file, {CRC}; put"),
@@ -96,7 +96,7 @@ CRC = "[0-9a-f]{8}"
         ),
     ],
 )
-def test_changed_data_are_refused(pictures, tmp_path, change, told):
+def test_changed_data_are_refused(pictures, tmp_path, change, words):
     config = config_of(pictures)
     old = provenance(config)
     change(pictures)
@@ -104,7 +104,7 @@ def test_changed_data_are_refused(pictures, tmp_path, change, told):
         changes(old, provenance(config), tmp_path)
     message = str(error.value)
     assert message.startswith(f"config.data.train[0] = folder {pictures}: not the data that the run in {tmp_path} has ")
-    assert re.search(told.replace("(of 2, now 3)", re.escape("(of 2, now 3)")), message), message
+    assert re.search(words.replace("(of 2, now 3)", re.escape("(of 2, now 3)")), message), message
     assert message.endswith(
         "put them back, or start in another config.workdir, with its weights by "
         f"config.checkpoint.weights={str(tmp_path)!r}"
