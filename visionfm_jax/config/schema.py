@@ -143,9 +143,11 @@ class Transform:
 
     Attributes:
       limits: what each field may hold.
+      shapes: (V, S, S, 3) by name, of the views that it makes of an image; most make none.
     """
 
     limits: ClassVar[Limits] = {}
+    shapes: ClassVar[dict[str, tuple[int, int, int, int]]] = {}
 
     def __call__(self, sample: Any, rng: Any) -> Any:
         """A `data.sample.Sample`, transformed.

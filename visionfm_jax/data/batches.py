@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
+import cloudpickle
 import grain
 import numpy as np
 from absl import flags, logging
 
+from visionfm_jax.config.load import MODULE
 from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.fields import Row, Spec
 from visionfm_jax.errors import DataError
@@ -251,6 +253,8 @@ def _worker_iterator(batches: HostBatches, worker: int, workers: int, prefetch: 
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and dies where no program has parsed them
+    if file := sys.modules.get(MODULE):  # which a worker cannot import: its classes travel whole
+        cloudpickle.register_pickle_by_value(file)
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     process = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=prefetch)
     dataset = batches[worker::workers].to_iter_dataset(ahead).mp_prefetch(process, worker_init_fn=_init_worker)

@@ -16,7 +16,7 @@ from visionfm_jax.config import PreprocessConfig, Transform
 from visionfm_jax.data.fields import Spec
 from visionfm_jax.data.images import MAX_PIXELS, opened
 from visionfm_jax.data.sample import Sample, Size
-from visionfm_jax.data.transforms import MultiCrop, Resize
+from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ class Chain:
     @property
     def spec(self) -> Spec:
         """Of the pixels that a row gets: `image`, or the views by name."""
-        views = [t.shapes for t in self.transforms if isinstance(t, MultiCrop)]
+        views = [t.shapes for t in self.transforms if t.shapes]
         shapes = views[-1] if views else {"image": (*pair(self.size), 3)}
         return {name: (shape, np.uint8) for name, shape in shapes.items()}
 

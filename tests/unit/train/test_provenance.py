@@ -13,8 +13,10 @@ import pytest
 
 from visionfm_jax import storage
 from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.config.schema import plain
 from visionfm_jax.data import loader
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.errors import ConfigError, DataError, StorageError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -182,6 +184,30 @@ def test_settings_of_a_later_stage_are_listed(pictures, tmp_path):
         "data.augment.grey_chance: 0.0 -> 0.2",
         "train.steps: 100 -> 200",
     ]
+
+
+class Flop(Flip):
+    """Of the same fields."""
+
+
+def test_transforms_are_compared_by_their_classes_too(kept, pictures):
+    folder, _ = kept
+    before = json.loads((folder / SETTINGS).read_text())
+    before["config"]["data"]["transforms"] = plain((RandomResizedCrop(scale=(0.2, 1.0)), Flip()))
+    (folder / SETTINGS).write_text(json.dumps(before))
+    config = config_of(pictures)
+    config.data.transforms = (RandomResizedCrop(), Flip())
+    assert with_settings(config, folder, folder / SETTINGS)[0].data.transforms[0].scale == (0.2, 1.0)
+    listed = changes(read_provenance(folder), provenance(config), folder)
+    assert listed == ["data.transforms[0].scale: [0.2, 1.0] -> [0.08, 1.0]"]
+    config.data.transforms = (RandomResizedCrop(scale=(0.2, 1.0)), Flop())
+    assert changes(read_provenance(folder), provenance(config), folder) == [
+        "data.transforms[1].transform: Flip -> Flop"
+    ]
+    for other in (config.data.transforms, config.data.transforms[:1], ()):
+        config.data.transforms = other
+        with pytest.raises(ConfigError, match=r"name the configuration that the run was started with"):
+            with_settings(config, folder, folder / SETTINGS)
 
 
 def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path):
