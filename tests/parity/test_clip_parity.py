@@ -273,8 +273,8 @@ def test_bad_state(params: dict, change: dict[str, tuple | None], says: str) -> 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"quick_gelu": True}, r"quick_gelu is True, but this project's text tower makes it False"),
-        ({"heads": 12}, r"heads is 12, but TextConfig\.size makes it 8"),
+        ({"quick_gelu": True}, r"quick_gelu is 'quick_gelu', but TextConfig\.activation makes it 'gelu'"),
+        ({"heads": 12}, r"heads is 12, but TextConfig\.heads makes it 8"),
         ({"pool_type": "last"}, r"pool_type is 'last', but"),
         ({"pool_type": "eos", "eos_id": 2}, r"end_token is 2, but TextConfig\.end_token makes it 49407"),
         (

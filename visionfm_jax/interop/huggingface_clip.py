@@ -8,7 +8,7 @@ Letters in shapes: D width, M hidden width of the MLP, V vocabulary, T positions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,13 +63,16 @@ _SIGLIP = _Form(
 _FORMS = {"clip": _CLIP, "siglip": _SIGLIP}
 
 
-def clip_from_huggingface(state: Mapping[str, np.ndarray], config: ClipConfig, theirs: Mapping[str, Any]) -> Params:
+def clip_from_huggingface(
+    state: Mapping[str, np.ndarray], config: ClipConfig, theirs: Mapping[str, Any], skip: Sequence[str] = ()
+) -> Params:
     """Our `Clip` tree of a Hugging Face model of two towers.
 
     Args:
       state: name to array, as `model.safetensors` holds them.
       config: under which the weights will be used; its image tower is a `ViTConfig`.
       theirs: what `config.json` holds, or transformers' `AutoConfig.from_pretrained(…).to_dict()`.
+      skip: names, theirs or ours, or their beginnings, that are left out of the tree.
 
     Raises:
       UserError: as `vit_from_huggingface`.
@@ -92,11 +95,11 @@ def clip_from_huggingface(state: Mapping[str, np.ndarray], config: ClipConfig, t
     require_same(what, **{name: (value, f"ClipConfig.{name}", own[name]) for name, value in fields.items()})
     image = {k: v for k, v in state.items() if k.startswith("vision_model.")}
     others = {k: v for k, v in state.items() if k not in image and not k.endswith("embeddings.position_ids")}
-    params = import_state(others, _TEXT + form.joint, what)
+    params = import_state(others, _TEXT + form.joint, what, skip)
     for name in ("scale", "bias"):
         if name in params:
             params[name] = params[name].reshape(())
-    return {**params, "image": vit_from_huggingface(image, config.image, theirs["vision_config"])}
+    return {**params, "image": vit_from_huggingface(image, config.image, theirs["vision_config"], skip)}
 
 
 def clip_to_huggingface(params: Params, config: ClipConfig, model_type: str) -> dict[str, np.ndarray]:

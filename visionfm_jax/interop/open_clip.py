@@ -2,7 +2,7 @@
 
 Source: open_clip_torch 3.3, `CLIP.state_dict()` and `CustomTextCLIP.state_dict()`, whose image tower is its own ViT (a
 tower of timm's, `visual.trunk`, has timm's names). Checked against OpenCLIP itself in `tests/parity`. OpenAI's own
-weights, and OpenCLIP's `-quickgelu` models, have these names too but another activation.
+weights, and OpenCLIP's `-quickgelu` models, have these names too, and another activation.
 
 Letters in shapes: D width, M hidden width of the MLP, V vocabulary, T positions, E width of the joint space.
 """
@@ -78,8 +78,15 @@ def text_from_open_clip(
     end = theirs.get("eos_id") if pool == "eos" else config.vocab_size - 1
     require_same(
         what,
-        quick_gelu=(bool(model_cfg.get("quick_gelu")), "this project's text tower", False),
-        heads=(theirs.get("heads", 8), "TextConfig.size", size_of(config).heads),
+        quick_gelu=(
+            "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
+            "TextConfig.activation",
+            config.activation,
+        ),
+        heads=(theirs.get("heads", 8), "TextConfig.heads", size_of(config).heads),
+        norm_eps=(1e-5, "TextConfig.norm_eps", config.norm_eps),
+        causal=(True, "TextConfig.causal", config.causal),
+        pooling=("end", "TextConfig.pool", config.pool),
         pool_type=(pool, "this project's text tower", pool if pool in ("argmax", "eos") else "argmax"),
         end_token=(end, "TextConfig.end_token", config.end_token),
     )

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop import huggingface, open_clip, swin_v2
+from visionfm_jax.interop import huggingface, huggingface_clip, open_clip, swin_v2
 from visionfm_jax.interop.leaves import Params, flatten, is_named
 from visionfm_jax.interop.timm import vit_from_timm
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of
+from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig
 
 State = dict[str, np.ndarray]
@@ -35,7 +36,7 @@ _READABLE = {  # of timm's `model_args`: what the weights show, and what is of t
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("architecture", "model_type", "hidden_act", "global_pool", "act_layer", "pool_type"), str),
     **dict.fromkeys(("timm_model_name", "timm_pool"), (str, type(None))),
-    **dict.fromkeys(("vision_config", "model_cfg", "vision_cfg", "text_cfg", "model_args"), dict),
+    **dict.fromkeys(("vision_config", "text_config", "model_cfg", "vision_cfg", "text_cfg", "model_args"), dict),
     **dict.fromkeys(("window_size", "width", "heads", "head_width", "num_heads", "num_attention_heads"), int),
     **dict.fromkeys(("layer_norm_eps", "norm_eps", "rope_theta", "rope_temperature"), (int, float)),
     "pretrained_window_sizes": list,
@@ -58,8 +59,8 @@ def import_weights(
     Args:
       state: name to array.
       about: the model's `config.json` (timm's, Hugging Face's or OpenCLIP's), a timm architecture, or `AS_MODEL`.
-      towers: the configurations of the model's networks, by their paths in the parameters; "" is the whole model.
-      into: a path that `towers` has; or "", for a model of two towers.
+      towers: the configurations of the model and its networks, by their paths in the parameters; "" is the model.
+      into: a path that `towers` has.
       skip: names, theirs or ours, or their beginnings, that are not taken.
 
     Raises:
@@ -76,15 +77,15 @@ def import_weights(
         found = _from_open_clip(state, about, towers, into, skip, left)
     else:
         tower = towers.get(into)
-        if tower is None:
-            parts = ", ".join(f'"{path}"' for path in towers)
-            raise UserError(
-                f"config.checkpoint.weights_into = {into!r}: {library} weights are for one network; set it to {parts}"
-            )
         importers = _IMPORTERS.get(type(tower), {})
         if library not in importers:
-            have = " and ".join(importers) or "no library"
-            raise UserError(f"these are {library} weights, and for a {type(tower).__name__} those of {have} are read")
+            parts = [path for path, part in towers.items() if library in _IMPORTERS.get(type(part), {})]
+            parts = f"; set it to {' or '.join(map(repr, parts))}" if parts else ""
+            what = "no part" if tower is None else f"a {type(tower).__name__}"
+            raise UserError(
+                f"config.checkpoint.weights_into = {into!r}: {library} weights are read for networks of "
+                f"{_kinds_of(library)}, and this is {what}{parts}"
+            )
         found = _as_paths(importers[library](state, tower, about, skip, left), into)
     return Imported(_what(library, about), found, {why: names for why, names in left.items() if names})
 
@@ -227,6 +228,17 @@ def _vit_of_huggingface(
     return huggingface.vit_from_huggingface(state, tower, about, skip)
 
 
+def _clip_of_huggingface(
+    state: State, model: ClipConfig, about: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
+) -> Params:
+    if not isinstance(model.image, ViTConfig):
+        raise UserError("config.model.image is no ViT, which the image towers of CLIP and SigLIP are")
+    if not {"text_config", "vision_config"} <= about.keys():
+        raise UserError("config.json has no text_config and vision_config; get the file again")
+    state = _leave(state, left, "no part of the network", lambda name: name.endswith("embeddings.position_ids"))
+    return huggingface_clip.clip_from_huggingface(state, model, about, skip)
+
+
 def _swin_of_huggingface(
     state: State, tower: SwinV2Config, about: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
 ) -> Params:
@@ -255,7 +267,7 @@ def _from_open_clip(
     if not {"vision_cfg", "text_cfg"} <= theirs.keys():
         raise UserError("open_clip_config.json has no vision_cfg and text_cfg in its model_cfg; get the file again")
     found: dict[str, np.ndarray] = {}
-    here = [path for path in towers if not into or path == into]
+    here = [path for path in towers if (path or len(towers) == 1) and (not into or path == into)]
     texts = [path for path in here if isinstance(towers[path], TextConfig)]
     images = [path for path in here if path not in texts]
     joined = len(towers) > 1 and not into
@@ -302,4 +314,9 @@ def _visual_of_open_clip(
 _IMPORTERS: dict[type, dict[str, Callable[..., Params]]] = {
     ViTConfig: {"timm": _vit_of_timm, "Hugging Face": _vit_of_huggingface},
     SwinV2Config: {"timm": _swin_of_timm, "Hugging Face": _swin_of_huggingface},
+    ClipConfig: {"Hugging Face": _clip_of_huggingface},
 }
+
+
+def _kinds_of(library: str) -> str:
+    return ", ".join(kind.__name__ for kind, importers in _IMPORTERS.items() if library in importers)

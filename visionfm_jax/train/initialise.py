@@ -369,15 +369,14 @@ def _sharded(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _networks(config: Config) -> dict[str, Any]:
-    """The configurations of the model's networks by their paths in its parameters; "" is all of it."""
-    return {
-        name.removeprefix("model").lstrip(".").replace(".", "/"): net for name, net in config.model.networks().items()
-    }
+    """The configurations of the model, "", and of its networks, by their paths in its parameters."""
+    networks = {"model": config.model, **config.model.networks()}
+    return {name.removeprefix("model").lstrip(".").replace(".", "/"): network for name, network in networks.items()}
 
 
 def _with_fields(text: str, config: Config) -> str:
     """An error of an importer, which names "ViTConfig.heads", with the fields of this configuration."""
-    for name, network in config.model.networks().items():
+    for name, network in {"model": config.model, **config.model.networks()}.items():
         text = re.sub(rf"\b{type(network).__name__}\.", f"config.{name}.", text)
     return text
 

@@ -13,13 +13,15 @@ import pytest
 
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_to_huggingface
+from visionfm_jax.interop.huggingface_clip import clip_to_huggingface
 from visionfm_jax.interop.leaves import flatten, is_named
-from visionfm_jax.interop.open_clip import visual_to_open_clip
+from visionfm_jax.interop.open_clip import text_to_open_clip, visual_to_open_clip
 from visionfm_jax.interop.pretrained import Imported, import_weights, timm_architectures
 from visionfm_jax.interop.swin_v2 import swin_v2_to_timm
 from visionfm_jax.interop.timm import vit_to_timm
 from visionfm_jax.models.backbones.swin_v2 import SwinV2, SwinV2Config
 from visionfm_jax.models.backbones.vit import ViT, ViTConfig
+from visionfm_jax.models.clip import Clip, ClipConfig
 from visionfm_jax.models.heads import Classifier
 from visionfm_jax.models.text import TextConfig
 
@@ -176,7 +178,33 @@ def test_struck_files_are_read_or_refused(capsys):
 def test_what_is_ambiguous_is_asked_for(state):
     refused("set config.checkpoint.weights_config", state, {"name": "x"})
     refused("cannot be told from names such as a", {"a": np.zeros(3)}, "model")
-    refused(r'weights_into = \'\': timm weights are for one network; set it to "image", "text"', state,
-            towers={"image": VIT, "text": TextConfig()})  # fmt: skip
-    refused("timm weights, and for a TextConfig those of no library", state,
-            towers={"image": VIT, "text": TextConfig()}, into="text")  # fmt: skip
+    towers = {"": ClipConfig(image=VIT), "image": VIT, "text": TextConfig()}
+    refused(r"weights_into = '': timm weights are read for networks of ViTConfig, SwinV2Config, and this is a "
+            r"ClipConfig; set it to 'image'", state, towers=towers)  # fmt: skip
+    refused("and this is a TextConfig; set it to 'image'", state, towers=towers, into="text")
+    refused("and this is no part; set it to 'image'", state, towers=towers, into="images")
+
+
+def test_both_towers_of_huggingface_and_of_open_clip():
+    shape = {"width": 24, "depth": 2, "heads": 3, "mlp": 32}
+    vit = ViTConfig(**{**vars(VIT), "pre_norm": True, "patch_bias": False, "norm_eps": 1e-5})
+    text = TextConfig(**shape, vocab_size=40, context=8, end_token=39)
+    model = ClipConfig(image=vit, text=text, embed_dim=16)
+    towers = {"": model, "image": vit, "text": text}
+    own = jax.eval_shape(Clip(model).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), int))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), own["params"])
+    tower = {"num_attention_heads": 3, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}
+    about = {"model_type": "clip", "vision_config": tower | {"model_type": "clip_vision_model"},
+             "text_config": tower | {"eos_token_id": 39, "vocab_size": 40}}  # fmt: skip
+    state = clip_to_huggingface(params, model, "clip")
+    assert set(taken(state, about, towers).arrays) == set(flatten(params))
+    assert not any(path.startswith("text/norm") for path in taken(state, about, towers, skip=("text.norm",)).arrays)
+    refused("has no text_config and vision_config", state, {"model_type": "clip"}, towers)
+    cfg = {"embed_dim": 16, "vision_cfg": {"width": 24, "head_width": 8}, "text_cfg": {"heads": 3, "width": 24}}
+    projection = {"projection": params["image_projection"]}
+    state = visual_to_open_clip(params["image"] | projection, vit) | text_to_open_clip(params)
+    found = taken(state, {"model_cfg": cfg}, towers)
+    assert set(found.arrays) == set(flatten(params))
+    assert not found.left
+    alone = taken(state, {"model_cfg": cfg}, towers, into="text")
+    assert set(alone.arrays) == {path for path in flatten(params) if path.startswith("text/")}
