@@ -38,6 +38,7 @@ from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
+from visionfm_jax.tasks.task import Stateless
 from visionfm_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -247,7 +248,7 @@ class Regressor(nn.Module):
         return nn.Dense(3, name="colour")(self.backbone(images, keys).pooled)
 
 
-class Colour:
+class Colour(Stateless):
     def __init__(self, run: Config, dtype, prepare):
         self.run, self.model = run, Regressor(run.model.make(dtype, prepare))
 
@@ -257,11 +258,11 @@ class Colour:
     def batch_spec(self, batch_size):
         return {"image": jax.ShapeDtypeStruct((batch_size, SIDE, SIDE, 3), jnp.uint8)}
 
-    def loss(self, params, batch, keys):
+    def loss(self, params, batch, keys, context):
         images = normalize(batch["image"], self.run.data.augment)
         error = self.model.apply({"params": params}, images, keys) - reduce(images, "b h w c -> b c", "mean")
         loss = self.run.task.weight * (error**2).sum(-1)
-        return loss.mean(), {"loss": loss}
+        return loss.mean(), {"loss": loss}, {}
 
     def constrain(self, params):
         return params

@@ -22,6 +22,7 @@ from visionfm_jax.config import (
 from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
 from visionfm_jax.models.clip import MAX_SCALE, ClipConfig
 from visionfm_jax.models.text import TextConfig
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.contrastive import ContrastiveConfig, mix_pairs, pair_shares
 from visionfm_jax.train.step import Trainer
@@ -117,7 +118,9 @@ def test_the_sigmoid_loss_of_all_devices():
     """Every device's rows against everybody's texts, by hand from the embeddings."""
     trainer = trainer_on(8, loss="sigmoid", mixup=0.0, drop_path=0.0, jitter=False)
     params, batch = trainer.init().params, batches(1)[0] | {"key": jax.random.split(jax.random.key(0), BATCH)}
-    loss = trainer.zero.apply(lambda p, b: trainer.task.loss(p, b, b["key"])[1]["loss"], params, batch)
+    loss = trainer.zero.apply(
+        lambda p, b, c: trainer.task.loss(p, b, b["key"], c)[1]["loss"], params, batch, Context(0)
+    )
     out = jax.device_get(trainer.predict(params, to_global(trainer.mesh, batches(1)[0])))
     z = 10 * out["image_embedding"].astype(np.float64) @ out["text_embedding"].T - 10
     np.testing.assert_allclose(loss, np.log1p(np.exp(np.where(np.eye(BATCH), -z, z))).sum(1), rtol=1e-4)

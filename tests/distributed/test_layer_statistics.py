@@ -14,6 +14,7 @@ from visionfm_jax.data.augment import augment
 from visionfm_jax.models.backbones.vit import SIZES
 from visionfm_jax.models.layers import Block
 from visionfm_jax.optim.loss_scale import LossScale
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import to_global
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, LayerStatistics
 from visionfm_jax.train.step import sample_keys, with_keys
@@ -27,10 +28,10 @@ def measured() -> Callable[..., list[Layer]]:
     trainer = trainer_on(2, accumulate=2)
     plain, logits = trainer.task.loss, trainer.task._logits
 
-    def loss(params: dict, rows: dict, keys: jax.Array) -> tuple[jax.Array, dict]:
+    def loss(params: dict, rows: dict, keys: jax.Array, context: Context) -> tuple[jax.Array, dict, dict]:
         factor = rows["factor"][:, None, None, None]
         trainer.task._logits = lambda params, images, *keys: logits(params, images * factor, *keys)
-        return plain(params, {k: v for k, v in rows.items() if k != "factor"}, keys)
+        return plain(params, {k: v for k, v in rows.items() if k != "factor"}, keys, context)
 
     trainer.task.loss = loss
     statistics, state = LayerStatistics(trainer), trainer.init()

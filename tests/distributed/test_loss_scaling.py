@@ -12,6 +12,7 @@ from small_run import BATCH, batches, small_config, trainer_on
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import update_count
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.state import TrainState
@@ -31,11 +32,11 @@ def with_factor(trainer: Trainer) -> Trainer:
     """The trainer of a loss that is multiplied by the batch's `factor` (B,)."""
     plain = trainer.task.loss
 
-    def loss(params: dict, rows: dict, keys: jax.Array) -> tuple[jax.Array, dict]:
+    def loss(params: dict, rows: dict, keys: jax.Array, context: Context) -> tuple[jax.Array, dict, dict]:
         rows = dict(rows)
         factor = rows.pop("factor").mean()
-        mean, per_sample = plain(params, rows, keys)
-        return mean * factor, per_sample
+        mean, *rest = plain(params, rows, keys, context)
+        return mean * factor, *rest
 
     trainer.task.loss = loss
     return trainer

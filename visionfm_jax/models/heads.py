@@ -27,7 +27,11 @@ class Classifier(nn.Module):
 
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Images (B, H, W, 3), normalised, to logits (B, C): operands in `dtype`, sums and result in fp32."""
-        return self.head(self.backbone(images, keys).pooled)
+        return self.head(self.features(images, keys))
+
+    def features(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """(B, D), fp32, pooled."""
+        return self.backbone(images, keys).pooled
 
 
 def _product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:

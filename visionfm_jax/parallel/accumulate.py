@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from visionfm_jax.parallel.context import Context
+
 Tree = Any
-LossFn = Callable[[Tree, dict], tuple[jax.Array, dict]]  # (params, local batch) -> mean loss, per-sample arrays
+# (params, local batch, context) -> mean loss, per-sample arrays, and arrays whose mean over all is wanted
+LossFn = Callable[[Tree, dict, Context], tuple[jax.Array, dict, dict]]
 COTANGENT = "cotangent"  # key in a batch beside the rows
 
 
@@ -37,10 +40,10 @@ def unsplit(batches: Tree) -> Tree:
 
 
 def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict, accumulate: int) -> tuple[dict, Tree]:
-    """Per-sample outputs in batch order and the fp32 sum of gradients over `accumulate` micro-batches.
+    """Per-sample outputs in batch order and the fp32 sum of all else over `accumulate` micro-batches.
 
     Args:
-      micro: from rows (b, …) to per-sample outputs and gradients.
+      micro: from rows (b, …) to per-sample outputs, and what is summed: gradients and the like.
       batch: rows (B, …).
       accumulate: n, divides B.
     """
@@ -86,10 +89,10 @@ def with_contrast(
 
     cotangents, losses = jax.grad(mean, has_aux=True)(embedded)
 
-    def micro(params: Tree, rows: dict) -> tuple[jax.Array, dict]:
+    def micro(params: Tree, rows: dict, context: Context) -> tuple[jax.Array, dict, dict]:
         again, per_sample = loss.forward(params, {k: v for k, v in rows.items() if k != COTANGENT})
         products = jax.tree.map(lambda e, c: jnp.vdot(e, c), again, rows[COTANGENT])
         # The mean over the device's rows is `accumulate` times as much in the mean over a micro-batch's.
-        return per_sample["loss"].mean() + accumulate * sum(jax.tree.leaves(products)), per_sample
+        return per_sample["loss"].mean() + accumulate * sum(jax.tree.leaves(products)), per_sample, {}
 
     return {**batch, COTANGENT: cotangents}, micro, lambda per_sample: loss.join(per_sample, losses)

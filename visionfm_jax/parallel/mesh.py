@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 REPLICA, FSDP = "replica", "fsdp"
-BATCH = PartitionSpec((REPLICA, FSDP))  # the first dim of every batch, over all devices
+DEVICES = (REPLICA, FSDP)  # all axes: inside a step, what to sum over
+BATCH = PartitionSpec(DEVICES)  # the first dim of every batch, over all devices
 WHOLE = PartitionSpec()
 
 

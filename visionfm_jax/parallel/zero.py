@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.parallel.accumulate import Contrast, LossFn, accumulate_gradients, with_contrast
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import BATCH, FSDP, REPLICA, WHOLE
 
 Tree = Any
@@ -208,14 +209,38 @@ class Zero:
             lambda path, p: p if is_scanned(path) else prepare(p), lazy, is_leaf=lambda p: isinstance(p, Lazy)
         )
 
-    def apply(self, f: Callable[[Tree, dict], Tree], params: Tree, batch: dict) -> Tree:
-        """f(usable parameters, local rows of the batch) on each device; outputs are arrays over rows (B, …)."""
+    def _fixed(self, params: Tree) -> Tree:
+        """Stored parameters in usable form, of which no gradient is taken."""
+        shards = self._cast(params)
+        return self._usable(shards, self._whole(shards), sum_replicas=False)
 
-        def local(params: Tree, batch: dict) -> Tree:
-            shards = self._cast(params)
-            return f(self._usable(shards, self._whole(shards), sum_replicas=False), batch)
+    def _context_specs(self, context: Context | None) -> Context | None:
+        if context is None:
+            return None
+        specs = jax.tree.map(lambda _: WHOLE, context)
+        return specs if context.teacher is None else specs._replace(teacher=self.state_specs)
 
-        return self._shard_map(local, (self.state_specs, BATCH), BATCH)(params, batch)
+    def _usable_context(self, context: Context | None) -> Context | None:
+        if context is None or context.teacher is None:
+            return context
+        return context._replace(teacher=self._fixed(context.teacher))
+
+    def apply(self, f: Callable[..., Tree], params: Tree, batch: dict, context: Context | None = None) -> Tree:
+        """f(usable parameters, local rows of the batch, context if any) on each device; to arrays over rows (B, …).
+
+        `context`: with a teacher as it is stored.
+        """
+
+        def local(params: Tree, batch: dict, context: Context | None) -> Tree:
+            more = () if context is None else (self._usable_context(context),)
+            return f(self._fixed(params), batch, *more)
+
+        specs = self.state_specs, BATCH, self._context_specs(context)
+        return self._shard_map(local, specs, BATCH)(params, batch, context)
+
+    def total(self, f: Callable[[dict], Tree], batch: dict) -> Tree:
+        """The sum over all devices of f(local rows of the batch)."""
+        return self._shard_map(lambda rows: jax.lax.psum(f(rows), (REPLICA, FSDP)), (BATCH,), WHOLE)(batch)
 
     def held_bytes(self, params: Tree, accumulate: int) -> tuple[int, int]:
         """Bytes per device, beside the state, while a step runs: (compute-dtype weights, gradients).
@@ -241,27 +266,37 @@ class Zero:
         return held[0], held[1]
 
     def loss_and_grads(
-        self, loss_fn: LossFn | Contrast, params: Tree, batch: dict, accumulate: int, scale: jax.Array | None = None
-    ) -> tuple[dict, Tree]:
+        self,
+        loss_fn: LossFn | Contrast,
+        params: Tree,
+        batch: dict,
+        accumulate: int,
+        scale: jax.Array | None = None,
+        context: Context | None = None,
+    ) -> tuple[dict, dict, Tree]:
         """The gradient of the mean loss over the global batch, in `accumulate` micro-batches.
 
         Args:
-          loss_fn: from usable parameters and local rows to their mean loss and a dict of per-sample arrays (B, …); or
-            one that compares all rows of the batch, whatever the micro-batches.
+          loss_fn: from usable parameters, local rows and context to their mean loss, a dict of per-sample arrays
+            (B, …), and one of arrays of which the mean over micro-batches and devices is wanted; or one that compares
+            all rows of the batch, whatever the micro-batches.
           params: stored parameters, sharded by `state_specs`.
           batch: rows over all devices. Each device splits its own rows, in order: nothing travels.
           accumulate: micro-batches.
           scale: for fp16, by which the loss is multiplied in the backward pass; the gradients returned are without it.
+          context: what the loss is handed, with a teacher as it is stored. A teacher's weights travel as the
+            parameters' do in the forward pass, and have no gradient.
 
         Returns:
-          The per-sample arrays over the global batch in its order, and the gradients, fp32, sharded like the
-          stored parameters.
+          The per-sample arrays over the global batch in its order; the means; and the gradients, fp32, sharded like
+          the stored parameters.
         """
         parts = self.mesh.size * accumulate
         # Of several micro-batches it is cheaper to sum over replicas once, at the end.
         sum_replicas = self.mesh.shape[REPLICA] > 1 and self.stage.gradients and accumulate == 1
 
-        def local(params: Tree, batch: dict, scale: jax.Array | None) -> tuple[dict, Tree]:
+        def local(params: Tree, batch: dict, scale: jax.Array | None, context: Context | None) -> tuple:
+            context = self._usable_context(context)
             shards = self._cast(params)
             whole = self._whole(shards)
             row_loss, join = loss_fn, None
@@ -269,29 +304,31 @@ class Zero:
                 usable = self._usable(shards, whole, sum_replicas=False)
                 batch, row_loss, join = with_contrast(loss_fn, usable, batch, accumulate)
 
-            def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, dict]:
-                loss, per_sample = row_loss(params, rows)
+            def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, tuple[dict, dict]]:
+                loss, *rest = row_loss(params, rows, context)
                 # fp16 sums of every device's mean would overflow early. So each adds its part of the whole batch's
                 # mean: sums need no more range than the gradient itself, nothing is divided on the way, and a
                 # sample's gradients, so also the scale that fits them, are the same on every mesh and for every split.
-                return loss if scale is None else loss * (scale / parts), per_sample
+                return loss if scale is None else loss * (scale / parts), tuple(rest)
 
-            def micro(rows: dict) -> tuple[dict, Tree]:
+            def micro(rows: dict) -> tuple[dict, tuple[Tree, dict]]:
                 if self.stage.gradients:
                     grad = jax.grad(lambda s: scaled_loss(self._usable(s, whole, sum_replicas), rows), has_aux=True)
-                    grads, per_sample = grad(shards)
+                    grads, (per_sample, means) = grad(shards)
                 else:
-                    grads, per_sample = jax.grad(scaled_loss, has_aux=True)(whole, rows)
-                return per_sample, grads
+                    grads, (per_sample, means) = jax.grad(scaled_loss, has_aux=True)(whole, rows)
+                return per_sample, (grads, means)
 
-            per_sample, grads = accumulate_gradients(micro, batch, accumulate)
+            per_sample, (grads, means) = accumulate_gradients(micro, batch, accumulate)
             reduce = functools.partial(self._reduce, summed=sum_replicas)
             grads = self._map(reduce, grads, self._is_matrix)
             per_sample = per_sample if join is None else join(per_sample)
-            return per_sample, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
+            means = jax.tree.map(lambda m: m / parts, jax.lax.psum(means, (REPLICA, FSDP)))
+            return per_sample, means, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
 
-        specs = (self.state_specs, BATCH, WHOLE), (BATCH, self.state_specs)
-        return self._shard_map(local, *specs)(params, batch, scale)
+        specs = self.state_specs, BATCH, WHOLE, self._context_specs(context)
+        out_specs = BATCH, WHOLE, self.state_specs
+        return self._shard_map(local, specs, out_specs)(params, batch, scale, context)
 
     def _reduce(self, g: jax.Array, dim: int | None, matrix: bool, *, summed: bool) -> jax.Array:
         """One device's gradient (sum over its micro-batches) to the sum over devices, stored form, fp32.

@@ -58,7 +58,7 @@ class CompiledStep:
     platform: str  # cuda, or cpu where the CUDA packages are missing
     parameters: dict[str, int]  # by part of the network
     state: dict[str, int]  # bytes: weights, optimiser, EMA weights, batch
-    weights_in_use: int  # bytes: the 16-bit copy that products read, where it is whole all the time
+    weights_in_use: int  # bytes: the 16-bit copy that products read, where it is whole all the time, and the teacher's
     gradients: int  # bytes, accumulated over micro-batches
     checkpoint_host_bytes: int  # that the busiest host writes
     step_flops: float  # of the model, over all GPUs, nothing recomputed counted
@@ -212,7 +212,7 @@ def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
             "weights": held(state.params), "optimiser": held(state.opt_state), "EMA weights": held(state.ema),
             "batch": held(batch),
         },
-        weights_in_use=in_use,
+        weights_in_use=in_use * (2 if trainer.task.momentum else 1),  # the teacher's too
         gradients=gradients,
         checkpoint_host_bytes=checkpoint_host_bytes(state, cluster.per_host, trainer.mesh.size),
         step_flops=trainer.task.step_flops,

@@ -19,6 +19,8 @@ from visionfm_jax.data.fields import Labels
 from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
 from visionfm_jax.models.heads import Classifier
 from visionfm_jax.models.layers import Prepare
+from visionfm_jax.parallel.context import Context
+from visionfm_jax.tasks.task import Stateless
 
 LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
@@ -34,7 +36,7 @@ class ClassificationConfig(TaskConfig):
     limits: ClassVar[Limits] = {"num_classes": Range(2, 2**24), "loss": OneOf(tuple(LOSSES)), "label_smoothing": SHARE}
 
     model_class: ClassVar[type] = BackboneConfig
-    predictions: ClassVar[frozenset[str]] = frozenset({"labels"})
+    predictions: ClassVar[frozenset[str]] = frozenset({"labels", "features"})
 
     def fields(self, run: Config) -> Labels:
         return Labels(self.num_classes)
@@ -43,7 +45,7 @@ class ClassificationConfig(TaskConfig):
         return Classification(run, dtype, prepare)
 
 
-class Classification:
+class Classification(Stateless):
     """The `tasks.task.Task` of image classification."""
 
     def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
@@ -63,27 +65,37 @@ class Classification:
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
 
-    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, params: Any, batch: dict, keys: jax.Array, context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
         """Mean loss and, per sample (B,), `loss` and `logit_max`, the largest absolute logit.
 
         Args:
           params: usable parameters (`parallel.zero`).
           batch: as `batch_spec`.
           keys: (B,), one for each sample.
+          context: of the step, not needed.
         """
+        del context
         images = augment(batch["image"], keys, self.config.data.augment)
         logits = self._logits(params, images, jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys))
         task = self.config.task
         loss = LOSSES[task.loss](logits, batch["label"], task.label_smoothing)
-        return loss.mean(), {"loss": loss, "logit_max": jnp.abs(logits).max(-1)}
+        return loss.mean(), {"loss": loss, "logit_max": jnp.abs(logits).max(-1)}, {}
 
     def constrain(self, params: Any) -> Any:
         """Any parameters will do."""
         return params
 
     def predict(self, params: Any, batch: dict, what: Hashable = "labels") -> dict[str, jax.Array]:
-        """Per sample: `loss` without smoothing (B,), `probability` (B, k) and `top` (B, k), the k <= 5 best ids."""
-        logits = self._logits(params, normalize(batch["image"], self.config.data.augment))
+        """Per sample: `loss` without smoothing (B,), `probability` (B, k) and `top` (B, k), the k <= 5 best ids.
+
+        For "features": `features` (B, D), pooled.
+        """
+        images = normalize(batch["image"], self.config.data.augment)
+        if what == "features":
+            return {"features": self.model.apply({"params": params}, images, method=Classifier.features)}
+        logits = self._logits(params, images)
         probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
         loss = LOSSES[self.config.task.loss](logits, batch["label"])
         return {"loss": loss, "probability": probability, "top": top}

@@ -13,9 +13,11 @@ from flax import linen as nn
 
 from visionfm_jax.config import Config
 from visionfm_jax.models.clip import MAX_SCALE
+from visionfm_jax.parallel.context import Context
+from visionfm_jax.tasks.task import Stateless
 
 
-class Pairs:
+class Pairs(Stateless):
     """The part of a `tasks.task.ContrastTask` that follows from its `config`, `model`, `forward` and `contrast`."""
 
     config: Config
@@ -34,17 +36,21 @@ class Pairs:
             "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
         }
 
-    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, params: Any, batch: dict, keys: jax.Array, context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
         """Mean loss of this device's rows, and per-sample arrays: see `forward` and `join`.
 
         Args:
           params: usable parameters (`parallel.zero`).
           batch: as `batch_spec`.
           keys: (B,), one for each sample.
+          context: of the step, not needed.
         """
+        del context
         embedded, own = self.forward(params, batch, keys)
         per_sample = self.join(own, self.contrast(embedded))
-        return per_sample["loss"].mean(), per_sample
+        return per_sample["loss"].mean(), per_sample, {}
 
     def constrain(self, params: Any) -> Any:
         """The logarithm of the logit scale in [0, ln 100]."""

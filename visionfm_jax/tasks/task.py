@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from visionfm_jax.config import Config
 from visionfm_jax.models.layers import Prepare
+from visionfm_jax.parallel.context import Context
 
 
 class Task(Protocol):
@@ -19,15 +20,51 @@ class Task(Protocol):
     the network makes whole by `prepare`. Rows are one device's. What a task returns per sample has the batch's
     rows first; the trainer logs its mean, or its maximum where the name ends in `_max`. `constrain` brings stored
     parameters back into their bounds after an update.
+
+    What lasts from step to step, and what is known of the whole batch before its losses are, is handed to `loss` as a
+    `Context`. `Stateless` answers for tasks that need none of it:
+      momentum: step -> momentum of the teacher, the average of the parameters after each step; None: no teacher. It is
+        stored in place of `optim.ema`'s average, and is what evaluations measure.
+      init_state: the task's own arrays at step 0; None: none.
+      counts: sums over these rows by which losses are divided: of boxes, words, ….
+      update: the state of the next step, from this one's and the means over the global batch of what `loss` returns
+        last, of which scalars are logged as well.
     """
+
+    momentum: Callable[[jax.Array], jax.Array] | None
 
     def init(self, key: jax.Array) -> Any: ...
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]: ...
-    def loss(self, params: Any, batch: dict, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+    def loss(
+        self, params: Any, batch: dict, keys: jax.Array, context: Context
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]: ...
+    def init_state(self) -> Any: ...
+    def counts(self, batch: dict, keys: jax.Array) -> dict[str, jax.Array]: ...
+    def update(self, state: Any, means: dict[str, jax.Array]) -> Any: ...
     def constrain(self, params: Any) -> Any: ...
     def predict(self, params: Any, batch: dict, what: Hashable = ...) -> dict[str, jax.Array]: ...
     @property
     def step_flops(self) -> float: ...
+
+
+class Stateless:
+    """The part of a `Task` by which nothing but its parameters lasts from step to step."""
+
+    momentum = None
+
+    def init_state(self) -> Any:
+        """No arrays."""
+        return None
+
+    def counts(self, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
+        """None."""
+        del batch, keys
+        return {}
+
+    def update(self, state: Any, means: dict[str, jax.Array]) -> Any:
+        """What there was."""
+        del means
+        return state
 
 
 class ContrastTask(Task, Protocol):

@@ -23,10 +23,11 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from visionfm_jax.parallel.accumulate import Contrast, split, with_contrast
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import WHOLE
 from visionfm_jax.parallel.zero import SCANNED
 from visionfm_jax.train.state import TrainState
-from visionfm_jax.train.step import Trainer, loss_of, with_keys
+from visionfm_jax.train.step import Trainer, context_of, loss_of, with_keys
 
 PROBE = "statistics"  # beside a module's parameters
 INPUT, OUTPUT = "input of", "output of"
@@ -123,8 +124,8 @@ class LayerStatistics:
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> list[Layer]:
         """`step`: whose random draws the batch gets."""
-        scale = state.loss_scale.scale if state.loss_scale else None
-        probes = jax.device_get(self._compiled(state.params, batch, np.int32(step), scale))
+        state = state.replace(step=np.int32(step), opt_state=())
+        probes = jax.device_get(self._compiled(state, batch))
         values = {p.name: p.zeros for p in jax.tree.leaves(probes, is_leaf=_is_probe)}
         rows = self._trainer.config.train.batch_size // (
             self._trainer.mesh.size * self._trainer.config.train.accumulate
@@ -141,16 +142,18 @@ class LayerStatistics:
                         layers.append(Layer(_layer_name(name, i), side, *both))
         return layers
 
-    def _run(self, params: Any, batch: dict, step: jax.Array, scale: jax.Array | None) -> Any:
-        config, zero = self._trainer.config, self._trainer.zero
-        loss, n = loss_of(config, self._trainer.task), config.train.accumulate
+    def _run(self, state: TrainState, batch: dict) -> Any:
+        config, zero, task = self._trainer.config, self._trainer.zero, self._trainer.task
+        loss, n = loss_of(config, task), config.train.accumulate
+        scale = state.loss_scale.scale if state.loss_scale else None
         probes = _probes(self._trainer.shapes.params)
         parts = zero.mesh.size * n
-        batch = with_keys(config, zero.mesh, step, batch)
+        batch = with_keys(config, zero.mesh, state.step, batch)
+        context = context_of(config, task, zero, state, batch)
         # As in `Zero.loss_and_grads`.
         batch["scale"] = jnp.full(zero.mesh.size, 1.0 if scale is None else scale / parts)
 
-        def local(params: Any, batch: dict) -> Any:
+        def local(params: Any, batch: dict, context: Context) -> Any:
             scale, row_loss = batch.pop("scale")[0], loss
             if isinstance(loss, Contrast):
                 batch, row_loss, _ = with_contrast(loss, params, batch, n)
@@ -159,13 +162,13 @@ class LayerStatistics:
                 def scaled(probes: Any) -> jax.Array:
                     self._order.clear()
                     with nn.intercept_methods(self._interceptor(len(rows["key"]))):
-                        return row_loss(_join(params, probes), rows)[0] * scale
+                        return row_loss(_join(params, probes), rows, context)[0] * scale
 
                 return jax.grad(scaled)(probes)
 
             return jax.lax.map(micro, split(batch, n))
 
-        return zero.apply(local, params, batch)
+        return zero.apply(local, state.params, batch, context)
 
     def _interceptor(self, rows: int) -> Callable:
         seen: set[str] = set()

@@ -26,20 +26,22 @@ class TrainState:
     step: jax.Array  # int32
     params: Any  # fp32
     opt_state: Any  # fp32
-    ema: Any  # fp32 EMA weights, or None
+    ema: Any  # fp32 EMA weights, which are the teacher of a task that has one; or None
     loss_scale: Any = None  # optim.loss_scale.LossScale in fp16
+    task_state: Any = None  # the task's own arrays between steps (`tasks.task.Task`), or None
 
 
 def init_state(task: Task, tx: optax.GradientTransformation, config: Config) -> TrainState:
     """The state of step 0; under `jax.eval_shape` it costs nothing at any size."""
     params = task.init(jax.random.key(config.seed))
-    ema = params if config.optim.ema else None
+    ema = params if config.optim.ema or task.momentum else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
         ema=ema,
         loss_scale=loss_scale.init() if config.train.precision == "fp16" else None,
+        task_state=task.init_state(),
     )
 
 
@@ -50,5 +52,5 @@ def state_shardings(state: TrainState, tx: optax.GradientTransformation, zero: Z
         tx, lambda _, spec: spec, state.opt_state, specs, transform_non_params=lambda _: WHOLE
     )
     ema = None if state.ema is None else specs
-    scale = jax.tree.map(lambda _: WHOLE, state.loss_scale)
-    return zero.shardings(TrainState(step=WHOLE, params=specs, opt_state=opt_specs, ema=ema, loss_scale=scale))
+    scale, task_state = jax.tree.map(lambda _: WHOLE, (state.loss_scale, state.task_state))
+    return zero.shardings(TrainState(WHOLE, specs, opt_specs, ema, scale, task_state))

@@ -15,6 +15,7 @@ from visionfm_jax.config import Config
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
 from visionfm_jax.parallel.accumulate import Contrast, LossFn
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import BATCH, WHOLE
 from visionfm_jax.parallel.zero import Zero, prepare
 from visionfm_jax.tasks.task import DTYPES, Task, make_task
@@ -83,27 +84,27 @@ def make_step(
     is not finite.
     """
     lr = schedule(config.optim, config.total_steps)
-    loss_fn = loss_of(config, task)
+    loss_fn, momentum = loss_of(config, task), task.momentum or (lambda step: config.optim.ema)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         batch = with_keys(config, zero.mesh, state.step, batch)
         scale = state.loss_scale.scale if state.loss_scale else None
-        per_sample, grads = zero.loss_and_grads(loss_fn, state.params, batch, config.train.accumulate, scale)
+        parts = state.params, batch, config.train.accumulate, scale, context_of(config, task, zero, state, batch)
+        per_sample, means, grads = zero.loss_and_grads(loss_fn, *parts)
 
         metrics = {k: v.max() if k.endswith("_max") else v.mean() for k, v in per_sample.items()}
+        metrics |= {k: v for k, v in means.items() if not v.ndim}
         norms = jnp.stack([jnp.sqrt(jnp.sum(g * g)) for g in jax.tree.leaves(grads)])
         metrics |= {"grad_norm": jnp.linalg.norm(norms), "lr": lr(update_count(state.opt_state))}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = task.constrain(optax.apply_updates(state.params, updates))
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
-        for group, update in updates.items():
-            size = optax.tree.norm(state.params[group])
-            ratio = optax.tree.norm(update) / jnp.where(size > 0, size, 1)
-            metrics[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # a head of zeros has no ratio yet
+        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - momentum(state.step))
+        metrics |= update_ratios(updates, state.params)
 
-        new = state.replace(params=params, opt_state=opt_state, ema=ema)
+        task_state = task.update(state.task_state, means)
+        new = state.replace(params=params, opt_state=opt_state, ema=ema, task_state=task_state)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)
         if state.loss_scale:
             new = new.replace(loss_scale=loss_scale.update(state.loss_scale, finite))
@@ -113,21 +114,39 @@ def make_step(
     return step
 
 
+def update_ratios(updates: dict, params: dict) -> Metrics:
+    """The norm of each group's update over that of its parameters, by the tree's first names."""
+    out = {}
+    for group, update in updates.items():
+        size = optax.tree.norm(params[group])
+        ratio = optax.tree.norm(update) / jnp.where(size > 0, size, 1)
+        out[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # a head of zeros has no ratio yet
+    return out
+
+
+def context_of(config: Config, task: Task, zero: Zero, state: TrainState, batch: dict) -> Context:
+    """What the loss of a batch that carries its keys is handed, with the teacher as it is stored."""
+    micro_batches = zero.mesh.size * config.train.accumulate
+    counts = zero.total(lambda rows: task.counts(*_without_keys(rows)), batch)
+    counts = {name: count / micro_batches for name, count in counts.items()}
+    return Context(state.step, state.ema if task.momentum else None, state.task_state, counts)
+
+
+def _without_keys(rows: dict) -> tuple[dict, jax.Array]:
+    return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
+
+
 def loss_of(config: Config, task: Task) -> LossFn | Contrast:
     """The task's loss of rows that carry their keys (`with_keys`), as `Zero.loss_and_grads` takes it."""
-
-    def parts(rows: dict) -> tuple[dict, jax.Array]:
-        return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
-
     if config.train.accumulate > 1 and config.task.loss_scope == "batch":
         return Contrast(
-            embed=lambda params, rows: task.embed(params, *parts(rows)),
-            forward=lambda params, rows: task.forward(params, *parts(rows)),
+            embed=lambda params, rows: task.embed(params, *_without_keys(rows)),
+            forward=lambda params, rows: task.forward(params, *_without_keys(rows)),
             contrast=task.contrast,
             weight=task.contrast_weight,
             join=task.join,
         )
-    return lambda params, rows: task.loss(params, *parts(rows))
+    return lambda params, rows, context: task.loss(params, *_without_keys(rows), context)
 
 
 def with_keys(config: Config, mesh: Mesh, step: jax.Array, batch: dict) -> dict:

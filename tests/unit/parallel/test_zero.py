@@ -63,14 +63,16 @@ def test_gradient_of_a_product_is_that_of_one_device(stage):
     params = {"w": jnp.asarray(rng.normal(size=(8, 16)), jnp.float32), "b": jnp.ones(16)}
     batch = {"x": jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)}
 
-    def loss(params, rows):
+    def loss(params, rows, _=None):
         y = jnp.tanh(rows["x"] @ params["w"] + params["b"]).sum(-1)
-        return y.mean(), {"y": y}
+        return y.mean(), {"y": y}, {"y": y.mean()}
 
     zero = Zero(make_mesh(2), stage, params, jnp.float32)
     stored = jax.device_put(params, zero.shardings(zero.state_specs))
-    per_sample, grads = jax.jit(lambda p, b: zero.loss_and_grads(loss, p, b, 2))(stored, batch)
-    expected, (rows) = jax.grad(loss, has_aux=True)(params, batch)
+    per_sample, means, grads = jax.jit(lambda p, b: zero.loss_and_grads(loss, p, b, 2))(stored, batch)
+    expected, (rows, mean) = jax.grad(lambda *inputs: (lambda loss, *rest: (loss, rest))(*loss(*inputs)), has_aux=True)(
+        params, batch
+    )
     chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(per_sample, rows, rtol=1e-5)
+    chex.assert_trees_all_close((per_sample, means), (rows, mean), rtol=1e-5)
     assert grads["w"].sharding.spec == zero.state_specs["w"]
