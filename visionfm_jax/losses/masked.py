@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+BLOCKS, BLOCK_RATIO = 40, 1 / 0.3  # of `hide_blocks`: rectangles that are tried, and the largest ratio of their sides
+
 
 def hide_units(keys: jax.Array, side: int, ratio: float) -> jax.Array:
     """Which of U x U units of an image are hidden, (B, U, U) bool: the same number of each, rounded up.
@@ -19,6 +21,43 @@ def hide_units(keys: jax.Array, side: int, ratio: float) -> jax.Array:
     """
     draws = jax.vmap(lambda key: jax.random.uniform(key, (side * side,)))(keys)
     return (_places(draws) < math.ceil(ratio * side * side)).reshape(-1, side, side)
+
+
+def hide_blocks(keys: jax.Array, grid: tuple[int, int], share: tuple[float, float]) -> jax.Array:
+    """Which patches of an image are hidden, (B, h, w) bool, most of them in rectangles (Bao et al. 2022, "BEiT").
+
+    The number is a share of all, uniform in `share`. Rectangles of 4 patches or more, the logarithm of whose ratio of
+    sides is uniform, are laid down where they do not hide too much; what is missing in the end is hidden at random.
+
+    Args:
+      keys: (B,).
+      grid: h, w.
+      share: the least and the largest.
+    """
+    (h, w), (low, high) = grid, share
+    rows, columns = jnp.arange(h)[:, None], jnp.arange(w)
+
+    def one(key: jax.Array) -> jax.Array:
+        first, last, key = jax.random.split(key, 3)
+        number = jnp.floor(jax.random.uniform(first, minval=low, maxval=high) * h * w)
+
+        def add(i: int, hidden: jax.Array) -> jax.Array:
+            area, ratio, top, left = jax.random.uniform(jax.random.fold_in(key, i), (4,))
+            missing = number - hidden.sum()
+            area = 4 + area * jnp.maximum(missing - 4, 0)
+            ratio = jnp.exp((2 * ratio - 1) * math.log(BLOCK_RATIO))
+            height, width = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+            top, left = jnp.floor(top * (h - height + 1)), jnp.floor(left * (w - width + 1))
+            inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+            more = hidden | inside
+            fits = (height <= h) & (width <= w) & (more.sum() <= number)
+            return jnp.where(fits, more, hidden)
+
+        hidden = jax.lax.fori_loop(0, BLOCKS, add, jnp.zeros((h, w), bool))
+        draws = jax.random.uniform(last, (1, h * w)) - hidden.reshape(1, -1)
+        return (_places(draws) < number).reshape(h, w)
+
+    return jax.vmap(one)(keys)
 
 
 def hide_words(keys: jax.Array, lengths: jax.Array, width: int, ratio: float) -> jax.Array:

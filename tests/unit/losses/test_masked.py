@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from visionfm_jax.losses.masked import enlarge, hide_units, hide_words, pixel_loss
+from visionfm_jax.losses.masked import enlarge, hide_blocks, hide_units, hide_words, pixel_loss
 
 KEYS = jax.random.split(jax.random.key(0), 600)
 
@@ -64,3 +64,15 @@ def test_pixel_loss_by_hand():
     gradient = jax.grad(lambda p: pixel_loss(p, images, hidden).sum())(reconstructed)
     np.testing.assert_allclose(gradient[0, 0, 0], [1 / 6, -1 / 6, 1 / 6], rtol=1e-6)
     assert not np.asarray(gradient)[~np.asarray(hidden)].any()
+
+
+def test_blocks_are_as_many_patches_as_drawn_and_hang_together():
+    hidden = np.asarray(jax.jit(lambda keys: hide_blocks(keys, (16, 12), (0.1, 0.5)))(KEYS))
+    share = hidden.mean((1, 2))
+    assert 19 / 192 <= share.min() < 0.11
+    assert 0.49 < share.max() <= 0.5
+    assert share.mean() == pytest.approx(0.3, abs=0.02)
+    beside = (hidden[:, :, 1:] & hidden[:, :, :-1]).sum() / hidden[:, :, 1:].sum()
+    assert beside > 0.65  # of patches drawn one by one: 0.35
+    order = np.array([5, 0, 3])
+    np.testing.assert_array_equal(hide_blocks(KEYS[order], (16, 12), (0.1, 0.5)), hidden[order])
