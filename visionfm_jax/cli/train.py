@@ -44,6 +44,9 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         start = int(state.step)
         changed = folder.keep(provenance_of(config, sources), start, begun_in, weights) if host == 0 else []
         say(describe_start(origin, changed))
+        if start == 0 and checkpoints.latest() is None and due_evals(config, start):
+            checkpoints.save(start, state, record)  # to be evaluated, as a saved state whose evaluation was cut off
+            checkpoints.failed(wait=True)
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,

@@ -355,16 +355,26 @@ class EvalConfig:
     preprocess: Transform = field(default_factory=PreprocessConfig)
     batch_size: int = 0  # 0: the training batch size
     every_steps: int = 0  # 0: only at the end
+    at_start: bool = False  # also before the first step of a new run
     classes: str = ""  # of `zero_shot`: a shipped list or a file of names, one a line; empty: those of the source
     prompts: str = ""  # of `zero_shot`: likewise, or one prompt, {} for the name; empty: imagenet_prompts_short
-    gallery: tuple[SourceConfig, ...] = ()  # of `retrieval`: more pairs to choose from
+    gallery: tuple[SourceConfig, ...] = ()  # of `retrieval`: more pairs to choose from; of `knn`: labelled images
     decoding: str = "greedy"  # of `captioning`: greedy | beam | nucleus
     beams: int = 4  # of `beam`
     top_p: float = 0.9  # of `nucleus`
 
     limits: ClassVar[Limits] = {
         "kind": OneOf(
-            ("captioning", "classification", "perplexity", "pixel_baseline", "reconstruction", "retrieval", "zero_shot")
+            (
+                "captioning",
+                "classification",
+                "knn",
+                "perplexity",
+                "pixel_baseline",
+                "reconstruction",
+                "retrieval",
+                "zero_shot",
+            )
         ),
         "name": FileName(),
         "batch_size": Range(0, 2**16),

@@ -9,6 +9,7 @@ from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals.captioning import CaptioningEval
 from visionfm_jax.evals.classification import ClassificationEval
+from visionfm_jax.evals.knn import KnnEval
 from visionfm_jax.evals.perplexity import PerplexityEval
 from visionfm_jax.evals.pixel_baseline import PixelBaseline
 from visionfm_jax.evals.reconstruction import ReconstructionEval
@@ -33,6 +34,7 @@ class Eval(Protocol):
 EVALS: dict[str, type[Eval]] = {
     "captioning": CaptioningEval,
     "classification": ClassificationEval,
+    "knn": KnnEval,
     "perplexity": PerplexityEval,
     "pixel_baseline": PixelBaseline,
     "reconstruction": ReconstructionEval,

@@ -29,7 +29,9 @@ def open_evals(config: Config, host: int, hosts: int) -> dict[str, Eval]:
 
 
 def due_evals(config: Config, step: int) -> list[EvalConfig]:
-    """Those to run after `step`: at the last step all."""
+    """Those to run after `step`: at the last step all, before the first those of `at_start`."""
+    if not step:
+        return [e for e in config.evals if e.at_start]
     last = step == config.total_steps
     return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
 

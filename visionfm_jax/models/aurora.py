@@ -135,6 +135,10 @@ class Aurora(nn.Module):
         kept = None if hidden is None else Hidden(self.mask_token, hidden)
         return self.image(images, keys, kept).normed.astype(self.dtype)
 
+    def features(self, images: jax.Array) -> jax.Array:
+        """Of the encoder, pooled, fp32."""
+        return self.image(images).pooled
+
     def reconstruct(self, x: jax.Array) -> jax.Array:
         """The map to pixels (B, H, W, 3), fp32, normalised like the images."""
         y = self.reconstruction(x).astype(jnp.float32)

@@ -94,6 +94,10 @@ class Clip(nn.Module):
         pooled = self.image(images, keys).pooled
         return self._project(pooled, self.image_projection) if self.config.image_projection else pooled
 
+    def features(self, images: jax.Array) -> jax.Array:
+        """Of the image tower, pooled, fp32; before the joint space."""
+        return self.image(images).pooled
+
     def embed_texts(self, tokens: jax.Array) -> jax.Array:
         """(B, E), fp32."""
         y = self._project(self.text(tokens), self.text_projection)

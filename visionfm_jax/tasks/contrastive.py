@@ -42,7 +42,7 @@ class ContrastiveConfig(TaskConfig):
     }
 
     model_class: ClassVar[type] = ClipConfig
-    predictions: ClassVar[frozenset[str]] = frozenset({"embeddings"})
+    predictions: ClassVar[frozenset[str]] = frozenset({"embeddings", "features"})
     reads_captions: ClassVar[bool] = True
 
     @property
@@ -111,7 +111,13 @@ class Contrastive(Pairs):
         return {**own, "loss": own["loss"] + contrast}
 
     def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
-        """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""
+        """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two.
+
+        For "features": `features` of the images, pooled.
+        """
+        if what == "features":
+            images = normalize(batch["image"], self.config.data.augment)
+            return {"features": self.model.apply({"params": params}, images, method=Clip.features)}
         out = {}
         if "image" in batch:
             images = normalize(batch["image"], self.config.data.augment)

@@ -70,7 +70,9 @@ class MultimodalConfig(TaskConfig):
     }
 
     model_class: ClassVar[type] = AuroraConfig
-    predictions: ClassVar[frozenset[str]] = frozenset({"embeddings", "captions", "masked_language", "masked_image"})
+    predictions: ClassVar[frozenset[str]] = frozenset(
+        {"embeddings", "features", "captions", "masked_language", "masked_image"}
+    )
     reads_captions: ClassVar[bool] = True
 
     @property
@@ -196,7 +198,7 @@ class Multimodal(Pairs):
         if isinstance(what, Decoding):
             return {"generated": self._caption(params, batch, what)}
         kinds = {
-            "embeddings": self._embeddings, "masked_language": self._guessed,
+            "embeddings": self._embeddings, "features": self._features, "masked_language": self._guessed,
             "masked_image": self._reconstructed, "reconstruct": self._reconstructed,
         }  # fmt: skip
         out = kinds[what](params, batch)
@@ -275,6 +277,11 @@ class Multimodal(Pairs):
             text = self._run(params, "encode_text", tokens, view_of(tokens, self.config.model.text, causal=True))
             out["text_embedding"] = contrastive.l2_normalize(self._run(params, "embed_text", text, tokens))
         return out
+
+    def _features(self, params: Any, batch: dict) -> dict[str, jax.Array]:
+        """`features` of the images, pooled."""
+        images = normalize(batch["image"], self.config.data.augment)
+        return {"features": self._run(params, "features", images)}
 
     def _guessed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
         """Sums over the hidden words (B,): `nll`, `nll_without_image`, without the image, and `words`, their number."""

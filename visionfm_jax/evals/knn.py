@@ -1,0 +1,151 @@
+"""Frozen features judged by their nearest neighbours (Wu et al. 2018, "Instance Discrimination", section 3.4).
+
+Shapes: B batch, Q queries, N images of the gallery, D features, C classes, k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.chain import EvalTransform
+from visionfm_jax.data.fields import Labels
+from visionfm_jax.data.loader import eval_loader
+from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.errors import DataError
+from visionfm_jax.evals.protocol import measured_on, protocol_of
+from visionfm_jax.evals.subject import Predict, require_prediction
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+PIXELS = 32  # side to which larger images are averaged for the baseline: ImageNet's pixels are 200 GB otherwise
+QUERIES, GALLERY = 2**12, 2**15  # compared at a time: 512 MiB of similarities
+
+
+class KnnEval:
+    """The `evals.registry.Eval` of features: top1, the share of images whose neighbours in the gallery vote for their
+    class, and `pixels_top1`, the same by raw pixels (of images of at most 32 x 32) in place of features.
+
+    The features are the task's prediction "features". An image whose features are not finite is never right.
+
+    Attributes:
+      protocol: 8 hex digits of what was measured: datasets, preprocessing, neighbours.
+      details: after a run, for JSON: protocol and its settings.
+    """
+
+    metrics = ("top1",)
+    pictured: ClassVar = {}
+
+    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
+        self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
+        require_prediction(config, run, "features")
+        self.source, self.gallery = open_source(config.source), [open_source(s) for s in config.gallery]
+        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        self._check()
+        self.settings = {
+            **measured_on(self.source, config.source.path, config.source.split),
+            "gallery": [measured_on(s, c.path, c.split) for s, c in zip(self.gallery, config.gallery, strict=True)],
+            **self.transform.settings,
+            "neighbours": NEIGHBOURS,
+            "temperature": TEMPERATURE,
+        }
+        self.protocol = protocol_of(self.settings)
+        self.details: dict[str, Any] = {}
+        self._of_pixels: float | None = None  # which training does not change
+
+    def run(self, predict: Predict) -> dict[str, float]:
+        """Scores over the whole source, each record once."""
+        queries, gallery = self._read(predict, [self.source]), self._read(predict, self.gallery)
+        top1 = self._top1(gallery["features"], gallery["label"], queries["features"], queries["label"])
+        if self._of_pixels is None:
+            self._of_pixels = self._top1(gallery["pixels"], gallery["label"], queries["pixels"], queries["label"])
+        self.details = {"protocol": self.protocol, "settings": self.settings}
+        return {"top1": top1, "pixels_top1": self._of_pixels}
+
+    def _check(self) -> None:
+        if not self.gallery:
+            raise DataError("gallery = (): a knn eval needs labelled images to compare with; add a SourceConfig")
+        for source in (self.source, *self.gallery):
+            if not source.num_classes:
+                raise DataError(f"{source.name} has no labels, which knn needs; set label_key, or another source")
+            if source.num_classes != self.source.num_classes:
+                raise DataError(
+                    f"{source.name} has {source.num_classes} classes, and {self.source.name} has "
+                    f"{self.source.num_classes}; set sources of the same classes"
+                )
+
+    def _top1(self, gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray, right: np.ndarray) -> float:
+        guess = vote(gallery, labels, queries, self.source.num_classes)
+        return float((guess == right).mean())
+
+    def _read(self, predict: Predict, sources: Sequence[Source]) -> dict[str, np.ndarray]:
+        """`features` (N, D), `pixels` (N, P), uint8, and `label` (N,) of the readable records, of all hosts."""
+        parts = []
+        for source in sources:
+            batches = eval_loader(
+                source, Labels(source.num_classes), self.transform,
+                batch_size=self.config.batch_size or self.run_config.train.batch_size,
+                host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
+            )  # fmt: skip
+            for batch in batches:
+                pixels = {} if self._of_pixels is not None else {"pixels": shrunk(batch["image"])}
+                out = predict(batch | pixels, "features")
+                keep = np.flatnonzero(out["mask"])
+                parts.append({name: out[name][keep] for name in ("features", "label", *pixels)})
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def shrunk(images: np.ndarray) -> np.ndarray:
+    """Images (B, S, S, 3), uint8, as rows (B, P) of pixels; larger ones than `PIXELS` averaged to that."""
+    if images.shape[1] > PIXELS:
+        size, box = (PIXELS, PIXELS), Image.Resampling.BOX
+        images = np.stack([np.asarray(Image.fromarray(image).resize(size, box)) for image in images])
+    return images.reshape(len(images), -1)
+
+
+def vote(gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int) -> np.ndarray:
+    """The class (Q,) for which the nearest of the gallery have most weight; -1 where a query is not finite.
+
+    A neighbour's weight is exp(cosine / temperature). Rows of the gallery that are not finite are no neighbours.
+
+    Args:
+      gallery, queries: (N, D) and (Q, D), on the host; of both only a block is on the device at a time.
+      labels: (N,) below `classes`.
+      classes: C.
+    """
+    usable = np.isfinite(queries).all(1)
+    out = np.full(len(queries), -1)
+    k = min(NEIGHBOURS, len(gallery))
+    for first in range(0, len(queries) if k else 0, QUERIES):
+        rows = slice(first, first + QUERIES)
+        block = jnp.asarray(np.where(usable[rows, None], queries[rows], 0), jnp.float32)
+        scores, indices = jnp.full((len(block), k), -jnp.inf), jnp.zeros((len(block), k), jnp.int32)
+        for start in range(0, len(gallery), GALLERY):
+            scores, indices = _nearer(
+                scores, indices, block, jnp.asarray(gallery[start : start + GALLERY], jnp.float32), start
+            )
+        weights, of = jnp.exp(scores / TEMPERATURE), jnp.asarray(labels)[indices]
+        votes = jnp.zeros((len(block), classes)).at[jnp.arange(len(block))[:, None], of].add(weights)
+        out[rows] = np.where(usable[rows], votes.argmax(1), -1)
+    return out
+
+
+@jax.jit
+def _nearer(
+    scores: jax.Array, indices: jax.Array, queries: jax.Array, gallery: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The best k of those so far (Q, k) and a block of the gallery whose first row is number `start`."""
+    new = jnp.dot(_unit(queries), _unit(gallery).T, precision=jax.lax.Precision.HIGHEST)
+    new = jnp.where(jnp.isfinite(gallery).all(1), new, -jnp.inf)
+    numbers = jnp.broadcast_to(start + jnp.arange(len(gallery), dtype=jnp.int32), new.shape)
+    scores, at = jax.lax.top_k(jnp.concatenate([scores, new], 1), scores.shape[1])
+    return scores, jnp.take_along_axis(jnp.concatenate([indices, numbers], 1), at, 1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
