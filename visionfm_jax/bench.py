@@ -30,8 +30,8 @@ def synthetic_batch(trainer: Trainer) -> dict[str, jax.Array]:
     spec = trainer.task.batch_spec(trainer.config.train.batch_size)
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
-        high = {"image": 256}  # everything else counts from 0: labels, tokens
-        return {k: jax.random.randint(key, s.shape, 0, high.get(k, 2)).astype(s.dtype) for k, s in spec.items()}
+        high = {k: 256 if s.dtype == "uint8" else 2 for k, s in spec.items()}  # pixels; labels and tokens
+        return {k: jax.random.randint(key, s.shape, 0, high[k]).astype(s.dtype) for k, s in spec.items()}
 
     return jax.jit(make, out_shardings=NamedSharding(trainer.mesh, BATCH))(jax.random.key(0))
 

@@ -26,6 +26,8 @@ SHIPPED = (
     "swinv2_g_clip_640:tiny",
     "vit_huge",
     "vit_huge:tiny",
+    "vit_huge_dino",
+    "vit_huge_dino:tiny",
 )
 SHARDS = 8
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -36,6 +36,18 @@ class Fields(Protocol):
           DataError: with what to set instead.
         """
         ...
+
+
+class NoFields:
+    """Nothing beside the image: every source serves."""
+
+    spec: ClassVar[Spec] = {}
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        return {}
+
+    def check(self, source: Source) -> None:
+        """Any will do."""
 
 
 class Labels:

@@ -28,7 +28,7 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 # and all below "bias", which in SwinV2 is also a network: as in the authors' lists (`no_weight_decay` of timm's ViT and
 # of Swin-Transformer, where it is `cpb_mlp`; the kernels alone in big_vision, whose attention pooling has the probe).
 _NOT_DECAYED = {"bias", "pos_embed", "probe", "registers"}
-_ABOVE_BLOCKS = {"norm", "pool", "head", "vocabulary"}  # of a network
+_ABOVE_BLOCKS = {"norm", "pool", "head", "vocabulary", "image_head", "patch_head"}  # of a network
 _STAGE, _MERGING = re.compile(r"stage(\d+)"), re.compile(r"merging(\d+)")
 
 

@@ -136,7 +136,7 @@ def run_again(
             for row, (source, record) in enumerate(_all_records(trainer, own, sources))
         ],
         suspects=suspects,
-        images=np.asarray(keep(batch["image"])),
+        images=np.asarray(keep(batch["image"] if "image" in batch else batch["global"][:, 0])),
     )
 
 
