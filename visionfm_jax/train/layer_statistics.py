@@ -187,7 +187,8 @@ class LayerStatistics:
     def _through(self, probe: _Probe, side: str, values: Any, rows: int) -> Any:
         """The same values, of which the arrays of floating numbers have passed the probe."""
         leaves, tree = jax.tree.flatten(values)
-        at = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)]
+        arrays = [(i, x) for i, x in enumerate(leaves) if isinstance(x, jax.Array) and x.size]
+        at = [i for i, x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
         if at:
             self._order.append((probe.name, side))
             passed = _probe([leaves[i] for i in at], probe.zeros[SIDES.index(side)], rows)
