@@ -95,7 +95,7 @@ def test_micro_batches_and_devices_change_nothing():
 def test_the_loss_falls_and_the_run_continues_to_the_last_bit(tmp_path):
     trainer = trainer_of(1, 0, 1)
     state, seen = steps(trainer, trainer.init(), range(STEPS))
-    assert np.mean([s["loss"] for s in seen[-5:]]) < 0.9 * seen[0]["loss"]
+    assert np.mean([s["loss"] for s in seen[-5:]]) < 0.95 * np.mean([s["loss"] for s in seen[:5]])
     assert 0 < seen[-1]["target_entropy"] < np.log(32)
 
     state, _ = steps(trainer, trainer.init(), range(2))

@@ -40,7 +40,9 @@ def test_votes_in_blocks(monkeypatch):
 def test_large_images_are_averaged():
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
     got = knn.shrunk(images).reshape(2, 32, 32, 3)
-    np.testing.assert_allclose(got, images.reshape(2, 32, 2, 32, 2, 3).mean((2, 4)), atol=0.51)
+    np.testing.assert_allclose(
+        got, images.reshape(2, 32, 2, 32, 2, 3).mean((2, 4)), atol=1.01
+    )  # Pillow rounds after each side
     np.testing.assert_array_equal(knn.shrunk(images[:, :16, :16]), images[:, :16, :16].reshape(2, -1))
 
 
