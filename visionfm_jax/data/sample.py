@@ -160,7 +160,8 @@ class Sample:
       box_…: (N, …) or N texts, what belongs to the boxes: labels, say; dropped with them.
       masks: (N, H, W), an image's pixels that belong to each object.
       …_map: (H, W), a class for each pixel, say.
-    All are of the image as it is stored, and are turned upright with it. The rest is passed on.
+    All are of the image as it is stored, and are turned upright with it; boxes without an area on it are dropped. The
+    rest is passed on.
 
     Attributes:
       picture: the image.
@@ -210,7 +211,8 @@ class Sample:
                 of = " x ".join(map(str, picture.size))
                 raise DamagedRecord(f"its {name} have {size[0]} x {size[1]} pixels, its image {of}")
         place = Placement.whole(picture.size)
-        return cls(picture, place, target, exact, boxes, objects, rest, {}, masks, maps)
+        sample = cls(picture, place, target, exact, boxes, objects, rest, {}, masks, maps)
+        return sample if boxes is None else sample.keep(areas(boxes) > 0)
 
     @property
     def size(self) -> Size:

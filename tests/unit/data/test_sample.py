@@ -134,6 +134,15 @@ def test_objects_of_which_too_little_is_left_are_dropped_with_all_that_belongs_t
         assert out["boxes"].tolist() == [[0, 0, 20, 20], [45, 0, 50, 20]][: len(kept)]
 
 
+def test_boxes_without_an_area_on_the_image_are_dropped():
+    boxes = [(2, 2, 2, 8), (-9, 0, 0, 5), (1, 1, 40, 3), (12, 0, 15, 9)]
+    out = Chain((), (9, 12))(
+        {"image": np.zeros((9, 12, 3), np.uint8), "boxes": boxes, "box_labels": (4, 5, 6, 7)}, rng()
+    )
+    assert out["boxes"].tolist() == [[1, 1, 12, 3]]
+    assert out["box_labels"] == (6,)
+
+
 def test_no_objects_are_no_special_case():
     record = {"image": np.zeros((9, 12, 3), np.uint8), "boxes": [], "box_labels": np.zeros(0, int)}
     record["masks"] = np.zeros((0, 9, 12), bool)
