@@ -80,7 +80,7 @@ class ToyConfig(BackboneConfig):
             2.0 * (self.image_size // self.patch_size) ** 2 * (3 * self.patch_size**2 + self.channels) * self.channels
         )
 
-    def make(self, dtype, prepare) -> Toy:
+    def make(self, dtype, gather_params) -> Toy:
         return Toy(self, dtype)
 
 
@@ -236,8 +236,8 @@ class ColourConfig(TaskConfig):
     def fields(self, run: Config) -> Labels:
         return Labels(2)
 
-    def make(self, run: Config, dtype, prepare) -> Colour:
-        return Colour(run, dtype, prepare)
+    def make(self, run: Config, dtype, gather_params) -> Colour:
+        return Colour(run, dtype, gather_params)
 
 
 class Regressor(nn.Module):
@@ -249,8 +249,8 @@ class Regressor(nn.Module):
 
 
 class Colour(Stateless):
-    def __init__(self, run: Config, dtype, prepare):
-        self.run, self.model = run, Regressor(run.model.make(dtype, prepare))
+    def __init__(self, run: Config, dtype, gather_params):
+        self.run, self.model = run, Regressor(run.model.make(dtype, gather_params))
 
     def init(self, key):
         return self.model.init(key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]

@@ -52,7 +52,7 @@ class Distillation(Classification):
 
 @pytest.fixture(autouse=True)
 def _distillation(monkeypatch):
-    monkeypatch.setattr(step, "make_task", lambda config, prepare: Distillation(config, jnp.float32, prepare))
+    monkeypatch.setattr(step, "make_task", lambda config, gather: Distillation(config, jnp.float32, gather))
 
 
 def weights(shapes):

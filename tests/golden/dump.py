@@ -10,7 +10,7 @@ import jax
 from visionfm_jax.config import load
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.optim.adamw import decay_mask, make_optimizer
-from visionfm_jax.parallel.zero import prepare, shard_dim
+from visionfm_jax.parallel.zero import gather_params, shard_dim
 from visionfm_jax.tasks.task import make_task
 from visionfm_jax.train.state import init_state
 
@@ -37,7 +37,7 @@ def dump(name: str) -> str:
     stem, _, variant = name.partition(":")
     config, _ = load.from_arguments([f"--config={CONFIGS / stem}.py" + (f":{variant}" if variant else "")])
     tx = make_optimizer(config.optim, config.total_steps)
-    params = jax.eval_shape(lambda: init_state(make_task(config, prepare), tx, config)).params
+    params = jax.eval_shape(lambda: init_state(make_task(config, gather_params), tx, config)).params
     decays = jax.tree.leaves(decay_mask(params))
     lines = {}
     for (path, leaf), decay in zip(jax.tree_util.tree_leaves_with_path(params), decays, strict=True):

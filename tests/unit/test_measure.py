@@ -14,7 +14,7 @@ from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.errors import CheckpointError, ConfigError
 from visionfm_jax.evals.run import measure
 from visionfm_jax.models.backbones.vit import ViTConfig
-from visionfm_jax.parallel.mesh import WHOLE, make_mesh
+from visionfm_jax.parallel.mesh import REPLICATED, make_mesh
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.initialise import other_run, weights_to_evaluate
@@ -65,7 +65,7 @@ def test_weights_of_another_run_are_evaluated_where_the_own_folder_has_none(tmp_
 
     shapes = {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
     mesh = make_mesh(1, jax.devices()[:1])
-    trees = types.SimpleNamespace(params=shapes), types.SimpleNamespace(params={"w": NamedSharding(mesh, WHOLE)})
+    trees = types.SimpleNamespace(params=shapes), types.SimpleNamespace(params={"w": NamedSharding(mesh, REPLICATED)})
 
     def evaluated(weights: str) -> str:
         config = Config(

@@ -278,7 +278,7 @@ def check_network(config: Config) -> str:
     import jax
 
     from visionfm_jax.optim.adamw import make_optimizer, schedule
-    from visionfm_jax.parallel.zero import prepare
+    from visionfm_jax.parallel.zero import gather_params
     from visionfm_jax.tasks.task import make_task
     from visionfm_jax.train.state import init_state
 
@@ -289,7 +289,7 @@ def check_network(config: Config) -> str:
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
             return f"learning rates {rates}"
         tx = make_optimizer(config.optim, total)
-        state = jax.eval_shape(lambda: init_state(make_task(config, prepare), tx, config))
+        state = jax.eval_shape(lambda: init_state(make_task(config, gather_params), tx, config))
         if not sum(p.size for p in jax.tree.leaves(state.params)) > 0:
             return "no parameters"
     except UserError as error:

@@ -74,7 +74,7 @@ class BackboneConfig(NetworkConfig):
     embed_width: int
     flops: float
 
-    def make(self, dtype: jnp.dtype, prepare: Callable[[Any], Any]) -> nn.Module:
+    def make(self, dtype: jnp.dtype, gather_params: Callable[[Any], Any]) -> nn.Module:
         """The module of this configuration: see `models.backbones.Backbone`."""
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class TaskConfig:
         """
         raise NotImplementedError
 
-    def make(self, run: Config, dtype: jnp.dtype, prepare: Callable[[Any], Any]) -> Any:
+    def make(self, run: Config, dtype: jnp.dtype, gather_params: Callable[[Any], Any]) -> Any:
         """The `tasks.task.Task` of this configuration, which computes in `dtype`."""
         raise NotImplementedError
 

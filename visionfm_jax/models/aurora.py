@@ -27,7 +27,7 @@ from visionfm_jax.models import decoder, pooling
 from visionfm_jax.models.backbones import Hidden
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.decoder import DecoderConfig, View, view_of
-from visionfm_jax.models.layers import Prepare, as_is, dense, layer_norm
+from visionfm_jax.models.layers import GatherParams, dense, layer_norm, no_gather
 
 EPS = 1e-5
 POOL_HEAD = 128  # width of a head of the pool; narrower maps have one
@@ -97,21 +97,21 @@ class Aurora(nn.Module):
 
     config: AuroraConfig
     dtype: jnp.dtype = jnp.float32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
 
     def setup(self) -> None:
         config = self.config
         width, text = config.image.widths[-1], decoder.size_of(config.text).width
-        self.image = config.image.make(self.dtype, self.prepare)
+        self.image = config.image.make(self.dtype, self.gather_params)
         self.mask_token = self.param("mask_token", nn.initializers.truncated_normal(0.02), (config.image.embed_width,))
         self.reconstruction = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
         self.pool = pooling.AttentionPool(max(width // POOL_HEAD, 1), 4 * width, self.dtype, EPS)
         self.image_projection = Projection(width, config.embed_dim, self.dtype)
         self.token_projection = Projection(2 * width, text, self.dtype)
-        self.unimodal = decoder.UnimodalDecoder(config.text, self.dtype, self.prepare)
+        self.unimodal = decoder.UnimodalDecoder(config.text, self.dtype, self.gather_params)
         self.unimodal_norm = layer_norm(self.dtype, None, epsilon=EPS)
         self.text_projection = Projection(4 * text, config.embed_dim, self.dtype)
-        self.multimodal = decoder.MultimodalDecoder(config.text, self.dtype, self.prepare)
+        self.multimodal = decoder.MultimodalDecoder(config.text, self.dtype, self.gather_params)
         self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
     @property

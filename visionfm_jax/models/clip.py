@@ -17,7 +17,7 @@ from visionfm_jax.config import BackboneConfig, ModelConfig
 from visionfm_jax.config.limits import Limits, Problem, Range
 from visionfm_jax.models import text
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
-from visionfm_jax.models.layers import Prepare, as_is, logits
+from visionfm_jax.models.layers import GatherParams, logits, no_gather
 
 MAX_SCALE = math.log(100.0)  # of logits, in logarithms
 
@@ -70,12 +70,12 @@ class Clip(nn.Module):
 
     config: ClipConfig
     dtype: jnp.dtype = jnp.float32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
     sigmoid: bool = False
 
     def setup(self) -> None:
-        self.image = self.config.image.make(self.dtype, self.prepare)
-        self.text = text.TextTransformer(self.config.text, self.dtype, self.prepare)
+        self.image = self.config.image.make(self.dtype, self.gather_params)
+        self.text = text.TextTransformer(self.config.text, self.dtype, self.gather_params)
         config = self.config
         if config.image_projection:
             self.image_projection = self._projection("image_projection", config.image.features)

@@ -23,14 +23,14 @@ from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Pro
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.layers import (
     Attention,
+    GatherParams,
     KVCache,
     Mlp,
-    Prepare,
-    as_is,
     dense,
     layer_norm,
     logits,
     named_size,
+    no_gather,
     scan_blocks,
 )
 
@@ -187,7 +187,7 @@ class UnimodalDecoder(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
 
     @nn.compact
     def __call__(
@@ -204,7 +204,7 @@ class UnimodalDecoder(nn.Module):
         layer = Layer(size.heads, self.dtype, config.attention, view, position=position, parent=None)
         return scan_blocks(
             self, [layer], size.depths[0], x,
-            prepare=self.prepare, remat=config.remat, each=before, outputs=before is not None,
+            gather_params=self.gather_params, remat=config.remat, each=before, outputs=before is not None,
         )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ class MultimodalDecoder(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
 
     @nn.compact
     def __call__(
@@ -232,7 +232,7 @@ class MultimodalDecoder(nn.Module):
         )
         x = scan_blocks(
             self, [layer], size.depths[1], x,
-            prepare=self.prepare, remat=config.remat, each=before, outputs=before is not None,
+            gather_params=self.gather_params, remat=config.remat, each=before, outputs=before is not None,
         )  # fmt: skip
         x, after = x if before is not None else (x, None)
         x = layer_norm(self.dtype, "norm", epsilon=EPS)(x)

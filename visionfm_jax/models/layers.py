@@ -2,8 +2,8 @@
 
 Shapes: B batch, T tokens, D width, N heads, K head dim, L layers, M width of the MLP.
 
-Parameters may arrive *unprepared*: under ZeRO-3 a block gets shards and makes them whole just before it uses
-them. Networks do not know how; they are given a `Prepare` function and call it on each block's parameters.
+Parameters may arrive sharded: under ZeRO-3 a block gets shards and makes them whole just before it uses
+them. Networks do not know how; they are given a `GatherParams` function and call it on each block's parameters.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from visionfm_jax.models.attention import attention
 
 T = TypeVar("T")
 Params = Any  # a pytree of arrays
-Prepare = Callable[[Params], Params]
+GatherParams = Callable[[Params], Params]
 
 # Values a block names for rematerialisation; all are outputs of matrix products.
 SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
 
 
-def as_is(params: Params) -> Params:
-    """The `Prepare` of parameters that are whole already."""
+def no_gather(params: Params) -> Params:
+    """The `GatherParams` of parameters that are whole already."""
     return params
 
 
@@ -286,7 +286,7 @@ def scan_blocks(
     repeats: int,
     x: jax.Array,
     *,
-    prepare: Prepare,
+    gather_params: GatherParams,
     remat: str,
     each: Any = None,
     outputs: bool = False,
@@ -301,7 +301,7 @@ def scan_blocks(
         parameters of each under its number.
       repeats: L, the loop's length.
       x: (B, …).
-      prepare: applied to one block's parameters inside the loop, so that a weight is whole for one block only.
+      gather_params: applied to one block's parameters inside the loop, so that a weight is whole for one block only.
       remat: a key of `POLICIES`.
       each: arrays (L * len(group), …) of which each block gets its own as a second argument; None: no such argument.
       outputs: the one block of `group` returns a pair: x, and what is to be kept of it.
@@ -327,7 +327,7 @@ def scan_blocks(
         for i, block in enumerate(group):
 
             def one(x: jax.Array, p: Params, *own: Any, block: nn.Module = block) -> jax.Array:
-                return block.apply({"params": prepare(p)}, x, *own)
+                return block.apply({"params": gather_params(p)}, x, *own)
 
             # The body of a loop is a computation of its own. XLA inlines that of a loop of one pass, finds its products
             # in the forward pass and, unless it is told not to, keeps those instead of recomputing.

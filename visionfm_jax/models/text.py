@@ -16,7 +16,7 @@ from flax import linen as nn
 from visionfm_jax.config import NetworkConfig
 from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Block, Prepare, as_is, layer_norm, named_size, scan_blocks
+from visionfm_jax.models.layers import Block, GatherParams, layer_norm, named_size, no_gather, scan_blocks
 
 
 class Size(NamedTuple):
@@ -108,7 +108,7 @@ class TextTransformer(nn.Module):
 
     config: TextConfig
     dtype: jnp.dtype = jnp.float32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class TextTransformer(nn.Module):
             size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, causal=config.causal,
             activation=config.activation, parent=None,
         )  # fmt: skip
-        x = scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat)
+        x = scan_blocks(self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat)
         end = jnp.argmax(tokens == config.end_token, 1) if config.pool == "end" else tokens.shape[1] - 1
         return layer_norm(jnp.float32, "norm", epsilon=config.norm_eps)(x[jnp.arange(len(x)), end])
 

@@ -19,7 +19,7 @@ LossFn = Callable[[Tree, dict, Context], tuple[jax.Array, dict, dict]]
 COTANGENT = "cotangent"  # key in a batch beside the rows
 
 
-class Contrast(NamedTuple):
+class GradCache(NamedTuple):
     """A loss of which a part compares all rows of the batch; `tasks.task.ContrastTask` has the same, explained."""
 
     embed: Callable[[Tree, dict], dict]  # (params, rows) -> what is compared, arrays with rows first
@@ -61,8 +61,8 @@ def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict
     return unsplit(per_sample), total
 
 
-def with_contrast(
-    loss: Contrast, params: Tree, batch: dict, accumulate: int
+def with_grad_cache(
+    loss: GradCache, params: Tree, batch: dict, accumulate: int
 ) -> tuple[dict, LossFn, Callable[[dict], dict]]:
     """Make a loss over the whole batch one of micro-batches (Gao et al. 2021, "GradCache").
 

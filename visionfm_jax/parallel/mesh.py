@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 REPLICA, FSDP = "replica", "fsdp"
 DEVICES = (REPLICA, FSDP)  # all axes: inside a step, what to sum over
 BATCH = PartitionSpec(DEVICES)  # the first dim of every batch, over all devices
-WHOLE = PartitionSpec()
+REPLICATED = PartitionSpec()
 
 
 def make_mesh(replicas: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

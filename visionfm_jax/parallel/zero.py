@@ -28,15 +28,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.parallel.accumulate import Contrast, LossFn, accumulate_gradients, with_contrast
+from visionfm_jax.parallel.accumulate import GradCache, LossFn, accumulate_gradients, with_grad_cache
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.parallel.mesh import BATCH, FSDP, REPLICA, WHOLE
+from visionfm_jax.parallel.mesh import BATCH, FSDP, REPLICA, REPLICATED
 
 Tree = Any
 SCANNED = "blocks"  # below this key, dim 0 of every parameter counts layers
 
 
-class Stage(NamedTuple):
+class ZeroStage(NamedTuple):
     """Where things live: True for sharded over `fsdp`."""
 
     state: bool  # stored weights and optimiser state
@@ -45,10 +45,10 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    0: Stage(state=False, gradients=False, in_use=False),
-    1: Stage(state=True, gradients=False, in_use=False),
-    2: Stage(state=True, gradients=True, in_use=False),
-    3: Stage(state=True, gradients=True, in_use=True),
+    0: ZeroStage(state=False, gradients=False, in_use=False),
+    1: ZeroStage(state=True, gradients=False, in_use=False),
+    2: ZeroStage(state=True, gradients=True, in_use=False),
+    3: ZeroStage(state=True, gradients=True, in_use=True),
 }
 
 
@@ -56,7 +56,7 @@ STAGES = {
     jax.tree_util.register_dataclass, data_fields=("shard", "whole"), meta_fields=("dim", "sum_replicas")
 )
 @dataclasses.dataclass(frozen=True)
-class Lazy:
+class ShardedParam:
     """A weight whose gradient lives in a shard; `whole` is set where it has been gathered already."""
 
     shard: jax.Array
@@ -103,16 +103,21 @@ def _gather(shard: jax.Array, dim: int) -> jax.Array:
     return jax.lax.all_gather(shard, FSDP, axis=shard.ndim + dim, tiled=True)
 
 
-def prepare(params: Tree) -> Tree:
-    """Make parameters whole: what a network calls on one block's parameters (`models.layers.Prepare`)."""
+def is_sharded(param: Any) -> bool:
+    """Whether this is a `ShardedParam`, not an array."""
+    return isinstance(param, ShardedParam)
 
-    def one(p: jax.Array | Lazy) -> jax.Array:
-        if not isinstance(p, Lazy):
+
+def gather_params(params: Tree) -> Tree:
+    """Make parameters whole: what a network calls on one block's parameters (`models.layers.GatherParams`)."""
+
+    def one(p: jax.Array | ShardedParam) -> jax.Array:
+        if not isinstance(p, ShardedParam):
             return p
         shard = _shared(p.shard) if p.sum_replicas else p.shard
         return _gather(shard, p.dim) if p.whole is None else _gathered(shard, p.whole, p.dim)
 
-    return jax.tree.map(one, params, is_leaf=lambda p: isinstance(p, Lazy))
+    return jax.tree.map(one, params, is_leaf=is_sharded)
 
 
 def is_scanned(path: tuple) -> bool:
@@ -137,7 +142,7 @@ def shard_dim(path: tuple, leaf: Any, shards: int) -> int | None:
 
 
 def _spec(ndim: int, dim: int | None) -> PartitionSpec:
-    return WHOLE if dim is None else PartitionSpec(*(FSDP if d == ndim + dim else None for d in range(ndim)))
+    return REPLICATED if dim is None else PartitionSpec(*(FSDP if d == ndim + dim else None for d in range(ndim)))
 
 
 def _refuse_useless_mesh(params: Tree, dims: Tree, stage: int, shards: int) -> None:
@@ -182,7 +187,7 @@ class Zero:
     @property
     def state_specs(self) -> Tree:
         """PartitionSpecs of the stored parameters, and of anything shaped like them in the optimiser."""
-        return self._specs if self.stage.state else jax.tree.map(lambda _: WHOLE, self._specs)
+        return self._specs if self.stage.state else jax.tree.map(lambda _: REPLICATED, self._specs)
 
     def shardings(self, specs: Tree) -> Tree:
         """NamedShardings on this mesh."""
@@ -198,15 +203,16 @@ class Zero:
         return None if self.stage.in_use else self._map(lambda p, d: p if d is None else _gather(p, d), shards)
 
     def _usable(self, shards: Tree, whole: Tree | None, sum_replicas: bool) -> Tree:
-        """Parameters as networks take them: whole at the top, `Lazy` below scanned blocks."""
+        """Parameters as networks take them: whole at the top, `ShardedParam` below scanned blocks."""
         if not self.stage.gradients:
             return whole
-        if whole is None:
-            lazy = self._map(lambda p, dim: p if dim is None else Lazy(p, None, dim, sum_replicas), shards)
-        else:
-            lazy = self._map(lambda p, dim, w: p if dim is None else Lazy(p, w, dim, sum_replicas), shards, whole)
+
+        def sharded(shard: jax.Array, dim: int | None, whole: jax.Array | None = None) -> jax.Array | ShardedParam:
+            return shard if dim is None else ShardedParam(shard, whole, dim, sum_replicas)
+
+        params = self._map(sharded, shards, *([] if whole is None else [whole]))
         return jax.tree_util.tree_map_with_path(
-            lambda path, p: p if is_scanned(path) else prepare(p), lazy, is_leaf=lambda p: isinstance(p, Lazy)
+            lambda path, p: p if is_scanned(path) else gather_params(p), params, is_leaf=is_sharded
         )
 
     def _fixed(self, params: Tree) -> Tree:
@@ -217,7 +223,7 @@ class Zero:
     def _context_specs(self, context: Context | None) -> Context | None:
         if context is None:
             return None
-        specs = jax.tree.map(lambda _: WHOLE, context)
+        specs = jax.tree.map(lambda _: REPLICATED, context)
         return specs if context.teacher is None else specs._replace(teacher=self.state_specs)
 
     def _usable_context(self, context: Context | None) -> Context | None:
@@ -240,7 +246,7 @@ class Zero:
 
     def total(self, f: Callable[[dict], Tree], batch: dict) -> Tree:
         """The sum over all devices of f(local rows of the batch)."""
-        return self._shard_map(lambda rows: jax.lax.psum(f(rows), (REPLICA, FSDP)), (BATCH,), WHOLE)(batch)
+        return self._shard_map(lambda rows: jax.lax.psum(f(rows), (REPLICA, FSDP)), (BATCH,), REPLICATED)(batch)
 
     def held_bytes(self, params: Tree, accumulate: int) -> tuple[int, int]:
         """Bytes per device, beside the state, while a step runs: (compute-dtype weights, gradients).
@@ -267,7 +273,7 @@ class Zero:
 
     def loss_and_grads(
         self,
-        loss_fn: LossFn | Contrast,
+        loss_fn: LossFn | GradCache,
         params: Tree,
         batch: dict,
         accumulate: int,
@@ -300,9 +306,9 @@ class Zero:
             shards = self._cast(params)
             whole = self._whole(shards)
             row_loss, join = loss_fn, None
-            if isinstance(loss_fn, Contrast):
+            if isinstance(loss_fn, GradCache):
                 usable = self._usable(shards, whole, sum_replicas=False)
-                batch, row_loss, join = with_contrast(loss_fn, usable, batch, accumulate)
+                batch, row_loss, join = with_grad_cache(loss_fn, usable, batch, accumulate)
 
             def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, tuple[dict, dict]]:
                 loss, *rest = row_loss(params, rows, context)
@@ -326,8 +332,8 @@ class Zero:
             means = jax.tree.map(lambda m: m / parts, jax.lax.psum(means, (REPLICA, FSDP)))
             return per_sample, means, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
 
-        specs = self.state_specs, BATCH, WHOLE, self._context_specs(context)
-        out_specs = BATCH, WHOLE, self.state_specs
+        specs = self.state_specs, BATCH, REPLICATED, self._context_specs(context)
+        out_specs = BATCH, REPLICATED, self.state_specs
         return self._shard_map(local, specs, out_specs)(params, batch, scale, context)
 
     def _reduce(self, g: jax.Array, dim: int | None, matrix: bool, *, summed: bool) -> jax.Array:

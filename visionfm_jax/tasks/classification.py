@@ -18,7 +18,7 @@ from visionfm_jax.data.augment import augment, normalize
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
 from visionfm_jax.models.heads import Classifier
-from visionfm_jax.models.layers import Prepare
+from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.tasks.task import Stateless
 
@@ -41,16 +41,16 @@ class ClassificationConfig(TaskConfig):
     def fields(self, run: Config) -> Labels:
         return Labels(self.num_classes)
 
-    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> Classification:
-        return Classification(run, dtype, prepare)
+    def make(self, run: Config, dtype: jnp.dtype, gather_params: GatherParams) -> Classification:
+        return Classification(run, dtype, gather_params)
 
 
 class Classification(Stateless):
     """The `tasks.task.Task` of image classification."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+    def __init__(self, config: Config, dtype: jnp.dtype, gather_params: GatherParams):
         self.config = config
-        self.model = Classifier(config.model.make(dtype, prepare), config.task.num_classes, dtype)
+        self.model = Classifier(config.model.make(dtype, gather_params), config.task.num_classes, dtype)
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters, fp32."""

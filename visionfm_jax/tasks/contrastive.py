@@ -22,7 +22,7 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.contrastive import Targets
 from visionfm_jax.models.clip import Clip, ClipConfig, Embeddings
-from visionfm_jax.models.layers import Prepare
+from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
 
@@ -63,8 +63,8 @@ class ContrastiveConfig(TaskConfig):
         check_token("end", text.end_token, tokenizer.end, tokenizer)
         return Texts(tokenizer, text.context)
 
-    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> Contrastive:
-        return Contrastive(run, dtype, prepare)
+    def make(self, run: Config, dtype: jnp.dtype, gather_params: GatherParams) -> Contrastive:
+        return Contrastive(run, dtype, gather_params)
 
 
 class Contrastive(Pairs):
@@ -72,9 +72,9 @@ class Contrastive(Pairs):
 
     contrast_weight = 1.0
 
-    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+    def __init__(self, config: Config, dtype: jnp.dtype, gather_params: GatherParams):
         self.config = config
-        self.model = Clip(config.model, dtype, prepare, sigmoid=config.task.loss == "sigmoid")
+        self.model = Clip(config.model, dtype, gather_params, sigmoid=config.task.loss == "sigmoid")
 
     def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """What `contrast` compares, row by row: embeddings, logit scale and, if images are mixed, their shares."""

@@ -30,7 +30,7 @@ from visionfm_jax.losses.masked import enlarge, hide_units, hide_words, pixel_lo
 from visionfm_jax.models.aurora import Aurora, AuroraConfig
 from visionfm_jax.models.decoder import view_of
 from visionfm_jax.models.generate import Decoding, generate
-from visionfm_jax.models.layers import Prepare
+from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
 
@@ -115,8 +115,8 @@ class MultimodalConfig(TaskConfig):
         check_token("mask", text.mask_token, tokenizer.mask, tokenizer)
         return OptionalTexts(tokenizer, text.context)
 
-    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> Multimodal:
-        return Multimodal(run, dtype, prepare)
+    def make(self, run: Config, dtype: jnp.dtype, gather_params: GatherParams) -> Multimodal:
+        return Multimodal(run, dtype, gather_params)
 
 
 class Draws(NamedTuple):
@@ -132,9 +132,9 @@ class Draws(NamedTuple):
 class Multimodal(Pairs):
     """The `tasks.task.ContrastTask` of images with and without captions."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+    def __init__(self, config: Config, dtype: jnp.dtype, gather_params: GatherParams):
         self.config, self.task = config, config.task
-        self.model = Aurora(config.model, dtype, prepare)
+        self.model = Aurora(config.model, dtype, gather_params)
         self.contrast_weight = config.task.contrastive
 
     def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:

@@ -33,7 +33,7 @@ from visionfm_jax.data.transforms import MultiCrop
 from visionfm_jax.losses.masked import hide_blocks
 from visionfm_jax.losses.self_distillation import centred, koleo, patches_loss, sinkhorn, views_loss
 from visionfm_jax.models.backbones import Features
-from visionfm_jax.models.layers import Prepare
+from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.prototypes import forward_flops
 from visionfm_jax.models.self_distillation import SelfDistilled
 from visionfm_jax.parallel.context import Context
@@ -110,8 +110,8 @@ class SelfDistillationConfig(TaskConfig):
     def fields(self, run: Config) -> NoFields:
         return NoFields()
 
-    def make(self, run: Config, dtype: jnp.dtype, prepare: Prepare) -> SelfDistillation:
-        return SelfDistillation(run, dtype, prepare)
+    def make(self, run: Config, dtype: jnp.dtype, gather_params: GatherParams) -> SelfDistillation:
+        return SelfDistillation(run, dtype, gather_params)
 
 
 def has_views(run: Config) -> bool:
@@ -137,11 +137,11 @@ class Draws(NamedTuple):
 class SelfDistillation:
     """The `tasks.task.Task` of self-distillation."""
 
-    def __init__(self, config: Config, dtype: jnp.dtype, prepare: Prepare):
+    def __init__(self, config: Config, dtype: jnp.dtype, gather_params: GatherParams):
         self.config, self.task, self.views = config, config.task, views_of(config)
         task, model = config.task, config.model
         self.model = SelfDistilled(
-            model.make(dtype, prepare), model.embed_width,
+            model.make(dtype, gather_params), model.embed_width,
             task.prototypes, task.head_hidden, task.head_bottleneck, dtype,
         )  # fmt: skip
         self._temperature = optax.linear_schedule(*task.teacher_temperature, task.temperature_warmup_steps)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from visionfm_jax.config import Config
-from visionfm_jax.models.layers import Prepare
+from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.context import Context
 
 
@@ -17,7 +17,7 @@ class Task(Protocol):
     """An objective joined to its network; the trainer knows nothing else of either.
 
     Parameters reach `loss` and `predict` in usable form (`parallel.zero`): whole, but for scanned blocks, which
-    the network makes whole by `prepare`. Rows are one device's. What a task returns per sample has the batch's
+    the network makes whole by `gather_params`. Rows are one device's. What a task returns per sample has the batch's
     rows first; the trainer logs its mean, or its maximum where the name ends in `_max`. `constrain` brings stored
     parameters back into their bounds after an update.
 
@@ -87,6 +87,6 @@ class ContrastTask(Task, Protocol):
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
 
-def make_task(config: Config, prepare: Prepare) -> Task:
+def make_task(config: Config, gather_params: GatherParams) -> Task:
     """The task of `config.task`, computing in `config.train.precision`."""
-    return config.task.make(config, DTYPES[config.train.precision], prepare)
+    return config.task.make(config, DTYPES[config.train.precision], gather_params)

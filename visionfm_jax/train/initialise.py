@@ -25,7 +25,7 @@ from visionfm_jax.interop.leaves import flatten, is_named
 from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
 from visionfm_jax.interop.resample import Way, way
 from visionfm_jax.parallel.agreement import from_first, require_same
-from visionfm_jax.parallel.mesh import WHOLE
+from visionfm_jax.parallel.mesh import REPLICATED
 from visionfm_jax.storage import read
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.provenance import leaf_changes, read_provenance
@@ -247,7 +247,7 @@ def _of_run(trainer: Trainer) -> Found:
     config = trainer.config.checkpoint
     here, fits = _shapes(trainer.shapes.params), []
     shardings = flatten(trainer.shardings.params)
-    whole = NamedSharding(trainer.mesh, WHOLE)
+    whole = NamedSharding(trainer.mesh, REPLICATED)
     below = f"{config.weights_from.strip('./').replace('.', '/')}/" if config.weights_from else ""
     into = f"{config.weights_into}/" if config.weights_into else ""
 

@@ -22,9 +22,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
-from visionfm_jax.parallel.accumulate import Contrast, split, with_contrast
+from visionfm_jax.parallel.accumulate import GradCache, split, with_grad_cache
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.parallel.mesh import WHOLE
+from visionfm_jax.parallel.mesh import REPLICATED
 from visionfm_jax.parallel.zero import SCANNED
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer, context_of, loss_of, with_keys
@@ -120,7 +120,7 @@ class LayerStatistics:
     def __init__(self, trainer: Trainer):
         self._trainer = trainer
         self._order: list[tuple[str, str]] = []  # names and sides, as the trace met them
-        self._compiled = jax.jit(self._run, out_shardings=NamedSharding(trainer.mesh, WHOLE))
+        self._compiled = jax.jit(self._run, out_shardings=NamedSharding(trainer.mesh, REPLICATED))
 
     def __call__(self, state: TrainState, batch: dict, step: int) -> list[Layer]:
         """`step`: whose random draws the batch gets."""
@@ -155,8 +155,8 @@ class LayerStatistics:
 
         def local(params: Any, batch: dict, context: Context) -> Any:
             scale, row_loss = batch.pop("scale")[0], loss
-            if isinstance(loss, Contrast):
-                batch, row_loss, _ = with_contrast(loss, params, batch, n)
+            if isinstance(loss, GradCache):
+                batch, row_loss, _ = with_grad_cache(loss, params, batch, n)
 
             def micro(rows: dict) -> Any:
                 def scaled(probes: Any) -> jax.Array:

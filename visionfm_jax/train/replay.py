@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from visionfm_jax.data.sources import Source
-from visionfm_jax.parallel.mesh import WHOLE, to_global
+from visionfm_jax.parallel.mesh import REPLICATED, to_global
 from visionfm_jax.train.layer_statistics import Layer, LayerStatistics
 from visionfm_jax.train.spikes import used_record
 from visionfm_jax.train.state import TrainState
@@ -110,7 +110,7 @@ def run_again(
     begins("layers on the next step's batch")
     beside = statistics(state, on_devices(following), step + 1)
     names = trainer.tensor_names
-    whole = NamedSharding(trainer.mesh, WHOLE)
+    whole = NamedSharding(trainer.mesh, REPLICATED)
     are_finite = jax.jit(
         lambda params: jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]), out_shardings=whole
     )
@@ -160,7 +160,7 @@ def _all_records(trainer: Trainer, batch: Mapping[str, np.ndarray], sources: Seq
     """The source and the record of each row of the global batch, of which this host's are in `batch`."""
     names = ("source", "record", "damaged")
     local = np.stack([batch[name].astype(np.int64) for name in names], 1).view(np.int32)  # devices have no 64 bits
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(trainer.mesh, WHOLE))
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(trainer.mesh, REPLICATED))
     rows = np.asarray(whole(to_global(trainer.mesh, {"rows": local})["rows"])).view(np.int64)
     columns = dict(zip(names, rows.T, strict=True))
     return [used_record(sources, columns, row) for row in range(len(rows))]

@@ -11,7 +11,7 @@ from flax import struct
 
 from visionfm_jax.config import Config
 from visionfm_jax.optim import loss_scale
-from visionfm_jax.parallel.mesh import WHOLE
+from visionfm_jax.parallel.mesh import REPLICATED
 from visionfm_jax.parallel.zero import Zero
 from visionfm_jax.tasks.task import Task
 
@@ -49,8 +49,8 @@ def state_shardings(state: TrainState, tx: optax.GradientTransformation, zero: Z
     """Where each part of a state (or its shapes) is stored: anything shaped like the parameters, as they are."""
     specs = zero.state_specs
     opt_specs = optax.tree_utils.tree_map_params(
-        tx, lambda _, spec: spec, state.opt_state, specs, transform_non_params=lambda _: WHOLE
+        tx, lambda _, spec: spec, state.opt_state, specs, transform_non_params=lambda _: REPLICATED
     )
     ema = None if state.ema is None else specs
-    scale, task_state = jax.tree.map(lambda _: WHOLE, (state.loss_scale, state.task_state))
-    return zero.shardings(TrainState(WHOLE, specs, opt_specs, ema, scale, task_state))
+    scale, task_state = jax.tree.map(lambda _: REPLICATED, (state.loss_scale, state.task_state))
+    return zero.shardings(TrainState(REPLICATED, specs, opt_specs, ema, scale, task_state))

@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from visionfm_jax.config import Config
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
-from visionfm_jax.parallel.accumulate import Contrast, LossFn
+from visionfm_jax.parallel.accumulate import GradCache, LossFn
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.parallel.mesh import BATCH, WHOLE
-from visionfm_jax.parallel.zero import Zero, prepare
+from visionfm_jax.parallel.mesh import BATCH, REPLICATED
+from visionfm_jax.parallel.zero import Zero, gather_params
 from visionfm_jax.tasks.task import DTYPES, Task, make_task
 from visionfm_jax.train.state import TrainState, init_state, state_shardings
 
@@ -40,7 +40,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self.task = make_task(config, prepare)
+        self.task = make_task(config, gather_params)
         self.tx = make_optimizer(config.optim, config.total_steps)
         self.shapes = jax.eval_shape(lambda: init_state(self.task, self.tx, config))
         self.zero = Zero(mesh, config.parallel.stage, self.shapes.params, DTYPES[config.train.precision])
@@ -50,7 +50,7 @@ class Trainer:
         self.step = jax.jit(
             make_step(config, self.task, self.tx, self.zero),
             in_shardings=(self.shardings, rows),
-            out_shardings=(self.shardings, NamedSharding(mesh, WHOLE)),
+            out_shardings=(self.shardings, NamedSharding(mesh, REPLICATED)),
             donate_argnums=0,
         )
 
@@ -62,7 +62,7 @@ class Trainer:
         self.predict = jax.jit(
             lambda params, batch, *what: self.zero.apply(functools.partial(predict, what), params, batch),
             in_shardings=(self.shardings.params, rows),
-            out_shardings=NamedSharding(mesh, WHOLE),
+            out_shardings=NamedSharding(mesh, REPLICATED),
             static_argnums=2,
         )
 
@@ -136,10 +136,10 @@ def _without_keys(rows: dict) -> tuple[dict, jax.Array]:
     return {k: v for k, v in rows.items() if k != "key"}, rows["key"]
 
 
-def loss_of(config: Config, task: Task) -> LossFn | Contrast:
+def loss_of(config: Config, task: Task) -> LossFn | GradCache:
     """The task's loss of rows that carry their keys (`with_keys`), as `Zero.loss_and_grads` takes it."""
     if config.train.accumulate > 1 and config.task.loss_scope == "batch":
-        return Contrast(
+        return GradCache(
             embed=lambda params, rows: task.embed(params, *_without_keys(rows)),
             forward=lambda params, rows: task.forward(params, *_without_keys(rows)),
             contrast=task.contrast,

@@ -11,10 +11,10 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.backbones import swin_v2
 from visionfm_jax.models.backbones.swin_v2 import (
     SIZES,
-    Block,
     PatchMerging,
     PositionBias,
     Size,
+    SwinBlock,
     SwinV2,
     SwinV2Config,
     WindowAttention,
@@ -240,7 +240,7 @@ def test_pretrained_windows_are_those_of_the_run_before(monkeypatch):
 
 def test_blocks_start_as_the_identity():
     x = images(2, 8, 8, 16)
-    block = Block(2, windows_of((8, 8), 4, (0, 0), True), jnp.float32, "xla", False, None)
+    block = SwinBlock(2, windows_of((8, 8), 4, (0, 0), True), jnp.float32, "xla", False, None)
     own = {"layer": 0, "rate": 0.0}
     params = block.init(jax.random.key(0), x, own)
     np.testing.assert_array_equal(block.apply(params, x, own), x)
@@ -262,7 +262,7 @@ def by_hand(config: SwinV2Config, params, x, keys=None):
             normed = size.extra_norm_every > 0 and j % size.extra_norm_every == size.extra_norm_every - 1
             assert ("norm" in own) == normed
             windows = windows_of(x.shape[1:3], config.window, (0, 0), j % 2 == 1)
-            block = Block(size.heads[i], windows, jnp.float32, "xla", normed, keys)
+            block = SwinBlock(size.heads[i], windows, jnp.float32, "xla", normed, keys)
             rate = config.drop_path * layer / (sum(size.depths) - 1)
             x = block.apply({"params": own}, x, {"layer": jnp.int32(layer), "rate": jnp.float32(rate)})
             layer += 1
@@ -285,7 +285,7 @@ def test_the_loop_is_the_layers_in_turn(monkeypatch, depths, extra_norm_every):
 
 def test_a_norm_of_the_main_branch_ends_its_block():
     x, own = images(2, 4, 4, 16), {"layer": 0, "rate": 0.0}
-    block = Block(2, windows_of((4, 4), 4, (0, 0), False), jnp.float32, "xla", True, None)
+    block = SwinBlock(2, windows_of((4, 4), 4, (0, 0), False), jnp.float32, "xla", True, None)
     y = block.apply(block.init(jax.random.key(0), x, own), x, own)  # the block itself is the identity
     np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose(y.std(-1), 1, atol=1e-4)

@@ -11,7 +11,7 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.backbones.vit import SIZES, ViT, ViTConfig, size_of
 from visionfm_jax.models.heads import Classifier
-from visionfm_jax.models.layers import as_is
+from visionfm_jax.models.layers import no_gather
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.step import Trainer
 
@@ -23,7 +23,7 @@ def small(**kwargs) -> ViTConfig:
 
 
 def classifier(config: ViTConfig, classes: int = 10, dtype=jnp.float32) -> Classifier:
-    return Classifier(config.make(dtype, as_is), classes, dtype)
+    return Classifier(config.make(dtype, no_gather), classes, dtype)
 
 
 def flops(config: ViTConfig, classes: int) -> float:

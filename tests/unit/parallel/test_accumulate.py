@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from visionfm_jax.parallel.accumulate import Contrast, accumulate_gradients, split, unsplit, with_contrast
+from visionfm_jax.parallel.accumulate import GradCache, accumulate_gradients, split, unsplit, with_grad_cache
 
 ROWS, WEIGHT = 8, 0.5
 
@@ -17,7 +17,7 @@ def embed(params: dict, rows: dict) -> dict:
     return {"image": rows["x"] @ params["w"], "text": rows["y"] @ params["v"]}
 
 
-def forward(params: dict, rows: dict) -> tuple[dict, dict]:
+def forward(params: dict, rows: dict, context: object) -> tuple[dict, dict]:
     return embed(params, rows), {"loss": (rows["x"] @ params["w"]).sum(1) ** 2}
 
 
@@ -31,7 +31,7 @@ def join(per_sample: dict, losses: jax.Array) -> dict:
 
 
 def whole(params: dict, rows: dict) -> tuple[jax.Array, dict]:
-    embedded, per_sample = forward(params, rows)
+    embedded, per_sample = forward(params, rows, None)
     per_sample = join(per_sample, contrast(embedded))
     return per_sample["loss"].mean(), per_sample
 
@@ -41,11 +41,11 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(accumulate):
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for name in ("w", "v")}
     batch = {name: jnp.asarray(rng.normal(size=(ROWS, 3)), jnp.float32) for name in ("x", "y")}
-    loss = Contrast(embed, forward, contrast, WEIGHT, join)
-    rows, micro_loss, finish = with_contrast(loss, params, batch, accumulate)
+    loss = GradCache(embed, forward, contrast, WEIGHT, join)
+    rows, micro_loss, finish = with_grad_cache(loss, params, batch, accumulate)
 
     def micro(rows: dict) -> tuple[dict, dict]:
-        grads, per_sample = jax.grad(micro_loss, has_aux=True)(params, rows)
+        grads, per_sample = jax.grad(micro_loss, has_aux=True)(params, rows, None)
         return per_sample, grads
 
     per_sample, total = accumulate_gradients(micro, rows, accumulate)

@@ -21,7 +21,17 @@ from visionfm_jax.config import BackboneConfig
 from visionfm_jax.config.limits import ATTENTION, REMAT, SHARE, SIDE, Limits, OneOf, Problem, Range, multiple_of
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.backbones import Features, Hidden
-from visionfm_jax.models.layers import Mlp, Prepare, Qkv, as_is, dense, drop_path, layer_norm, named_size, scan_blocks
+from visionfm_jax.models.layers import (
+    GatherParams,
+    Mlp,
+    Qkv,
+    dense,
+    drop_path,
+    layer_norm,
+    named_size,
+    no_gather,
+    scan_blocks,
+)
 
 
 class Size(NamedTuple):
@@ -112,8 +122,8 @@ class SwinV2Config(BackboneConfig):
                 total += side * side * 8 * D * D
         return 2.0 * total
 
-    def make(self, dtype: jnp.dtype, prepare: Prepare) -> SwinV2:
-        return SwinV2(self, dtype, prepare)
+    def make(self, dtype: jnp.dtype, gather_params: GatherParams) -> SwinV2:
+        return SwinV2(self, dtype, gather_params)
 
     def problems(self, name: str) -> list[Problem]:
         out = multiple_of(self, name, "image_size", "patch_size")
@@ -317,7 +327,7 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
 
 
-class Block(nn.Module):
+class SwinBlock(nn.Module):
     """Residual post-norm layer: x + norm(attention(x)), then x + norm(mlp(x)); (B, H, W, D) to (B, H, W, D).
 
     Both norms start at zero, so that each block starts as the identity. With `extra_norm` the main branch is normed
@@ -359,13 +369,13 @@ class PatchMerging(nn.Module):
         return layer_norm(self.dtype, "norm", epsilon=EPS)(x)
 
 
-class Stage(nn.Module):
+class SwinStage(nn.Module):
     """Blocks on one map, every other one with shifted windows; (B, H, W, D) to the same."""
 
     config: SwinV2Config
     number: int
     dtype: jnp.dtype
-    prepare: Prepare
+    gather_params: GatherParams
 
     @nn.compact
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -374,17 +384,17 @@ class Stage(nn.Module):
         pretrained = (pretrained_windows(config)[self.number],) * 2
         group = group_of(depth, size.extra_norm_every)
 
-        def block(i: int) -> Block:
+        def block(i: int) -> SwinBlock:
             windows = windows_of(x.shape[1:3], config.window, pretrained, i % 2 == 1, config.roll_first)
             extra_norm = size.extra_norm_every > 0 and (i + 1) % size.extra_norm_every == 0
-            return Block(heads, windows, self.dtype, config.attention, extra_norm, keys, parent=None)
+            return SwinBlock(heads, windows, self.dtype, config.attention, extra_norm, keys, parent=None)
 
         first, total = sum(size.depths[: self.number]), sum(size.depths)
         layer = jnp.arange(first, first + depth)
         each = {"layer": layer, "rate": config.drop_path * layer / max(total - 1, 1)}
         return scan_blocks(
             self, [block(i) for i in range(group)], depth // group, x,
-            prepare=self.prepare, remat=config.remat, each=each,
+            gather_params=self.gather_params, remat=config.remat, each=each,
         )  # fmt: skip
 
 
@@ -400,7 +410,7 @@ class SwinV2(nn.Module):
 
     config: SwinV2Config
     dtype: jnp.dtype = jnp.float32  # of activations and products; norms, softmax and cosines are fp32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
 
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
@@ -414,7 +424,7 @@ class SwinV2(nn.Module):
         if hidden is not None:
             x = jnp.where(hidden.where[..., None], hidden.token.astype(self.dtype), x)
         for i in range(4):
-            x = Stage(self.config, i, self.dtype, self.prepare, name=f"stage{i}")(x, keys)
+            x = SwinStage(self.config, i, self.dtype, self.gather_params, name=f"stage{i}")(x, keys)
             maps.append(x)
             if i < 3:
                 x = PatchMerging(self.dtype, name=f"merging{i}")(x)

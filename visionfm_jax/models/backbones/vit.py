@@ -26,7 +26,7 @@ from visionfm_jax.config.limits import ATTENTION, REMAT, SHARE, SIDE, Limits, On
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import pooling
 from visionfm_jax.models.backbones import Features, Hidden
-from visionfm_jax.models.layers import Block, Prepare, as_is, dense, layer_norm, named_size, scan_blocks
+from visionfm_jax.models.layers import Block, GatherParams, dense, layer_norm, named_size, no_gather, scan_blocks
 from visionfm_jax.models.positions import resize_table, rotation
 
 
@@ -138,8 +138,8 @@ class ViTConfig(BackboneConfig):
         total = 2.0 * (patches * 3 * self.patch_size**2 * D + size.depth * layer)
         return total + (pooling.forward_flops(patches, D, size.mlp) if self.pool == "map" else 0)
 
-    def make(self, dtype: jnp.dtype, prepare: Prepare) -> ViT:
-        return ViT(self, dtype, prepare)
+    def make(self, dtype: jnp.dtype, gather_params: GatherParams) -> ViT:
+        return ViT(self, dtype, gather_params)
 
     def problems(self, name: str) -> list[Problem]:
         out = multiple_of(self, name, "image_size", "patch_size")
@@ -186,7 +186,7 @@ class ViT(nn.Module):
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32  # of activations and matrix products; norms and softmax are fp32
-    prepare: Prepare = as_is
+    gather_params: GatherParams = no_gather
 
     @nn.compact
     def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
@@ -246,7 +246,9 @@ class ViT(nn.Module):
             biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
             layer_scale=config.layer_scale, keys=keys, parent=None,
         )  # fmt: skip
-        return scan_blocks(self, [block], size.depth, x, prepare=self.prepare, remat=config.remat, each=each)
+        return scan_blocks(
+            self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat, each=each
+        )
 
     def features(self, x: jax.Array, grid: tuple[int, int]) -> Features:
         """Of tokens (B, T, D); pooled by `ViTConfig.pool`: (B, 2 D) for "cls_gap", else (B, D)."""
