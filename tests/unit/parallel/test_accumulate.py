@@ -17,7 +17,7 @@ def embed(params: dict, rows: dict) -> dict:
     return {"image": rows["x"] @ params["w"], "text": rows["y"] @ params["v"]}
 
 
-def forward(params: dict, rows: dict, context: object) -> tuple[dict, dict]:
+def forward(params: dict, rows: dict) -> tuple[dict, dict]:
     return embed(params, rows), {"loss": (rows["x"] @ params["w"]).sum(1) ** 2}
 
 
@@ -31,7 +31,7 @@ def join(per_sample: dict, losses: jax.Array) -> dict:
 
 
 def whole(params: dict, rows: dict) -> tuple[jax.Array, dict]:
-    embedded, per_sample = forward(params, rows, None)
+    embedded, per_sample = forward(params, rows)
     per_sample = join(per_sample, contrast(embedded))
     return per_sample["loss"].mean(), per_sample
 
@@ -45,7 +45,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(accumulate):
     rows, micro_loss, finish = with_grad_cache(loss, params, batch, accumulate)
 
     def micro(rows: dict) -> tuple[dict, dict]:
-        grads, per_sample = jax.grad(micro_loss, has_aux=True)(params, rows, None)
+        grads, per_sample = jax.grad(lambda p: micro_loss(p, rows, None)[:2], has_aux=True)(params)
         return per_sample, grads
 
     per_sample, total = accumulate_gradients(micro, rows, accumulate)
