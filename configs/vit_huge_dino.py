@@ -6,7 +6,7 @@
 Two views of 224 and eight of 98 pixels of each image; 128 GPUs have 16 images each. The evaluated weights are the
 teacher's: k-nearest neighbours on ImageNet, beside the same on its raw pixels.
 
-`tiny` is the same recipe on the bundled emoji of nine groups, small enough for two CPU cores.
+`tiny` is the same recipe on bundled scans of digits, small enough for two CPU cores.
 """
 
 from visionfm_jax.config import (
@@ -33,12 +33,9 @@ def get_config(variant: str = "") -> Config:
     return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
 
 
-def views(
-    size: int, local_size: int, local_count: int, blur: float, scale: float = 0.32, colour: float = 1.0
-) -> MultiCrop:
-    """DINOv2's, with `blur` the largest standard deviation in pixels; `scale` parts local from global crops."""
-    jitter = tuple(colour * strength for strength in (0.4, 0.4, 0.2, 0.1))
-    shared = {"jitter": jitter, "jitter_chance": 0.8, "grey_chance": 0.2 * colour, "blur_sigma": (blur / 20, blur)}
+def views(size: int, local_size: int, local_count: int, scale: float = 0.32) -> MultiCrop:
+    """DINOv2's; `scale` parts local from global crops."""
+    shared = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_chance": 0.8, "grey_chance": 0.2}
 
     def view(name: str, size: int, count: int, scale: tuple[float, float], **more: float) -> Views:
         return Views(name=name, size=size, count=count, scale=scale, photometric=PhotometricConfig(**shared, **more))
@@ -69,7 +66,7 @@ def full() -> Config:
         data=DataConfig(
             train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split="train"),),
             num_examples=14_197_122,
-            transforms=(views(224, 98, 8, blur=2.0),),
+            transforms=(views(224, 98, 8),),
             workers=24,
         ),
         # lr: 2e-4 for 1024 images, by the root of the batch (Oquab et al. 2023, table 16). Weight decay is constant
@@ -85,33 +82,42 @@ def full() -> Config:
 
 
 def whole() -> PreprocessConfig:
-    """An emoji reaches to its edges."""
+    """A digit fills its image."""
     return PreprocessConfig(crop=1.0)
 
 
 def tiny() -> Config:
-    styles = tuple(SourceConfig(kind="bundled", path=style, split="train") for style in ("twemoji", "noto"))
-    held_out = SourceConfig(kind="bundled", path="twemoji", split="test")
+    """Digits have no colours, and a mirrored one is another sign: their views differ by place, size and sharpness."""
+    train, held_out = (SourceConfig(kind="bundled", path="digits", split=split) for split in ("train", "test"))
+    crops = MultiCrop(
+        views=tuple(
+            Views(
+                name=name, size=size, scale=scale, flip=0.0,
+                photometric=PhotometricConfig(blur_chance=0.5, blur_sigma=(0.1, 0.5)),
+            )
+            for name, size, scale in (("global", 28, (0.5, 1.0)), ("local", 14, (0.25, 0.5)))
+        )
+    )  # fmt: skip
     return Config(
         name="vit_huge_dino_tiny",
-        model=ViTConfig(size="P", depth=4, patch_size=8, image_size=48, pool="cls", registers=2),
+        model=ViTConfig(size="P", depth=4, patch_size=7, image_size=28, pool="cls", registers=2, layer_scale=0.1),
         task=SelfDistillationConfig(
-            prototypes=1024, head_hidden=256, head_bottleneck=64, temperature_warmup_steps=200,
-            teacher_momentum=(0.99, 1.0),
+            prototypes=1024, head_hidden=256, head_bottleneck=64, temperature_warmup_steps=100,
+            teacher_momentum=(0.98, 1.0),
         ),
         data=DataConfig(
-            train=styles,
-            augment=AugmentConfig(mean=(0.5,) * 3, std=(0.5,) * 3),
-            transforms=(views(48, 24, 3, blur=0.5, colour=0.3),),
+            train=(train,),
+            augment=AugmentConfig(mean=(0.13,) * 3, std=(0.31,) * 3),
+            transforms=(crops,),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.999, weight_decay=0.05, clip_norm=3.0),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=64, steps=500, precision="fp32"),
+        train=TrainConfig(batch_size=64, steps=300, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
             EvalConfig(
-                name="emoji", kind="knn", source=held_out, gallery=styles, preprocess=whole(), every_steps=100,
+                name="digits", kind="knn", source=held_out, gallery=(train,), preprocess=whole(), every_steps=100,
                 at_start=True,
             ),
         ),
