@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from tar_index import best
 
-from visionfm_jax.config import SourceConfig
 from visionfm_jax.data import checksums
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.checksums import RECORD, Checksums
+from visionfm_jax.data.sources.kinds import FolderConfig
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         (Path(folder) / "class").mkdir()
         for i in range(arguments.files):
             (Path(folder) / f"class/{i:06d}.jpg").write_bytes(rng.bytes(arguments.size))
-        config = SourceConfig(kind="folder", path=folder, split="")
+        config = FolderConfig(path=folder, split="")
         bare = open_source(config)
         checksums.make(config)
         path = Path(folder) / "visionfm.checksums"

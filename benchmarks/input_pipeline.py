@@ -34,6 +34,7 @@ from visionfm_jax.data import loader
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources.kinds import FolderConfig
 from visionfm_jax.data.transforms import TRIES, RandomResizedCrop, random_box
 
 SIZE = 224
@@ -130,7 +131,7 @@ def measure(folder: pathlib.Path, name: str, args: argparse.Namespace) -> dict[s
         path.write_bytes(files[-1])
         for link in range(1, LINKS):
             os.link(path, path.with_name(f"{i:04}_{link:03}.jpg"))
-    config = SourceConfig(kind="folder", path=str(folder / name), split="train")
+    config = FolderConfig(path=str(folder / name), split="train")
     source = open_source(config)
     pillow, bare, whole = [], [], []
     for seed in range(args.repeats):

@@ -17,7 +17,6 @@ from visionfm_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
@@ -26,7 +25,9 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import BundledConfig, CocoCaptionsConfig, TarsConfig, VisualGenomeConfig
 from visionfm_jax.data.transforms import Flip, RandomResizedCrop
+from visionfm_jax.evals.kinds import CaptioningConfig, PerplexityConfig, ReconstructionConfig, RetrievalConfig
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.decoder import DecoderConfig
@@ -48,10 +49,10 @@ def full() -> Config:
         task=MultimodalConfig(tokenizer="/data/aurora.model", split=(3, 1)),
         data=DataConfig(
             train=(
-                SourceConfig(kind="tars", path="/data/laion5b", weight=0.97),
-                SourceConfig(kind="coco_captions", path="/data/coco", split="train2017", weight=0.02),
-                SourceConfig(kind="visual_genome", path="/data/visual_genome", weight=0.01),
-                SourceConfig(kind="tars", path="/data/images", caption_key=""),
+                TarsConfig(path="/data/laion5b", weight=0.97),
+                CocoCaptionsConfig(path="/data/coco", split="train2017", weight=0.02),
+                VisualGenomeConfig(path="/data/visual_genome", weight=0.01),
+                TarsConfig(path="/data/images", caption_key=""),
             ),
             num_examples=2_000_000_000,
             transforms=(RandomResizedCrop(scale=(0.5, 1.0)), Flip()),
@@ -64,14 +65,14 @@ def full() -> Config:
         train=TrainConfig(batch_size=2048, accumulate=8, epochs=1, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=2000, every_minutes=60, keep_last=2),
         evals=(
-            EvalConfig(kind="retrieval", name="coco", source=held_out(), preprocess=whole(), every_steps=10_000),
-            EvalConfig(kind="perplexity", name="words", source=held_out(), preprocess=whole(), every_steps=10_000),
-            EvalConfig(
-                kind="captioning", name="captions", source=held_out(), preprocess=whole(), decoding="beam",
+            RetrievalConfig(name="coco", source=held_out(), preprocess=whole(), every_steps=10_000),
+            PerplexityConfig(name="words", source=held_out(), preprocess=whole(), every_steps=10_000),
+            CaptioningConfig(
+                name="captions", source=held_out(), preprocess=whole(), decoding="beam",
                 every_steps=50_000,
             ),
-            EvalConfig(
-                kind="reconstruction", name="pixels", source=held_out(), preprocess=whole(), batch_size=256,
+            ReconstructionConfig(
+                name="pixels", source=held_out(), preprocess=whole(), batch_size=256,
                 every_steps=50_000,
             ),
         ),
@@ -84,11 +85,11 @@ def whole() -> PreprocessConfig:
 
 
 def held_out() -> SourceConfig:
-    return SourceConfig(kind="coco_captions", path="/data/coco", split="val2017")
+    return CocoCaptionsConfig(path="/data/coco", split="val2017")
 
 
 def emoji(split: str, style: str = "twemoji", caption_key: str = "caption", **more: float) -> SourceConfig:
-    return SourceConfig(kind="bundled", path=style, split=split, caption_key=caption_key, **more)
+    return BundledConfig(path=style, split=split, caption_key=caption_key, **more)
 
 
 def tiny() -> Config:
@@ -115,15 +116,15 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, accumulate=2, steps=480, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=120, keep_last=2),
         evals=(
-            EvalConfig(
-                kind="retrieval", name="unseen", source=emoji("combinations"), gallery=known, preprocess=whole(),
+            RetrievalConfig(
+                name="unseen", source=emoji("combinations"), gallery=known, preprocess=whole(),
                 every_steps=120,
             ),
-            EvalConfig(
-                kind="perplexity", name="words", source=emoji("combinations"), preprocess=whole(), every_steps=120
+            PerplexityConfig(
+                name="words", source=emoji("combinations"), preprocess=whole(), every_steps=120
             ),
-            EvalConfig(kind="captioning", name="captions", source=emoji("combinations"), preprocess=whole()),
-            EvalConfig(kind="reconstruction", name="pixels", source=emoji("combinations"), preprocess=whole()),
+            CaptioningConfig(name="captions", source=emoji("combinations"), preprocess=whole()),
+            ReconstructionConfig(name="pixels", source=emoji("combinations"), preprocess=whole()),
         ),
         telemetry=TelemetryConfig(log_every=10),
     )  # fmt: skip

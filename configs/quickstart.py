@@ -10,15 +10,15 @@ from visionfm_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
     OptimConfig,
     PreprocessConfig,
-    SourceConfig,
     TelemetryConfig,
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.data.transforms import RandomResizedCrop
+from visionfm_jax.evals.kinds import AccuracyConfig, PixelBaselineConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 
@@ -30,13 +30,13 @@ def whole() -> PreprocessConfig:
 
 def get_config(variant: str = "") -> Config:
     variant_of((), variant)
-    held_out = SourceConfig(kind="bundled", path="digits", split="test")
+    held_out = BundledConfig(path="digits", split="test")
     return Config(
         name="quickstart",
         model=ViTConfig(size="P", patch_size=7, image_size=28, pool="cls", remat="full"),
         task=ClassificationConfig(num_classes=10, label_smoothing=0.1),
         data=DataConfig(
-            train=(SourceConfig(kind="bundled", path="digits", split="train"),),
+            train=(BundledConfig(path="digits", split="train"),),
             num_examples=4000,
             transforms=(RandomResizedCrop(scale=(0.7, 1.0)),),
             augment=AugmentConfig(mean=(0.13,) * 3, std=(0.31,) * 3),
@@ -46,8 +46,8 @@ def get_config(variant: str = "") -> Config:
         train=TrainConfig(batch_size=32, epochs=16, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=500, keep_last=1, keep_best=1, best_metric="digits/top1"),
         evals=(
-            EvalConfig(name="digits", source=held_out, preprocess=whole(), batch_size=200, every_steps=500),
-            EvalConfig(name="pixels", kind="pixel_baseline", source=held_out, preprocess=whole(), batch_size=200),
+            AccuracyConfig(name="digits", source=held_out, preprocess=whole(), batch_size=200, every_steps=500),
+            PixelBaselineConfig(name="pixels", source=held_out, preprocess=whole(), batch_size=200),
         ),
         telemetry=TelemetryConfig(log_every=20),
     )

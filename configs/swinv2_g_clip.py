@@ -15,7 +15,6 @@ from visionfm_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
@@ -24,7 +23,9 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import BundledConfig, TarsConfig, TfdsConfig
 from visionfm_jax.data.transforms import Flip, RandAugment, RandomResizedCrop
+from visionfm_jax.evals.kinds import RetrievalConfig, ZeroShotConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig
@@ -36,7 +37,7 @@ def get_config(variant: str = "") -> Config:
 
 
 def full() -> Config:
-    imagenet = SourceConfig(kind="tfds", path="/data/imagenet2012", split="validation")
+    imagenet = TfdsConfig(path="/data/imagenet2012", split="validation")
     return Config(
         name="swinv2_g_clip",
         model=ClipConfig(
@@ -46,7 +47,7 @@ def full() -> Config:
         ),
         task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
         data=DataConfig(
-            train=(SourceConfig(kind="tars", path="/data/laion5b", selection="/data/laion5b.selection"),),
+            train=(TarsConfig(path="/data/laion5b", selection="/data/laion5b.selection"),),
             num_examples=1_200_000_000,
             transforms=(RandomResizedCrop(scale=(0.5, 1.0)), Flip(), RandAugment(operations=2, magnitude=9.0)),
             workers=12,
@@ -56,8 +57,8 @@ def full() -> Config:
         train=TrainConfig(batch_size=32_768, epochs=8, precision="fp16"),
         checkpoint=CheckpointConfig(every_steps=2000, every_minutes=60, keep_last=2),
         evals=(
-            EvalConfig(
-                kind="zero_shot", name="imagenet", source=imagenet, every_steps=10_000, batch_size=8192,
+            ZeroShotConfig(
+                name="imagenet", source=imagenet, every_steps=10_000, batch_size=8192,
                 classes="imagenet_classes", prompts="imagenet_prompts",
             ),
         ),
@@ -65,7 +66,7 @@ def full() -> Config:
 
 
 def emoji(split: str) -> SourceConfig:
-    return SourceConfig(kind="bundled", path="twemoji", split=split)
+    return BundledConfig(path="twemoji", split=split)
 
 
 def whole() -> PreprocessConfig:
@@ -93,12 +94,12 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, steps=400, precision="fp16"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
-            EvalConfig(
-                kind="retrieval", name="unseen", source=unseen, gallery=known, preprocess=whole(), batch_size=128,
+            RetrievalConfig(
+                name="unseen", source=unseen, gallery=known, preprocess=whole(), batch_size=128,
                 every_steps=100,
             ),
-            EvalConfig(
-                kind="zero_shot", name="groups", source=emoji("test"), prompts="{}", preprocess=whole(), batch_size=128
+            ZeroShotConfig(
+                name="groups", source=emoji("test"), prompts="{}", preprocess=whole(), batch_size=128
             ),
         ),
         telemetry=TelemetryConfig(log_every=10),

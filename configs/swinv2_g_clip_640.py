@@ -16,7 +16,6 @@ from visionfm_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
@@ -25,7 +24,9 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import BundledConfig, TarsConfig, TfdsConfig
 from visionfm_jax.data.transforms import Flip, RandAugment, RandomResizedCrop
+from visionfm_jax.evals.kinds import RetrievalConfig, ZeroShotConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig
@@ -37,7 +38,7 @@ def get_config(variant: str = "") -> Config:
 
 
 def full() -> Config:
-    imagenet = SourceConfig(kind="tfds", path="/data/imagenet2012", split="validation")
+    imagenet = TfdsConfig(path="/data/imagenet2012", split="validation")
     return Config(
         name="swinv2_g_clip_640",
         model=ClipConfig(
@@ -50,7 +51,7 @@ def full() -> Config:
         ),
         task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
         data=DataConfig(
-            train=(SourceConfig(kind="tars", path="/data/laion5b", selection="/data/laion5b.selection"),),
+            train=(TarsConfig(path="/data/laion5b", selection="/data/laion5b.selection"),),
             num_examples=1_200_000_000,
             transforms=(RandomResizedCrop(scale=(0.5, 1.0)), Flip(), RandAugment(operations=2, magnitude=9.0)),
             workers=12,
@@ -60,8 +61,8 @@ def full() -> Config:
         train=TrainConfig(batch_size=4_096, epochs=0.05, precision="fp16"),
         checkpoint=CheckpointConfig(every_steps=1000, every_minutes=60, keep_last=2, weights="runs/swinv2_g_clip"),
         evals=(
-            EvalConfig(
-                kind="zero_shot", name="imagenet", source=imagenet, every_steps=2_500, batch_size=2048,
+            ZeroShotConfig(
+                name="imagenet", source=imagenet, every_steps=2_500, batch_size=2048,
                 classes="imagenet_classes", prompts="imagenet_prompts",
             ),
         ),
@@ -69,7 +70,7 @@ def full() -> Config:
 
 
 def emoji(split: str) -> SourceConfig:
-    return SourceConfig(kind="bundled", path="twemoji", split=split)
+    return BundledConfig(path="twemoji", split=split)
 
 
 def whole() -> PreprocessConfig:
@@ -100,8 +101,8 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=128, steps=240, precision="fp16"),
         checkpoint=CheckpointConfig(every_steps=80, keep_last=2, weights="runs/swinv2_g_clip_tiny"),
         evals=(
-            EvalConfig(
-                kind="retrieval", name="unseen", source=unseen, gallery=known, preprocess=whole(), batch_size=128
+            RetrievalConfig(
+                name="unseen", source=unseen, gallery=known, preprocess=whole(), batch_size=128
             ),
         ),
         telemetry=TelemetryConfig(log_every=5),

@@ -17,16 +17,16 @@ from visionfm_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
     OptimConfig,
     ParallelConfig,
     PreprocessConfig,
-    SourceConfig,
     TelemetryConfig,
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import BundledConfig, TfdsConfig
 from visionfm_jax.data.transforms import Flip, RandomResizedCrop
+from visionfm_jax.evals.kinds import AccuracyConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 
@@ -38,13 +38,13 @@ def get_config(variant: str = "") -> Config:
 
 
 def full() -> Config:
-    held_out = SourceConfig(kind="tfds", path="/data/imagenet21k", split=f"train[:{HELD_OUT}]")
+    held_out = TfdsConfig(path="/data/imagenet21k", split=f"train[:{HELD_OUT}]")
     return Config(
         name="vit_huge",
         model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", attention="xla", remat="dots"),
         task=ClassificationConfig(num_classes=21_841, label_smoothing=0.1),
         data=DataConfig(
-            train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split=f"train[{HELD_OUT}:]"),),
+            train=(TfdsConfig(path="/data/imagenet21k", split=f"train[{HELD_OUT}:]"),),
             num_examples=14_197_122 - HELD_OUT,  # ImageNet Fall 2011
             transforms=(RandomResizedCrop(scale=(0.08, 1.0)), Flip()),
             augment=AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1)),
@@ -54,7 +54,7 @@ def full() -> Config:
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=2048, epochs=300, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=5000, every_minutes=60, keep_last=2),
-        evals=(EvalConfig(name="val", source=held_out, every_steps=5000),),
+        evals=(AccuracyConfig(name="val", source=held_out, every_steps=5000),),
     )
 
 
@@ -64,15 +64,15 @@ def whole() -> PreprocessConfig:
 
 
 def tiny() -> Config:
-    emoji = SourceConfig(kind="bundled", path="twemoji", split="test")
+    emoji = BundledConfig(path="twemoji", split="test")
     return Config(
         name="vit_huge_tiny",
         model=ViTConfig(size="P", patch_size=8, image_size=48, pool="gap", remat="dots"),
         task=ClassificationConfig(num_classes=9, label_smoothing=0.1),
         data=DataConfig(
             train=(
-                SourceConfig(kind="bundled", path="twemoji", split="train", weight=1.0),
-                SourceConfig(kind="bundled", path="noto", split="train", weight=1.0),
+                BundledConfig(path="twemoji", split="train", weight=1.0),
+                BundledConfig(path="noto", split="train", weight=1.0),
             ),
             transforms=(RandomResizedCrop(scale=(0.5, 1.0)),),
             augment=AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1)),
@@ -82,6 +82,6 @@ def tiny() -> Config:
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=64, steps=300, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
-        evals=(EvalConfig(name="concepts", source=emoji, preprocess=whole(), every_steps=100),),
+        evals=(AccuracyConfig(name="concepts", source=emoji, preprocess=whole(), every_steps=100),),
         telemetry=TelemetryConfig(log_every=10),
     )

@@ -14,17 +14,17 @@ from visionfm_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalConfig,
     OptimConfig,
     ParallelConfig,
     PhotometricConfig,
     PreprocessConfig,
-    SourceConfig,
     TelemetryConfig,
     TrainConfig,
 )
 from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import BundledConfig, TfdsConfig
 from visionfm_jax.data.transforms import MultiCrop, Views
+from visionfm_jax.evals.kinds import KnnConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.self_distillation import SelfDistillationConfig
 
@@ -50,8 +50,8 @@ def views(size: int, local_size: int, local_count: int, scale: float = 0.32) -> 
 
 
 def full() -> Config:
-    held_out = SourceConfig(kind="tfds", path="/data/imagenet2012", split="validation")
-    gallery = (SourceConfig(kind="tfds", path="/data/imagenet2012", split="train"),)
+    held_out = TfdsConfig(path="/data/imagenet2012", split="validation")
+    gallery = (TfdsConfig(path="/data/imagenet2012", split="train"),)
     return Config(
         name="vit_huge_dino",
         # Registers after Darcet et al. 2024; layer_scale and drop_path as DINOv2's ViT-L.
@@ -64,7 +64,7 @@ def full() -> Config:
             temperature_warmup_steps=100_000, teacher_momentum=(0.994, 1.0), freeze_steps=1250,
         ),
         data=DataConfig(
-            train=(SourceConfig(kind="tfds", path="/data/imagenet21k", split="train"),),
+            train=(TfdsConfig(path="/data/imagenet21k", split="train"),),
             num_examples=14_197_122,
             transforms=(views(224, 98, 8),),
             workers=24,
@@ -77,7 +77,7 @@ def full() -> Config:
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=2048, steps=625_000, precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=5000, every_minutes=60, keep_last=2),
-        evals=(EvalConfig(name="imagenet", kind="knn", source=held_out, gallery=gallery, every_steps=25_000),),
+        evals=(KnnConfig(name="imagenet", source=held_out, gallery=gallery, every_steps=25_000),),
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def whole() -> PreprocessConfig:
 
 def tiny() -> Config:
     """Digits have no colours, and a mirrored one is another sign: their views differ by place, size and sharpness."""
-    train, held_out = (SourceConfig(kind="bundled", path="digits", split=split) for split in ("train", "test"))
+    train, held_out = (BundledConfig(path="digits", split=split) for split in ("train", "test"))
     crops = MultiCrop(
         views=tuple(
             Views(
@@ -116,8 +116,8 @@ def tiny() -> Config:
         train=TrainConfig(batch_size=64, steps=300, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
-            EvalConfig(
-                name="digits", kind="knn", source=held_out, gallery=(train,), preprocess=whole(), every_steps=100,
+            KnnConfig(
+                name="digits", source=held_out, gallery=(train,), preprocess=whole(), every_steps=100,
                 at_start=True,
             ),
         ),

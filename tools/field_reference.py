@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from visionfm_jax import data, evals, models, tasks
-from visionfm_jax.config import Config, ModelConfig, TaskConfig
+from visionfm_jax.config import Config, ModelConfig, SourceConfig, TaskConfig
 from visionfm_jax.config.arguments import default_of, kind_of, meaning_of
 from visionfm_jax.config.limits import types_of
 
@@ -67,7 +67,7 @@ def _kinds(cls: Any) -> Iterator[type]:
     """`cls` and what is derived from it in the package, as far as they are dataclasses."""
     if not getattr(cls, "__module__", "").startswith("visionfm_jax."):
         return
-    if "__dataclass_fields__" in vars(cls):
+    if "__dataclass_fields__" in vars(cls) and not inspect.isabstract(cls):
         yield cls
     for derived in sorted(cls.__subclasses__(), key=lambda kind: kind.__name__):
         yield from _kinds(derived)
@@ -84,9 +84,10 @@ def section(cls: type, places: list[str]) -> str:
             kind = ", ".join(f"[{kind.__name__}](#{kind.__name__.lower()})" for kind in kinds)
         cells = f"`{field.name}`", kind, f"`{default}`" if default else ""
         rows.append(f"| {' | '.join(_escaped(cell) for cell in (*cells, meaning_of(cls, field)))} |")
+    flag = f" Its `kind`, as a flag: `{cls.kind}`." if issubclass(cls, SourceConfig) else ""
     where = ", ".join(f"`{place}`" for place in places)
     return "\n".join([
-        f"## {cls.__name__}", "", f"{about} In {where}.", "",
+        f"## {cls.__name__}", "", f"{about} In {where}.{flag}", "",
         "| field | type, bounds | default | meaning, unit |", "|---|---|---|---|", *rows,
     ])  # fmt: skip
 

@@ -11,9 +11,9 @@ from visionfm_jax.config import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
-    SourceConfig,
     TrainConfig,
 )
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -27,7 +27,7 @@ def small_config(stage: int = 3, accumulate: int = 1, replicas: int = 1, precisi
         name="small",
         model=ViTConfig(size="P", image_size=16, patch_size=8),
         task=ClassificationConfig(num_classes=10),
-        data=DataConfig(train=(SourceConfig(path="-"),), augment=AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1))),
+        data=DataConfig(train=(TfdsConfig(path="-"),), augment=AugmentConfig(jitter=(0.4, 0.4, 0.4, 0.1))),
         optim=OptimConfig(warmup_steps=2, lr=3e-3, ema=0.9, layer_decay=0.75),
         parallel=ParallelConfig(stage=stage, replicas=replicas),
         train=TrainConfig(batch_size=BATCH, steps=20, accumulate=accumulate, precision=precision),

@@ -18,13 +18,13 @@ from visionfm_jax.config import (
     Config,
     DataConfig,
     OptimConfig,
-    SourceConfig,
     TaskConfig,
     TrainConfig,
 )
 from visionfm_jax.config.limits import Limits, OneOf, Range
 from visionfm_jax.data.augment import normalize
 from visionfm_jax.data.fields import Labels
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones import Features, Hidden, swin_v2
@@ -132,7 +132,7 @@ def run_of(model, task) -> Config:
         name="cell",
         model=model,
         task=task,
-        data=DataConfig(train=(SourceConfig(path="-"),)),
+        data=DataConfig(train=(TfdsConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=1, lr=3e-3),
         train=TrainConfig(batch_size=BATCH, steps=50, precision="fp32"),
     )

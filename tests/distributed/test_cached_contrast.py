@@ -17,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
+from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
@@ -69,7 +70,7 @@ def config_of(task: str, batch: int, accumulate: int, stage: int) -> Config:
         name=task,
         model=model,
         task=TASKS[task],
-        data=DataConfig(train=(SourceConfig(path="-"),)),
+        data=DataConfig(train=(TfdsConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=2),
         parallel=ParallelConfig(stage=stage),
         train=TrainConfig(batch_size=batch, steps=20, accumulate=accumulate, precision="fp32"),

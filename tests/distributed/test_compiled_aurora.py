@@ -14,9 +14,9 @@ from visionfm_jax.config import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
-    SourceConfig,
     TrainConfig,
 )
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.decoder import DecoderConfig
@@ -44,7 +44,7 @@ def small(stage: int) -> Config:
             embed_dim=WIDTH,
         ),
         task=MultimodalConfig(tokenizer="-", split=(3, 1), mask_unit=8),
-        data=DataConfig(train=(SourceConfig(path="-"),)),
+        data=DataConfig(train=(TfdsConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=2),
         parallel=ParallelConfig(stage=stage),
         train=TrainConfig(batch_size=BATCH, accumulate=MICRO_BATCHES, steps=20, precision="bf16"),

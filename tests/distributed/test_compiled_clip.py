@@ -10,8 +10,9 @@ import jax
 import pytest
 from compiled_step import Compiled, elements
 
-from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
+from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from visionfm_jax.config.load import from_arguments
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig
@@ -39,7 +40,7 @@ def small(devices: int) -> Config:
             embed_dim=WIDTH,
         ),
         task=ContrastiveConfig(mixup=0.2),
-        data=DataConfig(train=(SourceConfig(path="-", caption_key="caption"),)),
+        data=DataConfig(train=(TfdsConfig(path="-", caption_key="caption"),)),
         optim=OptimConfig(warmup_steps=2),
         parallel=ParallelConfig(stage=0),
         train=TrainConfig(batch_size=ROWS * devices, steps=20, precision="bf16"),

@@ -16,8 +16,9 @@ import jax
 import pytest
 from compiled_step import Compiled, elements
 
-from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, SourceConfig, TrainConfig
+from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from visionfm_jax.config.load import from_arguments
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
@@ -63,7 +64,7 @@ def small(stage: int, accumulate: int, replicas: int) -> Config:
         name="small",
         model=ViTConfig(size="Ti", image_size=16, patch_size=4),
         task=ClassificationConfig(num_classes=CLASSES),
-        data=DataConfig(train=(SourceConfig(path="-"),)),
+        data=DataConfig(train=(TfdsConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=2),
         parallel=ParallelConfig(stage=stage, replicas=replicas),
         train=TrainConfig(batch_size=BATCH, steps=20, accumulate=accumulate, precision="bf16"),

@@ -16,9 +16,9 @@ from visionfm_jax.config import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
-    SourceConfig,
     TrainConfig,
 )
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
 from visionfm_jax.models.clip import MAX_SCALE, ClipConfig
 from visionfm_jax.models.text import TextConfig
@@ -51,7 +51,7 @@ def small_config(
         ),
         task=ContrastiveConfig(loss=loss, mixup=mixup),
         data=DataConfig(
-            train=(SourceConfig(path="-"),),
+            train=(TfdsConfig(path="-"),),
             augment=AugmentConfig(jitter=(0.2, 0.2, 0.2, 0.1) if jitter else (0, 0, 0, 0)),
         ),
         optim=OptimConfig(warmup_steps=10, lr=2e-3),

@@ -17,9 +17,9 @@ from visionfm_jax.config import (
     DataConfig,
     OptimConfig,
     ParallelConfig,
-    SourceConfig,
     TrainConfig,
 )
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.transforms import MultiCrop, Views
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
@@ -41,7 +41,7 @@ def config_of(stage: int = 0, accumulate: int = 1, **task) -> Config:
         task=SelfDistillationConfig(
             prototypes=32, head_hidden=32, head_bottleneck=16, temperature_warmup_steps=10, **settings
         ),
-        data=DataConfig(train=(SourceConfig(path="-"),), transforms=(MultiCrop(views=views),)),
+        data=DataConfig(train=(TfdsConfig(path="-"),), transforms=(MultiCrop(views=views),)),
         optim=OptimConfig(lr=2e-3, warmup_steps=2),
         parallel=ParallelConfig(stage=stage),
         train=TrainConfig(batch_size=BATCH, steps=STEPS, accumulate=accumulate, precision="fp32"),

@@ -40,11 +40,12 @@ from absl import logging  # noqa: E402
 from PIL import Image  # noqa: E402
 from tar_sets import write_tars  # noqa: E402
 
-from visionfm_jax.config import CheckpointConfig, Config, SourceConfig  # noqa: E402
+from visionfm_jax.config import CheckpointConfig, Config  # noqa: E402
 from visionfm_jax.data.checksums import make as make_checksums  # noqa: E402
 from visionfm_jax.data.images import decode  # noqa: E402
 from visionfm_jax.data.loader import DAMAGED  # noqa: E402
 from visionfm_jax.data.sources import open_source, selection  # noqa: E402
+from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig  # noqa: E402
 from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
 from visionfm_jax.errors import UserError  # noqa: E402
 from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
@@ -107,7 +108,7 @@ def settings(folder: Path) -> Read:
     """What a continued run compares its settings and data with; in use are always those of the command."""
     config = Config(name="attacked", model=ViTConfig(), task=ClassificationConfig(), workdir=str(folder))
     config.train.steps = 20_000
-    config.data.train = (SourceConfig(kind="bundled", path="digits"),)
+    config.data.train = (BundledConfig(path="digits"),)
     record = provenance_of(config, [open_source(config.data.train[0])])
     with RunFolder(config, owner=True) as run:
         run.keep(record, 0, "")
@@ -152,7 +153,7 @@ def class_folder(folder: Path) -> Read:
             path = folder / "train" / f"class{i % 2}" / f"{i}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.getvalue())
-    config = SourceConfig(kind="folder", path=str(folder))
+    config = FolderConfig(path=str(folder))
     make_checksums(config)
 
     def read() -> Any:

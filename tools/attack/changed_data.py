@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from visionfm_jax.config import Config, SourceConfig
-from visionfm_jax.data.sources import open_source
+from visionfm_jax.config import Config
+from visionfm_jax.data.sources import kinds, open_source
 from visionfm_jax.errors import UserError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -247,7 +247,8 @@ def provenance(kind: str, root: Path) -> Provenance:
     """What a run keeps of the dataset."""
     config = Config(name="attack", model=ViTConfig(), task=ClassificationConfig())
     config.train.steps, config.data.shuffle = 100, False
-    config.data.train = (SourceConfig(kind=kind, path=str(root), split="" if kind in ("folder", "tars") else "train"),)
+    more = {"split": ""} if kind == "folder" else {}
+    config.data.train = (kinds.KINDS[kind](path=str(root), **more),)
     return provenance_of(config, [open_source(s) for s in config.data.train])
 
 

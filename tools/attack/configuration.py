@@ -36,7 +36,9 @@ sys.path.insert(0, str(ROOT))
 
 from visionfm_jax.config import Config, load, schema  # noqa: E402
 from visionfm_jax.config.limits import types_of  # noqa: E402
+from visionfm_jax.data.sources.kinds import TfdsConfig  # noqa: E402
 from visionfm_jax.errors import ConfigError, UserError  # noqa: E402
+from visionfm_jax.evals.kinds import AccuracyConfig  # noqa: E402
 from visionfm_jax.models.aurora import AuroraConfig  # noqa: E402
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config  # noqa: E402
 from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
@@ -72,8 +74,8 @@ OTHERS: tuple[Any, ...] = (
     range(2),
     np.ones(3), np.ones(2, int), ((1, 2), (3, 4)), (10**20, 1), (1, 10**20), (True, False), (-1, -1), (0.0,) * 3,
     (1e-45,) * 3, (1.0, 0.5), int, object(), lambda: 1, ..., frozenset({1}), bytearray(b"1"), ViTConfig(),
-    schema.SourceConfig(), (schema.SourceConfig(),), (schema.SourceConfig(path="x"),) * 3, (schema.EvalConfig(),),
-    (schema.EvalConfig(source=schema.SourceConfig(path="x")),), schema.OptimConfig(), ContrastiveConfig(),
+    TfdsConfig(), (TfdsConfig(),), (TfdsConfig(path="x"),) * 3,
+    (AccuracyConfig(source=TfdsConfig(path="x")),), schema.OptimConfig(), ContrastiveConfig(),
     MultimodalConfig(tokenizer="clip"), ClipConfig(), AuroraConfig(), SwinV2Config(),
 )  # fmt: skip
 TEXTS = (

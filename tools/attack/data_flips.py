@@ -34,6 +34,7 @@ from visionfm_jax import storage
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.bundled import read_set
+from visionfm_jax.data.sources.kinds import NumpyConfig, TarsConfig, TfdsConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import write_selection
 from visionfm_jax.errors import UserError
@@ -142,10 +143,10 @@ def main() -> None:
         tars = root / "tars"
         tars.mkdir()
         write_tar(tars)
-        pairs = SourceConfig(kind="tars", path=str(tars), split="")
+        pairs = TarsConfig(path=str(tars))
         index = open_source(pairs).index  # type: ignore[attr-defined]
         write_selection(tars / "all.pairs", index, "", [np.ones(PAIRS, bool)])
-        selected = SourceConfig(kind="tars", path=str(tars), split="", selection=str(tars / "all.pairs"))
+        selected = TarsConfig(path=str(tars), selection=str(tars / "all.pairs"))
         Emoji(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
         (stored,) = (root / "tfds").rglob("*array_record-0*")
         images = rng.integers(0, 256, (PAIRS, 16, 16), dtype=np.uint8)
@@ -154,8 +155,8 @@ def main() -> None:
             "tar, pictures and captions": (tars / "00000.tar", pairs, True),
             "index of tars": (index.path, pairs, False),
             "selection of pairs": (tars / "all.pairs", selected, False),
-            "TFDS, ArrayRecord": (stored, SourceConfig(kind="tfds", path=str(root / "tfds")), False),
-            ".npz": (root / "train.npz", SourceConfig(kind="numpy", path=str(root / "train.npz"), split=""), False),
+            "TFDS, ArrayRecord": (stored, TfdsConfig(path=str(root / "tfds")), False),
+            ".npz": (root / "train.npz", NumpyConfig(path=str(root / "train.npz"), split=""), False),
         }
         print("| file | flips | same | noticed | silent |\n| --- | ---: | ---: | ---: | ---: |")
         for name, (file, config, first) in kinds.items():

@@ -7,7 +7,7 @@ import jax
 from visionfm_jax.cli.data import open_data, open_loader
 from visionfm_jax.config import Config
 from visionfm_jax.data.loader import DamageLog
-from visionfm_jax.evals.registry import check_best_metric
+from visionfm_jax.evals.eval import check_best_metric
 from visionfm_jax.evals.run import due_evals, measure, open_evals
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
 from visionfm_jax.telemetry.console import describe, describe_rows, describe_start, say, summary

@@ -2,11 +2,13 @@
 
 `--config=FILE.py[:VARIANT]` names a file that defines `get_config(variant)`, or one that comes with the package;
 `--config.a.b=value` sets a field; the last of several counts. A run's length is `train.steps` or `train.epochs`: a flag
-for one overrides the other.
+for one overrides the other. `--config.data.train[0].kind=folder` makes a source one of another kind
+(`data.sources.kinds`).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
-from visionfm_jax.config.schema import Config
+from visionfm_jax.config.schema import Config, SourceConfig
 from visionfm_jax.errors import ConfigError
 
 MODULE = "visionfm_jax_config_file"  # by which a configuration file is imported
@@ -89,7 +91,10 @@ def _shipped_as(path: str) -> Path | None:
 
 
 def _check_groups(holder: Any, prefix: str = "") -> None:
-    """Refuse a configuration whose fields cannot be named, as one was deleted or a group of them is something else."""
+    """Refuse a configuration whose fields cannot be named, as one was deleted or a group of them is something else.
+
+    A group that stands in two places becomes two, so that a flag sets the one field that it names.
+    """
     for field in dataclasses.fields(holder):
         name = f"config.{prefix}{field.name}"
         if not hasattr(holder, field.name):
@@ -98,10 +103,13 @@ def _check_groups(holder: Any, prefix: str = "") -> None:
         kind = types_of(type(holder))[field.name]
         group = next((k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and k not in _PLAIN), None)
         several = isinstance(value, tuple) and typing.get_origin(kind) is tuple
-        for i, item in enumerate((value if several else (value,)) if group else ()):
+        own = [copy.copy(item) for item in ((value if several else (value,)) if group else ())]
+        for i, item in enumerate(own):
             if not (isinstance(item, group) and dataclasses.is_dataclass(item)):
                 raise ConfigError(f"{name}{f'[{i}]' * several}: is a {type(item).__name__}; set a {group.__name__}")
             _check_groups(item, f"{prefix}{field.name}{f'[{i}]' * several}.")
+        if group:
+            setattr(holder, field.name, tuple(own) if several else own[0])
 
 
 def _line(error: BaseException, path: str) -> str:
@@ -180,7 +188,9 @@ def with_fields(config: Config, overrides: Sequence[Override]) -> Config:
     Raises:
       ConfigError: an unknown field, a value of another type, both lengths of the run.
     """
-    for name, text in overrides:
+    # What a source has before its kind is changed, the kinds, and what it has then: whatever order they are given in.
+    known = set(fields(config))
+    for name, text in sorted(overrides, key=lambda o: 2 if o[0] not in known else o[0].endswith(".kind")):
         _set(config, name, text)
     lengths = {name.rpartition(".")[2] for name, _ in overrides if name in ("train.steps", "train.epochs")}
     set_here = [leaf for leaf in sorted(lengths) if getattr(config.train, leaf)]
@@ -195,6 +205,8 @@ def with_fields(config: Config, overrides: Sequence[Override]) -> Config:
 
 def fields(config: Any, prefix: str = "") -> Iterator[str]:
     """Every name that an override can set, such as optim.lr or data.train[0].path."""
+    if isinstance(config, SourceConfig):
+        yield f"{prefix}kind"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         yield from _names(value, f"{prefix}{field.name}")
@@ -217,10 +229,11 @@ def _set(config: Config, name: str, text: str | None) -> None:
         near = _likest(name, known)
         hint = "; did you mean " + " or ".join(near) + "?" if near else f"; there are {', '.join(known[:8])}, …"
         raise ConfigError(f"--config.{_beginning(name)}: no such field{hint}")
-    holder: Any = config
     *parents, leaf = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
-    for part in parents:
-        holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
+    holder = _at(config, parents)
+    if leaf == "kind" and isinstance(holder, SourceConfig):
+        _put(config, parents, _of_kind(holder, name, text or ""))
+        return
     kind, now = types_of(type(holder))[leaf], getattr(holder, leaf)
     if text is None and kind is not bool:
         raise ConfigError(f"--config.{name}: has no value; write --config.{name}=VALUE")
@@ -233,6 +246,51 @@ def _set(config: Config, name: str, text: str | None) -> None:
     except ValueError as error:
         what = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
         raise ConfigError(f"--config.{name}={_beginning(text)}: is no {what}; such as {now!r}") from error
+
+
+def _at(config: Config, parts: Sequence[str]) -> Any:
+    """The group of fields, or the tuple of groups, that lies at `parts`."""
+    holder: Any = config
+    for part in parts:
+        holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
+    return holder
+
+
+def _put(config: Config, parts: Sequence[str], value: Any) -> None:
+    """Replace the group of fields at `parts`."""
+    *parents, last = parts
+    if not last.isdigit():
+        setattr(_at(config, parents), last, value)
+        return
+    groups = list(_at(config, parents))
+    groups[int(last)] = value
+    _put(config, parents, tuple(groups))
+
+
+def _of_kind(source: SourceConfig, name: str, kind: str) -> SourceConfig:
+    """`source` as one of another kind, with what has been set of it.
+
+    Raises:
+      ConfigError: there is no such kind, or it has no field for something that has been set.
+    """
+    if kind == source.kind:
+        return source
+    if kind not in SourceConfig.kinds:
+        near = difflib.get_close_matches(kind, SourceConfig.kinds, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(SourceConfig.kinds)}"
+        raise ConfigError(f"--config.{name}={_beginning(kind)}: no such kind of source; {hint}")
+    cls, values = SourceConfig.kinds[kind], {}
+    for field in dataclasses.fields(source):
+        value = getattr(source, field.name)
+        if value == field.default:
+            continue
+        if field.name not in types_of(cls):
+            raise ConfigError(
+                f"--config.{name}={kind}: a {cls.__name__} has no {field.name}, which is {value!r}; "
+                f"set --config.{name.removesuffix('kind')}{field.name}={field.default} to drop it"
+            )
+        values[field.name] = value
+    return cls(**values)
 
 
 def _likest(name: str, known: Sequence[str]) -> list[str]:

@@ -116,13 +116,19 @@ def _length_problems(c: Config) -> list[Problem]:
 
 
 def _source_problems(c: Config) -> list[Problem]:
-    return [] if c.data.train else [("data.train", (), "needs at least one source", "add a SourceConfig")]
+    return [] if c.data.train else [("data.train", (), "needs at least one source", "add one of data.sources.kinds")]
 
 
 def _eval_problems(c: Config) -> list[Problem]:
     names = [e.name for e in c.evals]
     twice = sorted({n for n in names if names.count(n) > 1})
-    return [("evals[].name", name, "must be unique", "rename one") for name in twice]
+    out: list[Problem] = [("evals[].name", name, "must be unique", "rename one") for name in twice]
+    there = ", ".join(sorted(c.task.predictions))
+    for i, e in enumerate(c.evals):
+        if e.measures not in c.task.predictions:
+            rule = f"measures the {e.measures} of a task, and {type(c.task).__name__} predicts {there}"
+            out.append((f"evals[{i}]", e.kind, rule, "set another eval, or remove it"))
+    return out
 
 
 # A rule between fields, and the beginnings of the names of those that it reads.
@@ -134,7 +140,7 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_transform_problems, "data.transforms", "evals"),
     (_source_problems, "data.train"),
     (_checkpoint_problems, "checkpoint"),
-    (_eval_problems, "evals"),
+    (_eval_problems, "evals", "task"),
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +22,18 @@ if TYPE_CHECKING:  # the packages above this one
     from flax import linen as nn
 
 
-class ModelConfig:
+class Choice:
+    """A group of fields that is one of several classes; `kind` is its name in messages and in a run's settings."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **more: Any):
+        super().__init_subclass__(**more)
+        if "kind" not in vars(cls):
+            cls.kind = cls.__name__
+
+
+class ModelConfig(Choice):
     """What a run trains: one network, or several of its fields. Subclasses are dataclasses.
 
     Attributes:
@@ -79,7 +91,7 @@ class BackboneConfig(NetworkConfig):
         raise NotImplementedError
 
 
-class TaskConfig:
+class TaskConfig(Choice):
     """An objective: what it needs of the model and the data, and how it is made. Subclasses are dataclasses.
 
     Attributes:
@@ -119,26 +131,38 @@ class TaskConfig:
 
 
 @dataclass(kw_only=True)
-class SourceConfig:
-    """A dataset that gives record i on demand."""
+class SourceConfig(Choice, ABC):
+    """A dataset that gives record i on demand; a subclass for each format: `data.sources.kinds`.
 
-    kind: str = "tfds"  # a name in `data.sources.SOURCES`
-    path: str = ""  # a directory or file; for `bundled`, the name of the set
-    split: str = "train"  # a split of the dataset, as its kind names them
+    Attributes:
+      split: part of the dataset, where the format has parts.
+      loose_files: whether its records are files, which have no checksums of their own.
+      kinds: the classes by their `kind`, for the command line; add a line for one of your own.
+    """
+
+    kinds: ClassVar[dict[str, type[SourceConfig]]] = {}
+    loose_files: ClassVar[bool] = False
+
+    path: str = ""  # a directory, a file or a name
     weight: float = 1.0  # share of this source in a mixture, relative to the others'
-    image_key: str = "image"  # of `tfds` and `numpy`: what images are called in the dataset
-    label_key: str = "label"  # likewise, labels
-    caption_key: str = "caption"  # of `tars`: the .txt beside each picture, or another suffix; empty: no captions
-    selection: str = ""  # of `tars`: file written by `python -m visionfm_jax.data.select`; empty: all pairs
+    split: ClassVar[str] = ""
 
     limits: ClassVar[Limits] = {
-        "kind": OneOf(("tfds", "folder", "numpy", "bundled", "tars", "coco_captions", "visual_genome")),
         "path": Filled("must name the dataset", "set it to the folder, file or bundled set"),
         "weight": Range(1e-6, 1e6, "relative to the other sources'"),
     }
 
+    @abstractmethod
+    def make(self) -> Any:
+        """Open it: a `data.sources.Source`.
 
-class Transform:
+        Raises:
+          DataError: one line: it is not what the fields say, and the remedy.
+          OSError: the storage fails.
+        """
+
+
+class Transform(Choice):
     """A step of the chain that a sample passes. Subclasses, dataclasses, are in `data.transforms`, or your own.
 
     Attributes:
@@ -346,43 +370,38 @@ class PreprocessConfig(Transform):
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
-    """A measurement on held-out data, named in the logs by `name`."""
+class EvalConfig(Choice, ABC):
+    """A measurement on held-out data, named in the logs by `name`; a subclass for each: `evals.kinds`.
 
-    kind: str = "classification"  # a name in `evals.EVALS`
+    Attributes:
+      measures: the prediction that the task must have, one of `TaskConfig.predictions`.
+      metrics: those of its scores of which higher is better: what `checkpoint.best_metric` may name.
+    """
+
+    measures: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+
     name: str = "val"  # in the logs and the names of files
-    source: SourceConfig = field(default_factory=SourceConfig)
+    source: SourceConfig
     preprocess: Transform = field(default_factory=PreprocessConfig)
     batch_size: int = 0  # 0: the training batch size
     every_steps: int = 0  # 0: only at the end
     at_start: bool = False  # also before the first step of a new run
-    classes: str = ""  # of `zero_shot`: a shipped list or a file of names, one a line; empty: those of the source
-    prompts: str = ""  # of `zero_shot`: likewise, or one prompt, {} for the name; empty: imagenet_prompts_short
-    gallery: tuple[SourceConfig, ...] = ()  # of `retrieval`: more pairs to choose from; of `knn`: labelled images
-    decoding: str = "greedy"  # of `captioning`: greedy | beam | nucleus
-    beams: int = 4  # of `beam`
-    top_p: float = 0.9  # of `nucleus`
 
-    limits: ClassVar[Limits] = {
-        "kind": OneOf(
-            (
-                "captioning",
-                "classification",
-                "knn",
-                "perplexity",
-                "pixel_baseline",
-                "reconstruction",
-                "retrieval",
-                "zero_shot",
-            )
-        ),
-        "name": FileName(),
-        "batch_size": Range(0, 2**16),
-        "every_steps": STEPS,
-        "decoding": OneOf(("greedy", "beam", "nucleus")),
-        "beams": Range(1, 64),
-        "top_p": Range(0, 1, above=True),
-    }
+    limits: ClassVar[Limits] = {"name": FileName(), "batch_size": Range(0, 2**16), "every_steps": STEPS}
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """All that it reads beside `data.train`."""
+        return (self.source,)
+
+    @abstractmethod
+    def make(self, run: Config, host: int, hosts: int) -> Any:
+        """The `evals.eval.Eval` of `run` for process `host` of `hosts`, its data opened and found to serve.
+
+        Raises:
+          DataError: a dataset that cannot serve.
+        """
 
 
 @dataclass(kw_only=True)
@@ -468,14 +487,11 @@ class Config:
         rules.check(rules.device_problems(self, devices, hosts))
 
 
-def to_dict(config: Config) -> dict:
-    """Nested plain values, for JSON; a transform's begin with the name of its class."""
-    return plain(config)
-
-
-def plain(value: Any) -> Any:
-    """As `to_dict`, of a part of a configuration."""
-    if dataclasses.is_dataclass(value):
-        kind = {"transform": type(value).__name__} if isinstance(value, Transform) else {}
-        return kind | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+def to_dict(value: Any) -> Any:
+    """The plain values of a configuration or a part of it, nested, for JSON; of a `Choice` its kind, too."""
+    if isinstance(value, tuple):
+        return tuple(map(to_dict, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    kind = {"kind": value.kind} if isinstance(value, Choice) else {}
+    return kind | {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}

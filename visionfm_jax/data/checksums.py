@@ -10,6 +10,7 @@ and .npz files have checksums of their own.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import zlib
@@ -25,8 +26,9 @@ from tqdm import tqdm
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.schema import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.data.sources.checksums import KINDS, RECORD, VERSION, Checksums, ImageFiles, digest_of, newest, places
+from visionfm_jax.data.sources.checksums import RECORD, VERSION, Checksums, ImageFiles, digest_of, newest, places
 from visionfm_jax.data.sources.claim import claimed
+from visionfm_jax.data.sources.kinds import KINDS
 from visionfm_jax.data.sources.store import write_table
 from visionfm_jax.errors import ConfigError, DataError, entry_point
 from visionfm_jax.storage import read
@@ -41,11 +43,12 @@ def sources_of(config: Config) -> list[SourceConfig]:
     Raises:
       ConfigError: there are none.
     """
-    named = [*config.data.train, *(s for e in config.evals for s in (e.source, *e.gallery))]
-    files = {(s.kind, s.path, s.split, s.caption_key): s for s in named if s.kind in KINDS}
+    named = [*config.data.train, *(s for e in config.evals for s in e.sources)]
+    files = {repr(dataclasses.replace(s, weight=1.0)): s for s in named if s.loose_files}
     if not files:
+        kinds = " or ".join(name for name, cls in KINDS.items() if cls.loose_files)
         raise ConfigError(
-            f"config.data.train and config.evals: no source is {' or '.join(KINDS)}; others have checksums of their own"
+            f"config.data.train and config.evals: no source is {kinds}; others have checksums of their own"
         )
     return list(files.values())
 

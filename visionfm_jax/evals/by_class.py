@@ -80,7 +80,7 @@ class LabelledEval:
     Attributes:
       classes: the names, one a class.
       settings: what `protocol` is the digest of.
-      protocol, details, pictured: as `evals.registry.Eval` says.
+      protocol, details, pictured: as `evals.eval.Eval` says.
     """
 
     source: Source

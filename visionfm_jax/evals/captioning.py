@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import EvalConfig
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.evals.caption_metrics import bleu4, cider, exact
 from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.kinds import CaptioningConfig
 from visionfm_jax.evals.multimodal import CaptionedImages, MultimodalEval
 from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.evals.subject import Predict
@@ -23,7 +23,7 @@ KEPT = 200  # captions in the details
 
 
 class CaptioningEval(MultimodalEval):
-    """The `evals.registry.Eval` of captioned images: exact (a share), BLEU-4 and CIDEr of one caption written for each.
+    """The `evals.eval.Eval` of captioned images: exact (a share), BLEU-4 and CIDEr of one caption written for each.
 
     All captions of an image are its references. Nucleus sampling draws from the record's number alone.
 
@@ -32,9 +32,6 @@ class CaptioningEval(MultimodalEval):
       pictured: `generated`, a list of image (S, S, 3), what was written, the first true caption, and whether it is
         right, that is one of the true ones.
     """
-
-    measures = "captions"
-    metrics = ("exact", "bleu4", "cider")
 
     def more_settings(self) -> dict[str, Any]:
         """How texts are written and read."""
@@ -86,7 +83,7 @@ class CaptioningEval(MultimodalEval):
         }
 
 
-def decoding_of(config: EvalConfig) -> Decoding:
+def decoding_of(config: CaptioningConfig) -> Decoding:
     """The eval's, without the settings of other methods, which change nothing."""
     return {
         "greedy": Decoding("greedy"),

@@ -6,18 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.evals.by_class import LabelledEval
+from visionfm_jax.evals.kinds import AccuracyConfig
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict, require_prediction
+from visionfm_jax.evals.subject import Predict
 
 
 class ClassificationEval(LabelledEval):
-    """The `evals.registry.Eval` of labelled images: loss in nats; top1, top5 and balanced_accuracy as shares.
+    """The `evals.eval.Eval` of labelled images: loss in nats; top1, top5 and balanced_accuracy as shares.
 
     Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
     Images whose loss is not finite are never right.
@@ -28,11 +29,8 @@ class ClassificationEval(LabelledEval):
       pictured: after a run, on host 0: images spread over the source with label and guess, and what was taken for what.
     """
 
-    metrics = ("top1", "top5", "balanced_accuracy")
-
-    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
+    def __init__(self, config: AccuracyConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        require_prediction(config, run, "labels")
         self.source, self.labels = open_source(config.source), Labels(run.task.num_classes)
         self.labels.check(self.source)
         names = tuple(self.source.class_names or ())

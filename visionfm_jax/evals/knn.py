@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.kinds import KnnConfig
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict, require_prediction
+from visionfm_jax.evals.subject import Predict
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PIXELS = 32  # side to which larger images are averaged for the baseline: ImageNet's pixels are 200 GB otherwise
@@ -28,7 +29,7 @@ QUERIES, GALLERY = 2**12, 2**15  # compared at a time: 512 MiB of similarities
 
 
 class KnnEval:
-    """The `evals.registry.Eval` of features: top1, the share of images whose neighbours in the gallery vote for their
+    """The `evals.eval.Eval` of features: top1, the share of images whose neighbours in the gallery vote for their
     class, and `pixels_top1`, the same by raw pixels (of images of at most 32 x 32) in place of features.
 
     The features are the task's prediction "features". An image whose features are not finite is never right.
@@ -38,12 +39,10 @@ class KnnEval:
       details: after a run, for JSON: protocol and its settings.
     """
 
-    metrics = ("top1",)
     pictured: ClassVar = {}
 
-    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
+    def __init__(self, config: KnnConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        require_prediction(config, run, "features")
         self.source, self.gallery = open_source(config.source), [open_source(s) for s in config.gallery]
         self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
         self._check()
@@ -69,7 +68,7 @@ class KnnEval:
 
     def _check(self) -> None:
         if not self.gallery:
-            raise DataError("gallery = (): a knn eval needs labelled images to compare with; add a SourceConfig")
+            raise DataError("gallery = (): a knn eval needs labelled images to compare with; add a source")
         for source in (self.source, *self.gallery):
             if not source.num_classes:
                 raise DataError(f"{source.name} has no labels, which knn needs; set label_key, or another source")

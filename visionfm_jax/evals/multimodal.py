@@ -17,7 +17,6 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.captions import captions_of
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import require_prediction
 
 
 class MultimodalEval:
@@ -30,10 +29,8 @@ class MultimodalEval:
     """
 
     needs_captions = True
-    measures: str  # of `TaskConfig.predictions`
 
     def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_prediction(config, run, self.measures)
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source: Source = open_source(config.source)
         if self.needs_captions and not self.source.has_captions:

@@ -14,15 +14,12 @@ from visionfm_jax.evals.subject import Predict
 
 
 class PerplexityEval(MultimodalEval):
-    """The `evals.registry.Eval` of masked words in captions: perplexity, exp of the mean NLL per masked token.
+    """The `evals.eval.Eval` of masked words in captions: perplexity, exp of the mean NLL per masked token.
 
     `perplexity_without_image` is that of the same words without the image, `image_gain` how many times higher it is:
     above 1, the image is used. Of several captions of an image the first counts. Which words are masked depends on
     the record's number alone.
     """
-
-    measures = "masked_language"
-    metrics = ("image_gain",)
 
     def more_settings(self) -> dict[str, Any]:
         """Texts, and how many of their words are masked."""

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals.subject import Predict, require_prediction
+from visionfm_jax.evals.kinds import PixelBaselineConfig
+from visionfm_jax.evals.subject import Predict
 
 MAX_PIXELS = 2**30  # of training images, held in memory as fp32: 4 GiB
 ITERATIONS = 200
@@ -25,16 +26,14 @@ PENALTY = 30.0
 
 
 class PixelBaseline:
-    """The `evals.registry.Eval` that ignores the model: top-1 share of multinomial logistic regression (L-BFGS)."""
+    """The `evals.eval.Eval` that ignores the model: top-1 share of multinomial logistic regression (L-BFGS)."""
 
-    metrics = ("top1",)
     protocol = ""
     pictured: ClassVar = {}
     details: ClassVar = {}
 
-    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
+    def __init__(self, config: PixelBaselineConfig, run: Config, host: int, hosts: int):
         del host, hosts  # every host computes the same
-        require_prediction(config, run, "labels")
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
         self.source = open_source(config.source)
@@ -53,8 +52,9 @@ class PixelBaseline:
 
     def _pixels(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
         labels = Labels(self.run_config.task.num_classes)
+        size = self.config.batch_size or self.run_config.train.batch_size
         batches = eval_loader(
-            source, labels, self.transform, batch_size=256, host=0, hosts=1, threads=self.run_config.data.threads
+            source, labels, self.transform, batch_size=size, host=0, hosts=1, threads=self.run_config.data.threads
         )
         rows = [(b["image"][b["mask"] > 0], b["label"][b["mask"] > 0]) for b in batches]
         images, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))

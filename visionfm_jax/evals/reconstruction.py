@@ -17,7 +17,7 @@ GREY = 128
 
 
 class ReconstructionEval(MultimodalEval):
-    """The `evals.registry.Eval` of images with hidden units: `pixel_error`, the mean |difference| over hidden pixels.
+    """The `evals.eval.Eval` of images with hidden units: `pixel_error`, the mean |difference| over hidden pixels.
 
     Its unit is that of the loss, a channel's standard deviation (`data.augment.std`). On up to 64 images spread over
     the source, `mean_colour_error` is that of filling the mean colour of what is seen of an image, and `colour_gain`
@@ -29,8 +29,6 @@ class ReconstructionEval(MultimodalEval):
         (8, S, S, 3), and `error` (8,).
     """
 
-    measures = "masked_image"
-    metrics = ("colour_gain",)
     needs_captions = False
 
     def more_settings(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Texts
@@ -22,10 +22,11 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.kinds import RetrievalConfig
 from visionfm_jax.evals.metrics import best, ranks, recall
 from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.sampling import image_of, sample
-from visionfm_jax.evals.subject import Predict, require_prediction
+from visionfm_jax.evals.subject import Predict
 
 KS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
@@ -75,7 +76,7 @@ class Embedded(NamedTuple):
 
 
 class RetrievalEval:
-    """The `evals.registry.Eval` of captioned images and a contrastive model: R@1, 5 and 10 as shares, both ways.
+    """The `evals.eval.Eval` of captioned images and a contrastive model: R@1, 5 and 10 as shares, both ways.
 
     Queries are the source's images and captions; candidates are its captions and images and those of the gallery. Each
     of several captions of an image is a query and a candidate (Lin et al. 2014). Right for an image is any of its
@@ -88,13 +89,9 @@ class RetrievalEval:
       pictured: after a run, on host 0: `captions` and `images`, lists of queries with their best answers.
     """
 
-    metrics = tuple(f"{way}_r{k}" for way in WAYS for k in KS)
-
-    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_prediction(config, run, "embeddings")
+    def __init__(self, config: RetrievalConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        configs = (config.source, *config.gallery)
-        self.sources = [open_source(s) for s in configs]
+        self.sources = [open_source(s) for s in config.sources]
         self.source = self.sources[0]
         self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
         for source in self.sources:
@@ -104,7 +101,7 @@ class RetrievalEval:
                 )
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {
-            "sources": [measured_on(s, c.path, c.split) for s, c in zip(self.sources, configs, strict=True)],
+            "sources": [measured_on(s, c.path, c.split) for s, c in zip(self.sources, config.sources, strict=True)],
             **self.transform.settings,
             "tokenizer": Path(self.tokenizer.name).name,
             "context": run.model.text.context,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
-from visionfm_jax.evals.registry import Eval, make_evals
+from visionfm_jax.evals.eval import Eval, make_evals
 from visionfm_jax.parallel.agreement import require_same
 from visionfm_jax.parallel.mesh import to_global
 from visionfm_jax.train.spikes import plain

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
@@ -16,16 +16,17 @@ from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.by_class import LabelledEval
+from visionfm_jax.evals.kinds import ZeroShotConfig
 from visionfm_jax.evals.metrics import class_embeddings, classify
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict, require_prediction
+from visionfm_jax.evals.subject import Predict
 from visionfm_jax.evals.text_embedding import embed_texts
 
 PROMPTS = "imagenet_prompts_short"
 
 
 class ZeroShotEval(LabelledEval):
-    """The `evals.registry.Eval` of labelled images and a contrastive model: top1, top5, balanced_accuracy as shares.
+    """The `evals.eval.Eval` of labelled images and a contrastive model: top1, top5, balanced_accuracy as shares.
 
     Beside them stands `majority`, the share of the largest class: what a model that always guesses it has as top1.
 
@@ -35,10 +36,7 @@ class ZeroShotEval(LabelledEval):
       pictured: after a run, on host 0: images with label and guess, and the confusion matrix.
     """
 
-    metrics = ("top1", "top5", "balanced_accuracy")
-
-    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int):
-        require_prediction(config, run, "embeddings")
+    def __init__(self, config: ZeroShotConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
         self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)

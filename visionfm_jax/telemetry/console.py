@@ -12,7 +12,7 @@ import numpy as np
 from visionfm_jax.config import Config, load
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.sources import Source
-from visionfm_jax.evals.registry import Eval
+from visionfm_jax.evals.eval import Eval
 from visionfm_jax.telemetry.pictures import draw
 from visionfm_jax.telemetry.report import learning_curves
 from visionfm_jax.telemetry.writers import write_details
@@ -85,7 +85,7 @@ def summary(
         folder.mkdir(parents=True, exist_ok=True)
         if metrics is not None:
             files.append(folder / "learning_curves.png")
-            shares = [f"{name}/{metric}" for name, eval_ in evals.items() for metric in eval_.metrics]
+            shares = [f"{e.name}/{metric}" for e in config.evals for metric in e.metrics]
             learning_curves(metrics, files[-1], shares=shares)
         for name, eval_ in evals.items():
             files += draw(eval_.pictured, folder, name, f"{config.name}: {name}")

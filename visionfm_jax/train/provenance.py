@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from visionfm_jax.config import CheckpointConfig, Config
-from visionfm_jax.config.schema import plain, to_dict
+from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, SourceConfig
+from visionfm_jax.config.schema import Choice, to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.tokenizer import file_digest
@@ -35,6 +35,11 @@ NOT_OF_A_STEP = (
     "name", "workdir", "evals", "checkpoint", "telemetry", "parallel", "data.workers", "data.threads", "data.prefetch",
     "data.max_damaged", "train.on_nonfinite", "task.tokenizer",
 )  # fmt: skip
+# Releases without a class for each kind kept these of every source and eval; of some kinds nothing read them.
+OF_OTHER_KINDS = frozenset((
+    "split", "image_key", "label_key", "caption_key", "selection",
+    "classes", "prompts", "gallery", "decoding", "beams", "top_p",
+))  # fmt: skip
 SAMPLES = (0, 1, 2, 3, 10**2, 10**4, 10**6, 10**9)  # of the order, that are kept
 
 
@@ -133,7 +138,7 @@ def with_settings(config: Config, folder: Path, path: Path) -> tuple[Config, lis
 def _take(holder: Any, kept: Any, prefix: str, path: Path, changed: list[str]) -> None:
     """As `with_settings`, of a dataclass within the configuration."""
     known = [field.name for field in dataclasses.fields(holder)]
-    if not isinstance(kept, dict) or kept.keys() - known - plain(holder).keys() or not _same_class(kept, holder):
+    if not isinstance(kept, dict) or kept.keys() - known - {"kind"} or not _same_class(kept, holder):
         raise ConfigError(
             f"config.{prefix.rstrip('.') or 'name'}: is a {type(holder).__name__}, and something else in {path}; name "
             "the configuration that the run was started with"
@@ -171,7 +176,13 @@ def changes(old: Provenance, new: Provenance, folder: Path) -> list[str]:
         differing = [f"{folder / SETTINGS} was not there: the settings were not compared"]
     else:
         differing = leaf_changes(_with_defaults(old.settings["config"], new.config), new.settings["config"])
-        for name in (change.partition(":")[0] for change in differing):
+        for change in differing:
+            name = change.partition(":")[0]
+            if re.fullmatch(r"(model|task)(\..*)?\.kind", name):
+                raise ConfigError(
+                    f"config.{change}: the run in {folder} has learned with another; name the configuration that it "
+                    "was started with, or start in another config.workdir"
+                )
             if name in FIXED or (name.startswith("data.train") and not name.endswith(PATHS)):
                 raise ConfigError(
                     f"config.{name} differs from that of the run in {folder}, and with it the order of the samples; "
@@ -262,19 +273,20 @@ def _with_defaults(kept: Any, holder: Any) -> Any:
         return [_with_defaults(value, item) for value, item in zip(kept, holder, strict=True)]
     if not isinstance(kept, dict) or not dataclasses.is_dataclass(holder) or not _same_class(kept, holder):
         return kept
-    out = {k: v for k, v in plain(holder).items() if k == "transform"}
-    out |= {name: _with_defaults(value, getattr(holder, name, None)) for name, value in kept.items()}
-    for field in dataclasses.fields(holder):
+    fields = dataclasses.fields(holder)
+    out = {"kind": holder.kind} if isinstance(holder, Choice) else {}
+    unread = OF_OTHER_KINDS.difference(f.name for f in fields) if isinstance(holder, SourceConfig | EvalConfig) else ()
+    out |= {n: _with_defaults(value, getattr(holder, n, None)) for n, value in kept.items() if n not in unread}
+    for field in fields:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.name not in kept and default is not dataclasses.MISSING:
-            out[field.name] = json.loads(json.dumps(plain(default)))
+            out[field.name] = json.loads(json.dumps(to_dict(default)))
     return out
 
 
 def _same_class(kept: dict[str, Any], holder: Any) -> bool:
     """Whether kept settings are of the class of `holder`, where their release kept its name."""
-    name = type(holder).__name__
-    return kept.get("transform", name) == name
+    return not isinstance(holder, Choice) or kept.get("kind", holder.kind) == holder.kind
 
 
 def leaf_changes(old: Any, new: Any, name: str = "") -> list[str]:

@@ -92,7 +92,13 @@ def test_help_of_a_configuration_lists_every_field(capsys, monkeypatch):
     config = load.overridden(["configs/aurora_xl.py:tiny"], [("seed", "3")])
     for name in load.fields(config):
         assert f"\n  {name} " in text
-    for words in ("seed                             3  ", "int [1, 65536]", "'bundled'", "A whole run."):
+    for words in (
+        "seed                             3  ",
+        "int [1, 65536]",
+        "'bundled'",
+        "A whole run.",
+        "tfds | folder",
+    ):
         assert words in text
 
 

@@ -1,8 +1,11 @@
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from visionfm_jax.config import load
+from visionfm_jax.data.sources.kinds import KINDS, BundledConfig, FolderConfig, NumpyConfig, TarsConfig
 from visionfm_jax.errors import ConfigError, entry_point
 
 ROOT = Path(__file__).parents[3]
@@ -32,6 +35,39 @@ def test_overrides_are_typed():
     assert config.telemetry.progress is False
     assert config.evals == ()
     assert config.workdir == "/tmp/a=b"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_flag_makes_a_source_one_of_another_kind(reverse):
+    words = [
+        "--config.data.train[0].kind=folder",
+        "--config.data.train[0].path=/data/pictures",
+        "--config.evals[0].source.kind=tars",
+        "--config.evals[0].source.selection=good.pairs",
+        "--config.evals[0].source.split=train",  # which tars have not: as it is when nobody sets it
+    ]
+    config, _ = load.from_arguments([f"--config={QUICK}", *(reversed(words) if reverse else words)])
+    assert config.data.train == (FolderConfig(path="/data/pictures", split="train"),)
+    assert config.evals[0].source == TarsConfig(path="digits", selection="good.pairs")
+    assert config.evals[1].source == BundledConfig(path="digits", split="test")
+
+
+def test_what_is_set_of_a_source_stays_when_its_kind_changes():
+    words = ["--config.data.train[0].weight=2", "--config.data.train[0].split=val", "--config.data.train[0].kind=numpy"]
+    config, _ = load.from_arguments([f"--config={QUICK}", *words])
+    assert config.data.train == (NumpyConfig(path="digits", split="val", weight=2.0),)
+
+
+def test_a_kind_of_ones_own_is_a_line_in_the_table(monkeypatch):
+    @dataclass(kw_only=True)
+    class LmdbConfig(FolderConfig):
+        kind: ClassVar[str] = "lmdb"
+        key: str = "jpg"
+
+    monkeypatch.setitem(KINDS, "lmdb", LmdbConfig)
+    words = ["--config.data.train[0].kind=lmdb", "--config.data.train[0].key=png"]
+    config, _ = load.from_arguments([f"--config={QUICK}", *words])
+    assert config.data.train == (LmdbConfig(path="digits", key="png"),)
 
 
 @pytest.mark.parametrize("text", ["(0.3, 0.9)", "[0.3,0.9]", "0.3,0.9", " ( 0.3 , 9e-1, ) "])
@@ -89,6 +125,11 @@ def test_a_flag_for_steps_overrides_epochs_and_the_reverse():
         ([f"--config={QUICK}", "--config.data.shuffle=maybe"], "is no bool"),
         ([f"--config={QUICK}", "--config.data.transforms[0].scale=(1,)"], "such as"),
         ([f"--config={QUICK}", "--config.train.batch_size=0"], "must lie in [1, 65536]"),
+        ([f"--config={QUICK}", "--config.data.train[0].kind=jpeg"], "no such kind of source; there is tfds, folder, "),
+        ([f"--config={QUICK}", "--config.data.train[0].kind=fodler"], "did you mean folder?"),
+        ([f"--config={QUICK}", "--config.data.train[0].kind"], "no such kind of source"),
+        ([f"--config={QUICK}", "--config.data.train[0].selection=x"], "[0].selection: no such field"),
+        ([f"--config={QUICK}", "--config.evals[0].source.kind=tars"], "a TarsConfig has no split, which is 'test'"),
     ],
 )
 def test_bad_words_get_one_clear_line(words, message, monkeypatch):

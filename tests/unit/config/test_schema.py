@@ -2,9 +2,11 @@ import dataclasses
 
 import pytest
 
-from visionfm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, SourceConfig, TrainConfig
+from visionfm_jax.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.evals.kinds import AccuracyConfig, CaptioningConfig, RetrievalConfig
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.clip import ClipConfig
@@ -18,10 +20,10 @@ def good() -> Config:
         name="t",
         model=ViTConfig(),
         task=ClassificationConfig(),
-        data=DataConfig(train=(SourceConfig(path="x"),), num_examples=1000, transforms=(RandomResizedCrop(), Flip())),
+        data=DataConfig(train=(TfdsConfig(path="x"),), num_examples=1000, transforms=(RandomResizedCrop(), Flip())),
         optim=OptimConfig(warmup_steps=2),
         train=TrainConfig(batch_size=64, accumulate=2, epochs=2),
-        evals=(EvalConfig(name="val", source=SourceConfig(path="y")),),
+        evals=(AccuracyConfig(name="val", source=TfdsConfig(path="y")),),
     )
 
 
@@ -85,7 +87,7 @@ def assert_refused(config, name, value, words):
 def test_a_task_needs_its_model_and_a_gallery_paths():
     config = good()
     config.task = ContrastiveConfig()
-    config.evals[0].gallery = (SourceConfig(),)
+    config.evals = (RetrievalConfig(source=TfdsConfig(path="y"), gallery=(TfdsConfig(),)),)
     with pytest.raises(ConfigError) as error:
         config.validate()
     assert "config.model = 'ViTConfig': is no model for task = ContrastiveConfig; set model to a Clip" in str(
@@ -97,6 +99,7 @@ def test_a_task_needs_its_model_and_a_gallery_paths():
 def pairs() -> Config:
     config = good()
     config.model, config.task = ClipConfig(), ContrastiveConfig(mixup=0.2)
+    config.evals = (RetrievalConfig(source=TfdsConfig(path="y")),)
     config.train = TrainConfig(batch_size=64, epochs=2)
     return config
 
@@ -124,6 +127,7 @@ def test_a_broken_rule_of_pairs(name, value, words):
 def aurora() -> Config:
     config = good()
     config.model, config.task = AuroraConfig(), MultimodalConfig(tokenizer="x")
+    config.evals = (CaptioningConfig(source=TfdsConfig(path="y")),)
     return config
 
 
@@ -212,7 +216,7 @@ def test_all_problems_are_told_at_once():
 
 def test_source_without_path_weights_and_twin_evals():
     config = good()
-    config.data.train = (SourceConfig(path="", weight=0.0),)
+    config.data.train = (TfdsConfig(path="", weight=0.0),)
     config.evals = (config.evals[0], dataclasses.replace(config.evals[0]))
     with pytest.raises(ConfigError) as error:
         config.validate()

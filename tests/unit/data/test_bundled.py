@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.bundled import BundledSource, set_names
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.errors import DataError
 
 EMOJI = ("twemoji", "noto")
@@ -29,7 +29,7 @@ SIZES = {
 
 
 def opened(name: str, split: str) -> BundledSource:
-    return open_source(SourceConfig(kind="bundled", path=name, split=split))
+    return open_source(BundledConfig(path=name, split=split))
 
 
 def pixels(source: BundledSource, index: int) -> np.ndarray:

@@ -9,8 +9,9 @@ from absl import logging
 from caption_sets import write_coco, write_json, write_visual_genome
 from tar_sets import picture
 
-from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.config.limits import types_of
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import KINDS, CocoCaptionsConfig
 from visionfm_jax.errors import DataError
 
 CAPTIONS = [["A cat\n on  a mat. ", "Eine Tür \N{HEAVY BLACK HEART}", " "], ["one"], [], ["a", "b", "c", "a"]]
@@ -29,7 +30,9 @@ def genome(tmp_path) -> Path:
 
 
 def opened(kind: str, path: Path, split: str = "", **more):
-    return open_source(SourceConfig(kind=kind, path=str(path), split=split, **more))
+    cls = KINDS[kind]
+    parts = {"split": split} if "split" in types_of(cls) else {}
+    return open_source(cls(path=str(path), **parts, **more))
 
 
 def error_of(kind: str, path: Path, split: str = "", **more) -> str:
@@ -108,12 +111,11 @@ def test_paths_that_hold_something_else(coco, genome, tmp_path):
     assert f"coco_captions {coco} [train]: no split 'train'; the splits are train2017" in error_of(
         "coco_captions", coco, "train"
     )
-    assert "Visual Genome has no splits; set split=''" in error_of("visual_genome", genome, "val")
-    found = "found COCO's captions; set kind='coco_captions' and split to one of train2017"
+    found = "found COCO's captions; use CocoCaptionsConfig (by a flag: kind=coco_captions) with split one of train2017"
     assert f"expected PATH/region_descriptions.json, {found}" in error_of("visual_genome", coco)
     assert found in error_of("tfds", coco)
     message = error_of("coco_captions", genome)
-    assert "expected PATH/annotations/captions_SPLIT.json, found Visual Genome; set kind='visual_genome'" in message
+    assert "expected PATH/annotations/captions_SPLIT.json, found Visual Genome; use VisualGenomeConfig (by" in message
     (tmp_path / "a.json").write_text("{}")
     assert "found a .json file" in error_of("coco_captions", tmp_path / "a.json")
     assert "does not exist" in error_of("visual_genome", tmp_path / "none")
@@ -133,7 +135,7 @@ def test_a_list_names_no_file_outside_of_its_folder(coco, name):
 def test_captions_of_control_characters_alone_are_none(tmp_path, caplog):
     logging.get_absl_logger().propagate = True
     path = write_coco(tmp_path, [["a cat", "\0\0"], ["\0"], [" \u200b"]], "train")
-    source = open_source(SourceConfig(kind="coco_captions", path=str(path)))
+    source = open_source(CocoCaptionsConfig(path=str(path)))
     assert [source[i].get("caption") for i in range(len(source))] == [("a cat",)]
     assert "left out: 2 images without a caption: train/000000000001.jpg, train/000000000002.jpg" in caplog.text
     assert "left out: 1 empty captions: train/000000000000.jpg" in caplog.text

@@ -10,11 +10,14 @@ from absl import logging
 from caption_sets import write_coco, write_visual_genome
 from tar_sets import cannot_write, picture
 
-from visionfm_jax.config import Config, EvalConfig, SourceConfig
+from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.config.limits import types_of
 from visionfm_jax.data import checksums as command
 from visionfm_jax.data.sources import checksums, open_source
+from visionfm_jax.data.sources.kinds import KINDS, BundledConfig, TfdsConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.evals.kinds import AccuracyConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.provenance import provenance_of
@@ -38,7 +41,9 @@ def folder(tmp_path) -> Path:
 
 
 def source_config(kind: str, path: Path, split: str = "train") -> SourceConfig:
-    return SourceConfig(kind=kind, path=str(path), split=split)
+    cls = KINDS[kind]
+    parts = {"split": split} if "split" in types_of(cls) else {}
+    return cls(path=str(path), **parts)
 
 
 def turn_a_bit(path: Path | bytes, byte: int = 20) -> None:
@@ -64,7 +69,7 @@ def damaged(config: SourceConfig) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("kind", checksums.KINDS)
+@pytest.mark.parametrize("kind", [name for name, cls in KINDS.items() if cls.loose_files])
 def test_a_turned_bit_is_a_damaged_record(kind, folder, tmp_path):
     if kind == "folder":
         config, file = source_config(kind, folder), os.path.join(os.fsencode(folder), b"train/class1/\xff.png")
@@ -178,15 +183,15 @@ def test_the_fingerprint_of_the_data_does_not_depend_on_them(folder):
 
 
 def test_the_command_takes_every_source_of_files_once(folder):
-    held_out = SourceConfig(kind="tfds", path="/none")
+    held_out = TfdsConfig(path="/none")
     files = source_config("folder", folder)
     config = Config(
         name="x",
         model=ViTConfig(),
         task=ClassificationConfig(),
-        evals=(EvalConfig(source=held_out), EvalConfig(source=source_config("folder", folder))),
+        evals=(AccuracyConfig(source=held_out), AccuracyConfig(source=source_config("folder", folder))),
     )
-    config.data.train = (files, SourceConfig(kind="bundled", path="digits"))
+    config.data.train = (files, BundledConfig(path="digits"))
     assert command.sources_of(config) == [files]
     config.data.train, config.evals = (held_out,), ()
     with pytest.raises(ConfigError, match="no source is folder or coco_captions or visual_genome"):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.fields import Labels, OptionalTexts, Texts
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
@@ -22,8 +23,8 @@ from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
 
-DIGITS = SourceConfig(kind="bundled", path="digits")
-EMOJI = SourceConfig(kind="bundled", path="twemoji")
+DIGITS = BundledConfig(path="digits")
+EMOJI = BundledConfig(path="twemoji")
 
 
 def pairs(**text) -> Config:

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from real_tars import unpack
 
-from visionfm_jax.config.schema import DataConfig, PreprocessConfig, SourceConfig
+from visionfm_jax.config.schema import DataConfig, PreprocessConfig
 from visionfm_jax.data import select
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import eval_loader, train_loader
 from visionfm_jax.data.sources import Source, open_source, tar_index
+from visionfm_jax.data.sources.kinds import TarsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.transforms import RandAugment, RandomResizedCrop
 
@@ -41,7 +42,7 @@ def rows(folder) -> dict[str, dict]:
 
 
 def opened(folder: Path, **more) -> Source:
-    return open_source(SourceConfig(kind="tars", path=str(folder), **more))
+    return open_source(TarsConfig(path=str(folder), **more))
 
 
 def test_the_set_is_what_img2dataset_says(folder, rows):
@@ -117,7 +118,7 @@ BATCH, STEPS = 12, 40  # 480 samples: more than two epochs
 
 def batches(path: str, host: int, hosts: int, workers: int = 0) -> list[dict[str, np.ndarray]]:
     """Of one host, that opens the tars itself."""
-    config = SourceConfig(kind="tars", path=path)
+    config = TarsConfig(path=path)
     chain = (RandomResizedCrop(scale=(0.5, 1.0)), RandAugment())
     data = DataConfig(train=(config,), transforms=chain, threads=2, workers=workers)
     with train_loader(

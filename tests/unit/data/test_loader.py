@@ -20,11 +20,12 @@ from absl import logging
 from PIL import Image
 
 from visionfm_jax import storage
-from visionfm_jax.config.schema import DataConfig, PreprocessConfig, SourceConfig
+from visionfm_jax.config.schema import DataConfig, PreprocessConfig
 from visionfm_jax.data import batches as batches_module
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import DamageLog, eval_loader, sample_order, train_loader
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import RandAugment, RandomResizedCrop, Resize
 from visionfm_jax.errors import DataError, StorageError
@@ -74,7 +75,7 @@ def no_waits():
 
 def config(sources: int = 1, **changes) -> DataConfig:
     return DataConfig(
-        train=(SourceConfig(path="x"),) * sources, **{"threads": 2, "transforms": (RandomResizedCrop(),), **changes}
+        train=(TfdsConfig(path="x"),) * sources, **{"threads": 2, "transforms": (RandomResizedCrop(),), **changes}
     )
 
 

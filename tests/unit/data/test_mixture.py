@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from visionfm_jax.config.schema import DataConfig, SourceConfig
+from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data.fields import OptionalTexts
 from visionfm_jax.data.loader import InTurn, check_split, sample_order, train_loader
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
 
@@ -43,7 +44,7 @@ SPLIT = (2, 1)
 
 
 def load(steps: int, *, split=SPLIT, start_step=0, host=0, hosts=1, seed=0, workers=0) -> list[dict]:
-    train = tuple(SourceConfig(path="-", weight=w) for w in WEIGHTS)
+    train = tuple(TfdsConfig(path="-", weight=w) for w in WEIGHTS)
     with train_loader(
         DataConfig(train=train, threads=2, workers=workers), image_size=SIZE, batch_size=BATCH, seed=seed,
         start_step=start_step, host=host, hosts=hosts, sources=SOURCES, fields=OptionalTexts(TOKENIZER, LENGTH),
@@ -146,6 +147,6 @@ def test_a_mixture_that_lacks_one_of_the_kinds(sources, message):
     check_split(sources, (0, 0))
     with pytest.raises(DataError, match=message):
         train_loader(
-            DataConfig(train=(SourceConfig(path="-"),) * 2), image_size=SIZE, batch_size=BATCH, seed=0, start_step=0,
+            DataConfig(train=(TfdsConfig(path="-"),) * 2), image_size=SIZE, batch_size=BATCH, seed=0, start_step=0,
             host=0, hosts=1, sources=sources, fields=OptionalTexts(TOKENIZER, LENGTH), split=SPLIT,
         )  # fmt: skip

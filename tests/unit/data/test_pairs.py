@@ -12,11 +12,12 @@ import pytest
 import tensorflow_datasets as tfds
 from tar_sets import caption, members, picture, tar_bytes, write_parquet, write_tars
 
-from visionfm_jax.config.schema import DataConfig, SourceConfig
+from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data import select
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import KINDS, TfdsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
 
@@ -71,7 +72,7 @@ def written(tmp_path_factory) -> Path:
 
 
 def opened(kind: str, path: Path, **more):
-    return open_source(SourceConfig(kind=kind, path=str(path), **more))
+    return open_source(KINDS[kind](path=str(path), **more))
 
 
 def error_of(kind: str, path: Path, **more) -> str:
@@ -152,7 +153,7 @@ def test_tfds_without_what_is_asked_for(written, name, keys, message):
 def test_tfds_captions_that_are_no_text_count_as_damaged(written):
     source, tokenizer = opened("tfds", written / "image+caption"), open_tokenizer("clip")
     good = [source[i]["caption"] not in (b"caf\xe9", b"") for i in range(4)]
-    data = DataConfig(train=(SourceConfig(path="-"),), shuffle=False, threads=1)
+    data = DataConfig(train=(TfdsConfig(path="-"),), shuffle=False, threads=1)
     with train_loader(
         data, image_size=8, batch_size=4, seed=0, start_step=0, host=0, hosts=1, sources=[source],
         fields=Texts(tokenizer, 12),
@@ -167,9 +168,8 @@ def test_tfds_captions_that_are_no_text_count_as_damaged(written):
 # --- tars ---
 
 
-@pytest.mark.parametrize("split", ["", "train"])
-def test_tars_are_a_kind_of_source(tmp_path, split):
-    source = opened("tars", write_tars(tmp_path / "tars"), split=split)
+def test_tars_are_a_kind_of_source(tmp_path):
+    source = opened("tars", write_tars(tmp_path / "tars"))
     assert len(source) == 12
     assert source[5] == {"image": picture(101), "caption": caption(101)}
 
@@ -208,9 +208,6 @@ def test_tars_without_their_captions(tmp_path):
 
 def test_tars_that_do_not_fit(tmp_path):
     folder = write_tars(tmp_path / "tars", tars=1)
-    assert "tars have no splits; set split='', and give held-out pairs a path or a selection" in error_of(
-        "tars", folder, split="test"
-    )
     message = error_of("tars", folder, caption_key="long")
     assert "holds no picture with a caption .long; left out: 4 pictures without a caption: 00000/0000" in message
     assert message.endswith("; set caption_key or path")

@@ -7,12 +7,13 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from visionfm_jax.config import DataConfig, PreprocessConfig, SourceConfig, load
-from visionfm_jax.config.schema import plain
+from visionfm_jax.config import DataConfig, PreprocessConfig, load
+from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Labels, Objects
 from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sample import FILL, ignored
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import (
     CenterCrop,
@@ -321,7 +322,7 @@ class Scenes:
 def batches(fields, chain, **changes) -> list[dict]:
     arguments = {"batch_size": 8, "host": 0, "hosts": 1, "threads": 2, "workers": 0} | changes
     data = DataConfig(
-        train=(SourceConfig(path="x"),), transforms=chain, threads=arguments.pop("threads"),
+        train=(TfdsConfig(path="x"),), transforms=chain, threads=arguments.pop("threads"),
         workers=arguments.pop("workers"), shuffle=False,
     )  # fmt: skip
     with train_loader(
@@ -381,6 +382,7 @@ import numpy as np
 
 from visionfm_jax.config import *
 from visionfm_jax.config.limits import Limits, Range
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.data.transforms import RandomResizedCrop
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -403,7 +405,7 @@ def get_config(variant=""):
         model=ViTConfig(size="Ti", patch_size=16, image_size=32),
         task=ClassificationConfig(num_classes=3),
         data=DataConfig(
-            train=(SourceConfig(kind="bundled", path="digits"),), transforms=(RandomResizedCrop(), Darken(low=0.5))
+            train=(BundledConfig(path="digits"),), transforms=(RandomResizedCrop(), Darken(low=0.5))
         ),
         optim=OptimConfig(warmup_steps=2),
         train=TrainConfig(batch_size=8, steps=10),
@@ -415,7 +417,7 @@ def test_a_transform_of_ones_own_needs_no_change_of_the_package(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(OWN)
     config, _ = load.from_arguments([f"--config={path}", "--config.data.transforms[1].low=0.25"])
-    assert plain(config)["data"]["transforms"][1] == {"transform": "Darken", "low": 0.25}
+    assert to_dict(config)["data"]["transforms"][1] == {"kind": "Darken", "low": 0.25}
     with pytest.raises(ConfigError, match=r"config.data.transforms\[1\].low = 2.0: must lie in \[0, 1\]"):
         load.from_arguments([f"--config={path}", "--config.data.transforms[1].low=2"])
     dark = batches(Labels(3), config.data.transforms, workers=1)  # which cannot import the file

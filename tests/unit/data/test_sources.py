@@ -22,9 +22,10 @@ from PIL import Image
 from tar_sets import write_tars
 
 from visionfm_jax import storage
-from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.config.limits import types_of
 from visionfm_jax.data import images
-from visionfm_jax.data.sources import SOURCES, open_source, read_record
+from visionfm_jax.data.sources import open_source, read_record
+from visionfm_jax.data.sources.kinds import KINDS, BundledConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
@@ -104,7 +105,9 @@ FOUND = {"tfds": "a TFDS directory", "numpy": "a folder of .npz files", "folder"
 
 
 def opened(kind: str, path: Path, split: str = "train", **more):
-    return open_source(SourceConfig(kind=kind, path=str(path), split=split, **more))
+    cls = KINDS[kind]
+    parts = {"split": split} if "split" in types_of(cls) else {}
+    return open_source(cls(path=str(path), **parts, **more))
 
 
 def error_of(kind: str, path: Path, split: str = "train", **more) -> str:
@@ -155,8 +158,8 @@ def test_tfds_never_imports_tensorflow(written, tmp_path):
     (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
     code = (
         "import sys, pickle; from visionfm_jax.data.sources import open_source\n"
-        "from visionfm_jax.config.schema import SourceConfig\n"
-        f"s = open_source(SourceConfig(kind='tfds', path={str(written)!r}))\n"
+        "from visionfm_jax.data.sources.kinds import TfdsConfig\n"
+        f"s = open_source(TfdsConfig(path={str(written)!r}))\n"
         "print(len(pickle.loads(pickle.dumps(s))[0]['image']) > 0, 'tensorflow' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -167,8 +170,8 @@ def test_tfds_never_imports_tensorflow(written, tmp_path):
 def test_other_kinds_do_not_import_tfds():
     code = (
         "import sys; from visionfm_jax.data.sources import open_source\n"
-        "from visionfm_jax.config.schema import SourceConfig\n"
-        "open_source(SourceConfig(kind='bundled', path='digits')); print('tensorflow_datasets' in sys.modules)"
+        "from visionfm_jax.data.sources.kinds import BundledConfig\n"
+        "open_source(BundledConfig(path='digits')); print('tensorflow_datasets' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
@@ -402,7 +405,7 @@ def test_storage_that_fails_while_a_source_is_opened_is_asked_again(folder, monk
     assert len(opened("folder", folder)) == 4
 
 
-@pytest.mark.parametrize("kind", sorted(SOURCES))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_nul_in_a_name_is_one_line(kind, tmp_path):
     assert error_of(kind, "a\0b").endswith("path = 'a\\x00b': no file has NUL in its name; set another")
     assert error_of(kind, tmp_path, "a\0b").startswith("split = 'a\\x00b'")
@@ -410,12 +413,9 @@ def test_nul_in_a_name_is_one_line(kind, tmp_path):
 
 def test_folder_errors(folder, tmp_path):
     assert "no split 'dev'; the splits are notes, train, val" in error_of("folder", folder, "dev")
-    assert "found class folders of images; set kind='folder' and split to one of notes, train, val" in error_of(
-        "folder", folder, ""
-    )
-    assert "expected PATH/SPLIT/CLASS/FILE, found class folders of images; set kind='folder' and split=''" in error_of(
-        "folder", folder / "train"
-    )
+    remedy = "found class folders of images; use FolderConfig (by a flag: kind=folder) with split"
+    assert f"{remedy} one of notes, train, val" in error_of("folder", folder, "")
+    assert f"expected PATH/SPLIT/CLASS/FILE, {remedy}=''" in error_of("folder", folder / "train")
     flat = tmp_path / "flat"
     shutil.copytree(folder / "train/bee", flat)
     assert "found images without class folders; sort them into PATH/SPLIT/CLASS/" in error_of("folder", flat, "")
@@ -484,13 +484,6 @@ def test_archive_that_is_damaged(tmp_path):
 # --- all kinds ---
 
 
-def test_unknown_kind_lists_the_kinds():
-    assert error_of("webdataset", Path("x")) == (
-        "source kind 'webdataset' does not exist; the kinds are tfds, folder, numpy, bundled, tars, "
-        "coco_captions, visual_genome"
-    )
-
-
 @pytest.mark.parametrize("kind", ["tfds", "folder", "numpy", "tars"])
 def test_path_missing_or_empty(kind, tmp_path):
     assert f"the path does not exist (but {tmp_path} does)" in error_of(kind, tmp_path / "no/where")
@@ -500,21 +493,29 @@ def test_path_missing_or_empty(kind, tmp_path):
 
 
 def test_another_format_is_recognised_and_its_kind_named(written, folder, archives, tmp_path):
-    assert "found a TFDS directory; set kind='tfds'" in error_of("folder", written)
-    assert "found a TFDS directory; set kind='tfds'" in error_of("numpy", written)
-    assert "set kind='folder' and split to one of notes, train, val" in error_of("tfds", folder)
-    assert "set kind='folder' and split to one of notes, train, val" in error_of("numpy", folder)
-    assert "found a folder of .npz files; set kind='numpy'" in error_of("tfds", archives)
-    assert "found an .npz file; set kind='numpy' and split=''" in error_of("folder", archives / "test.npz")
+    assert "found a TFDS directory; use TfdsConfig (by a flag: kind=tfds)" in error_of("folder", written)
+    assert "found a TFDS directory; use TfdsConfig (by a flag: kind=tfds)" in error_of("numpy", written)
+    assert "use FolderConfig (by a flag: kind=folder) with split one of notes, train, val" in error_of("tfds", folder)
+    assert "use FolderConfig (by a flag: kind=folder) with split one of notes, train, val" in error_of("numpy", folder)
+    assert "found a folder of .npz files; use NumpyConfig (by a flag: kind=numpy)" in error_of("tfds", archives)
+    assert "found an .npz file; use NumpyConfig (by a flag: kind=numpy) with split=''" in error_of(
+        "folder", archives / "test.npz"
+    )
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/00000.tar").write_bytes(b"x")
     message = error_of("folder", tmp_path / "shards")
-    assert "found tar files; for pairs with captions set kind='tars' and split='', for classes unpack them" in message
-    assert "found a .tar file; set kind='tars' and path to its folder" in error_of(
+    assert (
+        "found tar files; for pairs with captions use TarsConfig (by a flag: kind=tars), for classes unpack them"
+        in message
+    )
+    assert "found a .tar file; use TarsConfig (by a flag: kind=tars) with its folder as path" in error_of(
         "tfds", tmp_path / "shards/00000.tar"
     )
     for kind, path in {"tfds": written, "numpy": archives, "folder": folder}.items():
-        assert f"expected a folder of .tar files, found {FOUND[kind]}; set kind='{kind}'" in error_of("tars", path)
+        assert (
+            f"expected a folder of .tar files, found {FOUND[kind]}; use {KINDS[kind].__name__} (by a flag: kind={kind})"
+            in error_of("tars", path)
+        )
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose/tiny-train.array_record-00000-of-00001").write_bytes(b"x")
     assert "record files without dataset_info.json; copy the whole" in error_of("tfds", tmp_path / "loose")
@@ -528,11 +529,11 @@ def _first(source) -> tuple[int, str, int | None]:
 
 def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_path):
     sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
-    sources.append(open_source(SourceConfig(kind="bundled", path="digits")))
+    sources.append(open_source(BundledConfig(path="digits")))
     sources.append(opened("tars", write_tars(tmp_path / "tars")))
     sources.append(opened("coco_captions", write_coco(tmp_path / "coco", [["a"], ["b", "c"]], "train")))
     sources.append(opened("visual_genome", write_visual_genome(tmp_path / "genome", [["a"], ["b", "c"]])))
-    assert len(sources) == len(SOURCES)
+    assert len(sources) == len(KINDS)
     expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(_first, sources) == expected
@@ -540,17 +541,13 @@ def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_p
 
 def test_every_kind_says_whether_records_have_labels_and_captions(written, folder, archives, tmp_path):
     sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
-    sources += [open_source(SourceConfig(kind="bundled", path=name)) for name in ("digits", "noto", "twemoji")]
+    sources += [open_source(BundledConfig(path=name)) for name in ("digits", "noto", "twemoji")]
     sources.append(opened("tars", write_tars(tmp_path / "tars")))
     said = [(source.num_classes > 0, source.most_captions) for source in sources]
     assert said == [(True, 0)] * 4 + [(True, 1)] * 2 + [(False, 1)]
     assert [source.has_captions for source in sources] == [captions > 0 for _, captions in said]
     for source, (label, caption) in zip(sources, said, strict=True):
         assert set(source[0]) == {"image"} | ({"label"} if label else set()) | ({"caption"} if caption else set())
-
-
-def test_a_selection_is_for_tars(folder):
-    assert "a selection chooses among tars; set selection=''" in error_of("folder", folder, selection="good.pairs")
 
 
 def test_index_outside_is_an_index_error(written, folder, archives):
@@ -601,7 +598,7 @@ def test_the_fingerprint_follows_the_data_not_the_path_and_notices_changes(writt
         assert all(isinstance(k, str) and isinstance(v, str) for k, v in first.items())
         changes[kind](moved)
         assert opened(kind, moved, split).fingerprint() != first, kind
-    pictures = [open_source(SourceConfig(kind="bundled", path="digits", split=s)) for s in ("train", "train", "test")]
+    pictures = [open_source(BundledConfig(path="digits", split=s)) for s in ("train", "train", "test")]
     first, again, other = (source.fingerprint() for source in pictures)
     assert first == again
     assert first["set"] == other["set"]

@@ -10,8 +10,8 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from visionfm_jax.config import SourceConfig
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 
@@ -188,7 +188,7 @@ def test_emoji():
     tokenizer = open_tokenizer("emoji")
     assert (tokenizer.vocab_size, tokenizer.begin, tokenizer.end, tokenizer.mask) == (1024, 1, 2, 4)
     for split in ("train", "combinations"):
-        source = open_source(SourceConfig(kind="bundled", path="twemoji", split=split))
+        source = open_source(BundledConfig(path="twemoji", split=split))
         captions = [source[i]["caption"] for i in range(len(source))]
         rows = np.stack([tokenizer(caption, 32) for caption in captions])
         assert [tokenizer.decode(row) for row in rows] == captions

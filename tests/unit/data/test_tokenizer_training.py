@@ -18,6 +18,7 @@ from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point
 SHIPPED = resources.files("visionfm_jax.data.text") / "emoji.model"
 CONFIG = """
 from visionfm_jax.config import *
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.clip import ClipConfig
@@ -26,8 +27,8 @@ from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 
 def get_config(variant):
-    source = SourceConfig(kind="bundled", path="twemoji")
-    bare = SourceConfig(kind="bundled", path="digits")
+    source = BundledConfig(path="twemoji")
+    bare = BundledConfig(path="digits")
     image = SwinV2Config(size="P", image_size=64, window=4)
     if variant == "labels":
         return Config(

@@ -3,24 +3,25 @@
 import numpy as np
 from pair_fakes import BATCH, CONTEXT, SIDE
 
-from visionfm_jax.config import Config, DataConfig, EvalConfig, SourceConfig, TrainConfig
+from visionfm_jax.config import Config, DataConfig, TrainConfig
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.evals import multimodal
-from visionfm_jax.evals.registry import make_evals
+from visionfm_jax.evals.eval import make_evals
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.decoder import DecoderConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 
-def multimodal_run(**evaluation):
-    evaluation = {"name": "held_out", "source": SourceConfig(path="numbers"), **evaluation}
+def multimodal_run(kind, **evaluation):
+    evaluation = {"name": "held_out", "source": TfdsConfig(path="numbers"), **evaluation}
     return Config(
         name="fake",
         model=AuroraConfig(image=SwinV2Config(image_size=SIDE), text=DecoderConfig(vocab_size=1024, context=CONTEXT)),
         task=MultimodalConfig(tokenizer="emoji", mask_unit=SIDE // 2),
         data=DataConfig(threads=2),
         train=TrainConfig(batch_size=BATCH),
-        evals=(EvalConfig(**evaluation),),
+        evals=(kind(**evaluation),),
     )
 
 

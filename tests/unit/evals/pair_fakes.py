@@ -4,7 +4,8 @@ import threading
 
 import numpy as np
 
-from visionfm_jax.config import Config, DataConfig, EvalConfig, SourceConfig, TrainConfig
+from visionfm_jax.config import Config, DataConfig, TrainConfig
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
@@ -60,16 +61,16 @@ class Model:
         return out
 
 
-def contrastive_run(**evaluation):
-    """A run with one eval of `Numbered`, whose paths name sources that the test supplies."""
-    evaluation = {"name": "pairs", "source": SourceConfig(path="numbers"), **evaluation}
+def contrastive_run(kind, **evaluation):
+    """A run with one eval, a `kind`, of `Numbered`, whose paths name sources that the test supplies."""
+    evaluation = {"name": "pairs", "source": TfdsConfig(path="numbers"), **evaluation}
     return Config(
         name="fake",
         model=ClipConfig(image=SwinV2Config(image_size=SIDE), text=TextConfig(context=CONTEXT)),
         task=ContrastiveConfig(),
         data=DataConfig(threads=2),
         train=TrainConfig(batch_size=BATCH),
-        evals=(EvalConfig(**evaluation),),
+        evals=(kind(**evaluation),),
     )
 
 

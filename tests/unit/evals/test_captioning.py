@@ -10,6 +10,7 @@ from pair_fakes import BATCH, CONTEXT, SIDE, Numbered, on_hosts
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.evals import captioning
 from visionfm_jax.evals.caption_metrics import bleu4, cider, exact
+from visionfm_jax.evals.kinds import CaptioningConfig
 from visionfm_jax.models.generate import Decoding
 
 COUNT = 19
@@ -29,7 +30,7 @@ def references(i):
 
 
 def test_scores_are_those_of_the_texts_and_all_their_references(monkeypatch):
-    (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind="captioning")
+    (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind=CaptioningConfig)
     model = known()
     got = evaluation.run(model)
     texts, known_ones = [WRITTEN[i % 4] for i in range(COUNT)], [references(i) for i in range(COUNT)]
@@ -47,9 +48,9 @@ def test_scores_are_those_of_the_texts_and_all_their_references(monkeypatch):
 
 def test_two_hosts_agree_with_one(monkeypatch):
     model = known()
-    (alone,) = make(monkeypatch, Numbered(CAPTIONS), kind="captioning")
+    (alone,) = make(monkeypatch, Numbered(CAPTIONS), kind=CaptioningConfig)
     wanted = alone.run(model)
-    two = make(monkeypatch, Numbered(CAPTIONS), 2, kind="captioning")
+    two = make(monkeypatch, Numbered(CAPTIONS), 2, kind=CaptioningConfig)
     assert on_hosts(two, model) == [wanted, wanted]
     assert two[1].pictured == {}
     np.testing.assert_equal(two[0].pictured, alone.pictured)
@@ -70,7 +71,7 @@ def test_the_configured_decoding_is_asked_for_and_part_of_the_protocol(monkeypat
 def test_damaged_records_are_left_out_and_captions_that_cannot_be_read_are_no_references(monkeypatch):
     captions = [*CAPTIONS]
     captions[3], captions[4], captions[5] = (" ", b"\xff"), (), ("", b"\xff", "the blue cat, Animals")
-    (evaluation,) = make(monkeypatch, Numbered(captions, damaged={2}), kind="captioning")
+    (evaluation,) = make(monkeypatch, Numbered(captions, damaged={2}), kind=CaptioningConfig)
     assert evaluation.run(known())["images"] == COUNT - 3
     kept = {c["record"]: c for c in evaluation.details["captions"]}
     assert set(kept) == {str(i) for i in range(COUNT)} - {"2", "3", "4"}
@@ -83,7 +84,7 @@ def test_damaged_records_are_left_out_and_captions_that_cannot_be_read_are_no_re
 
 def test_first_captions_are_kept_and_spread_ones_shown(monkeypatch):
     monkeypatch.setattr(captioning, "KEPT", 7)
-    (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind="captioning")
+    (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind=CaptioningConfig)
     evaluation.run(known())
     kept = json.loads(json.dumps(evaluation.details, allow_nan=False))
     assert [c["record"] for c in kept["captions"]] == [str(i) for i in range(7)]
@@ -98,6 +99,6 @@ def test_first_captions_are_kept_and_spread_ones_shown(monkeypatch):
 
 
 def test_a_model_that_says_nothing_scores_nothing(monkeypatch):
-    (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind="captioning")
+    (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind=CaptioningConfig)
     got = evaluation.run(Tables(generated=np.array([[1, 2] + [0] * (CONTEXT - 2)], np.int32)))
     assert [got[name] for name in evaluation.metrics] == [0, 0, 0]

@@ -9,8 +9,13 @@ import pytest
 
 from visionfm_jax.config import load
 from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.evals import kinds
+from visionfm_jax.evals.eval import check_best_metric, make_evals
+from visionfm_jax.evals.kinds import AccuracyConfig, PixelBaselineConfig
 from visionfm_jax.evals.pixel_baseline import fit, scores
-from visionfm_jax.evals.registry import check_best_metric, make_evals
+from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.multimodal import MultimodalConfig
 
 QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.py")
 PAIRS = str(Path(__file__).parents[3] / "configs" / "swinv2_g_clip.py")
@@ -121,11 +126,6 @@ def test_best_metric_must_be_one_of_which_higher_is_better_where_states_are_kept
     check_best_metric(run)
 
 
-def test_unknown_kind_lists_the_known():
-    with pytest.raises(ConfigError, match="captioning, classification, perplexity"):
-        make_evals(quickstart("--config.evals[0].kind=guess"), 0, 1)
-
-
 def test_logistic_regression_separates_blobs_and_reaches_a_stationary_point():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 300)
@@ -136,8 +136,17 @@ def test_logistic_regression_separates_blobs_and_reaches_a_stationary_point():
     np.testing.assert_allclose(residual.sum(0), 0, atol=0.05)  # the gradient of the biases
 
 
-@pytest.mark.parametrize("kind", ["classification", "pixel_baseline"])
+@pytest.mark.parametrize("kind", [AccuracyConfig, PixelBaselineConfig])
 def test_evals_of_classification_refuse_a_contrastive_run(kind):
-    config, _ = load.from_arguments([f"--config={PAIRS}:tiny", "--config.evals[1].kind=" + kind])
-    with pytest.raises(ConfigError, match=rf"'groups': kind '{kind}' measures the labels of a task, and Contr"):
-        make_evals(config, 0, 1)
+    config = load.load_file(f"{PAIRS}:tiny")
+    config.evals = (kind(source=config.evals[0].source),)
+    with pytest.raises(ConfigError, match=rf"evals\[0\] = '{kind.kind}': measures the labels of a task, and Contr"):
+        config.validate()
+
+
+def test_evals_name_what_some_task_predicts():
+    tasks = (ClassificationConfig, ContrastiveConfig, MultimodalConfig)
+    there = frozenset.union(*(task.predictions for task in tasks))
+    evals = kinds.Measurement.__subclasses__()
+    assert len(evals) == 8
+    assert all(cls.measures in there for cls in evals)

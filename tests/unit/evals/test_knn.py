@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from visionfm_jax.config import EvalConfig, PreprocessConfig, SourceConfig
+from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.config.load import from_arguments
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals import knn
+from visionfm_jax.evals.kinds import KnnConfig
 
 
 def by_hand(gallery, labels, queries, classes):
@@ -48,9 +50,9 @@ def test_large_images_are_averaged():
 
 def eval_of(**changes):
     config, _ = from_arguments(["--config=configs/quickstart.py"])
-    digits = SourceConfig(kind="bundled", path="digits", split="test")
+    digits = BundledConfig(path="digits", split="test")
     settings = {"source": digits, "gallery": (digits,), "preprocess": PreprocessConfig(crop=1.0)} | changes
-    return knn.KnnEval(EvalConfig(kind="knn", batch_size=250, **settings), config, 0, 1)
+    return knn.KnnEval(KnnConfig(batch_size=250, **settings), config, 0, 1)
 
 
 def test_features_that_are_the_pixels_score_as_the_pixels_do():
@@ -77,4 +79,4 @@ def test_sources_that_cannot_serve_are_refused():
     with pytest.raises(DataError, match="gallery"):
         eval_of(gallery=())
     with pytest.raises(DataError, match="9 classes"):
-        eval_of(gallery=(SourceConfig(kind="bundled", path="noto", split="test"),))
+        eval_of(gallery=(BundledConfig(path="noto", split="test"),))

@@ -10,7 +10,8 @@ from pair_fakes import BATCH, CONTEXT, SIDE, Numbered, on_hosts
 
 from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.errors import ConfigError, DataError
-from visionfm_jax.evals.registry import check_best_metric, make_evals
+from visionfm_jax.evals.eval import check_best_metric
+from visionfm_jax.evals.kinds import CaptioningConfig, PerplexityConfig, ReconstructionConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 
 COUNT = 19
@@ -30,7 +31,7 @@ def by_hand(model, rows):
 
 
 def test_numbers_are_those_of_a_loop(monkeypatch):
-    (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind=PerplexityConfig)
     model = known()
     got = evaluation.run(model)
     perplexity, without, words = by_hand(model, range(COUNT))
@@ -38,7 +39,7 @@ def test_numbers_are_those_of_a_loop(monkeypatch):
     assert got["perplexity_without_image"] == pytest.approx(without)
     assert got["image_gain"] == pytest.approx(without / perplexity) == pytest.approx(math.e)  # one nat a word
     assert (got["words"], got["texts"]) == (words, COUNT)
-    assert evaluation.metrics == ("image_gain",)
+    assert evaluation.config.metrics == ("image_gain",)
     shapes = {"image": (BATCH, SIDE, SIDE, 3), "text": (BATCH, CONTEXT), "record": (BATCH,), "mask": (BATCH,)}
     for what, seen in model.asked:
         assert what == "masked_language"
@@ -47,9 +48,9 @@ def test_numbers_are_those_of_a_loop(monkeypatch):
 
 def test_two_hosts_agree_with_one(monkeypatch):
     model = known()
-    (alone,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    (alone,) = make(monkeypatch, Numbered(TEXTS), kind=PerplexityConfig)
     wanted = alone.run(model)
-    two = make(monkeypatch, Numbered(TEXTS), 2, kind="perplexity")
+    two = make(monkeypatch, Numbered(TEXTS), 2, kind=PerplexityConfig)
     assert on_hosts(two, model) == [wanted, wanted]
     assert two[0].details == two[1].details == alone.details
 
@@ -57,7 +58,7 @@ def test_two_hosts_agree_with_one(monkeypatch):
 def test_damaged_records_and_captions_are_left_out(monkeypatch):
     captions = [*TEXTS]
     captions[5], captions[7] = " ", (b"cat 7", "another")
-    (evaluation,) = make(monkeypatch, Numbered(captions, damaged={2}), kind="perplexity")
+    (evaluation,) = make(monkeypatch, Numbered(captions, damaged={2}), kind=PerplexityConfig)
     model = known()
     got = evaluation.run(model)
     perplexity, _, words = by_hand(model, set(range(COUNT)) - {2, 5})
@@ -66,7 +67,7 @@ def test_damaged_records_and_captions_are_left_out(monkeypatch):
 
 
 def test_numbers_that_are_not_finite_show(monkeypatch):
-    (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
+    (evaluation,) = make(monkeypatch, Numbered(TEXTS), kind=PerplexityConfig)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = known()
@@ -87,35 +88,36 @@ def test_numbers_that_are_not_finite_show(monkeypatch):
 
 
 def test_protocol_tells_what_was_measured(monkeypatch):
-    (one,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity")
-    (again,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity", batch_size=16)
-    (other,) = make(monkeypatch, Numbered(TEXTS[1:]), kind="perplexity")
+    (one,) = make(monkeypatch, Numbered(TEXTS), kind=PerplexityConfig)
+    (again,) = make(monkeypatch, Numbered(TEXTS), kind=PerplexityConfig, batch_size=16)
+    (other,) = make(monkeypatch, Numbered(TEXTS[1:]), kind=PerplexityConfig)
     int(one.protocol, 16)
     assert one.protocol == again.protocol != other.protocol
     for other in ({"crop": 1.0}, {"resize": "squash"}, {"interpolation": "bilinear"}):
-        (seen,) = make(monkeypatch, Numbered(TEXTS), kind="perplexity", preprocess=PreprocessConfig(**other))
+        (seen,) = make(monkeypatch, Numbered(TEXTS), kind=PerplexityConfig, preprocess=PreprocessConfig(**other))
         assert seen.protocol != one.protocol
     assert one.settings["tokenizer"] == "emoji"
 
 
-@pytest.mark.parametrize("kind", ["perplexity", "captioning"])
+@pytest.mark.parametrize("kind", [PerplexityConfig, CaptioningConfig])
 def test_sources_without_captions_are_refused(monkeypatch, kind):
     with pytest.raises(
-        DataError, match=rf"config.evals\[0\]: numbers from 0 has no captions, which {kind}.*set caption_key"
+        DataError, match=rf"config.evals\[0\]: numbers from 0 has no captions, which {kind.kind}.*set caption_key"
     ):
         make(monkeypatch, Numbered(None, labels=[0, 1]), kind=kind)
 
 
-@pytest.mark.parametrize("kind", ["perplexity", "captioning", "reconstruction"])
+@pytest.mark.parametrize("kind", [PerplexityConfig, CaptioningConfig, ReconstructionConfig])
 def test_a_run_of_another_task_is_refused(kind):
     run = multimodal_run(kind=kind)
     run.task = ClassificationConfig()
-    with pytest.raises(ConfigError, match=rf"kind '{kind}' measures the .* of a task, and Classification"):
-        make_evals(run, 0, 1)
+    line = rf"config.evals\[0\] = '{kind.kind}': measures the {kind.measures} of a task, and Classification"
+    with pytest.raises(ConfigError, match=line):
+        run.validate()
 
 
 def test_best_metric_is_one_of_which_higher_is_better():
-    run = multimodal_run(kind="perplexity")
+    run = multimodal_run(kind=PerplexityConfig)
     run.checkpoint.keep_best, run.checkpoint.best_metric = 1, "held_out/image_gain"
     check_best_metric(run)
     run.checkpoint.best_metric = "held_out/perplexity"

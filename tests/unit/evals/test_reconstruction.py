@@ -10,6 +10,7 @@ from multimodal_fakes import Tables, make
 from pair_fakes import BATCH, SIDE, Numbered, on_hosts
 
 from visionfm_jax.evals import reconstruction
+from visionfm_jax.evals.kinds import ReconstructionConfig
 from visionfm_jax.evals.reconstruction import mean_colour_error, whole_units
 
 COUNT = 19
@@ -48,7 +49,7 @@ def flat_by_hand(image, hidden, std):
 
 
 def test_errors_are_means_over_all_images_and_flat_colour_is_measured_alike(monkeypatch):
-    (evaluation,) = make(monkeypatch, source := Pictures(), kind="reconstruction")
+    (evaluation,) = make(monkeypatch, source := Pictures(), kind=ReconstructionConfig)
     model = known()
     got = evaluation.run(model)
     errors = model.tables["pixel_error"].astype(np.float64)
@@ -68,9 +69,9 @@ def test_errors_are_means_over_all_images_and_flat_colour_is_measured_alike(monk
 
 def test_two_hosts_agree_with_one(monkeypatch):
     model = known()
-    (alone,) = make(monkeypatch, Pictures(), kind="reconstruction")
+    (alone,) = make(monkeypatch, Pictures(), kind=ReconstructionConfig)
     wanted = alone.run(model)
-    two = make(monkeypatch, Pictures(), 2, kind="reconstruction")
+    two = make(monkeypatch, Pictures(), 2, kind=ReconstructionConfig)
     assert on_hosts(two, model) == [wanted, wanted]
     assert two[1].pictured == {}
     np.testing.assert_equal(two[0].pictured, alone.pictured)
@@ -78,7 +79,7 @@ def test_two_hosts_agree_with_one(monkeypatch):
 
 
 def test_shown_are_image_what_was_seen_and_what_was_reconstructed(monkeypatch):
-    (evaluation,) = make(monkeypatch, source := Pictures(damaged={0, 5}), kind="reconstruction")
+    (evaluation,) = make(monkeypatch, source := Pictures(damaged={0, 5}), kind=ReconstructionConfig)
     model = known()
     assert evaluation.run(model)["images"] == COUNT - 2
     shown = evaluation.pictured["reconstructed"]
@@ -95,7 +96,7 @@ def test_shown_are_image_what_was_seen_and_what_was_reconstructed(monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [16, 128])
 def test_the_sample_is_one_small_batch_that_all_devices_share(monkeypatch, batch_size):
-    (evaluation,) = make(monkeypatch, Pictures(), kind="reconstruction", batch_size=batch_size)
+    (evaluation,) = make(monkeypatch, Pictures(), kind=ReconstructionConfig, batch_size=batch_size)
     model = known()
     got = evaluation.run(model)
     assert model.asked[-1][1]["record"] == (min(batch_size, 64),)  # which 8 devices divide
@@ -104,7 +105,7 @@ def test_the_sample_is_one_small_batch_that_all_devices_share(monkeypatch, batch
 
 
 def test_numbers_that_are_not_finite_show(monkeypatch):
-    (evaluation,) = make(monkeypatch, Pictures(), kind="reconstruction")
+    (evaluation,) = make(monkeypatch, Pictures(), kind=ReconstructionConfig)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = known()

@@ -7,11 +7,13 @@ import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 from test_metrics import naive_ranks
 
-from visionfm_jax.config import PreprocessConfig, SourceConfig
+from visionfm_jax.config import PreprocessConfig
+from visionfm_jax.data.sources.kinds import BundledConfig, TfdsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import retrieval
-from visionfm_jax.evals.registry import check_best_metric, make_evals
+from visionfm_jax.evals.eval import check_best_metric, make_evals
+from visionfm_jax.evals.kinds import RetrievalConfig
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.decoder import DecoderConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -25,8 +27,8 @@ LONG = " ".join(["very"] * CONTEXT)
 def make(monkeypatch, sources, hosts=1, **settings):
     """The eval, one per host, of `sources` by path."""
     monkeypatch.setattr(retrieval, "open_source", lambda config: sources[config.path])
-    gallery = tuple(SourceConfig(path=path, split="train") for path in list(sources)[1:])
-    run = contrastive_run(kind="retrieval", gallery=gallery, **settings)
+    gallery = tuple(TfdsConfig(path=path, split="train") for path in list(sources)[1:])
+    run = contrastive_run(kind=RetrievalConfig, gallery=gallery, **settings)
     return [make_evals(run, host, hosts)["pairs"] for host in range(hosts)]
 
 
@@ -193,7 +195,7 @@ def test_any_caption_of_an_image_is_right_for_it(monkeypatch):
 
 def test_runs_of_the_multimodal_task_are_measured(monkeypatch):
     monkeypatch.setattr(retrieval, "open_source", lambda config: Numbered(TEXTS))
-    run = contrastive_run(kind="retrieval")
+    run = contrastive_run(kind=RetrievalConfig)
     run.task = MultimodalConfig(tokenizer="emoji")
     run.model = AuroraConfig(image=run.model.image, text=DecoderConfig(context=9))
     (evaluation,) = make_evals(run, 0, 1).values()
@@ -240,7 +242,7 @@ def test_sources_without_captions_are_refused(monkeypatch):
 
 
 def test_a_run_of_another_task_is_refused():
-    run = contrastive_run(kind="retrieval")
+    run = contrastive_run(kind=RetrievalConfig)
     run.task = ClassificationConfig()
     with pytest.raises(
         ConfigError,
@@ -250,7 +252,7 @@ def test_a_run_of_another_task_is_refused():
 
 
 def test_best_metric_may_be_a_recall():
-    run = contrastive_run(kind="retrieval")
+    run = contrastive_run(kind=RetrievalConfig)
     run.checkpoint.keep_best, run.checkpoint.best_metric = 1, "pairs/image_to_text_r1"
     check_best_metric(run)
     run.checkpoint.best_metric = "pairs/image_to_text_median_rank"
@@ -259,8 +261,8 @@ def test_best_metric_may_be_a_recall():
 
 
 def test_bundled_emoji_have_what_it_takes():
-    source = SourceConfig(kind="bundled", path="twemoji", split="combinations")
-    run = contrastive_run(kind="retrieval", source=source, batch_size=128)
+    source = BundledConfig(path="twemoji", split="combinations")
+    run = contrastive_run(kind=RetrievalConfig, source=source, batch_size=128)
     run.model.text.context = 32  # some names are told apart by their last words
     (evaluation,) = make_evals(run, 0, 1).values()
     tokenizer, names = open_tokenizer("clip"), [evaluation.source[i]["caption"] for i in range(364)]

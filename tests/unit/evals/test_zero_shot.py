@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_hosts, unit
 
-from visionfm_jax.config import PreprocessConfig, SourceConfig
+from visionfm_jax.config import PreprocessConfig
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import zero_shot
-from visionfm_jax.evals.registry import make_evals
+from visionfm_jax.evals.eval import make_evals
+from visionfm_jax.evals.kinds import ZeroShotConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 
 NAMES = ("ant", "bee", "cat", "dog {}", "eel", "fox", "gnu")
@@ -30,7 +32,7 @@ def make(monkeypatch, data=None, hosts=1, **settings):
     """The eval, one per host."""
     data = Numbered(None, LABELS) if data is None else data
     monkeypatch.setattr(zero_shot, "open_source", lambda config: data)
-    run = contrastive_run(kind="zero_shot", **settings)
+    run = contrastive_run(kind=ZeroShotConfig, **settings)
     return [make_evals(run, host, hosts)["pairs"] for host in range(hosts)]
 
 
@@ -135,7 +137,7 @@ def test_protocol_tells_what_was_measured(monkeypatch, files, tmp_path):
     assert make(monkeypatch, **(files | {"prompts": str(tmp_path / "copy.txt")}))[0].protocol == base
     assert make(monkeypatch, **(files | {"prompts": "{}"}))[0].protocol != base
     assert make(monkeypatch, data=Numbered(None, [*LABELS, 3]), **files)[0].protocol != base
-    assert make(monkeypatch, source=SourceConfig(path="other"), **files)[0].protocol != base
+    assert make(monkeypatch, source=TfdsConfig(path="other"), **files)[0].protocol != base
     (tmp_path / "classes.txt").write_text("\n".join(NAMES).replace("ant", "Ant"))
     assert make(monkeypatch, **files)[0].protocol != base
 
@@ -165,7 +167,7 @@ def test_prompts_need_one_place_for_the_name(monkeypatch, files, tmp_path, line)
 
 
 def test_a_run_of_another_task_is_refused():
-    run = contrastive_run(kind="zero_shot")
+    run = contrastive_run(kind=ZeroShotConfig)
     run.task = ClassificationConfig()
     with pytest.raises(ConfigError, match=r"kind 'zero_shot' measures the embeddings of a task, and Cl"):
         make_evals(run, 0, 1)

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from visionfm_jax import storage
-from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.errors import ConfigError, DataError, OutputError, StorageError, UserError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train.folder import RunFolder, refuse_links, refuse_other_weights
 from visionfm_jax.train.provenance import provenance_of, settings_files
 
-DIGITS = SourceConfig(kind="bundled", path="digits")
+DIGITS = BundledConfig(path="digits")
 SOURCES = [open_source(DIGITS)]
 
 

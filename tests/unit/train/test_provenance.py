@@ -8,16 +8,19 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from visionfm_jax import storage
-from visionfm_jax.config import Config, SourceConfig
-from visionfm_jax.config.schema import plain
+from visionfm_jax.config import Config
+from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data import loader
 from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig
 from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.errors import ConfigError, DataError, StorageError
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
@@ -46,7 +49,7 @@ def pictures(tmp_path) -> Path:
 def config_of(pictures: Path, **more) -> Config:
     config = Config(name="provenance", model=ViTConfig(), task=ClassificationConfig(), **more)
     config.train.steps, config.optim.warmup_steps = 100, 10
-    config.data.train = (SourceConfig(kind="folder", path=str(pictures), split=""),)
+    config.data.train = (FolderConfig(path=str(pictures), split=""),)
     return config
 
 
@@ -128,7 +131,6 @@ def test_the_same_data_elsewhere_continue(pictures, tmp_path):
         ("seed", lambda c: setattr(c, "seed", 7)),
         ("train.batch_size", lambda c: setattr(c.train, "batch_size", 8)),
         ("data.shuffle", lambda c: setattr(c.data, "shuffle", False)),
-        ("data.train[0].caption_key", lambda c: setattr(c.data.train[0], "caption_key", "")),
         ("data.train[0].weight", lambda c: setattr(c.data.train[0], "weight", 2.0)),
         ("data.train", lambda c: setattr(c.data, "train", c.data.train * 2)),
     ],
@@ -145,7 +147,7 @@ def test_a_field_that_was_not_there_counts_as_its_default(kept, pictures):
     before = json.loads((folder / SETTINGS).read_text())
     config = before["config"]
     for holder, name in [
-        (config["data"]["train"][0], "caption_key"), (config["data"]["augment"], "mean"), (config, "telemetry"),
+        (config["data"]["train"][0], "weight"), (config["data"]["augment"], "mean"), (config, "telemetry"),
         (config["checkpoint"], "on_damage"), (config, "evals"),
     ]:  # fmt: skip
         del holder[name]
@@ -157,9 +159,45 @@ def test_a_field_that_was_not_there_counts_as_its_default(kept, pictures):
     usual, other.data.augment.mean = other.data.augment.mean, (0.5, 0.5, 0.5)
     taken, changed = with_settings(other, folder, folder / SETTINGS)  # to replay a step of it
     assert (taken.data.augment.mean, changed) == (usual, [f"data.augment.mean: (0.5, 0.5, 0.5) -> {usual}"])
-    other.data.train[0].caption_key = "png"
-    with pytest.raises(ConfigError, match=r"config\.data\.train\[0\]\.caption_key differs"):
+    other.data.train[0].weight = 2.0
+    with pytest.raises(ConfigError, match=r"config\.data\.train\[0\]\.weight differs"):
         changes(read_provenance(folder), provenance(other), folder)
+
+
+def former(config: Config) -> dict[str, Any]:
+    """The settings that releases kept which had one class for all sources, and one for all evals."""
+    before = {"kind", "image_key", "label_key", "caption_key", "selection", "split"}
+    settings = json.loads(json.dumps(to_dict(config)))
+    for source in (*settings["data"]["train"], *(e["source"] for e in settings["evals"])):
+        source |= dict.fromkeys(before - source.keys(), "")
+    for evaluation in settings["evals"]:
+        more = {"classes": "", "prompts": "", "gallery": [], "decoding": "greedy", "beams": 4, "top_p": 0.9}
+        evaluation |= {name: value for name, value in more.items() if name not in evaluation}
+    del settings["model"]["kind"], settings["task"]["kind"]
+    return settings
+
+
+def test_settings_of_releases_with_one_class_for_all_kinds_continue(kept, pictures):
+    folder, new = kept
+    (folder / SETTINGS).write_text(json.dumps(new.settings | {"config": former(new.config)}))
+    assert changes(read_provenance(folder), new, folder) == []
+    assert with_settings(new.config, folder, folder / SETTINGS) == (new.config, [])
+    other = config_of(pictures)
+    other.data.train = (BundledConfig(path="digits"),)
+    with pytest.raises(ConfigError, match=r"config\.data\.train\[0\]\.kind differs"):
+        changes(read_provenance(folder), provenance(other), folder)
+
+
+def test_another_model_or_task_is_refused(pictures, tmp_path):
+    old = provenance(config_of(pictures))
+    for part, other, line in (
+        ("model", SwinV2Config(), "config.model.kind: ViTConfig -> SwinV2Config: the run in .* has learned"),
+        ("task", ContrastiveConfig(tokenizer="clip"), "config.task.kind: ClassificationConfig -> ContrastiveConfig: "),
+    ):
+        config = config_of(pictures)
+        setattr(config, part, other)
+        with pytest.raises(ConfigError, match=line):
+            changes(old, provenance(config), tmp_path)
 
 
 def test_the_split_of_a_task_is_refused(tmp_path):
@@ -167,8 +205,8 @@ def test_the_split_of_a_task_is_refused(tmp_path):
         config = Config(name="split", model=ViTConfig(), task=MultimodalConfig(tokenizer="emoji", split=split))
         config.train.steps = 100
         config.data.train = (
-            SourceConfig(kind="bundled", path="twemoji"),
-            SourceConfig(kind="bundled", path="digits"),
+            BundledConfig(path="twemoji"),
+            BundledConfig(path="digits"),
         )
         return provenance(config)
 
@@ -193,7 +231,7 @@ class Flop(Flip):
 def test_transforms_are_compared_by_their_classes_too(kept, pictures):
     folder, _ = kept
     before = json.loads((folder / SETTINGS).read_text())
-    before["config"]["data"]["transforms"] = plain((RandomResizedCrop(scale=(0.2, 1.0)), Flip()))
+    before["config"]["data"]["transforms"] = to_dict((RandomResizedCrop(scale=(0.2, 1.0)), Flip()))
     (folder / SETTINGS).write_text(json.dumps(before))
     config = config_of(pictures)
     config.data.transforms = (RandomResizedCrop(), Flip())
@@ -201,9 +239,7 @@ def test_transforms_are_compared_by_their_classes_too(kept, pictures):
     listed = changes(read_provenance(folder), provenance(config), folder)
     assert listed == ["data.transforms[0].scale: [0.2, 1.0] -> [0.08, 1.0]"]
     config.data.transforms = (RandomResizedCrop(scale=(0.2, 1.0)), Flop())
-    assert changes(read_provenance(folder), provenance(config), folder) == [
-        "data.transforms[1].transform: Flip -> Flop"
-    ]
+    assert changes(read_provenance(folder), provenance(config), folder) == ["data.transforms[1].kind: Flip -> Flop"]
     for other in (config.data.transforms, config.data.transforms[:1], ()):
         config.data.transforms = other
         with pytest.raises(ConfigError, match=r"name the configuration that the run was started with"):
@@ -214,7 +250,7 @@ def test_another_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path):
     def of(path):
         config = Config(name="tokenizer", model=ViTConfig(), task=ContrastiveConfig(tokenizer=str(path)))
         config.train.steps = 100
-        config.data.train = (SourceConfig(kind="bundled", path="twemoji"),)
+        config.data.train = (BundledConfig(path="twemoji"),)
         return provenance(config)
 
     first, moved = tmp_path / "a.model", tmp_path / "b.model"

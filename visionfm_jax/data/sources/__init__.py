@@ -1,15 +1,12 @@
-"""Datasets with random access: one module per kind, one line each in `SOURCES`.
-
-A kind's module is imported when a source of that kind is opened, so that nobody pays for the others.
-"""
+"""Datasets with random access: a configuration for each format in `kinds`, its reader in a module of its own."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.kinds import KINDS as KINDS
 from visionfm_jax.data.sources.record import printable
 from visionfm_jax.errors import DataError
 from visionfm_jax.storage import read
@@ -71,34 +68,17 @@ def read_record(source: Source, index: int) -> Mapping[str, Any]:
     return read(lambda: source[index], lambda: f"{source.name}: record {source.key(index)}")
 
 
-SOURCES: dict[str, str] = {  # kind -> "module:name" below this package; what makes a source of a SourceConfig
-    "tfds": "tfds:TfdsSource",
-    "folder": "folder:FolderSource",
-    "numpy": "archive:ArchiveSource",
-    "bundled": "bundled:BundledSource",
-    "tars": "tars:open_tars",
-    "coco_captions": "captioned:open_coco",
-    "visual_genome": "captioned:open_visual_genome",
-}
-
-
 def open_source(config: SourceConfig) -> Source:
     """Open a dataset and check that it is what `config` says.
 
     Raises:
-      DataError: one line: the path is missing, empty or holds another format; no such kind or split; a missing key.
+      DataError: one line: the path is missing, empty or holds another format; no such split; a missing key.
       StorageError: the storage fails.
     """
-    if config.kind not in SOURCES:
-        raise DataError(f"source kind {config.kind!r} does not exist; the kinds are {', '.join(SOURCES)}")
-    if config.selection and config.kind != "tars":
-        raise DataError(f"{config.kind} {config.path}: a selection chooses among tars; set selection='' or kind='tars'")
-    for field in ("path", "split", "selection"):
-        if "\0" in getattr(config, field):
-            raise DataError(f"{field} = {getattr(config, field)!r}: no file has NUL in its name; set another")
-    module, _, name = SOURCES[config.kind].partition(":")
-    opener = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    source: Source = read(lambda: opener(config), lambda: printable(f"{config.kind} {config.path}"))
+    for name, value in vars(config).items():
+        if "\0" in str(value):
+            raise DataError(f"{name} = {value!r}: no file has NUL in its name; set another")
+    source = read(config.make, lambda: printable(f"{config.kind} {config.path}"))
     if not len(source):
         raise DataError(f"{source.name}: holds no record; set another split or path")
     return source

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.kinds import NumpyConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split
 from visionfm_jax.errors import DataError
 
@@ -27,7 +27,7 @@ class ArchiveSource:
     has_captions = False
     most_captions = 0
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: NumpyConfig):
         self.name = describe(config)
         self._path = _find(config)
         self._key, self._label_key = config.image_key, config.label_key
@@ -100,7 +100,7 @@ class ArchiveSource:
         return DataError(f"{self.name}: {self._path.name} {what}; {remedy}")
 
 
-def _find(config: SourceConfig) -> Path:
+def _find(config: NumpyConfig) -> Path:
     path = check_path(config)
     if path.is_file():
         if path.suffix != ".npz":

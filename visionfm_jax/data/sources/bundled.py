@@ -1,4 +1,4 @@
-"""The pictures that come with the package: `SourceConfig(kind="bundled", path="digits", split="train")`.
+"""The pictures that come with the package: `BundledConfig(path="digits", split="train")`.
 
 A set is one `.npz` (written by `tools/curate.py`): `blob` uint8, all encoded images end to end; `offsets` int64 (N+1);
 `label` int32 (N,); `split` uint8 (N,), an index into `meta["splits"]`; `concept` int32 (N,), an index into
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.fingerprint import digest
+from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.errors import DataError
 
 _PACKAGE = "visionfm_jax.data.bundled"
@@ -39,7 +39,7 @@ def read_set(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 class BundledSource:
     """One split of a bundled set; `record` gives what is known of a picture beyond its label."""
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: BundledConfig):
         self.name = f"bundled {config.path}/{config.split}"
         if config.path not in set_names():
             raise DataError(f"bundled set {config.path!r} does not exist; the sets are {', '.join(set_names())}")

@@ -23,11 +23,11 @@ from absl import logging
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
+from visionfm_jax.data.sources.kinds import CocoCaptionsConfig, VisualGenomeConfig
 from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, describe, misfit, no_split
 from visionfm_jax.data.sources.record import has_text, left_out, printable
 from visionfm_jax.errors import DataError
 
-_DEFAULT = SourceConfig().caption_key
 _NAMED = 5  # files in a line of the log
 _FOLDERS = ("VG_100K", "VG_100K_2")
 
@@ -49,7 +49,7 @@ class CaptionedFiles:
     num_classes = 0
     class_names: tuple[str, ...] | None = None
 
-    def __init__(self, config: SourceConfig, images: Iterable[tuple[str, Iterable[str]]]):
+    def __init__(self, config: CocoCaptionsConfig | VisualGenomeConfig, images: Iterable[tuple[str, Iterable[str]]]):
         self.name, self.root = describe(config), str(Path(config.path).expanduser())
         self.has_captions = bool(config.caption_key)
         self.most_captions = 0
@@ -140,7 +140,7 @@ def _files(folder: str) -> list[str]:
         return [e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)]
 
 
-def open_coco(config: SourceConfig) -> CaptionedFiles:
+def open_coco(config: CocoCaptionsConfig) -> CaptionedFiles:
     """COCO's captions; `config.path` is the folder with `annotations` and those of the splits.
 
     Raises:
@@ -153,7 +153,7 @@ def open_coco(config: SourceConfig) -> CaptionedFiles:
     if config.split not in splits:
         raise no_split(config, splits)
     file = path / "annotations" / f"captions_{config.split}.json"
-    key = config.caption_key or _DEFAULT
+    key = config.caption_key or CocoCaptionsConfig.caption_key
 
     def images(content: Any) -> list[tuple[str, list[str]]]:
         captions: dict[int, list[str]] = {int(image["id"]): [] for image in content["images"]}
@@ -166,19 +166,17 @@ def open_coco(config: SourceConfig) -> CaptionedFiles:
     return CaptionedFiles(config, _read(config, file, images, needed))
 
 
-def open_visual_genome(config: SourceConfig) -> CaptionedFiles:
+def open_visual_genome(config: VisualGenomeConfig) -> CaptionedFiles:
     """Visual Genome's region descriptions; `config.path` is the folder with them and those of the images.
 
     Raises:
-      DataError: as `open_coco`; or another split than "" and the default, "train", is asked for.
+      DataError: as `open_coco`, but for the split.
     """
     path = check_path(config)
     if not (path / VISUAL_GENOME).is_file():
         raise misfit(config, f"PATH/{VISUAL_GENOME}")
-    if config.split not in ("", SourceConfig().split):
-        raise DataError(f"{describe(config)}: Visual Genome has no splits; set split=''")
     second = set(os.listdir(path / _FOLDERS[1])) if (path / _FOLDERS[1]).is_dir() else set()
-    key = "phrase" if config.caption_key in ("", _DEFAULT) else config.caption_key
+    key = "phrase" if config.caption_key in ("", VisualGenomeConfig.caption_key) else config.caption_key
 
     def slim(entry: dict[str, Any]) -> Any:
         # Called for each object as it is read: of 700 MB only phrases and ids are held, not boxes and synsets.

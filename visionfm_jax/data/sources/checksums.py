@@ -25,7 +25,6 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import cached, read_table
 from visionfm_jax.errors import DataError
 
-KINDS = ("folder", "coco_captions", "visual_genome")  # of sources that are `ImageFiles`
 COMMAND = "python -m visionfm_jax.data.checksums"
 VERSION = 1
 RECORD = np.dtype([("name", "<u8"), ("size", "<u8"), ("stamp", "<i8"), ("crc", "<u4")])
@@ -34,7 +33,7 @@ again; CRC-32. Sorted by the first."""
 
 
 class ImageFiles(Sized, Protocol):
-    """A source whose records are files."""
+    """A source whose records are files; its configuration says so by `loose_files`."""
 
     name: str
     root: str  # the folder they are in

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
+from visionfm_jax.data.sources.kinds import FolderConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
 from visionfm_jax.data.sources.record import left_out, printable
 from visionfm_jax.errors import DataError
@@ -33,7 +33,7 @@ class FolderSource:
     has_captions = False
     most_captions = 0
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: FolderConfig):
         self.name = describe(config)
         path = check_path(config)
         if not path.is_dir():

@@ -7,6 +7,14 @@ from itertools import islice
 from pathlib import Path
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.kinds import (
+    CocoCaptionsConfig,
+    FolderConfig,
+    NumpyConfig,
+    TarsConfig,
+    TfdsConfig,
+    VisualGenomeConfig,
+)
 from visionfm_jax.data.sources.record import printable
 from visionfm_jax.errors import DataError
 
@@ -75,32 +83,41 @@ def _guess(path: Path) -> tuple[str, str]:
     """What is at `path`, and what to do about it."""
     if path.is_file():
         if path.suffix == ".npz":
-            return "an .npz file", "set kind='numpy' and split=''"
+            return "an .npz file", _use(NumpyConfig, "split=''")
         if path.suffix == ".tar":
-            return "a .tar file", "set kind='tars' and path to its folder"
+            return "a .tar file", _use(TarsConfig, "its folder as path")
         return f"a {path.suffix or 'suffixless'} file", "set a folder or an .npz file"
     entries = _entries(path)
     if any(e.suffix == ".npz" for e in entries):
-        return "a folder of .npz files", "set kind='numpy' and split to a file's name without .npz"
+        return "a folder of .npz files", _use(NumpyConfig, "a file's name without .npz as split")
     if tfds_versions(path):
-        return "a TFDS directory", "set kind='tfds'"
+        return "a TFDS directory", _use(TfdsConfig)
     if splits := coco_splits(path):
-        return "COCO's captions", f"set kind='coco_captions' and split to one of {', '.join(splits)}"
+        return "COCO's captions", _use(CocoCaptionsConfig, _one_of(splits))
     if (path / VISUAL_GENOME).is_file():
-        return "Visual Genome", "set kind='visual_genome' and split=''"
+        return "Visual Genome", _use(VisualGenomeConfig)
     if any(_has_image(e) for e in entries):
-        return "class folders of images", "set kind='folder' and split=''"
+        return "class folders of images", _use(FolderConfig, "split=''")
     if splits := class_splits(path):
-        return "class folders of images", f"set kind='folder' and split to one of {', '.join(splits)}"
+        return "class folders of images", _use(FolderConfig, _one_of(splits))
     if any(_is_image(e) for e in entries):
-        return "images without class folders", "sort them into PATH/SPLIT/CLASS/ and set kind='folder'"
+        return "images without class folders", f"sort them into PATH/SPLIT/CLASS/ and {_use(FolderConfig)}"
     if any(e.suffix == ".tar" for e in entries):
-        remedy = "for pairs with captions set kind='tars' and split='', for classes unpack them into PATH/SPLIT/CLASS/"
-        return "tar files", f"{remedy} and set kind='folder'"
+        remedy = f"for pairs with captions {_use(TarsConfig)}, for classes unpack them into PATH/SPLIT/CLASS/"
+        return "tar files", f"{remedy} and {_use(FolderConfig)}"
     if any("tfrecord" in e.name or "array_record" in e.name for e in entries):
         return "record files without dataset_info.json", "copy the whole TFDS version directory"
     names = ", ".join(sorted(e.name for e in entries)[:3])
     return f"no format known here ({names} …)", "set the dataset's path"
+
+
+def _use(cls: type[SourceConfig], how: str = "") -> str:
+    """What to do in the configuration's file, and what on the command line, to read it as another kind."""
+    return f"use {cls.__name__} (by a flag: kind={cls.kind})" + (f" with {how}" if how else "")
+
+
+def _one_of(splits: list[str]) -> str:
+    return f"split one of {', '.join(splits)}"
 
 
 def _entries(path: Path) -> list[Path]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.fingerprint import digest
+from visionfm_jax.data.sources.kinds import TarsConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit
 from visionfm_jax.data.sources.record import DamagedRecord, left_out, printable
 from visionfm_jax.data.sources.selection import Selection, read_selection
@@ -28,24 +28,20 @@ _NEAR = 2**16  # bytes between picture and caption up to which both are read at 
 _NAMED = 5  # keys in a line of the log
 
 
-def open_tars(config: SourceConfig) -> TarPairs:
+def open_tars(config: TarsConfig) -> TarPairs:
     """All pairs of the folder `config.path`, or its `selection`; `caption_key` "caption" stands for the .txt members.
 
     With `caption_key` "" all pictures, those without caption too.
 
     Raises:
-      DataError: as `TarPairs`; or another split than "" and the default, "train", is asked for, there is no pair, or
-        a selection among pairs is to be used without captions.
+      DataError: as `TarPairs`; or there is no pair, or a selection among pairs is to be used without captions.
     """
-    if config.split not in ("", SourceConfig().split):
-        rule = "set split='', and give held-out pairs a path or a selection of their own"
-        raise DataError(f"{describe(config)}: tars have no splits; {rule}")
     if "://" not in config.path and not any(check_path(config).glob("*.tar")):
         raise misfit(config, "a folder of .tar files")
     if config.selection and not config.caption_key:
         rule = "set selection='', or the caption_key that it was made with"
         raise DataError(f"{describe(config)}: a selection chooses among pairs, but caption_key is empty; {rule}")
-    suffix = "txt" if config.caption_key == SourceConfig().caption_key else config.caption_key.lower().lstrip(".")
+    suffix = "txt" if config.caption_key == TarsConfig.caption_key else config.caption_key.lower().lstrip(".")
     source = TarPairs(config.path, selection=config.selection, caption_key=suffix)
     if not len(source):
         why = "".join(f"; {line}" for line in source.report_lines())

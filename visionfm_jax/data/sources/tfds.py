@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split, tfds_versions
 from visionfm_jax.data.sources.record import DamagedRecord, printable
 from visionfm_jax.errors import DataError
 
-_DEFAULT = SourceConfig()
-_KINDS = {  # field of SourceConfig -> what the feature must be
+_KINDS = {  # field of TfdsConfig -> what the feature must be
     "image_key": tfds.features.Image,
     "label_key": tfds.features.ClassLabel,
     "caption_key": tfds.features.Text,
@@ -56,7 +55,7 @@ _FEATURES = {
 class TfdsSource:
     """A split of a TFDS dataset; images come as the bytes that they are stored as."""
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: TfdsConfig):
         self.name = describe(config)
         builder = _builder(config)
         features = builder.info.features
@@ -132,7 +131,7 @@ class TfdsSource:
         except OSError as error:
             raise DataError(f"{self.name}: {error.filename} cannot be read ({error.strerror})") from error
 
-    def _label_and_caption(self, config: SourceConfig, features: Any) -> tuple[str | None, ...]:
+    def _label_and_caption(self, config: TfdsConfig, features: Any) -> tuple[str | None, ...]:
         """Names of the two features; None for one that the dataset lacks.
 
         Raises:
@@ -141,7 +140,7 @@ class TfdsSource:
         keys = {"label_key": config.label_key, "caption_key": config.caption_key}
         lacking = {field: key for field, key in keys.items() if not _has(features, key, _KINDS[field])}
         for field, key in lacking.items():
-            if key and key != getattr(_DEFAULT, field):
+            if key and key != getattr(TfdsConfig, field):
                 raise self._lacks(features, **{field: key})
         if lacking == keys and config.caption_key:
             raise self._lacks(features, **keys)
@@ -168,7 +167,7 @@ def _has(features: Any, key: str, kind: type) -> bool:
     return isinstance(feature, kind)
 
 
-def _builder(config: SourceConfig) -> Any:
+def _builder(config: TfdsConfig) -> Any:
     """The builder of the one version at the path, in ArrayRecord format and with the split."""
     versions = tfds_versions(check_path(config))
     if not versions:
@@ -198,7 +197,7 @@ def _builder(config: SourceConfig) -> Any:
     return builder
 
 
-def _check_features(config: SourceConfig, version: Path) -> None:
+def _check_features(config: TfdsConfig, version: Path) -> None:
     """Refuse a dataset that names a feature's class which is not one of TFDS's own.
 
     Raises:
@@ -233,7 +232,7 @@ def _classes(content: Any) -> Iterator[str]:
         yield from _classes(value)
 
 
-def _files(config: SourceConfig, builder: Any) -> list[Any]:
+def _files(config: TfdsConfig, builder: Any) -> list[Any]:
     """The parts of files that make up the split, all of them there."""
     try:
         files = builder.info.splits[config.split].file_instructions

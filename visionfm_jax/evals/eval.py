@@ -1,59 +1,36 @@
-"""Which evals a configuration asks for."""
+"""What an eval is, and those that a configuration asks for."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.config import Config
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import ConfigError, DataError
-from visionfm_jax.evals.captioning import CaptioningEval
-from visionfm_jax.evals.classification import ClassificationEval
-from visionfm_jax.evals.knn import KnnEval
-from visionfm_jax.evals.perplexity import PerplexityEval
-from visionfm_jax.evals.pixel_baseline import PixelBaseline
-from visionfm_jax.evals.reconstruction import ReconstructionEval
-from visionfm_jax.evals.retrieval import RetrievalEval
 from visionfm_jax.evals.subject import Predict
-from visionfm_jax.evals.zero_shot import ZeroShotEval
 
 
 class Eval(Protocol):
-    """A measurement; construction opens its data and refuses what cannot work, before training starts."""
+    """A measurement, made by its `EvalConfig.make`, which opens its data before training starts."""
 
     source: Source  # the held-out data
-    metrics: tuple[str, ...]  # those of which higher is better: what `checkpoint.best_metric` may name
     protocol: str  # hex digits, equal where numbers can be compared; empty: the configuration says it all
     pictured: dict[str, Any]  # after a run, on host 0: what `telemetry.pictures.draw` shows, or nothing
     details: dict[str, Any]  # after a run: what JSON shall keep beside the metrics, or nothing
 
-    def __init__(self, config: EvalConfig, run: Config, host: int, hosts: int): ...
     def run(self, predict: Predict) -> dict[str, float]: ...
-
-
-EVALS: dict[str, type[Eval]] = {
-    "captioning": CaptioningEval,
-    "classification": ClassificationEval,
-    "knn": KnnEval,
-    "perplexity": PerplexityEval,
-    "pixel_baseline": PixelBaseline,
-    "reconstruction": ReconstructionEval,
-    "retrieval": RetrievalEval,
-    "zero_shot": ZeroShotEval,
-}
 
 
 def make_evals(run: Config, host: int, hosts: int) -> dict[str, Eval]:
     """The evals of `run.evals` by name.
 
     Raises:
-      ConfigError: an eval that is not for this task.
       DataError: a dataset that cannot serve.
     """
     out = {}
     for i, config in enumerate(run.evals):
         try:
-            out[config.name] = EVALS[config.kind](config, run, host, hosts)
+            out[config.name] = config.make(run, host, hosts)
         except DataError as error:
             raise DataError(f"config.evals[{i}]: {error}") from error
     return out
@@ -67,7 +44,7 @@ def check_best_metric(run: Config) -> None:
     """
     if not run.checkpoint.keep_best:
         return
-    metrics = {config.name: EVALS[config.kind].metrics for config in run.evals}
+    metrics = {config.name: config.metrics for config in run.evals}
     name, _, metric = run.checkpoint.best_metric.partition("/")
     if name not in metrics:
         wrong, near = f"names none of the evals {list(metrics)}", "EVAL/METRIC"
