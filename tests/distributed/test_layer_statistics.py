@@ -19,6 +19,8 @@ from visionfm_jax.parallel.mesh import to_global
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, LayerStatistics
 from visionfm_jax.train.step import sample_keys, with_keys
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEP, SCALE, DEPTH = 3, 8.0, SIZES["P"].depth
 
 

@@ -18,6 +18,8 @@ from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 INTERVAL = 4
 OVERFLOWS = {1, 2, 7, 8, 14}
 # (scale, clean steps, hysteresis left) after each step, by hand from DeepSpeed's rule with a window of 4.

@@ -15,7 +15,8 @@ def processes(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("attack_processes", ROOT / "tools/attack/processes.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with compiled_once(tmp_path_factory):
+    with compiled_once(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes nearly all the time
         yield module
 
 

@@ -1,23 +1,22 @@
-"""Aurora-Vision-XL's tiny run, made smaller: killed and continued on another number of devices, evaluated, pictured."""
+"""Aurora-Vision-XL's tiny run, made smaller: continued on another number of devices, evaluated, pictured."""
 
 import json
 import random
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import finish, losses, once, start, steps, until
+from runs import copy, finish, losses, once, start, steps
 
 from visionfm_jax.telemetry.writers import read_metrics
 
-STEPS, EVERY = 12, 3
+STEPS, EVERY = 8, 2
 PARTS = ("masked_image", "contrastive", "captioning", "masked_language")
 SMALL = [
     "--config=configs/aurora_xl.py:tiny",
     "--config.model.image.image_size=32",
     "--config.model.image.window=4",
-    "--config.train.batch_size=32",
+    "--config.train.batch_size=16",
     f"--config.train.steps={STEPS}",
     "--config.optim.warmup_steps=2",
     "--config.optim.lr=1e-5",  # Adam multiplies rounding by the rate; a loss shall tell of its batch
@@ -42,30 +41,15 @@ def aurora(shared) -> Path:
     return once(shared / "aurora", run_aurora)
 
 
-def test_killed_and_continued_on_other_devices_it_sees_the_same_samples(tmp_path, aurora):
-    folder = tmp_path / "run"
-    process = start(folder, "--config.evals=()", base=SMALL, env=WITHOUT_OPTIMIZATIONS)
-    step = random.randint(EVERY, STEPS - EVERY)
-    until(lambda: folder.is_dir() and steps_of(folder) and last(folder) >= step, process, seconds=300)
-    process.send_signal(signal.SIGKILL)
-    finish(process, folder, code=-signal.SIGKILL)
-    saved = steps(folder)[-1]
-    assert saved < STEPS
+def test_continued_on_other_devices_it_sees_the_same_samples(tmp_path, aurora):
+    saved = random.choice(steps(aurora)[:-1])
+    folder = copy(aurora, tmp_path / "run", saved)  # what a kill leaves; test_interruption.py kills
     out, _ = run_aurora(folder, "--config.evals=()", devices=1)
     assert f"starts from      step {saved} of its own folder" in out
     expected, got = losses(aurora), losses(folder)
     assert list(got) == list(expected) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=2e-5)
     assert np.ptp(list(got.values())) > 1e-2  # so other samples would show
-
-
-def steps_of(folder: Path) -> list[int]:
-    return steps(folder) if (folder / "checkpoints").is_dir() else []
-
-
-def last(folder: Path) -> int:
-    rows = read_metrics(folder)
-    return rows[-1]["step"] if rows else 0
 
 
 def test_every_loss_is_logged_apart_and_their_weighted_sum_is_the_loss(aurora):
@@ -75,7 +59,7 @@ def test_every_loss_is_logged_apart_and_their_weighted_sum_is_the_loss(aurora):
         assert all(np.isfinite(row[part]) and row[part] > 0 for part in PARTS)
         weighted = 2 * row["masked_image"] + row["contrastive"] + 2 * row["captioning"] + row["masked_language"]
         np.testing.assert_allclose(row["loss"], weighted, rtol=1e-5)
-    assert abs(rows[0]["contrastive"] - np.log(24)) < 0.7  # of 24 pairs in 32 samples, in two micro-batches
+    assert abs(rows[0]["contrastive"] - np.log(12)) < 0.7  # of 12 pairs in 16 samples, in two micro-batches
     assert abs(rows[0]["captioning"] - np.log(1024)) < 0.7
 
 

@@ -15,6 +15,8 @@ from visionfm_jax.models.layers import no_gather
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CONFIG = Path(__file__).parents[3] / "configs" / "vit_huge.py"
 
 
