@@ -1,7 +1,11 @@
-"""Write the tables of docs/plan.md anew: `python docs/plan_tables.py`, some minutes."""
+"""Write the tables of docs/plan.md anew: compiles the full-size steps that are not cached, some minutes.
+
+python docs/plan_tables.py
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -46,6 +50,7 @@ def row(words: str, name: str) -> str:
 
 def main() -> None:
     """Compile what is not cached and rewrite the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     if missing := missing_packages():
         raise UserError(f"{' and '.join(missing)} for GPUs are missing: pip install 'visionfm_jax[plan]'")
     lines = [

@@ -8,7 +8,8 @@ import pytest
 from test_schema import aurora, good, pairs
 
 from visionfm_jax.config import rules, schema
-from visionfm_jax.config.limits import OneOf, Range, types_of
+from visionfm_jax.config.limits import OneOf, Range, limits_of, types_of
+from visionfm_jax.data import transforms
 from visionfm_jax.data.sources import kinds
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.errors import ConfigError
@@ -16,7 +17,7 @@ from visionfm_jax.evals import kinds as eval_kinds
 from visionfm_jax.models import aurora as aurora_model
 from visionfm_jax.models import clip, decoder, text
 from visionfm_jax.models.backbones import swin_v2, vit
-from visionfm_jax.tasks import classification, contrastive, multimodal
+from visionfm_jax.tasks import classification, contrastive, multimodal, self_distillation
 
 MODULES = (
     schema,
@@ -31,20 +32,22 @@ MODULES = (
     classification,
     contrastive,
     multimodal,
+    self_distillation,
+    transforms,
 )
 CLASSES = list(
     dict.fromkeys(
         c
         for m in MODULES
         for c in vars(m).values()
-        if isinstance(c, type) and "__dataclass_fields__" in vars(c) and "limits" in vars(c)
+        if isinstance(c, type) and dataclasses.is_dataclass(c) and hasattr(c, "limits")
     )
 )
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda c: c.__name__)
 def test_every_number_has_bounds(kind):
-    limits = kind.limits
+    limits = limits_of(kind)
     for field in dataclasses.fields(kind):
         kinds = typing.get_args(types_of(kind)[field.name]) or (types_of(kind)[field.name],)
         if {int, float} & set(kinds):

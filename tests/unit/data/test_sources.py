@@ -408,7 +408,8 @@ def test_storage_that_fails_while_a_source_is_opened_is_asked_again(folder, monk
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_nul_in_a_name_is_one_line(kind, tmp_path):
     assert error_of(kind, "a\0b").endswith("path = 'a\\x00b': no file has NUL in its name; set another")
-    assert error_of(kind, tmp_path, "a\0b").startswith("split = 'a\\x00b'")
+    if "split" in types_of(KINDS[kind]):
+        assert error_of(kind, tmp_path, "a\0b").startswith("split = 'a\\x00b'")
 
 
 def test_folder_errors(folder, tmp_path):

@@ -41,7 +41,7 @@ def test_scores_are_those_of_the_texts_and_all_their_references(monkeypatch):
         "images": COUNT,
     }
     assert 0 < got["exact"] < 1
-    assert set(evaluation.metrics) < set(got)
+    assert set(CaptioningConfig.metrics) < set(got)
     shapes = {"image": (BATCH, SIDE, SIDE, 3), "mask": (BATCH,), "record": (BATCH,)}
     assert model.asked == [(Decoding("greedy"), shapes)] * 3
 
@@ -59,7 +59,7 @@ def test_two_hosts_agree_with_one(monkeypatch):
 
 @pytest.mark.parametrize("decoding", [Decoding("greedy"), Decoding("beam", beams=3), Decoding("nucleus", top_p=0.5)])
 def test_the_configured_decoding_is_asked_for_and_part_of_the_protocol(monkeypatch, decoding):
-    settings = {"kind": "captioning", "decoding": decoding.method, "beams": 3, "top_p": 0.5}
+    settings = {"kind": CaptioningConfig, "decoding": decoding.method, "beams": 3, "top_p": 0.5}
     (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), **settings)
     model = known()
     evaluation.run(model)
@@ -101,4 +101,4 @@ def test_first_captions_are_kept_and_spread_ones_shown(monkeypatch):
 def test_a_model_that_says_nothing_scores_nothing(monkeypatch):
     (evaluation,) = make(monkeypatch, Numbered(CAPTIONS), kind=CaptioningConfig)
     got = evaluation.run(Tables(generated=np.array([[1, 2] + [0] * (CONTEXT - 2)], np.int32)))
-    assert [got[name] for name in evaluation.metrics] == [0, 0, 0]
+    assert [got[name] for name in CaptioningConfig.metrics] == [0, 0, 0]

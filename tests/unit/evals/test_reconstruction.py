@@ -60,7 +60,7 @@ def test_errors_are_means_over_all_images_and_flat_colour_is_measured_alike(monk
     flat = np.mean([flat_by_hand(source.images[i], model.tables["hidden"][i], std) for i in chosen])
     assert got["mean_colour_error"] == pytest.approx(flat)
     assert got["colour_gain"] == pytest.approx(flat / errors[chosen].mean())
-    assert evaluation.metrics == ("colour_gain",)
+    assert evaluation.config.metrics == ("colour_gain",)
     shapes = {"image": (BATCH, SIDE, SIDE, 3), "mask": (BATCH,), "record": (BATCH,)}
     small = {k: v for k, v in shapes.items() if k != "mask"}
     assert model.asked == [*[("masked_image", shapes)] * 3, ("reconstruct", small)]

@@ -59,7 +59,7 @@ def test_numbers_are_those_of_naive_loops(monkeypatch):
         assert got[f"{way}_median_rank"] == np.median(ranks)
         assert 0 < got[f"{way}_r1"] < got[f"{way}_r10"]
     assert (got["queries"], got["candidates"]) == (COUNT, COUNT + MORE)
-    assert set(evaluation.metrics) < set(got)
+    assert set(RetrievalConfig.metrics) < set(got)
     assert all(shapes["text"] == (BATCH, CONTEXT) for shapes in model.seen)  # one shape: compiled once
     assert {tuple(sorted(shapes)) for shapes in model.seen} == {("caption", "captions", "image", "mask", "text")}
 
@@ -97,7 +97,7 @@ def test_broken_and_constant_models_score_nothing(monkeypatch, bad):
     (evaluation,) = make(monkeypatch, two_sources())
     same = np.full((COUNT + MORE, DIM), bad / DIM**0.5)
     got = evaluation.run(Model(same, dict(zip(TEXTS, same, strict=True))))
-    assert [got[name] for name in evaluation.metrics] == [0] * 6
+    assert [got[name] for name in RetrievalConfig.metrics] == [0] * 6
     assert got["text_to_image_median_rank"] == (COUNT + MORE if bad == 1 else np.inf)
     json.dumps(evaluation.details, allow_nan=False)
 
@@ -190,7 +190,7 @@ def test_any_caption_of_an_image_is_right_for_it(monkeypatch):
     assert evaluation.settings["captions"] == 2
     with np.errstate(invalid="ignore"):
         nothing = evaluation.run(Model(eye[:2] * np.nan, {}))
-    assert [nothing[name] for name in evaluation.metrics] == [0] * 6
+    assert [nothing[name] for name in RetrievalConfig.metrics] == [0] * 6
 
 
 def test_runs_of_the_multimodal_task_are_measured(monkeypatch):
@@ -244,11 +244,8 @@ def test_sources_without_captions_are_refused(monkeypatch):
 def test_a_run_of_another_task_is_refused():
     run = contrastive_run(kind=RetrievalConfig)
     run.task = ClassificationConfig()
-    with pytest.raises(
-        ConfigError,
-        match=r"'pairs': kind 'retrieval' measures the embeddings of a task, and Cl",
-    ):
-        make_evals(run, 0, 1)
+    with pytest.raises(ConfigError, match=r"evals\[0\] = 'retrieval': measures the embeddings of a task, and Cl"):
+        run.validate()
 
 
 def test_best_metric_may_be_a_recall():

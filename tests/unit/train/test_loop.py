@@ -16,7 +16,9 @@ from orbax.checkpoint._src.path import atomicity
 from visionfm_jax.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
 from visionfm_jax.data.loader import DamageLog
 from visionfm_jax.errors import CheckpointError, DataError, StorageError
+from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics
 from visionfm_jax.train import checkpoint
 from visionfm_jax.train.checkpoint import Checkpoints
@@ -46,7 +48,11 @@ class Toy:
         self.protocols = {"val": "0123abcd"}
         self.damaged_from, self.max_damaged = TOTAL, 0.0  # from this step on one of 16 samples is
         self.config = Config(
-            name="toy", train=TrainConfig(batch_size=2, steps=TOTAL), telemetry=TelemetryConfig(log_every=log_every)
+            name="toy",
+            model=ViTConfig(),
+            task=ClassificationConfig(),
+            train=TrainConfig(batch_size=2, steps=TOTAL),
+            telemetry=TelemetryConfig(log_every=log_every),
         )
 
     def start(self, stop_after: int | None = None, evaluate=lambda step, state: {"val/top1": step / TOTAL}) -> bool:

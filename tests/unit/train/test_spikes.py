@@ -12,7 +12,9 @@ import pytest
 
 from visionfm_jax.config import Config, TrainConfig
 from visionfm_jax.errors import DataError, TrainingError
+from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train import spikes
 from visionfm_jax.train.loop import SPIKE_AFTER, Hooks, train
 from visionfm_jax.train.spikes import KEPT, SpikeFolder, kept_step
@@ -42,7 +44,10 @@ def batch_of(step: int) -> dict:
 def run(folder: Path, norms: dict[int, float], *, steps: int, start: int = 0, record=None, **metrics) -> list[str]:
     """Train a toy whose gradient norms are 1 and those given; returns the notes."""
     config = Config(
-        name="toy", train=TrainConfig(batch_size=BATCH, steps=steps, on_nonfinite=metrics.pop("on", "stop"))
+        name="toy",
+        model=ViTConfig(),
+        task=ClassificationConfig(),
+        train=TrainConfig(batch_size=BATCH, steps=steps, on_nonfinite=metrics.pop("on", "stop")),
     )
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:

@@ -11,6 +11,8 @@ import pytest
 
 from visionfm_jax.config import CheckpointConfig, Config, TelemetryConfig
 from visionfm_jax.errors import INTERRUPTED, PREEMPTED
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.train import timing
 from visionfm_jax.train.timing import SaveTimer, StopSignal
 
@@ -27,6 +29,8 @@ def timer(steps: int = 0, minutes: float = 0.0, log_every: int = 1) -> SaveTimer
     return SaveTimer(
         Config(
             name="timer",
+            model=ViTConfig(),
+            task=ClassificationConfig(),
             checkpoint=CheckpointConfig(every_steps=steps, every_minutes=minutes),
             telemetry=TelemetryConfig(log_every=log_every),
         )
