@@ -458,7 +458,7 @@ def _plain_errors(doing: str, *, reading: bool = False) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cause = _first_cause(error)
+        cause = _cause_of(error)
         if storage.is_passing(cause):
             raise StorageError(f"{doing}: {cause[:200]}") from error
         if reading:
@@ -468,8 +468,16 @@ def _plain_errors(doing: str, *, reading: bool = False) -> Iterator[None]:
         raise CheckpointError(f"{doing}: {cause[:200]}") from error
 
 
-def _first_cause(error: BaseException) -> str:
-    """What set off a chain of errors, in one line; Orbax's own words only repeat where it was."""
-    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
-        error = cause
-    return " ".join(str(error).split()) or type(error).__name__
+def _cause_of(error: BaseException) -> str:
+    """The text of what an error came from, in one line; Orbax's own words only repeat where it was.
+
+    What was raised while another error was handled came from that one (a clean-up that failed), unless it names a
+    failure of the storage itself (a further try that failed, too).
+    """
+    while True:
+        text = " ".join(str(error).split()) or type(error).__name__
+        of_storage = storage.is_passing(text) or storage.is_full(text)
+        before = error.__cause__ or (None if error.__suppress_context__ or of_storage else error.__context__)
+        if before is None:
+            return text
+        error = before

@@ -275,6 +275,24 @@ def test_the_cause_of_damage_is_what_was_raised_not_how(tmp_path):
     assert str(raised.value) == "7 is damaged: Expecting value: line 1 column 1 (char 0)"
 
 
+def storage_error(number: int) -> Exception:
+    return ValueError("UNAVAILABLE: " + os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "kind", "text"),
+    [
+        (storage_error(errno.EIO), storage_error(errno.ENOSPC), CheckpointError, "the disk is full"),
+        (storage_error(errno.ENOSPC), storage_error(errno.EIO), StorageError, "Input/output error"),
+        (storage_error(errno.ENOSPC), ValueError("nothing to clean up"), CheckpointError, "the disk is full"),
+    ],
+)
+def test_of_several_tries_the_last_counts(first, then, kind, text):
+    then.__context__ = first  # as when it is raised while that one is handled
+    with pytest.raises(kind, match=text), checkpoint._plain_errors("saving"):
+        raise then
+
+
 def test_a_step_under_the_number_of_another_is_damaged(tmp_path):
     save(tmp_path, CheckpointConfig(), {7: None})
     (tmp_path / "checkpoints" / "7").rename(tmp_path / "checkpoints" / "20")
