@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import secrets
@@ -144,19 +146,30 @@ def _is_lasting(error: OSError | StorageError) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """An empty file beside `path`, which takes its place once it is on disk, if all went well.
 
-    Nobody ever sees half a file, whoever else writes it at the same time, also after the machine has lost power.
+    Nobody ever sees half a file, whoever else writes it at the same time, also after the machine has lost power. The
+    file is locked, where the file system has locks, for as long as its process lives: see `remove_unfinished`.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        part.open("xb").close()
-        yield part
-        with part.open("r+b") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with part.open("xb") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield part
+            with part.open("r+b") as written:
+                os.fsync(written.fileno())
+            part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes that have died left of `path` (`replacing`), and nothing of one that was stopped."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{16 * '[0-9a-f]'}"):
+        with contextlib.suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

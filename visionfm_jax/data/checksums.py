@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,10 @@ from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.kinds import KINDS
 from visionfm_jax.data.sources.store import write_table
 from visionfm_jax.errors import ConfigError, DataError, entry_point
-from visionfm_jax.storage import read
+from visionfm_jax.storage import read, retry
 
-KEPT = 50_000  # files after which the checksums so far are written
+CHUNK = 5_000  # files that are asked for at a time
+KEPT = 300.0  # seconds after which the checksums so far are written
 THREADS = 32  # that read: where storage is slow to answer, many are needed
 
 
@@ -81,8 +83,9 @@ def _write(source: ImageFiles, known: Checksums | None, path: Path) -> int:
     pool = ThreadPoolExecutor(THREADS)
     try:
         with tqdm(total=total, desc=source.name, unit=" files", disable=not sys.stderr.isatty()) as bar:
-            for start in range(0, total, KEPT):
-                rows, before = range(start, min(start + KEPT, total)), read
+            kept, kept_at = 0, time.monotonic()
+            for start in range(0, total, CHUNK):
+                rows = range(start, min(start + CHUNK, total))
                 for i, (record, was_read) in zip(
                     rows, pool.map(lambda i: _record(source, i, known), rows), strict=True
                 ):
@@ -91,8 +94,9 @@ def _write(source: ImageFiles, known: Checksums | None, path: Path) -> int:
                     bar.update()
                 if rows.stop == total:
                     _store(path, new, old, source.listing())
-                elif read > before:
+                elif read > kept and time.monotonic() - kept_at >= KEPT:
                     _store(path, new[: rows.stop], old, "")
+                    kept, kept_at = read, time.monotonic()
     finally:
         pool.shutdown(cancel_futures=True)
     return read
@@ -102,7 +106,8 @@ def _store(path: Path, new: np.ndarray, old: np.ndarray, listing: str) -> None:
     """Write RECORDs, sorted by name; of a file that is in both, the new one."""
     both = np.concatenate([new, old])
     both = both[np.unique(both["name"], return_index=True)[1]]
-    write_table(path, [both], lambda: {"version": VERSION, "files": listing})
+    meta = {"version": VERSION, "files": listing}
+    retry(lambda: write_table(path, [both], lambda: meta), lambda: f"{path} cannot be written")
 
 
 def _record(source: ImageFiles, index: int, known: Checksums | None) -> tuple[tuple[int, ...], bool]:

@@ -1,5 +1,6 @@
 """Checksums of loose image files: every bit that turns is noticed, and nothing is read that need not be."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from absl import logging
 from caption_sets import write_coco, write_visual_genome
 from tar_sets import cannot_write, picture
 
+from visionfm_jax import storage
 from visionfm_jax.config import Config, SourceConfig
 from visionfm_jax.config.limits import types_of
 from visionfm_jax.data import checksums as command
@@ -123,7 +125,8 @@ def test_the_log_says_what_has_no_checksum(folder, caplog):
 
 
 def test_an_interruption_keeps_what_was_read(folder, monkeypatch):
-    monkeypatch.setattr(command, "KEPT", 2)
+    monkeypatch.setattr(command, "CHUNK", 2)
+    monkeypatch.setattr(command, "KEPT", 0)
     config = source_config("folder", folder)
     record = command._record
 
@@ -138,6 +141,20 @@ def test_an_interruption_keeps_what_was_read(folder, monkeypatch):
     monkeypatch.setattr(command, "_record", record)
     assert "6 files, 2 of them read" in command.make(config)
     assert sorted(p.name for p in folder.iterdir()) == ["train", "visionfm_train.checksums"]
+
+
+def test_storage_that_fails_for_a_moment_loses_nothing(folder, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "WAITS", (0,))
+    write, failures = command.write_table, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fails_once(*arguments):
+        if failures:
+            raise failures.pop()
+        write(*arguments)
+
+    monkeypatch.setattr(command, "write_table", fails_once)
+    assert "6 files, 6 of them read" in command.make(source_config("folder", folder))
+    assert "Input/output error; trying again in 0 s" in capsys.readouterr().err
 
 
 def test_damaged_checksums_are_refused(folder):

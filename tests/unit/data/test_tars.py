@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -589,6 +590,22 @@ def test_a_silent_claim_of_another_machine_is_taken_over(folder, monkeypatch, ca
     assert len(TarPairs(str(folder))) == 12
     assert "waiting until it has finished" in caplog.text
     assert "another one takes over" in caplog.text
+    assert not list(folder.glob(".*"))
+
+
+def test_a_takeover_leaves_what_a_stopped_process_writes(folder, monkeypatch):
+    """It goes on later, and then finds its unfinished file; that of a dead process is removed."""
+    monkeypatch.setattr(claim, "SILENCE", 0.05)
+    monkeypatch.setattr(claim, "LOOK", 0.01)
+    dead = folder / f".{INDEX}.{16 * 'd'}"
+    dead.touch()
+    (folder / f".{INDEX}.claim-0").write_text('{"host": "elsewhere", "process": 1}')
+    with storage.replacing(folder / INDEX) as stopped:
+        assert len(TarPairs(str(folder))) == 12
+        assert stopped.exists()
+        assert not dead.exists()
+        shutil.copyfile(folder / INDEX, stopped)
+    assert len(TarPairs(str(folder))) == 12
     assert not list(folder.glob(".*"))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
 import socket
@@ -23,6 +22,7 @@ from pathlib import Path
 from absl import logging
 
 from visionfm_jax.errors import DataError
+from visionfm_jax.storage import remove_unfinished
 
 BEAT = 10.0  # seconds between two signs of life
 SILENCE = 180.0  # longer than a network's file system may show an old time of change
@@ -60,9 +60,7 @@ def claimed(places: Sequence[Path], what: str) -> Iterator[Path | None]:
     beats = threading.Thread(target=_beat, args=(_claim(path, number), over), name="claim", daemon=True)
     beats.start()
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*{16 * '[0-9a-f]'}"):  # see `storage.replacing`
-            with contextlib.suppress(OSError):
-                left.unlink()
+        remove_unfinished(path)
         yield path
     finally:
         over.set()
@@ -113,7 +111,7 @@ def _finished(claim: Path) -> bool:
         if (state.st_ino, state.st_mtime_ns) != seen:
             seen, since = (state.st_ino, state.st_mtime_ns), time.monotonic()
         if time.monotonic() - since > SILENCE or _is_dead(holder):
-            logging.warning("%s: its process (%s) has died; another one takes over", claim, holder)
+            logging.warning("%s: its process (%s) has died or stands still; another one takes over", claim, holder)
             return False
         time.sleep(LOOK)
 
