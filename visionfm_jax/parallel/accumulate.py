@@ -22,9 +22,9 @@ COTANGENT = "cotangent"  # key in a batch beside the rows
 class GradCache(NamedTuple):
     """A loss of which a part compares all rows of the batch; `tasks.task.ContrastTask` has the same, explained."""
 
-    embed: Callable[[Tree, dict], dict]  # (params, rows) -> what is compared, arrays with rows first
-    forward: Callable[[Tree, dict], tuple[dict, dict]]  # (params, rows) -> the same, and per-sample arrays
-    contrast: Callable[[dict], jax.Array]  # what is compared -> a loss for each of its rows
+    embed: Callable[[Tree, dict, Context], dict]  # (params, rows, context) -> what is compared, arrays with rows first
+    forward: Callable[[Tree, dict, Context], tuple[dict, dict, dict]]  # the same, and the last two results of a LossFn
+    contrast: Callable[[dict, Context], jax.Array]  # what is compared -> a loss for each of its rows
     weight: float  # of the mean of these
     join: Callable[[dict, jax.Array], dict]  # per-sample arrays, losses of `contrast` -> per-sample arrays
 
@@ -62,7 +62,7 @@ def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict
 
 
 def with_grad_cache(
-    loss: GradCache, params: Tree, batch: dict, accumulate: int
+    loss: GradCache, params: Tree, batch: dict, accumulate: int, context: Context
 ) -> tuple[dict, LossFn, Callable[[dict], dict]]:
     """Make a loss over the whole batch one of micro-batches (Gao et al. 2021, "GradCache").
 
@@ -76,23 +76,25 @@ def with_grad_cache(
       params: usable parameters.
       batch: rows (B, …).
       accumulate: n.
+      context: of the step.
 
     Returns:
       The batch with its cotangents; the loss of a micro-batch of it, whose per-sample arrays are those of `forward`;
       and what makes those of all micro-batches, (B, …), the ones of `join`.
     """
-    embedded = unsplit(jax.lax.map(lambda rows: loss.embed(params, rows), split(batch, accumulate)))
+    embedded = unsplit(jax.lax.map(lambda rows: loss.embed(params, rows, context), split(batch, accumulate)))
 
     def mean(embedded: dict) -> tuple[jax.Array, jax.Array]:
-        losses = loss.contrast(embedded)
+        losses = loss.contrast(embedded, context)
         return loss.weight * losses.mean(), losses
 
     cotangents, losses = jax.grad(mean, has_aux=True)(embedded)
 
     def micro(params: Tree, rows: dict, context: Context) -> tuple[jax.Array, dict, dict]:
-        again, per_sample = loss.forward(params, {k: v for k, v in rows.items() if k != COTANGENT})
-        products = jax.tree.map(lambda e, c: jnp.vdot(e, c), again, rows[COTANGENT])
+        rows, cotangents = {k: v for k, v in rows.items() if k != COTANGENT}, rows[COTANGENT]
+        again, per_sample, means = loss.forward(params, rows, context)
+        products = jax.tree.map(lambda e, c: jnp.vdot(e, c), again, cotangents)
         # The mean over the device's rows is `accumulate` times as much in the mean over a micro-batch's.
-        return per_sample["loss"].mean() + accumulate * sum(jax.tree.leaves(products)), per_sample, {}
+        return per_sample["loss"].mean() + accumulate * sum(jax.tree.leaves(products)), per_sample, means
 
     return {**batch, COTANGENT: cotangents}, micro, lambda per_sample: loss.join(per_sample, losses)

@@ -308,7 +308,7 @@ class Zero:
             row_loss, join = loss_fn, None
             if isinstance(loss_fn, GradCache):
                 usable = self._usable(shards, whole, sum_replicas=False)
-                batch, row_loss, join = with_grad_cache(loss_fn, usable, batch, accumulate)
+                batch, row_loss, join = with_grad_cache(loss_fn, usable, batch, accumulate, context)
 
             def scaled_loss(params: Tree, rows: dict) -> tuple[jax.Array, tuple[dict, dict]]:
                 loss, *rest = row_loss(params, rows, context)

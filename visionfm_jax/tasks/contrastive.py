@@ -23,13 +23,14 @@ from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.contrastive import Targets
 from visionfm_jax.models.clip import Clip, ClipConfig, Embeddings
 from visionfm_jax.models.layers import GatherParams
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
 
 
 @dataclass(kw_only=True)
 class ContrastiveConfig(TaskConfig):
-    """Pictures and captions that belong together, told apart from all others of the global batch."""
+    """Pictures and captions that belong together, recognised among all others of the global batch."""
 
     loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
     tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model
@@ -76,8 +77,9 @@ class Contrastive(Pairs):
         self.config = config
         self.model = Clip(config.model, dtype, gather_params, sigmoid=config.task.loss == "sigmoid")
 
-    def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
+    def embed(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> dict[str, jax.Array]:
         """What `contrast` compares, row by row: embeddings, logit scale and, if images are mixed, their shares."""
+        del context
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # (B, 3)
         images = augment(batch["image"], keys[:, 0], self.config.data.augment)
         share = None
@@ -89,13 +91,14 @@ class Contrastive(Pairs):
         rows |= {} if out.bias is None else {"bias": jnp.broadcast_to(out.bias, len(images))}
         return rows | ({} if share is None else {"share": share})
 
-    def forward(self, params: Any, batch: dict, keys: jax.Array) -> tuple[dict, dict]:
+    def forward(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> tuple[dict, dict, dict]:
         """`embed`'s, and per-sample arrays (B,): `loss`, of which there is none but the contrast, and `logit_scale`."""
-        embedded = self.embed(params, batch, keys)
-        return embedded, {"loss": jnp.zeros(len(keys)), "logit_scale": jnp.exp(embedded["scale"])}
+        embedded = self.embed(params, batch, keys, context)
+        return embedded, {"loss": jnp.zeros(len(keys)), "logit_scale": jnp.exp(embedded["scale"])}, {}
 
-    def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
+    def contrast(self, embedded: dict[str, jax.Array], context: Context) -> jax.Array:
         """Loss (B,) of this device's rows against all; `embedded` as `embed` gives it."""
+        del context
         images, texts = contrastive.l2_normalize(embedded["image"]), contrastive.l2_normalize(embedded["text"])
         own = jnp.arange(len(images))
         mixed = (own ^ 1, embedded["share"]) if "share" in embedded else (None, None)

@@ -31,6 +31,7 @@ from visionfm_jax.models.aurora import Aurora, AuroraConfig
 from visionfm_jax.models.decoder import view_of
 from visionfm_jax.models.generate import Decoding, generate
 from visionfm_jax.models.layers import GatherParams
+from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
 
@@ -137,8 +138,9 @@ class Multimodal(Pairs):
         self.model = Aurora(config.model, dtype, gather_params)
         self.contrast_weight = config.task.contrastive
 
-    def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
+    def embed(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> dict[str, jax.Array]:
         """What `contrast` compares, of the pairs alone."""
+        del context
         draws = self._draws(keys)
         images = augment(self._pairs(batch["image"]), self._pairs(draws.augment), self.config.data.augment)
         features = self._run(params, "encode", images, self._pairs(draws.drop_path))
@@ -146,14 +148,15 @@ class Multimodal(Pairs):
         text = self._run(params, "encode_text", tokens, view_of(tokens, self.config.model.text, causal=True))
         return self._embedded(params, features, text, tokens)
 
-    def forward(self, params: Any, batch: dict, keys: jax.Array) -> tuple[dict, dict]:
+    def forward(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> tuple[dict, dict, dict]:
         """All but the contrast.
 
         Returns:
           `image` and `text` (P, E) and `scale` (P,) for `contrast`; and per-sample arrays: `loss` (B,), whose mean is
           the weighted sum of the means of `masked_image` (B - P,), `captioning` (P,) and `masked_language` (P,); and
-          `logit_scale` (P,).
+          `logit_scale` (P,); and nothing whose mean is wanted.
         """
+        del context
         draws, task = self._draws(keys), self.task
         images = augment(batch["image"], draws.augment, self.config.data.augment)
         units = hide_units(draws.hide, self._units, task.mask_ratio) & self._is_bare(len(images))[:, None, None]
@@ -178,10 +181,11 @@ class Multimodal(Pairs):
         texts = task.captioning * own["captioning"] + task.masked_language * own["masked_language"]
         own["loss"] = self._rows(texts, task.masked_image * own["masked_image"])
         embedded = self._embedded(params, features, text[:, :length], tokens)
-        return embedded, {**own, "logit_scale": jnp.exp(embedded["scale"])}
+        return embedded, {**own, "logit_scale": jnp.exp(embedded["scale"])}, {}
 
-    def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array:
+    def contrast(self, embedded: dict[str, jax.Array], context: Context) -> jax.Array:
         """Loss (P,) of this device's pairs among those of all; `embedded` as `embed` gives it."""
+        del context
         images, texts = contrastive.l2_normalize(embedded["image"]), contrastive.l2_normalize(embedded["text"])
         targets = Targets(first_row(len(images)) + jnp.arange(len(images)))
         scale = jnp.exp(embedded["scale"])[:, None]
@@ -194,7 +198,7 @@ class Multimodal(Pairs):
         return {**own, "loss": loss, "contrastive": contrast}
 
     def predict(self, params: Any, batch: dict, what: Hashable = "embeddings") -> dict[str, jax.Array]:
-        """One of the kinds of `evals.subject.Predict`; random draws come from the rows' `record`."""
+        """One of `MultimodalConfig.predictions`; random draws come from the rows' `record`."""
         if isinstance(what, Decoding):
             return {"generated": self._caption(params, batch, what)}
         kinds = {

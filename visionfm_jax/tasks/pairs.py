@@ -45,12 +45,11 @@ class Pairs(Stateless):
           params: usable parameters (`parallel.zero`).
           batch: as `batch_spec`.
           keys: (B,), one for each sample.
-          context: of the step, not needed.
+          context: of the step.
         """
-        del context
-        embedded, own = self.forward(params, batch, keys)
-        per_sample = self.join(own, self.contrast(embedded))
-        return per_sample["loss"].mean(), per_sample, {}
+        embedded, own, means = self.forward(params, batch, keys, context)
+        per_sample = self.join(own, self.contrast(embedded, context))
+        return per_sample["loss"].mean(), per_sample, means
 
     def constrain(self, params: Any) -> Any:
         """The logarithm of the logit scale in [0, ln 100]."""

@@ -70,17 +70,17 @@ class Stateless:
 class ContrastTask(Task, Protocol):
     """A task of which a part compares every row with all rows of the global batch.
 
-    `loss` is `join` of what `forward` gives for the rows themselves and `contrast` for what it compares. So that micro-
-    batches are compared with all of the batch (`parallel.accumulate`), every array of `embed`, which is the first
-    result of `forward` alone, has rows first, and `contrast` takes any number of them. `contrast_weight` times its
-    mean is its part of the loss.
+    `loss` is `join` of what `forward` gives for the rows themselves and `contrast` for what it compares, and its last
+    result is `forward`'s. So that micro-batches are compared with all of the batch (`parallel.accumulate`), every array
+    of `embed`, which is the first result of `forward` alone, has rows first, and `contrast` takes any number of them.
+    `contrast_weight` times its mean is its part of the loss.
     """
 
     contrast_weight: float
 
-    def embed(self, params: Any, batch: dict, keys: jax.Array) -> dict[str, jax.Array]: ...
-    def forward(self, params: Any, batch: dict, keys: jax.Array) -> tuple[dict, dict]: ...
-    def contrast(self, embedded: dict[str, jax.Array]) -> jax.Array: ...
+    def embed(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> dict[str, jax.Array]: ...
+    def forward(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> tuple[dict, dict, dict]: ...
+    def contrast(self, embedded: dict[str, jax.Array], context: Context) -> jax.Array: ...
     def join(self, own: dict[str, jax.Array], contrast: jax.Array) -> dict[str, jax.Array]: ...
 
 

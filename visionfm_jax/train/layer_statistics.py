@@ -156,7 +156,7 @@ class LayerStatistics:
         def local(params: Any, batch: dict, context: Context) -> Any:
             scale, row_loss = batch.pop("scale")[0], loss
             if isinstance(loss, GradCache):
-                batch, row_loss, _ = with_grad_cache(loss, params, batch, n)
+                batch, row_loss, _ = with_grad_cache(loss, params, batch, n, context)
 
             def micro(rows: dict) -> Any:
                 def scaled(probes: Any) -> jax.Array:

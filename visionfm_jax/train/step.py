@@ -140,8 +140,8 @@ def loss_of(config: Config, task: Task) -> LossFn | GradCache:
     """The task's loss of rows that carry their keys (`with_keys`), as `Zero.loss_and_grads` takes it."""
     if config.train.accumulate > 1 and config.task.loss_scope == "batch":
         return GradCache(
-            embed=lambda params, rows: task.embed(params, *_without_keys(rows)),
-            forward=lambda params, rows: task.forward(params, *_without_keys(rows)),
+            embed=lambda params, rows, context: task.embed(params, *_without_keys(rows), context),
+            forward=lambda params, rows, context: task.forward(params, *_without_keys(rows), context),
             contrast=task.contrast,
             weight=task.contrast_weight,
             join=task.join,
