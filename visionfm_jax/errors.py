@@ -8,6 +8,7 @@ and keeps its traceback.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -68,13 +69,19 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"visionfm_jax: error: {printable(str(error))}", file=sys.stderr, flush=True)
+            complain(f"error: {error}")
             return error.exit_code
         except KeyboardInterrupt:
-            print("visionfm_jax: interrupted", file=sys.stderr, flush=True)
+            complain("interrupted")
             return INTERRUPTED
 
     return run
+
+
+def complain(text: str) -> None:
+    """Write a line for people on stderr, behind the name that the program was called by."""
+    program = "visionfm" if os.path.basename(sys.argv[0]) == "visionfm" else "visionfm_jax"
+    print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

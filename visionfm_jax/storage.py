@@ -13,14 +13,13 @@ import glob
 import json
 import os
 import secrets
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from visionfm_jax.errors import DataError, OutputError, StorageError
+from visionfm_jax.errors import DataError, OutputError, StorageError, complain
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further try: a minute in all
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -125,7 +124,7 @@ def unwritable(path: Path, error: OSError, lost: str = "") -> OutputError:
 
 def announce(failure: str, wait: float) -> None:
     """Say that there will be another try."""
-    print(f"visionfm_jax: {failure}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+    complain(f"{failure}; trying again in {wait:g} s")
 
 
 def is_passing(text: str) -> bool:

@@ -146,7 +146,7 @@ def test_a_value_that_is_not_finite(tmp_path, overflowing):
     bad = int(line.partition("error: step ")[2].partition(":")[0])
     assert steps(folder)[-1] == bad // 2 * 2
     assert all(np.isfinite(v).all() for v in state(folder).values())
-    assert f"kept in {folder}/spikes/step-{bad:08}.jsonl, --mode=replay --step={bad} runs it again" in line
+    assert f"kept in {folder}/spikes/step-{bad:08}.jsonl, visionfm replay --step={bad} runs it again" in line
     head, samples = kept_step(folder, bad)
     assert head["kind"] == "not finite"
     assert [s["key"] for s in samples if not np.isfinite(s["loss"])] == ["train.npz[37]"]

@@ -22,12 +22,11 @@ import multiprocessing
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 from typing import Any, NoReturn
 
-from visionfm_jax.errors import ConfigError, LostError, printable
+from visionfm_jax.errors import ConfigError, LostError, complain
 from visionfm_jax.parallel import relay
 
 BEAT = 5.0  # seconds between two signs of life
@@ -90,7 +89,7 @@ class Peers:
     def fail(self, code: int, text: str) -> NoReturn:
         """End every process of the run with `code`; this one has said why, or says it now."""
         self.ending = True
-        print(f"visionfm_jax: error: process {self.process}: {printable(text)}", file=sys.stderr, flush=True)
+        complain(f"error: process {self.process}: {text}")
         self.end(code, text)
 
     def end(self, code: int, text: str) -> NoReturn:
@@ -211,7 +210,7 @@ class Peers:
         if self.process == 0:
             for link in self._links.values():
                 link.send(end=code, text=text)
-        print(f"visionfm_jax: error: process {self.process}: {printable(text)}", file=sys.stderr, flush=True)
+        complain(f"error: process {self.process}: {text}")
         time.sleep(0.5)  # as in `end`
         exit_now(code)
 
@@ -311,7 +310,7 @@ def listen(coordinator: str, end: float = 0.0) -> socket.socket:
             raise ConfigError(
                 f"coordinator = {coordinator!r}: process 0 cannot listen on port {port} ({reason}); choose another port"
             ) from error
-    print(f"visionfm_jax: {coordinator}: {reason}; listening on all interfaces", file=sys.stderr, flush=True)
+    complain(f"{coordinator}: {reason}; listening on all interfaces")
     return socket.create_server(("", port), backlog=4096)
 
 

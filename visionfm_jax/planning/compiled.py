@@ -25,7 +25,7 @@ import cloudpickle
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.load import MODULE
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import UserError, complain
 from visionfm_jax.parallel.cluster import is_installed
 from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
 from visionfm_jax.storage import replacing
@@ -99,7 +99,7 @@ def compile_step(config: Config, cluster: Cluster, platform: str) -> CompiledSte
         with replacing(entry) as part:
             part.write_bytes(data)
     except OSError as error:  # only the next plan is slower
-        print(f"visionfm_jax: the compile is not cached: {entry.parent}: {error.strerror}", file=sys.stderr)
+        complain(f"the compile is not cached: {entry.parent}: {error.strerror}")
     return CompiledStep(**json.loads(gzip.decompress(data)))
 
 

@@ -102,7 +102,7 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> Start:
         if found.step >= (total := trainer.config.total_steps):
             raise ConfigError(
                 f"config.checkpoint.resume = {config.resume!r}: is at step {found.step}, and config.train sets {total} "
-                "steps; set more, or evaluate it by --mode=evaluate"
+                "steps; set more, or evaluate it by visionfm evaluate"
             )
         return Start(found.what, found.record, origin_of(found, f"step {found.step} of {config.resume}"))
     if not config.weights:

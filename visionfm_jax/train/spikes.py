@@ -60,7 +60,7 @@ class SpikeFolder:
             self._thin_out(prefix, path)
         except OSError as error:
             return f"not kept, as {path} cannot be written: {error.strerror}"
-        return f"kept in {path}, --mode=replay --step={step} runs it again"
+        return f"kept in {path}, visionfm replay --step={step} runs it again"
 
     def _rows(self, step: int, losses: np.ndarray, batch: Mapping) -> list[dict[str, Any]]:
         local = len(losses) // self._hosts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -13,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from visionfm_jax.config import Config
-from visionfm_jax.errors import INTERRUPTED, PREEMPTED
+from visionfm_jax.errors import INTERRUPTED, PREEMPTED, complain
 from visionfm_jax.parallel import cluster
 
 
@@ -47,7 +46,7 @@ class StopSignal:
         while number := os.read(arrivals, 1):
             if number[0] in (signal.SIGINT, signal.SIGTERM) and not self._asked:
                 text = "stopped before a new step: there is nothing new to save"
-                print(f"visionfm_jax: {text}", file=sys.stderr, flush=True)
+                complain(text)
                 cluster.end_all(INTERRUPTED if number[0] == signal.SIGINT else PREEMPTED, text)
 
     def __call__(self) -> bool:

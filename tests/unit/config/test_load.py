@@ -202,10 +202,14 @@ def test_a_value_that_cannot_be_written_is_refused_by_its_type(tmp_path):
         load.from_arguments([f"--config={path}"])
 
 
-def test_nothing_in_an_error_is_obeyed_by_a_terminal(capsys):
+@pytest.mark.parametrize(
+    ("called", "name"), [("/env/bin/visionfm", "visionfm"), ("/src/visionfm_jax/main.py", "visionfm_jax")]
+)
+def test_an_error_names_the_program_and_nothing_in_it_is_obeyed_by_a_terminal(called, name, capsys, monkeypatch):
     @entry_point
     def fails():
         raise ConfigError("red \x1b[31m, wide \x9b, é\nnext line")
 
+    monkeypatch.setattr("sys.argv", [called])
     assert fails() == 2
-    assert capsys.readouterr().err == "visionfm_jax: error: red \\x1b[31m, wide \\x9b, é\nnext line\n"
+    assert capsys.readouterr().err == f"{name}: error: red \\x1b[31m, wide \\x9b, é\nnext line\n"

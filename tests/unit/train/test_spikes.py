@@ -87,7 +87,7 @@ def test_a_spike_is_noted_and_kept_with_its_samples(tmp_path):
     assert len(notes) == 2  # not before there is a usual value, and not by less than ten times
     assert notes[0] == (
         "step 80: gradient norm 10.5 is 10 times its usual value, most of it in head.kernel; the largest losses are of "
-        f"rows [2, 1, 0]; kept in {tmp_path}/spikes/step-00000080.jsonl, --mode=replay --step=80 runs it again"
+        f"rows [2, 1, 0]; kept in {tmp_path}/spikes/step-00000080.jsonl, visionfm replay --step=80 runs it again"
     )
     head, rows = kept_step(tmp_path, 80)
     assert head.pop("gradient_norms") == {"embed.kernel": pytest.approx(0.1), "head.kernel": 10.5}
@@ -112,7 +112,7 @@ def test_what_is_usual_outlives_an_interruption(tmp_path):
 
 def test_a_step_that_is_not_finite_is_kept(tmp_path):
     with pytest.raises(
-        TrainingError, match=r"kept in .*step-00000002.jsonl, --mode=replay --step=2 runs it again; conf"
+        TrainingError, match=r"kept in .*step-00000002.jsonl, visionfm replay --step=2 runs it again; conf"
     ):
         run(tmp_path, {2: float("nan")}, steps=5)
     head, rows = kept_step(tmp_path, 2)
