@@ -13,7 +13,7 @@ def test_turned_bits_are_noticed():
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ") and "---" not in line]
     table = {row[0].strip("| "): row[1:] for row in rows[1:]}
-    assert len(table) == 11
+    assert len(table) == 13
     assert all(int(row[0]) == 8 for row in table.values())
     assert sum(int(row[1]) for row in table.values()) > 30  # named
     assert {tuple(cell.strip("| ") for cell in row[3:]) for row in table.values()} == {("0", "0")}

@@ -36,16 +36,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import tensorflow_datasets as tfds  # noqa: E402
 from absl import logging  # noqa: E402
 from PIL import Image  # noqa: E402
 from tar_sets import write_tars  # noqa: E402
 
-from visionfm_jax.config import CheckpointConfig, Config  # noqa: E402
+from visionfm_jax.config import CheckpointConfig, Config, SourceConfig  # noqa: E402
 from visionfm_jax.data.checksums import make as make_checksums  # noqa: E402
 from visionfm_jax.data.images import decode  # noqa: E402
 from visionfm_jax.data.loader import DAMAGED  # noqa: E402
 from visionfm_jax.data.sources import open_source, selection  # noqa: E402
-from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig  # noqa: E402
+from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig, NumpyConfig, TfdsConfig  # noqa: E402
 from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
 from visionfm_jax.errors import UserError  # noqa: E402
 from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
@@ -163,6 +164,57 @@ def class_folder(folder: Path) -> Read:
     return read
 
 
+def array_file(folder: Path) -> Read:
+    """An .npz file of images and labels."""
+    rng = np.random.default_rng(0)
+    np.savez(folder / "train.npz", image=rng.integers(0, 256, (12, 16, 16), np.uint8), label=np.arange(12) % 3)
+    return records_of(NumpyConfig(path=str(folder / "train.npz"), split=""))
+
+
+class Squares(tfds.core.GeneratorBasedBuilder):
+    """Small images in three classes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> Any:
+        image, label = tfds.features.Image(encoding_format="png"), tfds.features.ClassLabel(num_classes=3)
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Any:
+        rng = np.random.default_rng(0)
+        for i in range(12):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(file, "png")
+            file.seek(0)
+            yield i, {"image": file, "label": i % 3}
+
+
+def tfds_dataset(folder: Path) -> Read:
+    """A dataset of TFDS, in ArrayRecord."""
+    Squares(data_dir=folder, file_format="array_record").download_and_prepare()
+    return records_of(TfdsConfig(path=str(folder)))
+
+
+def records_of(config: SourceConfig) -> Read:
+    """All records of a source, which is opened anew each time."""
+
+    def read() -> Any:
+        source, out, damaged = open_source(config), [], 0
+        for i in range(len(source)):
+            try:
+                record = source[i]
+                out.append((bytes(record["image"]), int(record["label"])))
+            except DAMAGED:
+                damaged += 1
+        return NAMED if damaged else out
+
+    return read
+
+
 def beside_arrays(folder: Path) -> list[Path]:
     """The files of a checkpoint that hold no array."""
     return sorted(p for p in (folder / f"checkpoints/{STEP}").iterdir() if p.is_file())
@@ -180,6 +232,8 @@ KINDS: dict[str, tuple[Callable[[Path], Read], Callable[[Path], list[Path]]]] = 
     "image file: JPEG": (class_folder, lambda f: sorted(f.rglob("*.jpg"))),
     "image file: PNG": (class_folder, lambda f: sorted(f.rglob("*.png"))),
     "image file: WebP": (class_folder, lambda f: sorted(f.rglob("*.webp"))),
+    ".npz": (array_file, lambda f: [f / "train.npz"]),
+    "TFDS, ArrayRecord": (tfds_dataset, lambda f: sorted(f.rglob("*array_record-0*"))),
     "checksums of image files": (class_folder, lambda f: sorted(f.glob("*.checksums"))),
 }  # fmt: skip
 
@@ -211,6 +265,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of files and bits (0)")
     arguments = parser.parse_args()
     quiet_logs()
+    tfds.disable_progress_bar()
     logging.set_verbosity(logging.FATAL)  # lines about damaged records are what is counted here
     began, wrong = time.monotonic(), 0
     table: dict[str, collections.Counter] = {}
