@@ -37,7 +37,7 @@ SLOW = (
     "e2e/test_interruption.py",
     "distributed/test_compiled_zero.py",
     "distributed/test_backbones.py",
-    "distributed/test_cached_contrast.py",
+    "distributed/test_grad_cache.py",
     "distributed/test_loss_scaling.py",
     "distributed/test_processes.py",
     "distributed/test_compiled_aurora.py",

@@ -19,11 +19,12 @@ from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.open_clip import text_from_open_clip, text_to_open_clip
 from visionfm_jax.losses import contrastive
-from visionfm_jax.losses.contrastive import Targets, clip_loss, l2_normalize, sigmoid_loss
+from visionfm_jax.losses.contrastive import Targets, clip_loss, sigmoid_loss
 from visionfm_jax.models import clip, layers, text
 from visionfm_jax.models.backbones import swin_v2
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.models.layers import l2_normalize
 from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import BATCH, all_rows, first_row, make_mesh
 

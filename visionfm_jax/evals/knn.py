@@ -22,6 +22,7 @@ from visionfm_jax.errors import DataError
 from visionfm_jax.evals.kinds import KnnConfig
 from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.subject import Predict
+from visionfm_jax.models.layers import l2_normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PIXELS = 32  # side to which larger images are averaged for the baseline: ImageNet's pixels are 200 GB otherwise
@@ -139,12 +140,8 @@ def _nearer(
     scores: jax.Array, indices: jax.Array, queries: jax.Array, gallery: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The best k of those so far (Q, k) and a block of the gallery whose first row is number `start`."""
-    new = jnp.dot(_unit(queries), _unit(gallery).T, precision=jax.lax.Precision.HIGHEST)
+    new = jnp.dot(l2_normalize(queries), l2_normalize(gallery).T, precision=jax.lax.Precision.HIGHEST)
     new = jnp.where(jnp.isfinite(gallery).all(1), new, -jnp.inf)
     numbers = jnp.broadcast_to(start + jnp.arange(len(gallery), dtype=jnp.int32), new.shape)
     scores, at = jax.lax.top_k(jnp.concatenate([scores, new], 1), scores.shape[1])
     return scores, jnp.take_along_axis(jnp.concatenate([indices, numbers], 1), at, 1)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -10,7 +10,7 @@ import numpy as np
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.batches import Batch
 from visionfm_jax.data.chain import EvalTransform
-from visionfm_jax.data.fields import Fields, Row, Spec
+from visionfm_jax.data.fields import Fields, NoFields, Row
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.data.sources.record import DamagedRecord
@@ -72,20 +72,8 @@ class MultimodalEval:
         self.details = {"protocol": self.protocol, "settings": self.settings, **more}
 
 
-class Images:
-    """Nothing beside the image."""
-
-    spec: Spec = {}  # noqa: RUF012
-
-    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
-        return {}
-
-    def check(self, source: Source) -> None:
-        """Every source has images."""
-
-
-class CaptionedImages(Images):
-    """As `Images`; those without a readable caption are damaged."""
+class CaptionedImages(NoFields):
+    """Nothing beside the image; those without a readable caption are damaged."""
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         if not captions_of(record):

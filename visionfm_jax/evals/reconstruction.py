@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from visionfm_jax.evals.multimodal import Images, MultimodalEval
+from visionfm_jax.evals.multimodal import MultimodalEval
 from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.evals.subject import Predict
 
@@ -43,7 +43,7 @@ class ReconstructionEval(MultimodalEval):
     def run(self, predict: Predict) -> dict[str, float]:
         """Each image once, and the sample once more."""
         total, records = np.float64(0), []
-        for batch in self.batches(Images()):
+        for batch in self.batches(NoFields()):
             out = predict(batch, "masked_image")
             keep = out["mask"] > 0
             total += out["pixel_error"][keep].sum(dtype=np.float64)

@@ -24,12 +24,6 @@ class Targets(NamedTuple):
     share: jax.Array | None = None  # (B,), of `own`
 
 
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """Rows (…, D) over their length, fp32; 0 stays 0, with a finite gradient."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
-
-
 def clip_loss(
     images: jax.Array,
     texts: jax.Array,

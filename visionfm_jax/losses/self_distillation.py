@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from visionfm_jax.losses.contrastive import l2_normalize
+from visionfm_jax.models.layers import l2_normalize
 
 
 def sinkhorn(

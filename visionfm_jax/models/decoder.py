@@ -245,8 +245,8 @@ class MultimodalDecoder(nn.Module):
 def empty_cache(config: DecoderConfig, half: int, rows: int, dtype: jnp.dtype) -> KVCache:
     """That of a half, 0 unimodal or 1 multimodal, before the first token; leaves are (L, B, …)."""
     size = size_of(config)
-    room = jnp.zeros((size.depths[half], rows, config.context, size.heads, size.width // size.heads), dtype)
-    return KVCache(room, room)
+    zeros = jnp.zeros((size.depths[half], rows, config.context, size.heads, size.width // size.heads), dtype)
+    return KVCache(zeros, zeros)
 
 
 def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int, readings: int = 1) -> tuple[float, float]:

@@ -132,9 +132,9 @@ def _beam(words: Step, cache: Cache, decoding: Decoding, begin: int, end: int, l
         texts = beams.live[own, beam].at[:, :, position + 1].set(token.astype(jnp.int32))
         ends = token == end
 
-        room = ~jnp.isfinite(beams.done_scores).all(1, keepdims=True)
+        unfilled = ~jnp.isfinite(beams.done_scores).all(1, keepdims=True)
         penalty = ((position + 6) / 6) ** decoding.length_penalty  # position + 1 words
-        new = jnp.where(ends[:, :K] & room, scores[:, :K] / penalty, -jnp.inf)
+        new = jnp.where(ends[:, :K] & unfilled, scores[:, :K] / penalty, -jnp.inf)
         done_scores, pick = jax.lax.top_k(jnp.concatenate([beams.done_scores, new], 1), K)
         done = jnp.concatenate([beams.done, texts[:, :K]], 1)[own, pick]
 

@@ -61,6 +61,18 @@ def dense(x: jax.Array, features: int, dtype: jnp.dtype, name: str, **more: Any)
     return y.reshape(*x.shape[:-1], features)
 
 
+def l2_normalize(x: jax.Array, dim: int = -1) -> jax.Array:
+    """x over its length along a dim, fp32; 0 stays 0 and has no gradient.
+
+    Keys of a window's padding are 0. A gradient of their direction, however large a number, would overflow in fp16, and
+    come out of products with the padding's zeros as NaN.
+    """
+    x = x.astype(jnp.float32)
+    square = (x * x).sum(dim, keepdims=True)
+    some = square > 1e-24
+    return x * jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
+
+
 @jax.custom_vjp
 def logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x (B, D) times kernel (D, C), in fp32 (B, C): operands, also those of the backward pass, in their own dtype.
@@ -108,7 +120,7 @@ class Qkv(nn.Module):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, in arrays with room for all that may follow."""
+    """Keys and values of the tokens so far, in arrays long enough for all that may follow."""
 
     keys: jax.Array  # (B, S, N, K)
     values: jax.Array  # (B, S, N, K)
@@ -330,7 +342,7 @@ def scan_blocks(
                 return block.apply({"params": gather_params(p)}, x, *own)
 
             # The body of a loop is a computation of its own. XLA inlines that of a loop of one pass, finds its products
-            # in the forward pass and, unless it is told not to, keeps those instead of recomputing.
+            # in the forward pass and, unless that is forbidden, keeps those instead of recomputing.
             step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=repeats == 1)
             arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
             x = step(x, p if len(group) == 1 else p[str(i)], *arguments)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from visionfm_jax.models.layers import dense, logits
+from visionfm_jax.models.layers import dense, l2_normalize, logits
 
 
 class PrototypeHead(nn.Module):
@@ -27,12 +27,7 @@ class PrototypeHead(nn.Module):
             x = dense(x, width, self.dtype, f"fc{i}", kernel_init=nn.initializers.truncated_normal(0.02))
         shape = self.bottleneck, self.prototypes
         prototypes = self.param("prototypes", nn.initializers.normal(self.bottleneck**-0.5), shape)
-        return logits(_unit(x, 1).astype(self.dtype), _unit(prototypes, 0).astype(self.dtype))
-
-
-def _unit(x: jax.Array, dim: int) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(dim, keepdims=True), 1e-24))
+        return logits(l2_normalize(x).astype(self.dtype), l2_normalize(prototypes, 0).astype(self.dtype))
 
 
 def forward_flops(width: int, prototypes: int, hidden: int, bottleneck: int) -> float:

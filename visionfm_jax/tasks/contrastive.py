@@ -22,7 +22,7 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.losses import contrastive
 from visionfm_jax.losses.contrastive import Targets
 from visionfm_jax.models.clip import Clip, ClipConfig, Embeddings
-from visionfm_jax.models.layers import GatherParams
+from visionfm_jax.models.layers import GatherParams, l2_normalize
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
@@ -99,7 +99,7 @@ class Contrastive(Pairs):
     def contrast(self, embedded: dict[str, jax.Array], context: Context) -> jax.Array:
         """Loss (B,) of this device's rows against all; `embedded` as `embed` gives it."""
         del context
-        images, texts = contrastive.l2_normalize(embedded["image"]), contrastive.l2_normalize(embedded["text"])
+        images, texts = l2_normalize(embedded["image"]), l2_normalize(embedded["text"])
         own = jnp.arange(len(images))
         mixed = (own ^ 1, embedded["share"]) if "share" in embedded else (None, None)
         first = first_row(len(images))
@@ -130,7 +130,7 @@ class Contrastive(Pairs):
         return out
 
     def _embed(self, params: Any, x: jax.Array, method: Any) -> jax.Array:
-        return contrastive.l2_normalize(self.model.apply({"params": params}, x, method=method))
+        return l2_normalize(self.model.apply({"params": params}, x, method=method))
 
     @property
     def step_flops(self) -> float:

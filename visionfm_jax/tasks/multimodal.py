@@ -30,7 +30,7 @@ from visionfm_jax.losses.masked import enlarge, hide_units, hide_words, pixel_lo
 from visionfm_jax.models.aurora import Aurora, AuroraConfig
 from visionfm_jax.models.decoder import view_of
 from visionfm_jax.models.generate import Decoding, generate
-from visionfm_jax.models.layers import GatherParams
+from visionfm_jax.models.layers import GatherParams, l2_normalize
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import Pairs
@@ -186,7 +186,7 @@ class Multimodal(Pairs):
     def contrast(self, embedded: dict[str, jax.Array], context: Context) -> jax.Array:
         """Loss (P,) of this device's pairs among those of all; `embedded` as `embed` gives it."""
         del context
-        images, texts = contrastive.l2_normalize(embedded["image"]), contrastive.l2_normalize(embedded["text"])
+        images, texts = l2_normalize(embedded["image"]), l2_normalize(embedded["text"])
         targets = Targets(first_row(len(images)) + jnp.arange(len(images)))
         scale = jnp.exp(embedded["scale"])[:, None]
         return contrastive.clip_loss(images, texts, all_rows(images), all_rows(texts), scale, targets)
@@ -275,11 +275,11 @@ class Multimodal(Pairs):
         out = {}
         if "image" in batch:
             image = self._run(params, "embed_image", self._shown(params, batch))
-            out["image_embedding"] = contrastive.l2_normalize(image)
+            out["image_embedding"] = l2_normalize(image)
         if "text" in batch:
             tokens = batch["text"]
             text = self._run(params, "encode_text", tokens, view_of(tokens, self.config.model.text, causal=True))
-            out["text_embedding"] = contrastive.l2_normalize(self._run(params, "embed_text", text, tokens))
+            out["text_embedding"] = l2_normalize(self._run(params, "embed_text", text, tokens))
         return out
 
     def _features(self, params: Any, batch: dict) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from visionfm_jax.storage import replacing
 
-# Okabe & Ito's palette: told apart with every kind of colour vision.
+# Okabe & Ito's palette: distinguishable with every kind of colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B7280"
 SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 INK = "#1F2937"

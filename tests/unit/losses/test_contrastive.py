@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from visionfm_jax.losses.contrastive import Targets, clip_loss, l2_normalize, sigmoid_loss
+from visionfm_jax.losses.contrastive import Targets, clip_loss, sigmoid_loss
+from visionfm_jax.models.layers import l2_normalize
 from visionfm_jax.parallel.mesh import BATCH, all_rows, first_row, make_mesh
 
 B, D = 16, 24

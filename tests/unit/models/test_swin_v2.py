@@ -23,11 +23,10 @@ from visionfm_jax.models.backbones.swin_v2 import (
     offset_index,
     partition,
     shifted_window_mask,
-    unit,
     unpartition,
     windows_of,
 )
-from visionfm_jax.models.layers import drop_path, layer_norm
+from visionfm_jax.models.layers import drop_path, l2_normalize, layer_norm
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -115,7 +114,6 @@ def test_forward_flops_by_hand():
 
 # Windows
 
-
 CUTS = [
     ((8, 8), 4, True), ((7, 9), 4, True), ((7, 9), 4, False), ((10, 3), 5, True), ((3, 2), 7, True),
     ((14, 14), 7, True),
@@ -171,8 +169,8 @@ def test_attention_sees_neighbours_and_no_others():
 def test_padding_has_no_gradient_in_half_precision():
     """Keys of the padding are zero: their direction's derivative is without bound, and 0 times inf is not a number."""
     x = jnp.zeros((2, 4)).at[1].set(3.0)
-    np.testing.assert_array_equal(unit(x), [[0] * 4, [0.5] * 4])
-    np.testing.assert_array_equal(jax.grad(lambda x: (unit(x) * jnp.arange(8.0).reshape(2, 4)).sum())(x)[0], 0)
+    np.testing.assert_array_equal(l2_normalize(x), [[0] * 4, [0.5] * 4])
+    np.testing.assert_array_equal(jax.grad(lambda x: (l2_normalize(x) * jnp.arange(8.0).reshape(2, 4)).sum())(x)[0], 0)
     attn = WindowAttention(2, windows_of((5, 6), 4, (0, 0), shifted=True), jnp.float16, "xla")
     x = images(1, 5, 6, 16).astype(jnp.float16)
     params = randomised(jax.eval_shape(attn.init, jax.random.key(0), x))

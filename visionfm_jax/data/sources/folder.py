@@ -24,7 +24,7 @@ from visionfm_jax.data.sources.record import left_out, printable
 from visionfm_jax.errors import DataError
 
 _NAMED = 5  # names of files that are not read, in a line of the log
-_KINDS = 10  # reasons why files are not read that are told apart
+_KINDS = 10  # reasons why files are not read that are counted apart
 
 
 class FolderSource:

@@ -27,6 +27,7 @@ from visionfm_jax.models.layers import (
     Qkv,
     dense,
     drop_path,
+    l2_normalize,
     layer_norm,
     named_size,
     no_gather,
@@ -309,22 +310,10 @@ def folded_attention(
     count, N = q.shape[2], len(scale)
     q, k, v = (rearrange(a, "b t c (n k) -> b t (c n) k", n=N) for a in (q, k, v))
     scale = jnp.tile(jnp.exp(jnp.minimum(scale, MAX_SCALE)), count)[:, None]
-    q, k = (unit(q) * scale).astype(q.dtype), unit(k).astype(k.dtype)
+    q, k = (l2_normalize(q) * scale).astype(q.dtype), l2_normalize(k).astype(k.dtype)
     bias = jnp.tile(bias, (count, 1, 1, 1)) if mask is None else bias + mask[:, None]
     y = attention(q, k, v, implementation, bias=rearrange(bias, "c n t s -> 1 (c n) t s"), scale=1.0)
     return rearrange(y, "b t (c n) k -> b t c (n k)", n=N)
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """x over its length along the last dim, fp32; 0 stays 0 and has no gradient.
-
-    Keys of the padding are 0. A gradient of their direction, however large a number, would overflow in fp16, and
-    come out of products with the padding's zeros as NaN.
-    """
-    x = x.astype(jnp.float32)
-    square = (x * x).sum(-1, keepdims=True)
-    some = square > 1e-24
-    return x * jnp.where(some, jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
 
 
 class SwinBlock(nn.Module):

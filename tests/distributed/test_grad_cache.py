@@ -1,8 +1,8 @@
 """Micro-batches contrasted with all of the batch: loss, gradients and memory of the step, beside those without them.
 
 Equal to fp32 rounding means: of every tensor, the gradients' difference has at most 1e-5 of the gradient's norm (and
-1e-7 of that of all, for tensors whose gradient is zero but for rounding). Blocks are dropped, patches and words
-hidden, texts read blindly and images flipped or mixed, by sample: another draw in the second pass would show.
+1e-7 of that of all, for tensors whose gradient is zero but for rounding). Blocks are dropped, patches and words hidden,
+words guessed without the image and images mixed, by sample: another draw in the second pass would show.
 """
 
 from __future__ import annotations
