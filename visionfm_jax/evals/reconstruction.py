@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from visionfm_jax.data.fields import NoFields
 from visionfm_jax.evals.multimodal import MultimodalEval
 from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.evals.subject import Predict

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +121,7 @@ def import_state(
             f"the state is no {what} of {depth} layers: {'; '.join(problems)}. Check which model wrote "
             "it, and the fields of the configuration"
         )
-    params: Params = {}
+    arrays = {}
     for leaf in leaves:
         convert = IMPORT[leaf.kind]
 
@@ -131,13 +131,8 @@ def import_state(
             parts = [convert(np.split(t, n)[i] if n > 1 else t) for t in tensors]
             return np.concatenate(parts, -1) if len(parts) > 1 else parts[0].copy()
 
-        value = np.stack([joined(i) for i in range(depth)]) if _stacked(leaf) else joined(0)
-        *parents, last = leaf.ours.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return params
+        arrays[leaf.ours] = np.stack([joined(i) for i in range(depth)]) if _stacked(leaf) else joined(0)
+    return unflatten(arrays)
 
 
 def export_tree(params: Params, leaves: tuple[Leaf, ...], what: str) -> dict[str, np.ndarray]:
@@ -171,6 +166,25 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The reverse of `flatten`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def some(names: Iterable[str], most: int = 8) -> str:
+    """The first of the names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def _stacked(leaf: Leaf) -> bool:
     return "{}" in leaf.theirs[0]
 
@@ -188,7 +202,7 @@ def _depth(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...]) -> int:
 
 def _differences(got: set[str], wanted: set[str]) -> list[str]:
     pairs = (("missing", wanted - got), ("unknown", got - wanted))
-    return [f"{what} {_some(sorted(names))}" for what, names in pairs if names]
+    return [f"{what} {some(sorted(names))}" for what, names in pairs if names]
 
 
 def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -> list[str]:
@@ -204,7 +218,7 @@ def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -
         expected = tuple(_number(size, letters) for size in leaf.shape)
         if shape != expected:
             wrong.append(f"{name} {shape} instead of {expected}".replace("'", ""))
-    return [f"wrong shapes {_some(wrong)}"] if wrong else []
+    return [f"wrong shapes {some(wrong)}"] if wrong else []
 
 
 def _number(size: Size, letters: Mapping[str, int]) -> Size:
@@ -212,8 +226,3 @@ def _number(size: Size, letters: Mapping[str, int]) -> Size:
         return size
     times, letter = int(size[:-1] or 1), size[-1]
     return times * letters[letter] if letter in letters else size
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

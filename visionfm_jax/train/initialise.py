@@ -21,7 +21,7 @@ from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import CheckpointError, ConfigError, UserError
 from visionfm_jax.interop import files
-from visionfm_jax.interop.leaves import flatten, is_named
+from visionfm_jax.interop.leaves import flatten, is_named, some, unflatten
 from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
 from visionfm_jax.interop.resample import Way, way
 from visionfm_jax.parallel.agreement import from_first, require_same
@@ -80,8 +80,8 @@ class Found(NamedTuple):
         lines = [f"the weights of {self.name}", *self.notes]
         lines.append(f"{len(self.fit.taken) + len(self.fit.resampled)} arrays taken")
         lines += [f"resampled: {_dots(path)}, {how.what}" for path, how in self.fit.resampled.items()]
-        lines += [f"begins afresh: {_some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
-        lines += [f"not taken: {_some(names)} ({why})" for why, names in self.fit.left.items()]
+        lines += [f"begins afresh: {some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
+        lines += [f"not taken: {some(names)} ({why})" for why, names in self.fit.left.items()]
         return _below(lines)
 
 
@@ -205,7 +205,7 @@ def _of_file(trainer: Trainer) -> Found:
     if not state:
         raise ConfigError(
             f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} begins so, but "
-            f"{_some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
+            f"{some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
         )
     try:
         found = import_weights(state, about, _networks(trainer.config), config.weights_into, config.skip)
@@ -216,7 +216,7 @@ def _of_file(trainer: Trainer) -> Found:
     left = {**found.left, **_outside(weights.tensors, below)}
     here = _shapes(trainer.shapes.params)
     fit = match({path: value.shape for path, value in found.arrays.items()}, here, trainer.config, left, str(file))
-    digests = _some([f"{name} {digest[:16]}…" for name, digest in weights.digests.items()], 2)
+    digests = some([f"{name} {digest[:16]}…" for name, digest in weights.digests.items()], 2)
     notes = [f"{found.what}, {len(weights.tensors)} tensors, sha256 {digests}"]
     kept = {"source": str(file), "names": found.what, "sha256": weights.digests}
     return Found(found.arrays, str(file), 0, fit, kept, notes)
@@ -257,7 +257,7 @@ def _of_run(trainer: Trainer) -> Found:
         fit = match(source, here, trainer.config, _outside(there, below), f"{config.weights}, step {step}")
         fits.append(fit)
         wanted = {path: whole if path in fit.resampled else shardings[path] for path in (*fit.taken, *fit.resampled)}
-        return _tree(
+        return unflatten(
             {
                 below + path.removeprefix(into): jax.ShapeDtypeStruct(source[path], np.float32, sharding=to)
                 for path, to in wanted.items()
@@ -317,7 +317,7 @@ def match(there: Shapes, here: Shapes, config: Config, left: Mapping[str, list[s
         elif path not in here:
             problems.setdefault("only there", []).append(_dots(path))
     if problems or not (fit.taken or fit.resampled):
-        what = "; ".join(f"{why}: {_some(names)}" for why, names in problems.items()) or "nothing is taken"
+        what = "; ".join(f"{why}: {some(names)}" for why, names in problems.items()) or "nothing is taken"
         raise ConfigError(
             f"config.checkpoint.weights = {source}: do not fit the model: {what}; set the fields of config.model or "
             "config.checkpoint.weights_into, or list in config.checkpoint.skip what shall not be taken"
@@ -350,7 +350,7 @@ def placed(trainer: Trainer, found: Found, fresh: Any | None) -> Any:
     if fresh is None and fit.afresh:
         untrained = [_dots(path) for paths in fit.afresh.values() for path in paths]
         raise ConfigError(
-            f"config.checkpoint.weights = {trainer.config.checkpoint.weights!r}: leave {_some(untrained)} untrained, "
+            f"config.checkpoint.weights = {trainer.config.checkpoint.weights!r}: leave {some(untrained)} untrained, "
             "which an evaluation would measure; train first"
         )
     params = {} if fresh is None else flatten(fresh)
@@ -360,7 +360,7 @@ def placed(trainer: Trainer, found: Found, fresh: Any | None) -> Any:
         if path in fit.resampled:
             value = fit.resampled[path].apply(np.asarray(value))
         params[path] = value if isinstance(value, jax.Array) else _sharded(value, shardings[path])
-    return _tree({path: params[path] for path in _shapes(trainer.shapes.params)})
+    return unflatten({path: params[path] for path in _shapes(trainer.shapes.params)})
 
 
 def _sharded(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -390,26 +390,8 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
 
 
-def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
 def _dots(path: str) -> str:
     return path.replace("/", ".")
-
-
-def _some(names: Any, most: int = 6) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _below(lines: list[str]) -> str:
