@@ -47,7 +47,7 @@ LOST = ("premature end", "Premature end", "bad Huffman code", "instead of RST", 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 
 Edges = tuple[float, float, float, float]  # top, left, bottom, right; a pixel is 1 wide
-Part = tuple[Edges, tuple[int, int]]  # of an upright image, in its pixels, and the (height, width) to resize it to
+Crop = tuple[Edges, tuple[int, int]]  # of an upright image, in its pixels, and the (height, width) to resize it to
 
 _MEMORY = Budget()
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of JPEG, but for those within pixels: stuffing, restart, fill
@@ -85,7 +85,7 @@ class Picture:
         """Of uint8 (H, W, 3)."""
         return cls(pixels.shape[:2], 1, pixels, b"", 0)
 
-    def parts(self, parts: Sequence[Part], exact: bool = False, interpolation: str = "bicubic") -> list[np.ndarray]:
+    def parts(self, parts: Sequence[Crop], exact: bool = False, interpolation: str = "bicubic") -> list[np.ndarray]:
         """Each part resized to its size, uint8 (h, w, 3); the image is decoded once for all of them.
 
         Args:
@@ -109,7 +109,7 @@ class Picture:
                 return [_resized(pixels, edges, size, exact, interpolation) for edges, size in parts]
         return [_resized(self._pixels, edges, size, exact, interpolation) for edges, size in parts]
 
-    def _decode(self, parts: Sequence[Part], exact: bool, interpolation: str) -> list[np.ndarray]:
+    def _decode(self, parts: Sequence[Crop], exact: bool, interpolation: str) -> list[np.ndarray]:
         """`parts` of a JPEG. Raises ValueError on all that libjpeg-turbo cannot turn into RGB without a complaint."""
         height, width = self.size
         with _MEMORY.hold(JPEG_BYTES * height * width, OTHER_BYTES * self._most):

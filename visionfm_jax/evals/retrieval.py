@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.batches import Row, Spec
 from visionfm_jax.data.chain import EvalTransform
-from visionfm_jax.data.fields import Texts
+from visionfm_jax.data.fields import Row, Spec, Texts
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
@@ -34,7 +33,7 @@ PICTURED = 6  # queries each way
 ANSWERS = 5
 
 
-class Pairs(Texts):
+class AllCaptions(Texts):
     """All captions of an image: `text` int32 (C, L), `captions` int32, how many there are, and `caption` int32 (C, 2).
 
     That is a hash of each caption itself, which may be longer than L tokens. It travels with the rows: no host has the
@@ -135,7 +134,7 @@ class RetrievalEval:
     def _embed(self, predict: Predict, number: int, source: Source) -> Embedded:
         size, most = self.config.batch_size or self.run_config.train.batch_size, source.most_captions
         batches = eval_loader(
-            source, Pairs(self.tokenizer, self.run_config.model.text.context, most), self.transform,
+            source, AllCaptions(self.tokenizer, self.run_config.model.text.context, most), self.transform,
             batch_size=size, host=self.host, hosts=self.hosts,
             threads=self.run_config.data.threads,
         )  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 from visionfm_jax.errors import UserError
 
 Params = dict[str, Any]  # nested dicts of arrays
-Size = int | str  # a fixed number, a letter, or "3D" for three times D
+Dim = int | str  # a fixed number, a letter, or "3D" for three times D
 
 
 class Leaf(NamedTuple):
@@ -30,7 +30,7 @@ class Leaf(NamedTuple):
     ours: str  # path in our tree, e.g. "blocks/mlp/fc1/kernel"
     theirs: tuple[str, ...]  # names, concatenated along our last dim; "{}" is the layer, stacked along our first
     kind: str  # a key of IMPORT and EXPORT
-    shape: tuple[Size, ...]  # of each torch tensor
+    shape: tuple[Dim, ...]  # of each torch tensor
     part: tuple[int, int] = (0, 1)  # of each torch tensor's first dim: the i-th of n equal parts
 
 
@@ -53,7 +53,7 @@ EXPORT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def affine(ours: str, theirs: str, kind: str, out: Size, inner: Size) -> tuple[Leaf, Leaf]:
+def affine(ours: str, theirs: str, kind: str, out: Dim, inner: Dim) -> tuple[Leaf, Leaf]:
     """The weight and the bias of a Linear layer; `theirs` may hold several names, separated by spaces."""
     names = theirs.split()
     return (
@@ -62,7 +62,7 @@ def affine(ours: str, theirs: str, kind: str, out: Size, inner: Size) -> tuple[L
     )
 
 
-def layer_norm(ours: str, theirs: str, width: Size = "D") -> tuple[Leaf, Leaf]:
+def layer_norm(ours: str, theirs: str, width: Dim = "D") -> tuple[Leaf, Leaf]:
     """The scale and the bias of a LayerNorm over `width`."""
     return (
         Leaf(f"{ours}/scale", (f"{theirs}.weight",), "vector", (width,)),
@@ -221,7 +221,7 @@ def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -
     return [f"wrong shapes {some(wrong)}"] if wrong else []
 
 
-def _number(size: Size, letters: Mapping[str, int]) -> Size:
+def _number(size: Dim, letters: Mapping[str, int]) -> Dim:
     if isinstance(size, int):
         return size
     times, letter = int(size[:-1] or 1), size[-1]

@@ -25,7 +25,7 @@ from visionfm_jax.models.clip import Clip, ClipConfig, Embeddings
 from visionfm_jax.models.layers import GatherParams, l2_normalize
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
-from visionfm_jax.tasks.pairs import Pairs
+from visionfm_jax.tasks.pairs import PairTask
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class ContrastiveConfig(TaskConfig):
         return Contrastive(run, dtype, gather_params)
 
 
-class Contrastive(Pairs):
+class Contrastive(PairTask):
     """The `tasks.task.ContrastTask` of image-text pairs."""
 
     contrast_weight = 1.0

@@ -33,7 +33,7 @@ from visionfm_jax.models.generate import Decoding, generate
 from visionfm_jax.models.layers import GatherParams, l2_normalize
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
-from visionfm_jax.tasks.pairs import Pairs
+from visionfm_jax.tasks.pairs import PairTask
 
 EVAL_SEED = 20  # of what evaluations hide: the same in every run
 
@@ -130,7 +130,7 @@ class Draws(NamedTuple):
     image_dropout: jax.Array
 
 
-class Multimodal(Pairs):
+class Multimodal(PairTask):
     """The `tasks.task.ContrastTask` of images with and without captions."""
 
     def __init__(self, config: Config, dtype: jnp.dtype, gather_params: GatherParams):

@@ -17,7 +17,7 @@ from visionfm_jax.parallel.context import Context
 from visionfm_jax.tasks.task import Stateless
 
 
-class Pairs(Stateless):
+class PairTask(Stateless):
     """The part of a `tasks.task.ContrastTask` that follows from its `config`, `model`, `forward` and `contrast`."""
 
     config: Config
