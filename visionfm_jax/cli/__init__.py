@@ -1,1 +1,1 @@
-"""What `main` does, from a configuration to an exit code: train, evaluate, replay."""
+"""The work of `main`, from a configuration to an exit code: train, evaluate, replay."""

@@ -1,4 +1,4 @@
-"""What a field may hold by itself: a bound for each number, and each closed set of words.
+"""Limits of a field by itself: bounds of numbers, and closed sets of words.
 
 A configuration class names them in its `limits`. Bounds are generous: they refuse slips of the hand and what a counter
 or an index cannot hold, not unusual runs. Every number is finite.

@@ -1,4 +1,4 @@
-"""What the fields of a configuration must keep to between them; each by itself: `limits`."""
+"""Rules between the fields of a configuration; those of a field by itself are in `limits`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every run is made of: nested, typed dataclasses with units, bounds and derived quantities.
+"""The configuration of a run: nested, typed dataclasses with units, bounds and derived quantities.
 
 A model and a task bring their own classes, which stand beside their implementation: subclasses of `BackboneConfig`,
 `ModelConfig` and `TaskConfig`. The classes are not frozen, because flags write into them; `Config.validate` is called
@@ -34,7 +34,7 @@ class Choice:
 
 
 class ModelConfig(Choice):
-    """What a run trains: one network, or several of its fields. Subclasses are dataclasses.
+    """The model that a run trains: one network, or several in its fields. Subclasses are dataclasses.
 
     Attributes:
       limits: what each field may hold.
@@ -187,7 +187,7 @@ class Transform(Choice):
 
 @dataclass(kw_only=True)
 class PhotometricConfig:
-    """How the colours of a training image are varied, on the device, in this order."""
+    """Random changes of a training image's colours, on the device, in this order."""
 
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
     jitter_chance: float = 1.0  # that an image is jittered
@@ -208,7 +208,7 @@ class PhotometricConfig:
 
 @dataclass(kw_only=True)
 class AugmentConfig(PhotometricConfig):
-    """What the device makes of a training image; `mean` and `std` are also evaluation's."""
+    """Augmentation on the device; `mean` and `std` also normalise the images of evaluations."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, of values in [0, 1]
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise; images minus the mean are divided by it
@@ -307,7 +307,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When to save, what to keep, where to start."""
+    """Checkpoints: when to save, what to keep, where to start."""
 
     every_steps: int = 0  # 0: never by steps
     every_minutes: float = 0.0  # 0: never by time
@@ -337,7 +337,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class PreprocessConfig(Transform):
-    """What an evaluation sees of an image, resized once, antialiased, to the model's size."""
+    """The preprocessing of an evaluation's images: resized once, antialiased, to the model's size."""
 
     crop: float = 0.875  # side of the centre square relative to the shorter side: 224 of 256; 1: all of it
     resize: str = "crop"  # crop: the centre | squash: `crop` of either side, at another ratio | pad: all of it
@@ -406,7 +406,7 @@ class EvalConfig(Choice, ABC):
 
 @dataclass(kw_only=True)
 class TelemetryConfig:
-    """What a person sees while it runs."""
+    """Logs, progress bar and alarm of a run."""
 
     log_every: int = 50  # steps
     progress: bool = True  # a bar in the terminal

@@ -92,7 +92,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What evaluation makes of an image: uint8 (H, W, 3), RGB.
+    """The preprocessing of an evaluation's images, to uint8 (H, W, 3), RGB.
 
     Attributes:
       size: (H, W), or the side of a square.

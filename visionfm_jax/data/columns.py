@@ -22,8 +22,8 @@ _SHOWN = 30  # names of columns in a message
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What the conditions choose from one tar.
+class Chosen:
+    """The pairs of one tar that fulfil the conditions.
 
     Attributes:
       name: of the tar.
@@ -68,7 +68,7 @@ def check_columns(where: str, names: Sequence[str], wanted: Sequence[str]) -> No
             raise DataError(f"{where}: no column {column!r}; {hint}the columns are {there}")
 
 
-def choose(store: Store, conditions: Sequence[Condition], tar: tuple[str, np.ndarray]) -> Choice:
+def choose(store: Store, conditions: Sequence[Condition], tar: tuple[str, np.ndarray]) -> Chosen:
     """Evaluate the conditions on a tar's pairs; only the columns that they need are read.
 
     Args:
@@ -95,7 +95,7 @@ def choose(store: Store, conditions: Sequence[Condition], tar: tuple[str, np.nda
     failed = (~held).sum(axis=0)  # conditions that fail, by pair
     chosen = np.zeros(len(records), bool)
     chosen[known[failed == 0]] = True
-    return Choice(
+    return Chosen(
         name=name,
         chosen=chosen,
         rows=rows,

@@ -1,4 +1,4 @@
-"""What a task wants of a record beside its image: a label, a caption, objects. Shapes: L tokens, N objects."""
+"""Fields of a row beside its image: a label, a caption, objects. Shapes: L tokens, N objects."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class Texts:
 
 
 class OptionalTexts(Texts):
-    """As `Texts`; zeros where the source has no captions."""
+    """Texts, as `Texts` has them, and zeros where the source has no captions."""
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         if "caption" not in record:

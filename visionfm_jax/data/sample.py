@@ -26,7 +26,7 @@ Size = tuple[int, int]  # height, width
 
 
 class Part(NamedTuple):
-    """What of an image is made along one dimension.
+    """The part of an image that is resized, along one dimension.
 
     Attributes:
       begin, end: of what of the image is resized.
@@ -109,7 +109,7 @@ class Axis(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where an upright image lies on a canvas; `interpolation` is that of evaluation, bicubic or bilinear."""
+    """The place of an upright image on a canvas; `interpolation` is that of evaluation, bicubic or bilinear."""
 
     rows: Axis
     columns: Axis

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import columns
-from visionfm_jax.data.columns import Choice
+from visionfm_jax.data.columns import Chosen
 from visionfm_jax.data.conditions import Condition, parse
 from visionfm_jax.data.sources.selection import write_selection
 from visionfm_jax.data.sources.tar_index import each
@@ -77,7 +77,7 @@ class _Report:
         self._source, self._where, self._conditions = source, where, conditions
         self._tars: list[dict[str, Any]] = []
 
-    def counted(self, choices: Iterator[Choice]) -> Iterator[np.ndarray]:
+    def counted(self, choices: Iterator[Chosen]) -> Iterator[np.ndarray]:
         """Hands on what was chosen, counts it, and complains at the end if it was nothing."""
         self._tars.clear()
         for choice in choices:

@@ -184,7 +184,7 @@ class RandAugment(Transform):
 
 @dataclass(kw_only=True)
 class Views:
-    """Some of the views of an image: each a random resized crop of its own."""
+    """Views of an image that are made alike: each a random resized crop of its own."""
 
     name: str = "global"  # of the batch's array, uint8 (B, V, S, S, 3); one name may stand for several `Views`
     count: int = 2  # views of a sample

@@ -20,7 +20,7 @@ PICTURED = 64  # images
 
 @dataclass(frozen=True)
 class ByClass:
-    """How images of each class were classified.
+    """Counts of how images of each class were classified.
 
     Attributes:
       images: (C,) int64, how many there are of each class.
@@ -75,7 +75,7 @@ def by_class(labels: np.ndarray, guess: np.ndarray, classes: int) -> ByClass:
 
 
 class LabelledEval:
-    """What the evals of labelled images share: how their details and pictures come about.
+    """The base of the evals of labelled images: their details and pictures.
 
     Attributes:
       classes: the names, one a class.

@@ -1,4 +1,4 @@
-"""How near captions come to those of people: BLEU-4, CIDEr-D, and the share that are the same.
+"""Similarity of captions to those of people: BLEU-4, CIDEr-D, and the share that are the same.
 
 Words are runs of letters and digits, with apostrophes and hyphens inside of them, in small letters; all else is left
 out. COCO's own scorer takes the Stanford tokenizer, which needs Java and differs in little: it parts "don't" into two.

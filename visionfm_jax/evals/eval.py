@@ -1,4 +1,4 @@
-"""What an eval is, and those that a configuration asks for."""
+"""The interface of evals, and those that a configuration asks for."""
 
 from __future__ import annotations
 

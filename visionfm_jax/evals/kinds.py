@@ -1,4 +1,4 @@
-"""What can be measured on held-out data: a configuration for each measurement.
+"""Measurements on held-out data: a configuration for each.
 
 The modules that measure are imported when an eval is made, so that a configuration file does not wait for them.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Measurement(EvalConfig):
-    """Of this package: made by `measured_by`, "module:name" in `evals`, which is imported then."""
+    """An eval of this package: made by `measured_by`, "module:name" in `evals`, which is imported then."""
 
     measured_by: ClassVar[str]
 

@@ -101,7 +101,7 @@ def class_embeddings(embeddings: Iterable[np.ndarray], classes: int) -> np.ndarr
 
 
 class ZeroShot(NamedTuple):
-    """How images were classified; shares of images.
+    """Scores of zero-shot classification, shares of images.
 
     Attributes:
       top1, top5: whose class is the best, among the best five.

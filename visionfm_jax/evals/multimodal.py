@@ -1,4 +1,4 @@
-"""What the evals of a multimodal model share. Shapes: B rows of this host in a batch."""
+"""The base of the evals of a multimodal model. Shapes: B rows of this host in a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from visionfm_jax.evals.protocol import measured_on, protocol_of
 
 
 class MultimodalEval:
-    """What construction checks and opens, and batches whose rows know their numbers.
+    """An eval that has opened and checked its source, with batches whose rows know their numbers.
 
     Attributes:
       protocol: 8 hex digits of what was measured: the source, the preprocessing and what `more_settings` has.

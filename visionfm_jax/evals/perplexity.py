@@ -1,4 +1,4 @@
-"""How well masked words are guessed, with the image and without it. Shapes: B batch."""
+"""Perplexity of masked words, with the image and without it. Shapes: B batch."""
 
 from __future__ import annotations
 

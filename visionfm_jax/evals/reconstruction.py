@@ -1,4 +1,4 @@
-"""How well hidden parts of images are reconstructed. Shapes: B batch, S side of an image, U units along it."""
+"""The error of reconstructed parts of images. Shapes: B batch, S side of an image, U units along it."""
 
 from __future__ import annotations
 

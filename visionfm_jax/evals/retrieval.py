@@ -34,7 +34,7 @@ ANSWERS = 5
 
 
 class AllCaptions(Texts):
-    """All captions of an image: `text` int32 (C, L), `captions` int32, how many there are, and `caption` int32 (C, 2).
+    """The captions of an image, all: `text` int32 (C, L), `captions` int32, how many there are, `caption` int32 (C, 2).
 
     That is a hash of each caption itself, which may be longer than L tokens. It travels with the rows: no host has the
     captions of the others, and all must know which are the same.

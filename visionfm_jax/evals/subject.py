@@ -1,4 +1,4 @@
-"""What an eval needs to know, and is given, of the model it measures."""
+"""The interface by which an eval asks the model that it measures."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How other libraries name and lay out a model's weights, and nothing else: pure functions of NumPy arrays."""
+"""Names and layouts of weights in other libraries, and nothing else: pure functions of NumPy arrays."""

@@ -32,7 +32,7 @@ _LARGEST = 2**26  # bytes of a JSON file
 
 
 class Weights(NamedTuple):
-    """What a file, or several that belong together, hold."""
+    """The tensors of a file, or of several that belong together."""
 
     tensors: dict[str, np.ndarray]  # floating ones in fp32
     digests: dict[str, str]  # file -> SHA-256

@@ -16,7 +16,7 @@ from visionfm_jax.models.positions import resize_table
 
 
 class Way(NamedTuple):
-    """How an array gets another shape."""
+    """A way from an array to one of another shape."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     what: str  # for people

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 class Targets(NamedTuple):
-    """Which rows belong together: row i of this device's with row `own[i]` of all, or partly with `other[i]`.
+    """The rows that belong together: row i of this device's and row `own[i]` of all, or partly `other[i]`.
 
     Mixup (Zhang et al. 2018) of pairs is ours to define: an image mixed of two belongs to both texts, and each text to
     both mixed images, by the shares of the mixture.

@@ -1,4 +1,4 @@
-"""What is hidden of images and texts, and the loss of guessing it.
+"""Masks of images and texts, and the loss of reconstructed pixels.
 
 Shapes: B batch, H W image, U units on a side, T tokens, V vocabulary.
 """

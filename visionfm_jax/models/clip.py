@@ -54,7 +54,7 @@ class ClipConfig(ModelConfig):
 
 
 class Embeddings(NamedTuple):
-    """What the loss compares; neither is normalised."""
+    """The embeddings that the loss compares, not normalised."""
 
     image: jax.Array  # (B, E), fp32
     text: jax.Array  # (B, E), fp32

@@ -96,7 +96,7 @@ def size_of(config: DecoderConfig) -> Size:
 
 
 class View(NamedTuple):
-    """How a text is read.
+    """A way to read a text.
 
     Several ways in one pass, on texts (B, V T) that stand V times one behind another, need the weights and the image's
     keys and values once.

@@ -21,7 +21,7 @@ PADDING = 0
 
 
 class Decoding(NamedTuple):
-    """How words are chosen; can be hashed, so that a compiled function may depend on it.
+    """The rule by which words are chosen; can be hashed, so that a compiled function may depend on it.
 
     Beams are compared by log p / ((5 + words) / 6)^length_penalty (Wu et al. 2016, eq. 14), the end token being a
     word; 0.6 with four beams is Vaswani et al. (2017)'s choice.

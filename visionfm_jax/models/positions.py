@@ -1,4 +1,4 @@
-"""Where the patches of an image are: tables at another resolution than their own, and rotary positions.
+"""Positions of the patches of an image: tables at another resolution than their own, and rotary positions.
 
 Shapes: h w patches of an image, T tokens, D width, K head dim.
 """

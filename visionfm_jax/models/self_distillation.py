@@ -14,7 +14,7 @@ from visionfm_jax.models.prototypes import PrototypeHead
 
 
 class SelfDistilled(nn.Module):
-    """What student and teacher each are; the heads' parameters and the mask token stand beside the backbone's."""
+    """The student, and likewise the teacher; the heads' parameters and the mask token stand beside the backbone's."""
 
     backbone: nn.Module  # a `models.backbones.Backbone`
     embed_width: int

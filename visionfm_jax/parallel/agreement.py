@@ -1,4 +1,4 @@
-"""What one process finds out counts for all: what they read and then decide on must be the same everywhere.
+"""Agreement between processes: what one finds out counts for all, as they must decide alike.
 
 A file system over a network may show two hosts different states of a folder for a while, and a disk may fail for one of
 them alone. Where each decided for itself, one would wait for ever in a collective that the others never enter.

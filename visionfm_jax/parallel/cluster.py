@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, before JAX touches a device.
+"""The cluster of a run's processes, and how they find each other before JAX touches a device.
 
 `initialize` is the first call of every entry point. Explicit values win: arguments, or the variables that the
 scripts of `launch/` export,

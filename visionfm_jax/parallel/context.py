@@ -1,4 +1,4 @@
-"""What a step hands to a loss beside parameters and rows."""
+"""The context that a step hands to a loss beside parameters and rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 
 class Context(NamedTuple):
-    """Of one step; the same for all its micro-batches, and without gradients.
+    """The context of one step, the same for all its micro-batches, without gradients.
 
     Attributes:
       step: int32, how many steps the run has done.

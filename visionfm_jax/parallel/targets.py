@@ -1,4 +1,4 @@
-"""What accelerators and clusters of them can do, from their makers' data sheets: for MFU, and for planning without one.
+"""Data sheets of accelerators and of clusters of them: for MFU, and to plan without having one.
 
 Sources, all NVIDIA; peaks are dense (the sheets print twice that, "with sparsity", from Hopper on):
   a100  "NVIDIA A100 Tensor Core GPU" data sheet: 312 TFLOPS BF16; 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039 GB/s;

@@ -37,7 +37,7 @@ SCANNED = "blocks"  # below this key, dim 0 of every parameter counts layers
 
 
 class ZeroStage(NamedTuple):
-    """Where things live: True for sharded over `fsdp`."""
+    """A ZeRO stage: True for what is sharded over `fsdp`."""
 
     state: bool  # stored weights and optimiser state
     gradients: bool  # and their accumulator

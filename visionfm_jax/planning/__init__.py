@@ -1,1 +1,1 @@
-"""What a run will need, from its compiled step: for clusters that are not there."""
+"""Plans of runs on clusters that are not there, from the compiled step."""

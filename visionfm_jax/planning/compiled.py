@@ -53,7 +53,7 @@ PACKAGES = {"jax_plugins.xla_cuda13": "the compiler", "nvidia.cudnn": "cuDNN"}
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What is known of one compiled step; bytes are one GPU's."""
+    """A compiled step, in figures; bytes are one GPU's."""
 
     platform: str  # cuda, or cpu where the CUDA packages are missing
     parameters: dict[str, int]  # by part of the network

@@ -26,7 +26,7 @@ COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
 class Setting(NamedTuple):
-    """What may change without changing what is learnt. A search changes all networks at once."""
+    """The settings that may change without changing what is learnt. A search changes all networks at once."""
 
     stage: int
     replicas: int

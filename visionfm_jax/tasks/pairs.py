@@ -1,4 +1,4 @@
-"""What tasks that learn from images and texts share: everything but the networks and the losses.
+"""The base of tasks that learn from images and texts: everything but the networks and the losses.
 
 Shapes: B rows, H W image, L tokens.
 """

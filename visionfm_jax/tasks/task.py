@@ -1,4 +1,4 @@
-"""What the trainer knows of an objective."""
+"""The interface between the trainer and an objective."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run: metric files, the progress bar, pictures, and an alarm when it is stuck."""
+"""Telemetry, for people: metric files, the progress bar, pictures, and an alarm when a run is stuck."""

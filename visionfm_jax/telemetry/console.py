@@ -1,4 +1,4 @@
-"""What a run prints for people."""
+"""Lines that a run prints for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other packages log."""
+"""Logs of other packages."""
 
 from __future__ import annotations
 

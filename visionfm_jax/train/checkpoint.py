@@ -37,7 +37,7 @@ class DamagedError(CheckpointError):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What came from a checkpoint.
+    """A state, or its weights alone, from a checkpoint.
 
     Attributes:
       step: of the checkpoint.
@@ -361,7 +361,7 @@ class Checkpoints:
 
 
 class _Keep(managers.PreservationPolicy):
-    """Which checkpoints stay: the last, and the best by a score that a step gets after it is saved.
+    """The policy of which checkpoints stay: the last, and the best by a score that a step gets after it is saved.
 
     Orbax's own policies know a score only if it is there when the state is saved.
     """

@@ -1,4 +1,4 @@
-"""Where a run starts: its own folder, another run, weights from elsewhere, or scratch; the first that there is.
+"""The start of a run: its own folder, another run, weights from elsewhere, or scratch; the first that there is.
 
 Weights are another run's, or a file's in the names of timm, Hugging Face or OpenCLIP. Either way they become arrays by
 our paths; each is taken as it is, resampled (positions, patches), or replaced (a head of other classes). All else that
@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # by path, "image/embed/kernel"
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """The start of a run."""
 
     state: TrainState
     record: dict[str, Any]  # what was saved beside it
@@ -47,7 +47,7 @@ class Start(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What of a source goes where, by our paths."""
+    """The arrays of a source by what becomes of them, by our paths."""
 
     taken: list[str]
     resampled: dict[str, Way]

@@ -1,4 +1,4 @@
-"""What every layer makes of one batch, forwards and backwards, in the order in which they run.
+"""Statistics of every layer on one batch, forwards and backwards, in the order in which they run.
 
 No network is named. Flax lets a function stand between a module and its caller (`nn.intercept_methods`); here it is one
 that passes inputs and outputs through a probe: an identity with a second argument, of zeros, whose *gradient* is
@@ -35,7 +35,7 @@ SIDES = (INPUT, OUTPUT)
 
 
 class Statistics(NamedTuple):
-    """Of arrays that are the input, or the output, of a layer, or of their gradients: over all devices' rows."""
+    """Statistics of a layer's input, output, or the gradient of either: over all devices' rows."""
 
     rms: float  # of the finite values
     largest: float  # absolute value among them

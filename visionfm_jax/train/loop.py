@@ -28,7 +28,7 @@ SPIKE, SPIKE_WINDOW, SPIKE_AFTER = 10.0, 256, 64
 
 
 class Monitor(Protocol):
-    """What a person sees; `telemetry.monitor` has the real one."""
+    """The interface to what a person sees; `telemetry.monitor` implements it."""
 
     def step_done(self, step: int) -> None:
         """The device has finished `step`."""
@@ -42,7 +42,7 @@ class Monitor(Protocol):
 
 @dataclasses.dataclass
 class Hooks:
-    """What the loop calls and does not know: all of it handed in by the entry point."""
+    """The functions that the loop calls and does not know, all handed in by the entry point."""
 
     monitor: Monitor
     eval_due: Callable[[int], bool]  # whether any eval is due after this many steps

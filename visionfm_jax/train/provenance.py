@@ -1,4 +1,4 @@
-"""What the samples of a run follow from: kept in its folder, and compared when somebody continues it.
+"""The provenance of a run's samples: kept in its folder, and compared when somebody continues it.
 
 `config.json` has the exact settings, `config-until-N.json` those of the steps before N where they were others,
 `data.json` the first samples of the order and what the training data are made of.
@@ -44,7 +44,7 @@ SAMPLES = (0, 1, 2, 3, 10**2, 10**4, 10**6, 10**9)  # of the order, that are kep
 
 
 class Provenance(NamedTuple):
-    """Of a run; JSON values."""
+    """The provenance of a run, in JSON values."""
 
     settings: dict[str, Any]  # config, derived
     data: dict[str, Any]  # order, grain, tokenizer, sources; releases that shuffled otherwise kept none

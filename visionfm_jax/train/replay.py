@@ -24,7 +24,7 @@ PASSES = 3  # over the step: its layers, those of the next batch, the step itsel
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """What is known of the step.
+    """A step that was run again.
 
     Attributes:
       step: its number.

@@ -1,4 +1,4 @@
-"""What is kept of a step whose gradient is far larger than usual, or not finite: RUN/spikes/step-N.jsonl.
+"""Records of steps whose gradient is far larger than usual, or not finite: RUN/spikes/step-N.jsonl.
 
 The first line is the step's: its number, what happened, metrics, the norm of every tensor's gradient. A line for each
 sample of the batch follows, with its place among all samples of the run, its record and its loss. With several

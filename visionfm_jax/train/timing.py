@@ -1,4 +1,4 @@
-"""When to stop and when to save: decisions that every host must take alike."""
+"""Decisions when to stop and when to save, which every host must take alike."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class StopSignal:
 
 
 class SaveTimer:
-    """Whether a checkpoint is due, by steps or by minutes."""
+    """The clock that says when a checkpoint is due, by steps or by minutes."""
 
     def __init__(self, config: Config):
         self.every_steps = config.checkpoint.every_steps

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Format(SourceConfig):
-    """Of this package: opened by `reader`, "module:name" in `data.sources`, which is imported then."""
+    """A source of this package: opened by `reader`, "module:name" in `data.sources`, which is imported then."""
 
     reader: ClassVar[str]
 

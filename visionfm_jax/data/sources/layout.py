@@ -1,4 +1,4 @@
-"""What a path holds: for opening it, and for saying which kind would fit when the configured one does not."""
+"""The format of what a path holds: to open it, and to say which kind would fit where the configured one does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What records share, whatever they come from: damage, captions that say something, keys that can be printed."""
+"""Parts of records of every source: damage, captions that say something, keys that can be printed."""
 
 from __future__ import annotations
 

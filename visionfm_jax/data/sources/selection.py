@@ -1,4 +1,4 @@
-"""Which pairs of a folder of tars to use: a bit for each, written by `data.select` and read by `tars.TarPairs`."""
+"""Selections of pairs of a folder of tars: a bit for each, written by `data.select` and read by `tars.TarPairs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where every picture and caption lies in a folder of tars, found once and kept as a file beside them.
+"""The index of a folder of tars: where every picture and caption lies, found once and kept in a file beside them.
 
 Every tar is read once, from end to end, for the checksums of its pictures and captions, by one process of those that
 share the file's folder (`claim`); an interruption costs what was read in the last minute. A pair takes 20 bytes, which
@@ -62,7 +62,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Index:
-    """All pairs of a folder, tar by tar in order of name.
+    """The places of all pairs of a folder, tar by tar in order of name.
 
     Attributes:
       records: RECORD (N,).

@@ -51,7 +51,7 @@ def open_tars(config: TarsConfig) -> TarPairs:
 
 
 class TarPairs:
-    """All pairs of a folder of tars, or a selection of them, in order of tar and position.
+    """The source of all pairs of a folder of tars, or of a selection, in order of tar and position.
 
     Args:
       path: folder or URL with the tars.

@@ -51,7 +51,7 @@ SHORTEST = 3  # tokens: begin, one of the text, end
 
 
 class Model(NamedTuple):
-    """What a tokenizer is made of."""
+    """The encoder and the special tokens of a tokenizer."""
 
     vocab_size: int  # one more than the largest id
     begin: int

@@ -15,7 +15,7 @@ import jax
 
 
 class Features(NamedTuple):
-    """What a backbone makes of images; what a head does not use is not computed."""
+    """The features that a backbone makes of images; what a head does not use is not computed."""
 
     maps: tuple[jax.Array, ...]  # (B, h, w, D) by stride, fine to coarse, before the last norm
     normed: jax.Array  # (B, h, w, D), the last map after the last norm

@@ -151,7 +151,7 @@ def size_of(config: SwinV2Config) -> Size:
 
 
 class Windows(NamedTuple):
-    """How the map of a stage is cut: everything static of window attention. Pairs are (height, width)."""
+    """The windows of a stage: all that is static of its attention. Pairs are (height, width)."""
 
     map: tuple[int, int]
     window: tuple[int, int]
