@@ -1,6 +1,6 @@
 """Time the training step on synthetic data: `python -m visionfm_jax.bench --config=FILE.py[:VARIANT] …`.
 
-Takes the configuration words of `main`, and --steps=N (default 20), --warmup=N (default 3). Prints one JSON line.
+Takes the configuration flags of `main`, and --steps=N (default 20), --warmup=N (default 3). Prints one JSON line.
 Needs only jax, flax, optax, chex, einops and absl-py.
 """
 

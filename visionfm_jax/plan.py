@@ -1,7 +1,7 @@
 """Plan a run: `python -m visionfm_jax.plan --config=FILE.py[:VARIANT] --cluster=h100:4x8 [--search] [--json=FILE]`.
 
 Compiles the training step of a configuration for the GPUs of a cluster, without them, and prints what it needs: memory,
-collectives, time. Takes the configuration words of `main`. Exit codes: 0 it fits · 2 the input is wrong · 3 it does
+collectives, time. Takes the configuration flags of `main`. Exit codes: 0 it fits · 2 the input is wrong · 3 it does
 not fit, with the nearest setting that does.
 """
 

@@ -12,10 +12,10 @@ from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.evals.caption_metrics import bleu4, cider, exact
 from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import CaptioningConfig
 from visionfm_jax.evals.multimodal import CaptionedImages, MultimodalEval
 from visionfm_jax.evals.sampling import image_of, sample
-from visionfm_jax.evals.subject import Predict
 from visionfm_jax.models.generate import Decoding
 
 PICTURED = 12

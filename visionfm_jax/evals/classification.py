@@ -12,9 +12,9 @@ from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.evals.by_class import LabelledEval
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import AccuracyConfig
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict
 
 
 class ClassificationEval(LabelledEval):

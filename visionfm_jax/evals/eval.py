@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
+
+import numpy as np
 
 from visionfm_jax.config import Config
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import ConfigError, DataError
-from visionfm_jax.evals.subject import Predict
+
+# This host's rows of an evaluation batch, and which of the task's predictions, if it has several -> the task's
+# `predict` for all hosts' rows, and all else of the batch but images and texts: `label`, `mask`, `record`, ….
+Predict = Callable[..., dict[str, np.ndarray]]
 
 
 class Eval(Protocol):

@@ -19,9 +19,9 @@ from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import KnnConfig
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict
 from visionfm_jax.models.layers import l2_normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07

@@ -9,8 +9,8 @@ import numpy as np
 
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.multimodal import MultimodalEval
-from visionfm_jax.evals.subject import Predict
 
 
 class PerplexityEval(MultimodalEval):

@@ -15,8 +15,8 @@ from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import PixelBaselineConfig
-from visionfm_jax.evals.subject import Predict
 
 MAX_PIXELS = 2**30  # of training images, held in memory as fp32: 4 GiB
 ITERATIONS = 200

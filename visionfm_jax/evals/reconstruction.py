@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from visionfm_jax.data.fields import NoFields
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.multimodal import MultimodalEval
 from visionfm_jax.evals.sampling import image_of, sample
-from visionfm_jax.evals.subject import Predict
 
 PICTURED = 8
 SAMPLE = 64  # images that are reconstructed for the pictures, and compared with flat colour

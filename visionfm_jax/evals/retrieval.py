@@ -21,11 +21,11 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import RetrievalConfig
 from visionfm_jax.evals.metrics import best, ranks, recall
 from visionfm_jax.evals.protocol import measured_on, protocol_of
 from visionfm_jax.evals.sampling import image_of, sample
-from visionfm_jax.evals.subject import Predict
 
 KS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")

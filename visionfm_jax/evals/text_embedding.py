@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from visionfm_jax.data.tokenizer import Tokenizer
-from visionfm_jax.evals.subject import Predict
+from visionfm_jax.evals.eval import Predict
 
 
 def embed_texts(

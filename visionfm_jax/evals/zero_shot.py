@@ -16,10 +16,10 @@ from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.by_class import LabelledEval
+from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import ZeroShotConfig
 from visionfm_jax.evals.metrics import class_embeddings, classify
 from visionfm_jax.evals.protocol import measured_on, protocol_of
-from visionfm_jax.evals.subject import Predict
 from visionfm_jax.evals.text_embedding import embed_texts
 
 PROMPTS = "imagenet_prompts_short"

@@ -47,7 +47,7 @@ class Setting(NamedTuple):
         return run | of_networks
 
     def flags(self, other: Setting) -> str:
-        """The words of the command line that lead from `other` to this."""
+        """The flags of the command line that lead from `other` to this."""
         before = other.fields
         return " ".join(f"--config.{name}={value}" for name, value in self.fields.items() if value != before[name])
 
