@@ -181,6 +181,22 @@ def test_a_run_of_another_resolution_and_other_classes(source, other, tmp_path):
     jax.tree.map(lambda leaf, to: leaf.sharding == to or pytest.fail("elsewhere"), here, other.shardings.params)
 
 
+def test_pre_training_goes_on_from_a_backbone_whose_objective_left_no_heads(source):
+    words = [
+        f"--config={ROOT}/configs/vit_huge_dino.py:tiny",
+        "--config.model.registers=0",
+        "--config.model.layer_scale=0",
+    ]
+    words += [f"--config.{setting}" for setting in TINY if setting.startswith("model.")]
+    words.append(f"--config.checkpoint.weights={source[0]}")
+    with pytest.raises(ConfigError, match=r"only here: image_head\.fc1\.bias, .*; .* list in config\.checkpoint\.skip"):
+        find_weights(Trainer(load.from_arguments(words)[0], make_mesh()))
+    words.append("--config.checkpoint.skip=image_head,patch_head,mask_token")
+    fit = find_weights(Trainer(load.from_arguments(words)[0], make_mesh())).fit
+    assert set(fit.taken) == {path for path in flatten(source[1]) if not path.startswith("head/")}
+    assert fit.left == {"the model has no head": ["head.kernel", "head.bias"]}
+
+
 def shapes(**more: Any) -> dict[str, tuple[int, ...]]:
     return {"image/embed/kernel": (48, 8), "image/norm/scale": (8,), "text/pos_embed": (12, 6), "scale": (), **more}
 
