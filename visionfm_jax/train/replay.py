@@ -36,7 +36,7 @@ class Replayed:
       samples: of each row of the batch `sample`, `source`, `record`, `key`, `loss`.
       suspects: rows that brought the first value that is not finite, where that is known; else those of the largest
         losses.
-      images: of the suspects, (S, H, W, 3), uint8, before they are flipped, coloured and normalised.
+      images: of the suspects, of several views the first, (S, H, W, 3), uint8, before they are coloured and normalised.
     """
 
     step: int
@@ -93,7 +93,8 @@ def run_again(
       step: at least `state.step`.
       begins: called with a name for people before each step up to it, and before each of `PASSES` passes of its own.
     """
-    fields = trainer.task.batch_spec(1).keys()
+    fields = trainer.task.batch_spec(1)
+    pictures = next(name for name, spec in fields.items() if spec.dtype == np.uint8)
 
     def on_devices(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return to_global(trainer.mesh, {k: batch[k] for k in fields})
@@ -123,6 +124,7 @@ def run_again(
     losses = metrics["losses"]
     suspects = _suspects(layers, losses)
     keep = jax.jit(lambda images: images[np.array(suspects)], out_shardings=whole)
+    images = np.asarray(keep(batch[pictures]))
     return Replayed(
         step=step,
         metrics={k: float(v) for k, v in metrics.items() if np.ndim(v) == 0},
@@ -136,7 +138,7 @@ def run_again(
             for row, (source, record) in enumerate(_all_records(trainer, own, sources))
         ],
         suspects=suspects,
-        images=np.asarray(keep(batch["image"] if "image" in batch else batch["global"][:, 0])),
+        images=images if images.ndim == 4 else images[:, 0],
     )
 
 
