@@ -1,9 +1,9 @@
-"""What comparing image files with their checksums costs: a class folder read without them and with them.
+"""Measure the cost of comparing image files with their checksums: read a class folder without and with them.
 
     python benchmarks/checksums.py --size=50000
 
-Prints microseconds of one core a file; the files are in the page cache. --entries adds checksums of files that are not
-there, as of a large dataset, for finding one takes longer among many.
+Prints microseconds of one core per file, with the files in the page cache. --entries adds checksums of files that do
+not exist, to imitate a large dataset: looking up one of many takes longer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from visionfm_jax.data.sources.kinds import FolderConfig
 def main() -> None:
     """Write, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=50_000, help="bytes of a file (%(default)s)")
-    parser.add_argument("--files", type=int, default=1000, help="that are read (%(default)s)")
-    parser.add_argument("--entries", type=int, default=14_000_000, help="checksums in all (%(default)s)")
+    parser.add_argument("--size", type=int, default=50_000, help="bytes per file (%(default)s)")
+    parser.add_argument("--files", type=int, default=1000, help="files to read (%(default)s)")
+    parser.add_argument("--entries", type=int, default=14_000_000, help="total number of checksums (%(default)s)")
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

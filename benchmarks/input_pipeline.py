@@ -3,9 +3,9 @@
     python benchmarks/input_pipeline.py            # scikit-learn must be installed: its two photographs are cut up
 
 All three take the same random resized crops to 224 of the same JPEG files; Pillow and the bare loop read them from
-memory, the loader from disk. The repetitions are interleaved, so that a slow moment of the machine meets all of them;
-printed are medians, the ratios, and one line of JSON. Ratios come twice: of wall time, right on an idle machine, and of
-the process's CPU time, which leaves out what other programs take of the core (and would leave out waiting, too).
+memory, the loader from disk. The repetitions are interleaved, so that a slow moment of the machine affects all of them.
+Prints medians, the ratios, and one line of JSON. There are two ratios: of wall time, valid on an idle machine, and of
+the CPU time of the process, which excludes time that other programs take (and would exclude waiting).
 """
 
 from __future__ import annotations
@@ -154,15 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = "500x375,1024x768"
     parser.add_argument("--sizes", default=sizes, help="width x height of the JPEG files, pixels (%(default)s)")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality, with 4:2:0 subsampling (%(default)s)")
+    parser.add_argument("--files", type=int, default=64, help="files per size (%(default)s)")
     parser.add_argument(
-        "--quality", type=int, default=90, help="of the JPEG files, with 4:2:0 subsampling (%(default)s)"
+        "--batches", type=int, default=8, help="batches per repetition; fewer are noisier (%(default)s)"
     )
-    parser.add_argument("--files", type=int, default=64, help="of each size (%(default)s)")
-    parser.add_argument("--batches", type=int, default=8, help="of each repetition; few are noisy (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="images (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per batch (%(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="interleaved repetitions (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="reader threads of the loader (%(default)s)")
-    parser.add_argument("--core", type=int, default=-1, help="to run on; -1: the last of those allowed (%(default)s)")
+    parser.add_argument("--core", type=int, default=-1, help="core to run on; -1: the last allowed one (%(default)s)")
     args = parser.parse_args()
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores) if args.core < 0 else args.core})

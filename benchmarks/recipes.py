@@ -1,10 +1,9 @@
-"""The figures of the README: the quick start and every `:tiny` recipe, trained once for each of several seeds.
+"""Reproduce the figures in the README: train the quick start and every `:tiny` recipe once per seed.
 
     python benchmarks/recipes.py --folder=recipes --seeds=0,1,2
 
-Each run is the command that a person would type, with a seed and a folder of its own. A run that is complete already
-is not repeated, so that the program can be stopped and started again. Prints a table of what the evals of the last
-step measured: mean over the seeds, then the least and the greatest.
+Each run is the documented command, with its own seed and folder. Completed runs are not repeated, so the program can be
+stopped and started again. Prints a table of the scores at the last step: mean, minimum and maximum over the seeds.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def scores(folder: Path) -> dict[str, float]:
 def main() -> None:
     """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="where the runs go (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="folder of the runs (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas (%(default)s)")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="separated by commas (%(default)s)")
     args = parser.parse_args()

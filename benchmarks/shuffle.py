@@ -1,4 +1,4 @@
-"""Is the order of the samples random? The shuffle of the loader beside a single one of Grain and numpy's permutation.
+"""Test whether the order of samples is random: the loader's shuffle, one shuffle of Grain, numpy's permutation.
 
     python benchmarks/shuffle.py                         # the table of docs/reliability.md, some minutes
     python benchmarks/shuffle.py --sizes=65536,1048576 --shuffles=1,2,3
@@ -153,11 +153,13 @@ def measure(size: int, shuffles: int, seeds: int, samples: int) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=_numbers, default=SIZES, help="records of a dataset, e.g. 50,65536")
+    parser.add_argument("--sizes", type=_numbers, default=SIZES, help="dataset sizes, e.g. 50,65536")
     shuffles = (0, 1, loader.SHUFFLES)
-    parser.add_argument("--shuffles", type=_numbers, default=shuffles, help="of Grain's, in turn; 0: numpy's")
-    parser.add_argument("--seeds", type=int, default=3, help="of each; the worst is printed (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=1 << 17, help="at most, of an epoch (default %(default)s)")
+    parser.add_argument(
+        "--shuffles", type=_numbers, default=shuffles, help="number of Grain's shuffles in sequence; 0: numpy's"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per size; the worst is printed (%(default)s)")
+    parser.add_argument("--samples", type=int, default=1 << 17, help="maximum samples per epoch (%(default)s)")
     asked = parser.parse_args()
     print("| records | order | lag r | z | power | pairs | classes | distance | epochs | us |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")

@@ -1,8 +1,8 @@
-"""What the checksums in the index of tars cost: reading a tar's headers alone against reading all of it.
+"""Measure the cost of the checksums in the index of tars: read only the headers of a tar, and all of it.
 
     python benchmarks/tar_index.py --size=50000
 
-Prints microseconds of one core a pair. The tar is in the page cache: a cold one takes as long as its storage needs.
+Prints microseconds of one core per pair. The tar is in the page cache; otherwise the storage determines the time.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def best(work: Callable[[], object], pairs: int) -> float:
 def main() -> None:
     """Write, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=50_000, help="bytes of a picture (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=2000, help="in the tar (%(default)s)")
+    parser.add_argument("--size", type=int, default=50_000, help="bytes per image (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=2000, help="pairs in the tar (%(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "00000.tar")

@@ -1,15 +1,15 @@
-"""Our step of SwinV2 and a text tower beside the same in PyTorch, with timm's SwinV2, in one run. See README.md.
+"""Compare our contrastive step of SwinV2 and a text tower with PyTorch and timm, in one run. See README.md.
 
     python benchmarks/torch_swin.py --peer=cpu --torch_python=peers/bin/python
     python benchmarks/torch_swin.py --peer=gpu --batches=32,64,128 --torch_python=peers/bin/python
 
-Both halves do the same work on synthetic pairs that are already on the device: forward of both towers, the contrastive
+Both sides do the same work on synthetic pairs that are already on the device: forward of both towers, the contrastive
 loss of the batch, backward, clipping by the global norm, AdamW with decay on matrices; in fp16 with a dynamic loss
-scale. Each half runs in its own process, so the two libraries may live in different environments; halves alternate,
-round by round, and never run at once. Flags that begin with `--config.` go to our half, e.g.
+scale. Each side runs in its own process, so the two libraries may use different environments; the sides alternate,
+round by round, and never run at once. Flags that begin with `--config.` go to our side, e.g.
 `--config.model.image.remat=dots`.
 
-The last line printed is JSON. This file imports nothing but the standard library until it is the torch half.
+The last line printed is JSON. This file imports nothing but the standard library until it runs as the torch side.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ PEERS: dict[str, dict[str, Any]] = {
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags, checked. `--model` is in timm's manner, swinv2_SIZE_windowW_PIXELS."""
     p = halves.parser(__doc__, list(PEERS), ("fp32", "bf16", "fp16"), "configs/swinv2_g_clip.py")
-    p.add_argument("--text", choices=TEXT, help="size of the text tower of both halves")
-    p.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="of the torch half's blocks")
+    p.add_argument("--text", choices=TEXT, help="size of the text tower of both sides")
+    p.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute the blocks on the torch side"
+    )
     args = halves.parse(p, argv, PEERS)
     if not re.fullmatch(rf"swinv2_({'|'.join(IMAGE)})_window\d+_\d+", args.model):
         p.error(f"--model={args.model}: must be swinv2_SIZE_windowW_PIXELS with a size of {', '.join(IMAGE)}")

@@ -1,14 +1,14 @@
-"""Our ViT training step beside timm's in PyTorch, in one run, as a ratio. See README.md.
+"""Compare our ViT training step with timm's in PyTorch, in one run. See README.md.
 
     python benchmarks/torch_vit.py --peer=cpu --torch_python=peers/bin/python
     python benchmarks/torch_vit.py --peer=gpu --batches=32,64,96,128
 
-Both halves do the same work on synthetic data that is already on the device: forward, softmax cross-entropy,
-backward, clipping by the global norm, AdamW with decay on matrices. Each half runs in its own process, so the two
-libraries may live in different environments; halves alternate, round by round, and never run at once. Further
-flags that begin with `--config.` go to our half, e.g. `--config.model.attention=cudnn`.
+Both sides do the same work on synthetic data that is already on the device: forward, softmax cross-entropy,
+backward, clipping by the global norm, AdamW with decay on matrices. Each side runs in its own process, so the two
+libraries may use different environments; the sides alternate, round by round, and never run at once. Further
+flags that begin with `--config.` go to our side, e.g. `--config.model.attention=cudnn`.
 
-The last line printed is JSON. This file imports nothing but the standard library until it is the torch half.
+The last line printed is JSON. This file imports nothing but the standard library until it runs as the torch side.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Flags, checked. `--model` is a timm name, vit_SIZE_patchP_PIXELS."""
     p = halves.parser(__doc__, list(PEERS), ("fp32", "bf16"), "configs/vit_huge.py")
     p.add_argument(
-        "--pool", choices=("gap", "cls"), default="gap", help="of both halves: tokens' mean or a class token"
+        "--pool", choices=("gap", "cls"), default="gap", help="pooling of both sides: mean of the tokens or class token"
     )
     p.add_argument("--classes", type=int)
     args = halves.parse(p, argv, PEERS)

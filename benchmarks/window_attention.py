@@ -1,15 +1,15 @@
-"""Three forms of SwinV2's window attention, by compiled memory and by time, at the stages of SwinV2-G.
+"""Compare forms of SwinV2's window attention by compiled memory and time, at the stages of SwinV2-G.
 
     python benchmarks/window_attention.py --batch=2 --repeats=5        # a laptop
     python benchmarks/window_attention.py --batch=64 --dtype=float16 --forms=folded,cudnn,plain,naive     # a GPU
     python benchmarks/window_attention.py --batch=64 --dtype=float16 --target=h100     # its memory, without the GPU
 
-folded is ours: windows folded into heads, the bias of position and mask shared by the batch; cudnn is the same through
-that kernel. plain has windows in the batch, as the references do, and a mask where they are shifted. naive gives every
-window of every image its own copy of the bias and writes softmax out over fp32 logits. Each runs forward and
-backward from queries, keys and values in its own layout; that all give the same result is checked first. Printed are
-temporary memory (the compiler's, beside inputs and outputs), milliseconds (medians of interleaved repetitions), their
-ratios to `folded`, and one line of JSON.
+folded is ours: windows folded into heads, with one bias of position and mask shared by the batch. cudnn is the same
+through cuDNN's kernel. plain has the windows in the batch dimension, as the reference implementations do, and a mask if
+they are shifted. naive gives every window of every image its own copy of the bias, with an explicit softmax over fp32
+logits. Each runs forward and backward from queries, keys and values in its own layout, after a check that all give the
+same result. Prints temporary memory (the compiler's figure, without inputs and outputs), milliseconds (medians of
+interleaved repetitions), their ratios to `folded`, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -198,16 +198,22 @@ def words(text: str) -> list[str]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=2, help="images (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed, of each form; 0: memory alone (%(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="batch size, images (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed repetitions per form; 0: memory only (%(default)s)"
+    )
     kinds = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=kinds, default="float32", help="of queries, keys and values (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=kinds, default="float32", help="dtype of queries, keys and values (%(default)s)"
+    )
     forms = "folded,plain,naive"
-    parser.add_argument("--forms", type=words, default=forms, help="or cudnn; the first is compared with (%(default)s)")
+    parser.add_argument(
+        "--forms", type=words, default=forms, help="forms to compare, also cudnn; ratios are to the first (%(default)s)"
+    )
     parser.add_argument("--cases", type=words, default="224:14,640:20", help="pixels:window (%(default)s)")
     needs = "compile for this GPU (h100, a100-80gb, …) without it; needs visionfm_jax[plan]"
     parser.add_argument("--target", default="", help=needs)
-    parser.add_argument("--stages", type=words, default="0,1,2,3", help="from 0 (%(default)s)")
+    parser.add_argument("--stages", type=words, default="0,1,2,3", help="stages, from 0 (%(default)s)")
     args = parser.parse_args()
     if unknown := set(args.forms) - set(FORMS):
         parser.error(f"--forms: no {', '.join(sorted(unknown))}; there is {', '.join(FORMS)}")

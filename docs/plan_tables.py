@@ -1,4 +1,4 @@
-"""Write the tables of docs/plan.md anew: compiles the full-size steps that are not cached, some minutes.
+"""Regenerate the tables of docs/plan.md: compiles the full-size steps that are not cached, which takes some minutes.
 
 python docs/plan_tables.py
 """

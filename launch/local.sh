@@ -7,12 +7,12 @@ usage() {
 usage: launch/local.sh N [ARGUMENTS ...]          N x python -m visionfm_jax.main ARGUMENTS
        launch/local.sh N -- COMMAND [ARGS ...]    N x COMMAND, with the same variables
 
-Starts N processes that find each other on a free port. Where nvidia-smi shows GPUs, each process gets one
-(the first N of CUDA_VISIBLE_DEVICES if that is set; empty means CPU). When one fails all end; Ctrl-C and
-SIGTERM reach all; the exit code is that of the first that failed. Should this script itself be killed, the
-processes are asked to save and end, and after two minutes killed.
+Starts N processes of one run on this machine, connected through a free port. If nvidia-smi shows GPUs, each process
+gets one (the first N of CUDA_VISIBLE_DEVICES if that is set; empty means CPU). If one process fails, all are ended, and
+the exit code is that of the first failure. Ctrl-C and SIGTERM are passed on to all. If this script itself is killed,
+the processes are asked to save and end, and are killed after two minutes.
 
-  PYTHON=/path/to/python   the Python to run (else of the active environment, of .venv, python3)
+  PYTHON=/path/to/python   Python to run (default: of the active environment, of .venv, or python3)
 TEXT
 }
 [[ "${1:-}" != "--help" && "${1:-}" != "-h" ]] || { usage; exit 0; }

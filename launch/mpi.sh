@@ -8,12 +8,12 @@ usage: launch/mpi.sh MPIRUN OPTIONS ... -- [ARGUMENTS ...]
 
 e.g.   launch/mpi.sh -np 16 --hostfile hosts -- --config=configs/vit_huge.py
 
-Runs python -m visionfm_jax.main ARGUMENTS in every process; the repository lies at the same path on all
-hosts. Where processes first meet is asked from the host of rank 0 by a first, tiny mpirun.
+Runs python -m visionfm_jax.main ARGUMENTS in every process. The repository must be at the same path on all hosts. A
+short mpirun first determines the address of rank 0, where the processes connect.
 
-  MPIRUN=mpiexec                     another starter
-  VISIONFM_COORDINATOR=HOST:PORT     where rank 0 listens, instead of asking
-  PYTHON=/path/to/python             the Python to run (else .venv/bin/python of the repository)
+  MPIRUN=mpiexec                     command to use instead of mpirun
+  VISIONFM_COORDINATOR=HOST:PORT     address of rank 0, instead of determining it
+  PYTHON=/path/to/python             Python to run (default: .venv/bin/python of the repository)
 TEXT
 }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -70,7 +70,7 @@ start=("${MPIRUN:-mpirun}" "${options[@]+"${options[@]}"}")
 if [[ -z "${VISIONFM_COORDINATOR:-}" ]]; then
     VISIONFM_COORDINATOR=$("${start[@]}" bash "$self" --say-address "$PYTHON" | sed -n 's/.*address=//p')
     if [[ -z "$VISIONFM_COORDINATOR" ]]; then
-        echo "error: rank 0 did not say its address; set VISIONFM_COORDINATOR=HOST:PORT" >&2
+        echo "error: the address of rank 0 cannot be determined; set VISIONFM_COORDINATOR=HOST:PORT" >&2
         exit 2
     fi
 fi

@@ -6,11 +6,11 @@ usage() {
     cat <<'TEXT'
 usage: launch/quickstart.sh [--config.FIELD=VALUE ...]
 
-Makes .venv if there is none, installs the project into it, trains configs/quickstart.py on the bundled
-scans and evaluates. The run folder is runs/quickstart (--config.workdir=DIR for another).
+Creates .venv if it does not exist, installs the project into it, and trains and evaluates configs/quickstart.py on the
+bundled scans of digits. The run folder is runs/quickstart (--config.workdir=DIR for another).
 
-  PYTHON=/path/to/python3.12   the Python to make .venv with (>= 3.11; else the newest that is found)
-  VISIONFM_VENV=DIR            use or make this virtual environment instead of .venv
+  PYTHON=/path/to/python3.12   Python to create .venv with (>= 3.11; default: the first of python3.12, python3.11, python3)
+  VISIONFM_VENV=DIR            virtual environment to use or create instead of .venv
 TEXT
 }
 [[ "${1:-}" != "--help" && "${1:-}" != "-h" ]] || { usage; exit 0; }

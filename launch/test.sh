@@ -6,13 +6,12 @@ usage() {
     cat <<'TEXT'
 usage: launch/test.sh [--quick] [PYTEST ARGUMENTS ...]
 
-Installs the project with its test extra into the active virtual environment if there is one, else into
-.venv (made if missing), and runs all tests, or those that the arguments choose.
+Installs the project with its test dependencies into the active virtual environment, or into .venv (created if it does
+not exist), and runs all tests, or those that the arguments select.
 
-  --quick                      leave out the files that take longest (SLOW in tests/conftest.py): what is left are unit
-                               tests, one real training run, killed and continued, and the commands' errors
-  PYTHON=/path/to/python3.12   the Python to make .venv with (>= 3.11; else the newest that is found)
-  VISIONFM_VENV=DIR            use or make this virtual environment instead
+  --quick                      leave out the slowest test files (SLOW in tests/conftest.py)
+  PYTHON=/path/to/python3.12   Python to create .venv with (>= 3.11; default: the first of python3.12, python3.11, python3)
+  VISIONFM_VENV=DIR            virtual environment to use or create instead
 TEXT
 }
 [[ "${1:-}" != "--help" && "${1:-}" != "-h" ]] || { usage; exit 0; }

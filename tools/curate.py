@@ -1,4 +1,4 @@
-"""Makes the bundled pictures from packages at pinned versions: `python tools/curate.py --out=FOLDER`.
+"""Make the bundled images from packages at pinned versions: `python tools/curate.py --out=FOLDER`.
 
 Three sets (their file format: `data.sources.bundled`; their licences: `visionfm_jax/data/bundled/CREDITS.md`):
 
@@ -387,9 +387,11 @@ def main(argv: list[str]) -> None:
     """Make the sets that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bundled = Path(__file__).parents[1] / "visionfm_jax" / "data" / "bundled"
-    parser.add_argument("--out", type=Path, default=bundled, help="folder to write the sets into (that of the package)")
-    parser.add_argument("--packages", type=Path, help="folder to fetch the packages into and reuse (a temporary one)")
-    parser.add_argument("--sets", nargs="+", choices=MAKERS, default=[*MAKERS], help="what to make (all)")
+    parser.add_argument("--out", type=Path, default=bundled, help="folder to write to (that of the package)")
+    parser.add_argument(
+        "--packages", type=Path, help="folder to download the packages to and reuse them from (a temporary one)"
+    )
+    parser.add_argument("--sets", nargs="+", choices=MAKERS, default=[*MAKERS], help="sets to make (all)")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)

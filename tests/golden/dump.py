@@ -1,7 +1,8 @@
-"""Golden dumps: what every shipped configuration means, in full. `python tests/golden/dump.py` writes them anew."""
+"""Golden dumps: every shipped configuration in full. `python tests/golden/dump.py` regenerates them."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -55,5 +56,6 @@ def path_of(name: str) -> Path:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for shipped in SHIPPED:
         path_of(shipped).write_text(dump(shipped))

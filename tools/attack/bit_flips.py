@@ -1,15 +1,15 @@
-"""Turn single bits of the files that a run reads, and see what is made of them.
+"""Flip single bits of the files that a run reads, and check that the damage is noticed.
 
     python tools/attack/bit_flips.py --count=200
 
-Each time one bit of one file is turned, size and times of the file stay, everything that the file belongs to is read as
-a run reads it, and the bit is turned back. That must be
+One bit of one file is flipped (its size and times stay the same), everything that the file belongs to is read as a run
+reads it, and the bit is restored. The result must be one of
 
-    named     an error or a line for people says that something is damaged (or differs), or the record is counted so
-    harmless  what was read is what was written, every bit of it
+    named     an error or a log line reports the damage or a difference, or the record is counted as damaged
+    harmless  what was read equals what was written, bit for bit
 
-and anything else is silent, or a crash; with one of these it exits with 1. The image files in class folders have the
-checksums that `visionfm_jax.data.checksums` makes.
+Anything else is silent damage or a crash, and the exit code is then 1. Image files in class folders have the checksums
+that `visionfm_jax.data.checksums` makes.
 """
 
 from __future__ import annotations
@@ -260,9 +260,9 @@ def outcome(read: Read, expected: Any) -> str:
 def main() -> int:
     """Run the attack; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200, help="turned bits of each kind of file (200)")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="only these; all")
-    parser.add_argument("--seed", type=int, default=0, help="of files and bits (0)")
+    parser.add_argument("--count", type=int, default=200, help="bits to flip in each kind of file (%(default)s)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only this kind of file, may be repeated (all)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     arguments = parser.parse_args()
     quiet_logs()
     tfds.disable_progress_bar()

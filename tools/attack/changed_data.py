@@ -1,11 +1,12 @@
-"""Change a dataset between two starts of a run in every way that comes to mind: is it noticed when the run continues?
+"""Change a dataset between two starts of a run, and check that the change is noticed.
 
     python tools/attack/changed_data.py --changes=200
 
-Datasets of every kind that lies in files are made, and changed one way at a time: files, members, rows and captions are
-added, removed, renamed, swapped, cut, overwritten; classes come and go; labels move. `train.provenance` compares what
-a run would have kept with what it would find, as at every start. What changes no record (another path, another time of
-change) must go on. Printed is how often each change was noticed; the exit code is 1 if one was not that should be.
+Makes datasets of every format that consists of files, and changes each in one way at a time: files, members, rows and
+captions are added, removed, renamed, swapped, truncated, overwritten; classes are added and removed; labels change.
+`train.provenance` compares what a run would have stored with what it would find, as at every start. A change that
+affects no record (another path or modification time) must be accepted. Prints how often each change was noticed; the
+exit code is 1 if a change was missed.
 """
 
 from __future__ import annotations
@@ -272,9 +273,9 @@ def attack(kind: str, name: str, rng: np.random.Generator, base: Path) -> str:
 def main() -> int:
     """Attack, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--changes", type=int, default=200, help="how many, spread over all (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of contents and places (default %(default)s)")
-    parser.add_argument("--show", action="store_true", help="print a line of each kind of change")
+    parser.add_argument("--changes", type=int, default=200, help="number of changes, over all formats (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument("--show", action="store_true", help="print one line per kind of change")
     asked = parser.parse_args()
     ways = [(kind, name) for kind, (_, of) in KINDS.items() for name in (*of, HARMLESS[0])]
     tried, noticed = collections.Counter(), collections.Counter()

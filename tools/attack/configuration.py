@@ -1,11 +1,11 @@
-"""Attacks configurations: wild values in every field, by Python and by flags, and wild command lines.
+"""Test configurations with extreme values in every field, set in Python and by flags, and with malformed command lines.
 
     python tools/attack/configuration.py --values=10000 --commands=100
 
-A value must be refused by a ConfigError of short lines that name the field, or be one that a run can work with: of the
-declared type, finite, kept by JSON, with a length that its counters hold, numbers that survive float32, a folder below
-runs/, and a network whose shapes follow in bounded time and memory. A command must end by itself with exit code 2 and
-a line for each broken rule. What does neither is listed. Exit codes: 0 nothing found · 1 something.
+A value must either be refused by a ConfigError of short lines that name the field, or be usable: of the declared type,
+finite, preserved by JSON, with a length that fits the counters, numbers that survive float32, a run folder below
+runs/, and a network that can be built in bounded time and memory. A command must end by itself with exit code 2 and
+one line for each broken rule. Violations are listed. Exit codes: 0 none · 1 some.
 """
 
 from __future__ import annotations
@@ -404,11 +404,13 @@ def attack_commands(count: int, seed: int, jobs: int) -> tuple[list[str], list[F
 def main() -> int:
     """Parse, attack, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--values", type=int, default=10_000, help="configurations with wild values (%(default)s)")
-    parser.add_argument("--networks", type=int, default=200, help="networks of accepted ones to build (%(default)s)")
-    parser.add_argument("--commands", type=int, default=100, help="wild command lines (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="command lines at a time (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    parser.add_argument("--values", type=int, default=10_000, help="number of configurations to try (%(default)s)")
+    parser.add_argument(
+        "--networks", type=int, default=200, help="networks of accepted configurations to build (%(default)s)"
+    )
+    parser.add_argument("--commands", type=int, default=100, help="number of command lines to try (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="command lines to run in parallel (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     arguments = parser.parse_args()
     began = time.perf_counter()
     outcomes, findings = attack_values(arguments.values, arguments.seed, arguments.networks)

@@ -1,11 +1,11 @@
-"""Hostile image files: what each costs in time and memory, and what becomes of it.
+"""Decode hostile image files, and measure the time and memory of each.
 
     python tools/attack/images.py --megapixels=67 --damages=20000
 
-Every file is decoded as evaluation and as training do, in a process of its own, whose peak of memory is read from the
-kernel. Then valid small files of every format are damaged at random: whatever a decoder makes of them, it must be
-pixels or `DamagedImage`; and single bits are flipped, which only a format with a checksum, PNG, can always tell. The
-summary has a line for each file; the exit code is 1 if a bound was broken.
+Every file is decoded as in evaluation and as in training, each in its own process, whose peak memory is read from the
+kernel. Then small valid files of every format are damaged at random: the result must be pixels or `DamagedImage`. Then
+single bits are flipped; only a format with a checksum, PNG, can always detect this. Prints a line for each file; the
+exit code is 1 if a limit was exceeded.
 """
 
 from __future__ import annotations
@@ -357,12 +357,18 @@ def flip(count: int, seed: int) -> dict[str, collections.Counter]:
 def main() -> int:
     """Print a line for each file; 1 if a bound was broken."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--megapixels", type=float, default=DataConfig.max_pixels / 1e6, help="data.max_pixels / 1e6")
-    words.add_argument("--seconds", type=float, default=30.0, help="bound of one file")
-    words.add_argument("--damages", type=int, default=20_000, help="small files that are damaged at random")
-    words.add_argument("--flips", type=int, default=1000, help="single bits that are flipped in a file of each format")
-    words.add_argument("--threads", type=int, default=8, help="that decode the costliest file at once")
-    words.add_argument("--only", default="", help="part of the names of the files to try")
+    words.add_argument(
+        "--megapixels", type=float, default=DataConfig.max_pixels / 1e6, help="data.max_pixels / 1e6 (%(default)s)"
+    )
+    words.add_argument("--seconds", type=float, default=30.0, help="time limit per file (%(default)s)")
+    words.add_argument(
+        "--damages", type=int, default=20_000, help="number of small files to damage at random (%(default)s)"
+    )
+    words.add_argument("--flips", type=int, default=1000, help="bits to flip in a file of each format (%(default)s)")
+    words.add_argument(
+        "--threads", type=int, default=8, help="threads that decode the costliest file at the same time (%(default)s)"
+    )
+    words.add_argument("--only", default="", help="only files whose name contains this")
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     words.add_argument("--together", help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""Interrupt a tiny run at random moments, continue it with the same command, and compare it to the last bit.
+"""Interrupt a tiny run at random moments, continue it with the same command, and compare it bit for bit.
 
     python tools/attack/interruptions.py --count=100
 
-A reference run, which nothing disturbs, saves the state after every step. Other runs are sent SIGKILL, SIGTERM or
-SIGINT in one of six phases, again and again until they are done: while they start, while the step is compiled (on
-another number of devices), between two steps, while a state is saved, while it is evaluated, and at the end, when
-pictures are drawn. After each interruption the newest checkpoint and the metrics up to it must be the reference's,
-every bit of them; at the end the whole run must be. Exits with 1 if anything differs.
+An uninterrupted reference run saves its state after every step. Other runs are sent SIGKILL, SIGTERM or SIGINT in one
+of six phases, repeatedly, until they complete: during start, compilation (for another number of devices), steps,
+saving, evaluation, and at the end, when pictures are drawn. After each interruption, the newest checkpoint and the
+metrics up to it must equal those of the reference, bit for bit; at the end, so must the whole run. The exit code is 1
+if anything differs.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def interrupt(phase: str, kind: signal.Signals, folder: Path, log: Path, rng: ra
 def main() -> int:
     """Run the attack; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100, help="interruptions (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals (0)")
-    parser.add_argument("--folder", type=Path, help="where the runs are kept; a temporary folder otherwise")
+    parser.add_argument("--count", type=int, default=100, help="number of interruptions (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="folder to keep the runs in (a temporary one)")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # Orbax misses a file when it reads one item of a checkpoint alone
     rng = random.Random(arguments.seed)

@@ -1,19 +1,19 @@
-"""Kill, stop or terminate every process of a run at every phase, and see how the others end.
+"""Kill, stop or terminate each process of a run in every phase, and check how the others end.
 
     python tools/attack/processes.py --processes=4
 
-Each case is a real run of the smallest model on this machine. One process sends the signal to itself at the phase:
+Each case is a run of the smallest model on this machine. One process sends itself the signal in the given phase:
 
-    join       on entering jax.distributed.initialize: all have met, JAX has not begun
-    restore    on entering the restoring of a checkpoint
-    compile    0.3 s into the first step: it is traced and compiled
+    join       on entering jax.distributed.initialize, after all processes have met
+    restore    on entering the restoration of a checkpoint
+    compile    0.3 s into the first step, while it is traced and compiled
     step       while the device is busy with the third step
     save       while a checkpoint is being written
     evaluate   while the device is busy with a batch of an evaluation
 
-A case of SIGKILL or SIGSTOP is good if every survivor ends within two minutes of the signal, with exit code 71, and
-with one line on stderr that names the process and its host; one of SIGTERM if all, the struck one too, end with 75 in
-that time. The exit code of this program is 1 if any case is not good.
+A case of SIGKILL or SIGSTOP passes if every other process ends within two minutes of the signal, with exit code 71 and
+one line on stderr that names the lost process and its host. A case of SIGTERM passes if all processes, including the
+signalled one, end with 75 in that time. The exit code is 1 if any case fails.
 """
 
 from __future__ import annotations
@@ -236,11 +236,11 @@ def undisturbed(scratch: Path, processes: int) -> Path:
 def main() -> int:
     """Attack, print the table, and say whether all was good."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=4, help="of each run")
+    parser.add_argument("--processes", type=int, default=4, help="processes per run (%(default)s)")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
-    parser.add_argument("--ranks", nargs="+", type=int, help="to signal; default: all")
+    parser.add_argument("--ranks", nargs="+", type=int, help="processes to signal (all)")
     parser.add_argument("--signals", nargs="+", default=SIGNALS, choices=SIGNALS)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time: a stopped one mostly waits")
+    parser.add_argument("--jobs", type=int, default=1, help="runs in parallel (%(default)s)")
     arguments = parser.parse_args()
 
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(), "attack-compiled")))

@@ -1,9 +1,10 @@
-"""Attacks files of weights: safetensors and config.json with bits turned, cut, spliced and rewritten at random.
+"""Damage files of weights at random (safetensors and config.json), and check that reading them is safe.
 
     python tools/attack/weights_files.py --count=2000 --seed=0
 
-Each is read as a start reads it, up to arrays by our names. It must give arrays of the right names and shapes, all
-finite, or end in a UserError of one line. What does neither is listed. Exit codes: 0 nothing found · 1 something.
+Bits are flipped, files are truncated, and parts are inserted and rewritten. Each file is read as at the start of a run.
+The result must be finite arrays of the right names and shapes, or a UserError of one line. Violations are listed. Exit
+codes: 0 none · 1 some.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def read(folder: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Strike, and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000, help="blows")
+    parser.add_argument("--count", type=int, default=2000, help="number of damaged files (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     rng, results, bad = random.Random(arguments.seed), collections.Counter(), []
