@@ -167,11 +167,17 @@ class Transform(Choice):
 
     Attributes:
       limits: what each field may hold.
-      shapes: (V, S, S, 3) by name, of the views that it makes of an image; most make none.
+      views: groups of views of an image that it makes in place of it (`data.transforms.Views`); most make none.
     """
 
     limits: ClassVar[Limits] = {}
-    shapes: ClassVar[dict[str, tuple[int, int, int, int]]] = {}
+    views: ClassVar[tuple[Any, ...]] = ()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """(V, S, S, 3) of the views by name; several groups may share one."""
+        counts = {v.name: sum(w.count for w in self.views if w.name == v.name) for v in self.views}
+        return {v.name: (counts[v.name], v.size, v.size, 3) for v in self.views}
 
     def __call__(self, sample: Any, rng: Any) -> Any:
         """A `data.sample.Sample`, transformed.

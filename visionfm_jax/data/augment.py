@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from visionfm_jax.config import AugmentConfig, PhotometricConfig
-from visionfm_jax.data.transforms import MultiCrop
+from visionfm_jax.config import AugmentConfig, PhotometricConfig, Transform
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 _TO_YIQ = np.array([_GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)])
@@ -34,7 +33,7 @@ def augment(images: jax.Array, keys: jax.Array, config: AugmentConfig) -> jax.Ar
 
 
 def augment_views(
-    batch: Mapping[str, jax.Array], keys: jax.Array, crop: MultiCrop, config: AugmentConfig
+    batch: Mapping[str, jax.Array], keys: jax.Array, crop: Transform, config: AugmentConfig
 ) -> dict[str, jax.Array]:
     """As `augment`, of several views of each image, each varied as its `Views` say, by a key of its own.
 

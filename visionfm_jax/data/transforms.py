@@ -219,12 +219,6 @@ class MultiCrop(Transform):
                 out.append((f"{name}.views[{i}].size", views.size, rule, "set the same, or another name"))
         return out
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """(V, S, S, 3) by name."""
-        counts = {v.name: sum(w.count for w in self.views if w.name == v.name) for v in self.views}
-        return {v.name: (counts[v.name], v.size, v.size, 3) for v in self.views}
-
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         places: dict[str, list] = {}
         for views in self.views:

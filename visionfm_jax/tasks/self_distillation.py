@@ -25,11 +25,10 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from visionfm_jax.config import BackboneConfig, Config, TaskConfig
+from visionfm_jax.config import BackboneConfig, Config, TaskConfig, Transform
 from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range
 from visionfm_jax.data.augment import augment_views, normalize
 from visionfm_jax.data.fields import NoFields
-from visionfm_jax.data.transforms import MultiCrop
 from visionfm_jax.losses.masked import hide_blocks
 from visionfm_jax.losses.self_distillation import centred, koleo, patches_loss, sinkhorn, views_loss
 from visionfm_jax.models.backbones import Features
@@ -95,7 +94,8 @@ class SelfDistillationConfig(TaskConfig):
         if run.optim.ema:
             rule = "averages the weights, which the teacher does by task.teacher_momentum"
             out.append(("optim.ema", run.optim.ema, rule, "set it to 0"))
-        shapes = views_of(run).shapes if has_views(run) else {}
+        made = views_of(run)
+        shapes = made.shapes if made else {}
         side = run.model.image_size
         wanted = {"global": (2, side, side, 3)} | {k: v for k, v in shapes.items() if k == "local"}
         if shapes != wanted:
@@ -114,14 +114,9 @@ class SelfDistillationConfig(TaskConfig):
         return SelfDistillation(run, dtype, gather_params)
 
 
-def has_views(run: Config) -> bool:
-    """Whether the transforms make several views."""
-    return any(isinstance(t, MultiCrop) for t in run.data.transforms)
-
-
-def views_of(run: Config) -> MultiCrop:
-    """The transform that makes them."""
-    return next(t for t in run.data.transforms if isinstance(t, MultiCrop))
+def views_of(run: Config) -> Transform | None:
+    """The transform that makes several views of an image; None: none does."""
+    return next((t for t in run.data.transforms if t.views), None)
 
 
 class Draws(NamedTuple):
