@@ -34,6 +34,7 @@ from visionfm_jax.models.layers import GatherParams, l2_normalize
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import all_rows, first_row
 from visionfm_jax.tasks.pairs import PairTask
+from visionfm_jax.tasks.task import split_keys
 
 EVAL_SEED = 20  # of what evaluations hide: the same in every run
 
@@ -141,7 +142,7 @@ class Multimodal(PairTask):
     def embed(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> dict[str, jax.Array]:
         """What `contrast` compares, of the pairs alone."""
         del context
-        draws = self._draws(keys)
+        draws = split_keys(Draws, keys)
         images = augment(self._pairs(batch["image"]), self._pairs(draws.augment), self.config.data.augment)
         features = self._run(params, "encode", images, self._pairs(draws.drop_path))
         tokens = self._pairs(batch["text"])
@@ -157,7 +158,7 @@ class Multimodal(PairTask):
           `logit_scale` (P,); and nothing whose mean is wanted.
         """
         del context
-        draws, task = self._draws(keys), self.task
+        draws, task = split_keys(Draws, keys), self.task
         images = augment(batch["image"], draws.augment, self.config.data.augment)
         units = hide_units(draws.hide, self._units, task.mask_ratio) & self._is_bare(len(images))[:, None, None]
         features = self._run(params, "encode", images, draws.drop_path, self._patches(units))
@@ -242,10 +243,6 @@ class Multimodal(PairTask):
     def _run(self, params: Any, method: str, *arguments: Any) -> Any:
         return self.model.apply({"params": params}, *arguments, method=method)
 
-    def _draws(self, keys: jax.Array) -> Draws:
-        keys = jax.vmap(lambda key: jax.random.split(key, len(Draws._fields)))(keys)
-        return Draws(*(keys[:, i] for i in range(keys.shape[1])))
-
     @property
     def _units(self) -> int:
         return self.config.model.image_size // self.task.mask_unit
@@ -268,7 +265,7 @@ class Multimodal(PairTask):
 
     def _eval_draws(self, batch: dict) -> Draws:
         fold = jax.vmap(lambda record: jax.random.fold_in(jax.random.key(EVAL_SEED), record))
-        return self._draws(fold(batch["record"]))
+        return split_keys(Draws, fold(batch["record"]))
 
     def _embeddings(self, params: Any, batch: dict) -> dict[str, jax.Array]:
         """`image_embedding` and `text_embedding`, (B, E) of length 1, of what the batch holds of the two."""

@@ -37,6 +37,7 @@ from visionfm_jax.models.prototypes import forward_flops
 from visionfm_jax.models.self_distillation import SelfDistilled
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import DEVICES
+from visionfm_jax.tasks.task import split_keys
 
 TEMPERATURE = Range(1e-3, 10)
 MOMENTUM = Range(0, 1)
@@ -168,7 +169,7 @@ class SelfDistillation:
     def counts(self, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """`hidden`: patches, by which the mean of their logits divides."""
         del batch
-        return {} if self.task.targets == "sinkhorn" else {"hidden": self._hidden(self._draws(keys)).sum()}
+        return {} if self.task.targets == "sinkhorn" else {"hidden": self._hidden(split_keys(Draws, keys)).sum()}
 
     def update(self, state: Any, means: dict[str, jax.Array]) -> Any:
         """The centres, moved towards this batch's."""
@@ -195,7 +196,7 @@ class SelfDistillation:
           `patch_loss` and `koleo`, and `target_entropy`, in nats, of the teacher's targets: 0 or ln K where it has
           collapsed; and for centring the means of the teacher's logits.
         """
-        task, draws = self.task, self._draws(keys)
+        task, draws = self.task, split_keys(Draws, keys)
         views = augment_views(batch, draws.colours, self.views, self.config.data.augment)
         views = {name: rearrange(x, "b v h w c -> v b h w c") for name, x in views.items()}
         hidden, second = self._hidden(draws), jax.vmap(jax.random.bernoulli)(draws.masked)
@@ -292,10 +293,6 @@ class SelfDistillation:
         prototypes = params["image_head"]["prototypes"]
         fixed = jnp.where(step < self.task.freeze_steps, jax.lax.stop_gradient(prototypes), prototypes)
         return {**params, "image_head": {**params["image_head"], "prototypes": fixed}}
-
-    def _draws(self, keys: jax.Array) -> Draws:
-        keys = jax.vmap(lambda key: jax.random.split(key, len(Draws._fields)))(keys)
-        return Draws(*(keys[:, i] for i in range(keys.shape[1])))
 
     @property
     def _grid(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,15 @@ class ContrastTask(Task, Protocol):
     def forward(self, params: Any, batch: dict, keys: jax.Array, context: Context) -> tuple[dict, dict, dict]: ...
     def contrast(self, embedded: dict[str, jax.Array], context: Context) -> jax.Array: ...
     def join(self, own: dict[str, jax.Array], contrast: jax.Array) -> dict[str, jax.Array]: ...
+
+
+_Keys = TypeVar("_Keys", bound=tuple)
+
+
+def split_keys(uses: type[_Keys], keys: jax.Array) -> _Keys:
+    """Keys (B,) of samples, split into one for each field of the NamedTuple `uses`, (B,) each."""
+    split = jax.vmap(lambda key: jax.random.split(key, len(uses._fields)))(keys)
+    return uses(*(split[:, i] for i in range(split.shape[1])))
 
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
