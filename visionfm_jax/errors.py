@@ -80,7 +80,7 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
 
 def complain(text: str) -> None:
     """Write a line for people on stderr, behind the name that the program was called by."""
-    program = "visionfm" if os.path.basename(sys.argv[0]) == "visionfm" else "visionfm_jax"
+    program = "visionfm" if os.path.basename((sys.argv or [""])[0]) == "visionfm" else "visionfm_jax"
     print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from visionfm_jax.errors import LostError
+from visionfm_jax.errors import LostError, complain
 from visionfm_jax.parallel import cluster
 
 _KEY = "visionfm_jax/watchdog/"
@@ -124,7 +124,7 @@ class Watchdog:
             f"no step finished for {minutes:g} minutes, {step}; {text}; "
             f"stacks in {self._stacks}; raise config.telemetry.stuck_minutes if a step may take that long"
         )
-        print(f"error: {who}: {self._said}", file=sys.stderr, flush=True)
+        complain(f"error: {who}: {self._said}")
 
     @property
     def _stacks(self) -> Path:

@@ -8,14 +8,13 @@ import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from visionfm_jax.errors import OutputError
+from visionfm_jax.errors import OutputError, complain
 from visionfm_jax.storage import CHECKSUM, read_bytes, seal, unseal, unwritable, write, write_text
 
 FILE = "metrics.jsonl"
@@ -218,7 +217,7 @@ def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     *lines, rest = (read_bytes(path) or b"").decode("utf-8", errors="replace").split("\n")
     found = [(line, row) for line in lines if (row := _parse(line)) is not None]
     if damaged := len(lines) + bool(rest) - len(found):
-        print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr, flush=True)
+        complain(f"{path}: {damaged} damaged lines are left out")
     return found
 
 

@@ -21,7 +21,7 @@ def start(code, *args):
 
 
 def error_line(err):
-    return next(line for line in err.splitlines() if line.startswith("error: "))
+    return next(line for line in err.splitlines() if line.startswith("visionfm_jax: error: "))
 
 
 def test_a_stuck_loop_ends_with_stacks_and_one_line(tmp_path):
