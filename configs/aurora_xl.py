@@ -4,13 +4,13 @@
     python -m visionfm_jax.main --config=configs/aurora_xl.py
     python -m visionfm_jax.main --config=configs/aurora_xl.py:tiny
 
-For 64 GPUs of 80 GB: ZeRO-2, bf16, global batch 2048 in 8 micro-batches whose pairs are contrasted with all others of
-the batch. Three samples of four are pairs: of LAION-5B, COCO and Visual Genome; the fourth is an image alone. 2 B
-samples make an epoch.
+For 64 GPUs of 80 GB: ZeRO-2, bf16, global batch 2048 in 8 micro-batches; each pair is contrasted with all others of the
+batch. Three of four samples are pairs, from LAION-5B, COCO and Visual Genome; the fourth is an image without caption.
+An epoch has 2 B samples.
 
-`tiny` is the same recipe on the bundled emoji, small enough for two CPU cores: pairs are those of one drawing style,
-images without caption those of both. Held out are combinations of concept and skin tone of which each part is known,
-but not the two together.
+`tiny` is the same recipe on the bundled emoji, small enough for two CPU cores. The pairs come from one drawing style,
+the images without caption from both. The test set has combinations of a concept and a skin tone that do not occur
+together in the training data.
 """
 
 from visionfm_jax.config import (
@@ -80,7 +80,7 @@ def full() -> Config:
 
 
 def whole() -> PreprocessConfig:
-    """A caption speaks of all that is there, and an emoji reaches to its edges."""
+    """No crop: a caption describes the whole image, and an emoji fills its image."""
     return PreprocessConfig(crop=1.0)
 
 

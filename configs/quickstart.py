@@ -2,7 +2,7 @@
 
     ./launch/quickstart.sh
 
-1,000 other scans judge it, beside logistic regression on the pixels of the same split.
+It is evaluated on 1,000 other scans, next to a logistic regression on the pixels.
 """
 
 from visionfm_jax.config import (
@@ -24,7 +24,7 @@ from visionfm_jax.tasks.classification import ClassificationConfig
 
 
 def whole() -> PreprocessConfig:
-    """A digit fills its image."""
+    """No crop: a digit fills its image."""
     return PreprocessConfig(crop=1.0)
 
 

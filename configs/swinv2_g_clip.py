@@ -1,4 +1,4 @@
-"""SwinV2-G and a text tower, 3.36 B parameters, contrastive on LAION-5B's 1.2 B pairs of highest CLIP score, 224 px.
+"""SwinV2-G and a text tower, 3.36 B parameters: CLIP at 224 px on the 1.2 B pairs of LAION-5B with the highest score.
 
     python -m visionfm_jax.data.select --path=/data/laion5b --where='similarity >= 0.28' --out=/data/laion5b.selection
     python -m visionfm_jax.main --config=configs/swinv2_g_clip.py
@@ -7,8 +7,8 @@
 For 128 GPUs of 80 GB: fully sharded, fp16 with a dynamic loss scale (config.train.precision=bf16 works too), global
 batch 32,768. `configs/swinv2_g_clip_640.py` continues at 640 px.
 
-`tiny` is the same recipe on the bundled emoji and their names, small enough for two CPU cores. Held out are
-combinations of concept and skin tone of which each part is known, but not the two together.
+`tiny` is the same recipe on the bundled emoji and their names, small enough for two CPU cores. The test set has
+combinations of a concept and a skin tone that do not occur together in the training data.
 """
 
 from visionfm_jax.config import (
@@ -70,7 +70,7 @@ def emoji(split: str) -> SourceConfig:
 
 
 def whole() -> PreprocessConfig:
-    """An emoji reaches to its edges."""
+    """No crop: an emoji fills its image."""
     return PreprocessConfig(crop=1.0)
 
 

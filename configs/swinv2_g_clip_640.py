@@ -1,15 +1,15 @@
-"""The model of `configs/swinv2_g_clip.py`, from its last checkpoint to 640 px and windows of 20.
+"""The model of `configs/swinv2_g_clip.py`, continued from its last checkpoint at 640 px with windows of 20.
 
     python -m visionfm_jax.main --config=configs/swinv2_g_clip_640.py
 
-Weights alone are taken over: the position bias is evaluated for the new windows at the offsets of the old, and the
-schedule is its own. For 128 GPUs of 80 GB, 32 pairs on each: a global batch of 4,096, as an image at 640 px needs eight
-times the memory and arithmetic of one at 224. A twentieth of an epoch, 60 M pairs, is 5 % of the arithmetic of
-the run at 224; the learning rate is a fifth of that run's peak.
+Only the weights are taken from that run; the schedule is new. The position bias is evaluated for the new windows, with
+coordinates relative to the old ones. For 128 GPUs of 80 GB with 32 pairs each: the global batch is 4,096, as an image
+at 640 px needs eight times the memory and FLOPs of one at 224 px. It trains for a twentieth of an epoch, 60 M pairs,
+which is 5 % of the FLOPs of the run at 224 px, with a fifth of its peak learning rate.
 
     python -m visionfm_jax.main --config=configs/swinv2_g_clip_640.py:tiny
 
-continues the tiny run of that file, which goes first, at twice its resolution and window.
+continues the tiny run of that file, which must be run first, at twice its resolution and window.
 """
 
 from visionfm_jax.config import (
@@ -74,7 +74,7 @@ def emoji(split: str) -> SourceConfig:
 
 
 def whole() -> PreprocessConfig:
-    """An emoji reaches to its edges."""
+    """No crop: an emoji fills its image."""
     return PreprocessConfig(crop=1.0)
 
 

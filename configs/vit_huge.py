@@ -4,10 +4,11 @@
         '--config.evals[0].source.path=/data/imagenet21k'
     python -m visionfm_jax.main --config=configs/vit_huge.py:tiny
 
-The label space is a field: 21,841 classes (Fall 2011), 19,167 (Winter 2021) or 10,450 (ImageNet-21K-P). The data is
-a TFDS directory in ArrayRecord format. ImageNet-21K has no official split for validation: the first 51,200 images are
-held out, as by big_vision (TFDS stores a dataset's images in random order). For class folders set kind=folder and the
-names of two of your folders as split, in config.data.train[0] and config.evals[0].source, and config.data.num_examples.
+Set config.task.num_classes to the release of the dataset: 21,841 classes (Fall 2011), 19,167 (Winter 2021) or 10,450
+(ImageNet-21K-P). The data are a TFDS directory in ArrayRecord format. ImageNet-21K has no official validation split:
+the first 51,200 images are held out, as in big_vision (TFDS stores the images of a dataset in random order). For class
+folders, set kind=folder and split=NAME_OF_FOLDER in config.data.train[0] and config.evals[0].source, and
+config.data.num_examples.
 
 `tiny` is the same recipe on the bundled emoji of nine groups, small enough for two CPU cores.
 """
@@ -59,7 +60,7 @@ def full() -> Config:
 
 
 def whole() -> PreprocessConfig:
-    """An emoji reaches to its edges."""
+    """No crop: an emoji fills its image."""
     return PreprocessConfig(crop=1.0)
 
 

@@ -3,8 +3,8 @@
     python -m visionfm_jax.main --config=configs/vit_huge_dino.py '--config.data.train[0].path=/data/imagenet21k'
     python -m visionfm_jax.main --config=configs/vit_huge_dino.py:tiny
 
-Two views of 224 and eight of 98 pixels of each image; 128 GPUs have 16 images each. The evaluated weights are the
-teacher's: k-nearest neighbours on ImageNet, beside the same on its raw pixels.
+Each image gives two views of 224 and eight of 98 pixels. For 128 GPUs with 16 images each. The teacher is evaluated by
+k-nearest neighbours on ImageNet, next to k-nearest neighbours on raw pixels.
 
 `tiny` is the same recipe on bundled scans of digits, small enough for two CPU cores.
 """
@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> Config:
 
 
 def views(size: int, local_size: int, local_count: int, scale: float = 0.32) -> MultiCrop:
-    """DINOv2's; `scale` parts local from global crops."""
+    """DINOv2's views; local crops are smaller than the share `scale` of the image, global ones larger."""
     shared = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_chance": 0.8, "grey_chance": 0.2}
 
     def view(name: str, size: int, count: int, scale: tuple[float, float], **more: float) -> Views:
@@ -82,12 +82,12 @@ def full() -> Config:
 
 
 def whole() -> PreprocessConfig:
-    """A digit fills its image."""
+    """No crop: a digit fills its image."""
     return PreprocessConfig(crop=1.0)
 
 
 def tiny() -> Config:
-    """Digits have no colours, and a mirrored one is another sign: their views differ by place, size and sharpness."""
+    """Digits have no colours and must not be flipped: their views differ by position, size and blur."""
     train, held_out = (BundledConfig(path="digits", split=split) for split in ("train", "test"))
     crops = MultiCrop(
         views=tuple(
