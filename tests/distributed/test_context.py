@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from small_run import batches, small_config
 from test_stages import collectives
 
 from visionfm_jax.data.augment import normalize
-from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.parallel.mesh import FSDP, REPLICATED, make_mesh, to_global
 from visionfm_jax.tasks.classification import Classification
 from visionfm_jax.train import step
 from visionfm_jax.train.step import Trainer
@@ -23,23 +24,28 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Distillation(Classification):
-    """The student's logits follow the teacher's, centred, on images of some labels alone, whose number divides."""
+    """The student's logits follow the teacher's, centred, on images of some labels alone, whose number divides.
+
+    What centres them is a running mean, and that of a queue of the last steps' means.
+    """
 
     def momentum(self, step):
         return 0.5 + 0.1 * step
 
     def init_state(self):
-        return {"centre": jnp.ones(10)}
+        return {"centre": jnp.ones(10), "queue": jnp.ones((16, 10))}
 
     def counts(self, batch, keys):
         return {"chosen": self._chosen(batch).sum()}
 
     def update(self, state, means):
-        return {"centre": 0.5 * state["centre"] + 0.5 * means["centre"]}
+        queue = jnp.concatenate([state["queue"][1:], means["centre"][None]])
+        return {"centre": 0.5 * state["centre"] + 0.5 * means["centre"], "queue": queue}
 
     def loss(self, params, batch, keys, context):
         images = normalize(batch["image"], self.config.data.augment)
-        target = jax.nn.softmax(self._logits(context.teacher, images) - context.state["centre"])
+        centre = context.state["centre"] + context.state["queue"].mean(0)
+        target = jax.nn.softmax(self._logits(context.teacher, images) - centre)
         logits, chosen = self._logits(params, images), self._chosen(batch)
         share = chosen / context.counts["chosen"]
         loss = len(images) * share * -(target * jax.nn.log_softmax(logits)).sum(-1)
@@ -121,9 +127,11 @@ def test_a_step_that_is_not_finite_changes_neither_teacher_nor_state():
     chex.assert_trees_all_equal(jax.device_get(after.replace(step=before.step)), before)
 
 
-def test_the_teacher_is_stored_as_the_parameters_are_and_has_no_gradient():
+def test_teacher_and_state_are_stored_as_the_parameters_are_and_have_no_gradient():
     trainer = trainer_of(8, 3, 1)
     chex.assert_trees_all_equal(trainer.shardings.ema, trainer.shardings.params)
+    specs = {name: sharding.spec for name, sharding in trainer.shardings.task_state.items()}
+    assert specs == {"centre": REPLICATED, "queue": PartitionSpec(FSDP, None)}
     found = collectives(trainer)
     matrices, in_blocks = 7, 4
     assert found["reduce-scatter", "f32"] == matrices

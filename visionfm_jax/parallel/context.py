@@ -14,7 +14,7 @@ class Context(NamedTuple):
     Attributes:
       step: int32, how many steps the run has done.
       teacher: the averaged parameters, in the form that the loss gets its parameters in; None: the task has no teacher.
-      state: the task's own arrays between steps (centres, …); None: it has none.
+      state: the task's own arrays between steps (centres, queues, …), whole; None: it has none.
       counts: the task's `counts` of the global batch, divided by the number of micro-batches of all devices. So a
         micro-batch's sum over what was counted, divided by the count, is the sum over the whole batch divided by the
         number in it, once the step has taken the mean over micro-batches and devices.

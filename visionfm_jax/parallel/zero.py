@@ -189,6 +189,13 @@ class Zero:
         """PartitionSpecs of the stored parameters, and of anything shaped like them in the optimiser."""
         return self._specs if self.stage.state else jax.tree.map(lambda _: REPLICATED, self._specs)
 
+    def specs_of(self, arrays: Tree) -> Tree:
+        """PartitionSpecs of other arrays that are stored between steps, by the same rule: matrices are sharded."""
+        shards = self.mesh.shape[FSDP] if self.stage.state else 1
+        return jax.tree_util.tree_map_with_path(
+            lambda path, array: _spec(array.ndim, shard_dim(path, array, shards)), arrays
+        )
+
     def shardings(self, specs: Tree) -> Tree:
         """NamedShardings on this mesh."""
         return jax.tree.map(lambda s: NamedSharding(self.mesh, s), specs)

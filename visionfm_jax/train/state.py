@@ -46,11 +46,12 @@ def init_state(task: Task, tx: optax.GradientTransformation, config: Config) -> 
 
 
 def state_shardings(state: TrainState, tx: optax.GradientTransformation, zero: Zero) -> TrainState:
-    """Where each part of a state (or its shapes) is stored: anything shaped like the parameters, as they are."""
+    """Where each part of a state (or its shapes) is stored: anything shaped like the parameters, as they are; the
+    task's own arrays by the same rule."""
     specs = zero.state_specs
     opt_specs = optax.tree_utils.tree_map_params(
         tx, lambda _, spec: spec, state.opt_state, specs, transform_non_params=lambda _: REPLICATED
     )
     ema = None if state.ema is None else specs
-    scale, task_state = jax.tree.map(lambda _: REPLICATED, (state.loss_scale, state.task_state))
-    return zero.shardings(TrainState(REPLICATED, specs, opt_specs, ema, scale, task_state))
+    scale = jax.tree.map(lambda _: REPLICATED, state.loss_scale)
+    return zero.shardings(TrainState(REPLICATED, specs, opt_specs, ema, scale, zero.specs_of(state.task_state)))
