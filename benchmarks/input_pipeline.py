@@ -78,7 +78,7 @@ def pillow_loop(samples: Samples) -> None:
     for data, rng in samples:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         draws = rng.random((TRIES, 4))
-        top, left, h, w = random_box(draws, CROP.scale, CROP.ratio, image.height, image.width)
+        top, left, h, w = random_box(draws, CROP.scale, CROP.ratio, (image.height, image.width), (SIZE, SIZE))
         np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from visionfm_jax.config import (
     TaskConfig,
     TrainConfig,
 )
-from visionfm_jax.config.limits import Limits, OneOf, Range
+from visionfm_jax.config.limits import ImageSize, Limits, OneOf, Range, height_width
 from visionfm_jax.data.augment import normalize
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.sources.kinds import TfdsConfig
@@ -44,7 +45,7 @@ from visionfm_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-BATCH, SIDE, LENGTH, END = 8, 32, 6, 30
+BATCH, SIZE, LENGTH, END = 8, (32, 48), 6, 30
 
 
 @dataclass(kw_only=True)
@@ -53,7 +54,7 @@ class ToyConfig(BackboneConfig):
 
     channels: int = 16
     patch_size: int = 8
-    image_size: int = SIDE
+    image_size: ImageSize = SIZE
     attention: str = "xla"
     remat: str = "none"
 
@@ -77,9 +78,8 @@ class ToyConfig(BackboneConfig):
 
     @property
     def flops(self) -> float:
-        return (
-            2.0 * (self.image_size // self.patch_size) ** 2 * (3 * self.patch_size**2 + self.channels) * self.channels
-        )
+        patches = math.prod(side // self.patch_size for side in height_width(self.image_size))
+        return 2.0 * patches * (3 * self.patch_size**2 + self.channels) * self.channels
 
     def make(self, dtype, gather_params) -> Toy:
         return Toy(self, dtype)
@@ -101,8 +101,8 @@ class Toy(nn.Module):
 
 
 BACKBONES = {
-    "vit": lambda: ViTConfig(width=32, depth=2, heads=2, mlp=64, patch_size=8, image_size=SIDE, drop_path=0.1),
-    "swin_v2": lambda: SwinV2Config(size="small", patch_size=2, image_size=SIDE, window=2, drop_path=0.1),
+    "vit": lambda: ViTConfig(width=32, depth=2, heads=2, mlp=64, patch_size=8, image_size=SIZE, drop_path=0.1),
+    "swin_v2": lambda: SwinV2Config(size="small", patch_size=2, image_size=SIZE, window=2, drop_path=0.1),
     "toy": ToyConfig,
 }
 SMALL = swin_v2.Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
@@ -152,8 +152,7 @@ def batch(trainer: Trainer) -> dict[str, np.ndarray]:
     return out
 
 
-def losses(config: Config, steps: int) -> tuple[list[float], Any]:
-    trainer = Trainer(config, make_mesh(1, jax.devices()[:2]))
+def losses(trainer: Trainer, steps: int) -> tuple[list[float], Any]:
     state, rows, out = trainer.init(), batch(trainer), []
     for _ in range(steps):
         state, metrics = trainer.step(state, to_global(trainer.mesh, rows))
@@ -168,11 +167,18 @@ def losses(config: Config, steps: int) -> tuple[list[float], Any]:
     [("vit", "contrastive"), ("vit", "multimodal"), ("swin_v2", "classification"), ("toy", "contrastive")],
 )
 def test_every_task_trains_on_every_backbone(backbone, task):
-    config = run_of(*TASKS[task](BACKBONES[backbone]()))
-    found, state = losses(config, 12)
+    trainer = Trainer(run_of(*TASKS[task](BACKBONES[backbone]())), make_mesh(1, jax.devices()[:2]))
+    found, state = losses(trainer, 12)
     assert np.mean(found[-3:]) < 0.95 * found[0]
     moved = jax.tree.map(lambda p: bool(jnp.any(p != 0)), optax.tree.get(state.opt_state, "mu"))
     assert all(jax.tree.leaves(moved)), moved  # a gradient reaches every parameter
+    if task == "contrastive":
+        return
+    what, result = {"classification": ("labels", "probability"), "multimodal": ("masked_image", "pixel_error")}[task]
+    for height, width in (SIZE, (SIZE[1], 2 * SIZE[0])):  # and an evaluation on images of another size
+        rows = batch(trainer) | {"record": np.arange(BATCH, dtype=np.int32)}
+        rows["image"] = np.resize(rows["image"], (BATCH, height, width, 3))
+        assert np.isfinite(trainer.predict(state.params, to_global(trainer.mesh, rows), what)[result]).all()
 
 
 @pytest.mark.parametrize(
@@ -189,10 +195,10 @@ def test_the_features_of_backbones_have_the_shapes_that_their_configurations_say
     for make in BACKBONES.values():
         config = make()
         module = config.make(jnp.float32, lambda p: p)
-        images = jnp.zeros((2, SIDE, SIDE, 3))
+        images = jnp.zeros((2, *SIZE, 3))
         found = jax.eval_shape(lambda module=module, x=images: module.init_with_output(jax.random.key(0), x)[0])
-        sides = [SIDE // stride for stride in config.strides]
-        assert [m.shape for m in found.maps] == [(2, s, s, w) for s, w in zip(sides, config.widths, strict=True)]
+        sides = [tuple(side // stride for side in SIZE) for stride in config.strides]
+        assert [m.shape for m in found.maps] == [(2, *s, w) for s, w in zip(sides, config.widths, strict=True)]
         assert found.normed.shape == found.maps[-1].shape
         assert found.prefix.shape == (2, 0, config.widths[-1])
         assert found.pooled.shape == (2, config.features)
@@ -206,11 +212,11 @@ def test_hidden_patches_are_not_seen():
     for make in BACKBONES.values():
         config = make()
         module = config.make(jnp.float32, lambda p: p)
-        images = jax.random.normal(jax.random.key(0), (1, SIDE, SIDE, 3))
+        images = jax.random.normal(jax.random.key(0), (1, *SIZE, 3))
         params = jax.jit(module.init)(jax.random.key(1), images)
-        side = SIDE // config.patch_size
-        where = jnp.zeros((1, side, side), bool).at[:, : side // 2].set(True)
-        other = images.at[:, : SIDE // 2].add(1.0)
+        grid = [side // config.patch_size for side in SIZE]
+        where = jnp.zeros((1, *grid), bool).at[:, : grid[0] // 2].set(True)
+        other = images.at[:, : SIZE[0] // 2].add(1.0)
         run = jax.jit(lambda x, where, p=params, m=module: m.apply(p, x, None, Hidden(token_of(m), where)).pooled)
         np.testing.assert_array_equal(run(images, where), run(other, where))
         assert jnp.any(run(images, ~where) != run(other, ~where))
@@ -254,10 +260,10 @@ class Colour(Stateless):
         self.run, self.model = run, Regressor(run.model.make(dtype, gather_params))
 
     def init(self, key):
-        return self.model.init(key, jnp.zeros((1, SIDE, SIDE, 3)))["params"]
+        return self.model.init(key, jnp.zeros((1, *SIZE, 3)))["params"]
 
     def batch_spec(self, batch_size):
-        return {"image": jax.ShapeDtypeStruct((batch_size, SIDE, SIDE, 3), jnp.uint8)}
+        return {"image": jax.ShapeDtypeStruct((batch_size, *SIZE, 3), jnp.uint8)}
 
     def loss(self, params, batch, keys, context):
         images = normalize(batch["image"], self.run.data.augment)
@@ -277,7 +283,7 @@ class Colour(Stateless):
 
 
 def test_an_objective_of_ones_own_needs_nothing_of_the_package_changed():
-    found, _ = losses(run_of(ToyConfig(), ColourConfig()), 12)
+    found, _ = losses(Trainer(run_of(ToyConfig(), ColourConfig()), make_mesh(1, jax.devices()[:2])), 12)
     assert found[-1] < 0.7 * found[0]
 
 

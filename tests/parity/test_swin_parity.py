@@ -79,7 +79,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     config = SwinV2Config(
         size="parity", patch_size=about["patch"], window=about["window"],
         pretrained_window=about["pretrained_window"], pretrained_image_size=about["pretrained_image"],
-        image_size=max(about["image"]), roll_first=name.startswith("timm_padded"),
+        image_size=tuple(about["image"]), roll_first=name.startswith("timm_padded"),
     )  # fmt: skip
     state = tensors(data["params"], about["shapes"])
     return Reference(data, about, swin_v2.SwinV2(config), FROM[about["library"]](state, config))

@@ -14,9 +14,12 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 Problem = tuple[str, object, str, str]  # field, value, rule, remedy
+HeightWidth = tuple[int, int]  # in pixels, patches or tokens
+ImageSize = int | HeightWidth  # of a field: both sides of a square, or height and width
 
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # and halves of surrogate pairs, which no file name can hold
 _LONGEST = 4096  # characters of a text; Linux' longest path
@@ -112,6 +115,16 @@ ATTENTION = OneOf(("xla", "cudnn"))
 REMAT = OneOf(("none", "attention", "dots", "full"))
 
 
+def height_width(size: ImageSize) -> HeightWidth:
+    """(H, W) of a field that is one number for both sides, or a pair."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def shortest(size: HeightWidth) -> ImageSize:
+    """As a person writes it: one number where both sides are the same."""
+    return size[0] if size[0] == size[1] else size
+
+
 @functools.cache
 def types_of(cls: type) -> dict[str, Any]:
     """The types of a dataclass's fields, also where its module has them as strings."""
@@ -136,6 +149,13 @@ def field_problems(holder: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _value_problems(name: str, value: Any, kind: Any, limit: Any) -> Iterator[Problem]:
+    if isinstance(kind, UnionType):
+        number, pair = typing.get_args(kind)
+        if not isinstance(value, (int, tuple)) or isinstance(value, bool):
+            rule = f"must be one number or (height, width), not {type(value).__name__}"
+            yield name, value, rule, "set e.g. 224 or (224, 448)"
+            return
+        kind = pair if isinstance(value, tuple) else number
     if typing.get_origin(kind) is tuple:
         yield from _tuple_problems(name, value, typing.get_args(kind), limit)
         return
@@ -169,10 +189,10 @@ def _tuple_problems(name: str, value: Any, kinds: tuple, limit: Any) -> Iterator
         yield from _value_problems(f"{name}[{i}]", item, kind, own)
 
 
-def multiple_of(holder: Any, prefix: str, leaf: str, unit: str) -> list[Problem]:
-    """The rule that one number of `holder`, which stands as field `prefix`, is a multiple of another; [] if it is."""
-    value, step = getattr(holder, leaf), getattr(holder, unit)
-    if not value % step:
+def multiple_of(field: str, size: ImageSize, unit: int, what: str) -> list[Problem]:
+    """The rule that the sides of `size`, the value of `field`, are multiples of `unit`, which is `what`; [] if so."""
+    sides = height_width(size)
+    if not any(side % unit for side in sides):
         return []
-    near = max(1, round(value / step)) * step
-    return [(f"{prefix}.{leaf}", value, f"must be a multiple of {prefix}.{unit} = {step}", f"the nearest is {near}")]
+    near = shortest(tuple(max(1, round(side / unit)) * unit for side in sides))
+    return [(field, size, f"must be a multiple of {what}", f"the nearest is {near}")]

@@ -19,6 +19,7 @@ import traceback
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
@@ -323,6 +324,9 @@ def _parse(text: str, kind: Any) -> Any:
         return text.lower() == "true"
     if kind in (int, float, str):
         return kind(text)
+    if isinstance(kind, UnionType):  # one number, or a pair of them
+        number, pair = typing.get_args(kind)
+        return _parse(text, pair if re.search(r"[,()\[\]]", text) else number)
     inside = re.fullmatch(r"\((.*)\)|\[(.*)\]|([^()\[\]]*)", text.strip())
     if not inside:
         raise ValueError(text)

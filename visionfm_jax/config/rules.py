@@ -128,6 +128,8 @@ def _eval_problems(c: Config) -> list[Problem]:
         if e.measures not in c.task.predictions:
             rule = f"measures the {e.measures} of a task, and {type(c.task).__name__} predicts {there}"
             out.append((f"evals[{i}]", e.kind, rule, "set another eval, or remove it"))
+        if e.image_size:
+            out += c.model.size_problems(f"evals[{i}].image_size", e.image_size)
     return out
 
 
@@ -140,7 +142,7 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_transform_problems, "data.transforms", "evals"),
     (_source_problems, "data.train"),
     (_checkpoint_problems, "checkpoint"),
-    (_eval_problems, "evals", "task"),
+    (_eval_problems, "evals", "task", "model"),
 )
 
 

@@ -15,7 +15,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from visionfm_jax.config import rules
-from visionfm_jax.config.limits import CHANCE, DECAY, SHARE, STEPS, FileName, Filled, Limits, OneOf, Problem, Range
+from visionfm_jax.config.limits import (
+    CHANCE,
+    DECAY,
+    SHARE,
+    STEPS,
+    FileName,
+    Filled,
+    ImageSize,
+    Limits,
+    OneOf,
+    Problem,
+    Range,
+    height_width,
+)
 
 if TYPE_CHECKING:  # the packages above this one
     import jax.numpy as jnp
@@ -38,11 +51,12 @@ class ModelConfig(Choice):
 
     Attributes:
       limits: what each field may hold.
-      image_size: side of the images that it is given, pixels.
+      image_size: of the images that it is given, pixels: the side of a square, or (height, width), which
+        `limits.height_width` makes of both.
     """
 
     limits: ClassVar[Limits] = {}
-    image_size: int
+    image_size: ImageSize
 
     def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
         """Its networks by the names of their fields, where it stands as field `name` itself."""
@@ -52,6 +66,10 @@ class ModelConfig(Choice):
     def problems(self, name: str) -> list[Problem]:
         """Broken rules between its fields, where it stands as field `name`."""
         return [p for part, network in self.networks(name).items() for p in network.problems(part)]
+
+    def size_problems(self, field: str, size: ImageSize, name: str = "model") -> list[Problem]:
+        """Why it cannot be given images of `size`, the value of `field`; it stands as field `name`."""
+        return [p for part, network in self.networks(name).items() for p in network.size_problems(field, size, part)]
 
 
 class NetworkConfig(ModelConfig):
@@ -66,6 +84,9 @@ class NetworkConfig(ModelConfig):
     def problems(self, name: str) -> list[Problem]:
         return []
 
+    def size_problems(self, field: str, size: ImageSize, name: str = "model") -> list[Problem]:
+        return []
+
 
 class BackboneConfig(NetworkConfig):
     """A network that makes features of images: what classifiers, towers and decoders are built on.
@@ -75,7 +96,7 @@ class BackboneConfig(NetworkConfig):
       widths: channels of each map.
       features: channels of the pooled features.
       embed_width: channels of an embedded patch, which a mask token may replace.
-      patch_size: pixels, side of a patch.
+      patch_size: pixels, side of a patch, which is square.
       flops: FLOPs of one image's forward pass at `image_size`: matrix products alone, two per multiply-add.
     """
 
@@ -175,9 +196,9 @@ class Transform(Choice):
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """(V, S, S, 3) of the views by name; several groups may share one."""
+        """(V, H, W, 3) of the views by name; several groups may share one."""
         counts = {v.name: sum(w.count for w in self.views if w.name == v.name) for v in self.views}
-        return {v.name: (counts[v.name], v.size, v.size, 3) for v in self.views}
+        return {v.name: (counts[v.name], *height_width(v.size), 3) for v in self.views}
 
     def __call__(self, sample: Any, rng: Any) -> Any:
         """A `data.sample.Sample`, transformed.
@@ -343,9 +364,9 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class PreprocessConfig(Transform):
-    """The preprocessing of an evaluation's images: resized once, antialiased, to the model's size."""
+    """The preprocessing of an evaluation's images: resized once, antialiased, to the size that the model is given."""
 
-    crop: float = 0.875  # side of the centre square relative to the shorter side: 224 of 256; 1: all of it
+    crop: float = 0.875  # side of what is seen, of that of the largest centre crop in the model's ratio: 224 of 256
     resize: str = "crop"  # crop: the centre | squash: `crop` of either side, at another ratio | pad: all of it
     interpolation: str = "bicubic"  # bicubic | bilinear
 
@@ -361,7 +382,10 @@ class PreprocessConfig(Transform):
         return []
 
     def __call__(self, sample: Any, rng: Any) -> Any:
-        """As timm's evaluation: torchvision's Resize(floor(S / crop)) and CenterCrop(S), whole pixels and all."""
+        """As timm's evaluation: torchvision's Resize(floor(S / crop)) and CenterCrop(S), whole pixels and all.
+
+        Where the model's images are not square, the smallest image that covers both sides over `crop` is cropped.
+        """
         (height, width), (rows, columns) = (math.floor(side / self.crop) for side in sample.target), sample.size
         wide = rows * width <= columns * height
         if self.resize != "squash" and wide == (self.resize == "crop"):
@@ -389,12 +413,18 @@ class EvalConfig(Choice, ABC):
 
     name: str = "val"  # in the logs and the names of files
     source: SourceConfig
+    image_size: ImageSize = 0  # pixels, side or (height, width), of what the model is given; 0: model.image_size
     preprocess: Transform = field(default_factory=PreprocessConfig)
     batch_size: int = 0  # 0: the training batch size
     every_steps: int = 0  # 0: only at the end
     at_start: bool = False  # also before the first step of a new run
 
-    limits: ClassVar[Limits] = {"name": FileName(), "batch_size": Range(0, 2**16), "every_steps": STEPS}
+    limits: ClassVar[Limits] = {
+        "name": FileName(),
+        "image_size": Range(0, 4096),  # pixels
+        "batch_size": Range(0, 2**16),
+        "every_steps": STEPS,
+    }
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

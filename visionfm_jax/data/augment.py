@@ -1,7 +1,7 @@
 """Colours varied on the device, each sample by its own key: equal for any number of devices or micro-batches.
 
 What moves pixels is done on the host (`data.transforms`), where boxes and masks move with them. Shapes: B batch, H W
-image, V views, S their side.
+image, V views.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def augment_views(
     """As `augment`, of several views of each image, each varied as its `Views` say, by a key of its own.
 
     Args:
-      batch: uint8 (B, V, S, S, 3) by the names of the views.
+      batch: uint8 (B, V, H, W, 3) by the names of the views.
       keys: (B,), one for each sample.
       crop: which made the views.
       config: of which the mean and the standard deviation are taken.
 
     Returns:
-      fp32 (B, V, S, S, 3) by name.
+      fp32 (B, V, H, W, 3) by name.
     """
     out: dict[str, list[jax.Array]] = {name: [] for name in crop.shapes}
     for number, views in enumerate(group for group in crop.views for _ in range(group.count)):

@@ -1,6 +1,6 @@
 """From a record to what a row is made of: open the image, apply the transforms that a configuration lists.
 
-Shapes: H W of the images that the model is given, V views, S side of a view.
+Shapes: H W of the images that the model is given, V views.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config import PreprocessConfig, Transform
+from visionfm_jax.config import Config, EvalConfig, PreprocessConfig, Transform
+from visionfm_jax.config.limits import ImageSize, height_width, shortest
 from visionfm_jax.data.fields import Spec
 from visionfm_jax.data.images import MAX_PIXELS, opened
-from visionfm_jax.data.sample import Sample, Size
+from visionfm_jax.data.sample import Sample
 from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import ConfigError
-
-
-def pair(size: int | Size) -> Size:
-    """(H, W) of a side or of both."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Chain:
     """
 
     transforms: Sequence[Transform]
-    size: int | Size
+    size: ImageSize
     max_pixels: int = MAX_PIXELS
     exact: bool = False
 
@@ -45,7 +41,7 @@ class Chain:
     def spec(self) -> Spec:
         """Of the pixels that a row gets: `image`, or the views by name."""
         views = [t.shapes for t in self.transforms if t.shapes]
-        shapes = views[-1] if views else {"image": (*pair(self.size), 3)}
+        shapes = views[-1] if views else {"image": (*height_width(self.size), 3)}
         return {name: (shape, np.uint8) for name, shape in shapes.items()}
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -60,7 +56,7 @@ class Chain:
           DamagedRecord: what lies on the image does not fit it.
         """
         with opened(record["image"], self.max_pixels) as picture:
-            sample = Sample.of(record, picture, pair(self.size), self.exact)
+            sample = Sample.of(record, picture, height_width(self.size), self.exact)
             for transform in self.transforms or (Resize(),):
                 sample = transform(sample, rng)
             return sample.record()
@@ -100,9 +96,14 @@ class EvalTransform:
       max_pixels: of an image; one whose header states more is damaged.
     """
 
-    size: int | Size
+    size: ImageSize
     preprocess: Transform
     max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, config: EvalConfig, run: Config) -> EvalTransform:
+        """That of an eval of `run`."""
+        return cls(config.image_size or run.model.image_size, config.preprocess, run.data.max_pixels)
 
     def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
         """`image` as that of `Chain`.
@@ -127,4 +128,4 @@ class EvalTransform:
         """Its part of an eval's protocol."""
         kind = type(self.preprocess)
         name = {} if kind is PreprocessConfig else {"transform": kind.__name__}
-        return {"image_size": self.size, **name, **dataclasses.asdict(self.preprocess)}
+        return {"image_size": shortest(height_width(self.size)), **name, **dataclasses.asdict(self.preprocess)}

@@ -9,7 +9,7 @@ mixture of the others.
 Grain does the order, the mixture and the random numbers by index arithmetic; nothing is materialised, and the
 position in the data is the step, nothing else. `data.batches` fills the batches and holds them ready.
 
-Shapes: B rows of this host in a batch; H W image; V views, S their side.
+Shapes: B rows of this host in a batch; H W image; V views.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import grain
 import numpy as np
 from absl import logging
 
+from visionfm_jax.config.limits import ImageSize
 from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data.batches import Batch, HostBatches, Loader
 from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Fields, Row
 from visionfm_jax.data.images import DamagedImage
-from visionfm_jax.data.sample import Size
 from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
@@ -43,7 +43,7 @@ STEP_OVER = 16  # unreadable records in a row after which the data, not an image
 def train_loader(
     data: DataConfig,
     *,
-    image_size: int | Size,
+    image_size: ImageSize,
     batch_size: int,
     seed: int,
     start_step: int,
@@ -67,7 +67,7 @@ def train_loader(
       split: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all sources.
 
     Returns:
-      An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, S, S, 3); the fields' own, "source":
+      An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, H, W, 3); the fields' own, "source":
       int32 (B,), "record": int64 (B,), "damaged": int32 (B,)}: `record` of `source` is what the row asked for,
       `damaged` how many unreadable records had to be stepped over (the next ones of the same source) until one could
       be read.

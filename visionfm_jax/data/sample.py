@@ -4,7 +4,7 @@ Crop, resize and flip are planned, not done: they move a `Placement`, which says
 canvas. So a JPEG is decoded no larger than the result needs, and an image, a mask or a map is resized once, however
 many transforms it passes.
 
-Shapes: N objects, H W image or canvas, V views, S side of a view.
+Shapes: N objects, H W image, canvas or view, V views.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Sample:
       boxes: as above, on the canvas; None: the record has none.
       objects: what belongs to the boxes.
       fields: the rest of the record.
-      views: by name, uint8 (V, S, S, 3); where there are any, the model is given these in place of the image.
+      views: by name, uint8 (V, H, W, 3); where there are any, the model is given these in place of the image.
     """
 
     picture: Picture
@@ -314,7 +314,7 @@ class Sample:
         return self.with_views({k: np.stack([function(view) for view in views]) for k, views in self.views.items()})
 
     def with_views(self, views: Mapping[str, np.ndarray | Sequence[Placement]]) -> Sample:
-        """Views by name: pixels, uint8 (V, S, S, 3), or placements of the image, of which one decode makes them all.
+        """Views by name: pixels, uint8 (V, H, W, 3), or placements of the image, of which one decode makes them all.
 
         Raises:
           DamagedImage: the image cannot be decoded.

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from visionfm_jax.config import PhotometricConfig, Transform
-from visionfm_jax.config.limits import CHANCE, Limits, OneOf, Problem, Range
+from visionfm_jax.config.limits import (
+    CHANCE,
+    HeightWidth,
+    ImageSize,
+    Limits,
+    OneOf,
+    Problem,
+    Range,
+    height_width,
+    shortest,
+)
 
 if TYPE_CHECKING:
     from visionfm_jax.data.sample import Sample
@@ -31,7 +41,7 @@ INTERPOLATION = OneOf(("bicubic", "bilinear"))
 
 
 def random_box(
-    draws: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], height: int, width: int
+    draws: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], image: HeightWidth, to: HeightWidth
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random resized crop (Szegedy et al. 2015).
 
@@ -40,9 +50,11 @@ def random_box(
     Args:
       draws: (10, 4) in [0, 1): area, ratio, top, left of every try.
       scale: least and largest area of the crop relative to the image.
-      ratio: least and largest width / height; log-uniform.
-      height, width: of the image, pixels.
+      ratio: least and largest factor by which width / height differs from that of `to`; log-uniform.
+      image: (H, W) in pixels.
+      to: (H, W) that the crop is resized to.
     """
+    (height, width), ratio = image, [r * to[1] / to[0] for r in ratio]
     (low, high), (log_low, log_high) = scale, (math.log(r) for r in ratio)
     for area, aspect, top, left in draws.tolist():
         pixels = height * width * (low + (high - low) * area)
@@ -60,7 +72,7 @@ class RandomResizedCrop(Transform):
     """A random part of the image, resized (Szegedy et al. 2015)."""
 
     scale: tuple[float, float] = (0.08, 1.0)  # area of the crop relative to the image
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, log-uniform
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop over that of `size`, log-uniform
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
     min_visible: float = 0.0  # share of a box's area that must remain, else the object is dropped
 
@@ -75,8 +87,9 @@ class RandomResizedCrop(Transform):
         return ordered(self, name, "scale") + ordered(self, name, "ratio")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        box = random_box(rng.random((TRIES, 4)), self.scale, self.ratio, *sample.size)
-        return sample.crop(*box, min_visible=self.min_visible).resize(size_of(self, sample))
+        size = size_of(self, sample)
+        box = random_box(rng.random((TRIES, 4)), self.scale, self.ratio, sample.size, size)
+        return sample.crop(*box, min_visible=self.min_visible).resize(size)
 
 
 @dataclass(kw_only=True)
@@ -186,9 +199,9 @@ class RandAugment(Transform):
 class Views:
     """Views of an image that are made alike: each a random resized crop of its own."""
 
-    name: str = "global"  # of the batch's array, uint8 (B, V, S, S, 3); one name may stand for several `Views`
+    name: str = "global"  # of the batch's array, uint8 (B, V, H, W, 3); one name may stand for several `Views`
     count: int = 2  # views of a sample
-    size: int = 224  # pixels, side
+    size: ImageSize = 224  # pixels, side of a square or (height, width)
     scale: tuple[float, float] = (0.32, 1.0)  # area of the crop relative to the image
     flip: float = 0.5  # chance that a view is mirrored, left to right
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)  # on the device: `augment.augment_views`
@@ -214,17 +227,19 @@ class MultiCrop(Transform):
         sizes = {}
         for i, views in enumerate(self.views):
             out += ordered(views, f"{name}.views[{i}]", "scale")
-            if sizes.setdefault(views.name, views.size) != views.size:
-                rule = f"is not {sizes[views.name]}, of others that are named {views.name}"
+            size = height_width(views.size)
+            if (other := sizes.setdefault(views.name, size)) != size:
+                rule = f"is not {shortest(other)}, of others that are named {views.name}"
                 out.append((f"{name}.views[{i}].size", views.size, rule, "set the same, or another name"))
         return out
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         places: dict[str, list] = {}
         for views in self.views:
+            size = height_width(views.size)
             for draws in rng.random((views.count, TRIES * 4 + 1)):
-                box = random_box(draws[:-1].reshape(TRIES, 4), views.scale, (3 / 4, 4 / 3), *sample.size)
-                place = sample.placement.crop(*box).resize((views.size, views.size))
+                box = random_box(draws[:-1].reshape(TRIES, 4), views.scale, (3 / 4, 4 / 3), sample.size, size)
+                place = sample.placement.crop(*box).resize(size)
                 places.setdefault(views.name, []).append(place.flip() if draws[-1] < views.flip else place)
         return sample.with_views(places)
 

@@ -1,4 +1,4 @@
-"""Captions that the model writes, against the true ones. Shapes: B batch, N images, L tokens, S side."""
+"""Captions that the model writes, against the true ones. Shapes: B batch, N images, L tokens, H W image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CaptioningEval(MultimodalEval):
 
     Attributes:
       details: also `captions`, of the first images: key, what was written, references.
-      pictured: `generated`, a list of image (S, S, 3), what was written, the first true caption, and whether it is
+      pictured: `generated`, a list of image (H, W, 3), what was written, the first true caption, and whether it is
         right, that is one of the true ones.
     """
 

@@ -35,7 +35,7 @@ class ClassificationEval(LabelledEval):
         self.labels.check(self.source)
         names = tuple(self.source.class_names or ())
         self.classes = names + tuple(map(str, range(len(names), run.task.num_classes)))
-        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform.of(config, run)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
             **self.transform.settings,

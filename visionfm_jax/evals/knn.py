@@ -45,7 +45,7 @@ class KnnEval:
     def __init__(self, config: KnnConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source, self.gallery = open_source(config.source), [open_source(s) for s in config.gallery]
-        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform.of(config, run)
         self._check()
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
@@ -101,9 +101,10 @@ class KnnEval:
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:
-    """Images (B, S, S, 3), uint8, as rows (B, P) of pixels; larger ones than `PIXELS` averaged to that."""
-    if images.shape[1] > PIXELS:
-        size, box = (PIXELS, PIXELS), Image.Resampling.BOX
+    """Images (B, H, W, 3), uint8, as rows (B, P) of pixels; sides longer than `PIXELS` averaged to that."""
+    height, width = images.shape[1:3]
+    if max(height, width) > PIXELS:
+        size, box = (min(width, PIXELS), min(height, PIXELS)), Image.Resampling.BOX
         images = np.stack([np.asarray(Image.fromarray(image).resize(size, box)) for image in images])
     return images.reshape(len(images), -1)
 

@@ -37,7 +37,7 @@ class MultimodalEval:
             raise DataError(
                 f"{self.source.name} has no captions, which {config.kind} needs; set caption_key, or another source"
             )
-        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform.of(config, run)
         self.settings = {
             **measured_on(self.source, config.source.path, config.source.split),
             **self.transform.settings,

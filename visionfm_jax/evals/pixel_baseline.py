@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import jax
@@ -37,8 +38,8 @@ class PixelBaseline:
         self.config, self.run_config = config, run
         self.train = [open_source(s) for s in run.data.train]
         self.source = open_source(config.source)
-        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
-        pixels = sum(map(len, self.train)) * run.model.image_size**2 * 3
+        self.transform = EvalTransform.of(config, run)
+        pixels = sum(map(len, self.train)) * math.prod(self.transform.spec["image"][0])
         if pixels > MAX_PIXELS:
             raise DataError(f"{pixels:,} training pixels are too many for a baseline; remove the eval")
 

@@ -1,4 +1,4 @@
-"""The error of reconstructed parts of images. Shapes: B batch, S side of an image, U units along it."""
+"""The error of reconstructed parts of images. Shapes: B batch, H W image, h w its units."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReconstructionEval(MultimodalEval):
 
     Attributes:
       pictured: `reconstructed`: `image`, `seen` (the image with its hidden units grey) and `reconstruction`, uint8
-        (8, S, S, 3), and `error` (8,).
+        (8, H, W, 3), and `error` (8,).
     """
 
     needs_captions = False
@@ -73,7 +73,7 @@ class ReconstructionEval(MultimodalEval):
         return scores
 
     def _reconstructed(self, predict: Predict, records: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The sample's images (B, S, S, 3) and their predictions; the same on every host, each of which computes its
+        """The sample's images (B, H, W, 3) and their predictions; the same on every host, each of which computes its
         rows of one batch: small, as whole images come back.
         """
         devices = jax.device_count()
@@ -90,9 +90,9 @@ class ReconstructionEval(MultimodalEval):
         return images, {k: out[k][: len(chosen)] for k in ("reconstruction", "hidden", "pixel_error")}
 
 
-def whole_units(hidden: np.ndarray, side: int) -> np.ndarray:
-    """bool (B, U, U) of units to bool (B, S, S) of pixels."""
-    unit = side // hidden.shape[1]
+def whole_units(hidden: np.ndarray, height: int) -> np.ndarray:
+    """bool (B, h, w) of units to bool (B, H, W) of pixels."""
+    unit = height // hidden.shape[1]
     return hidden.astype(bool).repeat(unit, 1).repeat(unit, 2)
 
 
@@ -100,8 +100,8 @@ def mean_colour_error(images: np.ndarray, hidden: np.ndarray, std: tuple[float, 
     """The error (B,) of filling what is hidden in the mean colour of what is seen; nan where either is nothing.
 
     Args:
-      images: uint8 (B, S, S, 3).
-      hidden: bool (B, U, U).
+      images: uint8 (B, H, W, 3).
+      hidden: bool (B, h, w).
       std: of a channel of values in [0, 1]: the unit.
     """
     errors = []

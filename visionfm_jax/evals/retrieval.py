@@ -92,7 +92,7 @@ class RetrievalEval:
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.sources = [open_source(s) for s in config.sources]
         self.source = self.sources[0]
-        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform.of(config, run)
         for source in self.sources:
             if not source.has_captions:
                 raise DataError(

@@ -1,4 +1,4 @@
-"""Samples of a dataset: the records that are shown, and what the model sees of them. Shapes: S side of an image."""
+"""Samples of a dataset: the records that are shown, and what the model sees of them. Shapes: H W image."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def sample(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def image_of(source: Source, record: int, transform: EvalTransform) -> np.ndarray:
-    """What the model sees of a record, uint8 (S, S, 3)."""
+    """What the model sees of a record, uint8 (H, W, 3)."""
     return transform(read_record(source, record)["image"])

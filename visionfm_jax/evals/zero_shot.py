@@ -39,7 +39,7 @@ class ZeroShotEval(LabelledEval):
     def __init__(self, config: ZeroShotConfig, run: Config, host: int, hosts: int):
         self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
         self.source = open_source(config.source)
-        self.transform = EvalTransform(run.model.image_size, config.preprocess, run.data.max_pixels)
+        self.transform = EvalTransform.of(config, run)
         self.classes, self.prompts = self._classes(), self._prompts()
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {

@@ -162,8 +162,6 @@ def _timm_facts(about: Mapping[str, Any] | str, kind: str) -> dict[str, Any]:
     if isinstance(about, str):
         return facts
     arguments = {**about.get("model_args", {})}
-    if isinstance(sides := arguments.get("img_size"), list) and sides and all(side == sides[0] for side in sides):
-        arguments["img_size"] = sides[0]
     if kind == "SwinV2" and arguments.get("global_pool") == "avg":
         del arguments["global_pool"]
     if other := sorted(arguments.keys() - facts.keys() - _READABLE):

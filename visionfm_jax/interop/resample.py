@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.models.backbones.vit import table_first
+from visionfm_jax.config.limits import HeightWidth
+from visionfm_jax.models.backbones.vit import table_first, table_grid
 from visionfm_jax.models.positions import resize_table
 
 
@@ -22,36 +23,47 @@ class Way(NamedTuple):
     what: str  # for people
 
 
-def way(name: str, there: tuple[int, ...], here: tuple[int, ...], network: Any) -> Way | None:
-    """How an array of a network gets its shape here; None: there is no way.
+def way(
+    name: str, there: tuple[int, ...], here: tuple[int, ...], network: Any, grid: HeightWidth | None = None
+) -> Way | None:
+    """How an array of a network becomes what it is here; None: it is that, or there is no way.
 
     Args:
       name: its path in the network's parameters.
       there, here: its shapes.
       network: its configuration here.
+      grid: patches (h, w) of the images that a position table there is for; None: of squares, if that may be, else
+        unknown.
     """
     if len(there) != 2 or len(here) != 2 or there[1] != here[1]:
         return None
     if name == "embed/kernel" and hasattr(network, "patch_size"):
         old, new = (math.isqrt(shape[0] // 3) for shape in (there, here))
-        if (3 * old**2, 3 * new**2) == (there[0], here[0]) and old:
+        if (3 * old**2, 3 * new**2) == (there[0], here[0]) and 0 < old != new:
             return Way(lambda kernel: resize_patches(kernel, new), f"patches of {old} to {new} pixels (pseudo-inverse)")
     if name == "pos_embed" and hasattr(network, "pos_resize"):
         first, how = table_first(network), network.pos_resize
-        old, new = (math.isqrt(max(shape[0] - first, 0)) for shape in (there, here))
-        if (old**2 + first, new**2 + first) == (there[0], here[0]) and old:
-            what = f"{old} x {old} to {new} x {new} positions ({how})"
-            return Way(lambda table: resize_positions(table, first, new, how), what)
+        old, new = grid or square_grid(there[0] - first), table_grid(network)
+        fits = old and (math.prod(old) + first, math.prod(new) + first) == (there[0], here[0])
+        if fits and old != new:
+            what = f"{old[0]} x {old[1]} to {new[0]} x {new[1]} positions ({how})"
+            return Way(lambda table: resize_positions(table, old, new, how), what)
     if name == "pos_embed" and hasattr(network, "context") and here[0] < there[0]:
         return Way(lambda table: table[: here[0]], f"the first {here[0]} of {there[0]} positions of a text")
     return None
 
 
-def resize_positions(table: np.ndarray, first: int, side: int, how: str) -> np.ndarray:
-    """A position table (T, D) for side x side patches; the first rows, which are not of patches, stay."""
-    old = math.isqrt(len(table) - first)
-    grid = resize_table(table[first:].reshape(old, old, -1), (side, side), how)
-    return np.concatenate([table[:first], np.asarray(grid).reshape(side**2, -1)])
+def square_grid(patches: int) -> HeightWidth | None:
+    """That of a square image of so many patches; None: there is none."""
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if patches > 0 and side**2 == patches else None
+
+
+def resize_positions(table: np.ndarray, old: HeightWidth, new: HeightWidth, how: str) -> np.ndarray:
+    """A position table (T, D) of h x w = `old` patches for `new`; the first rows, which are not of patches, stay."""
+    first = len(table) - math.prod(old)
+    grid = resize_table(table[first:].reshape(*old, -1), new, how)
+    return np.concatenate([table[:first], np.asarray(grid).reshape(math.prod(new), -1)])
 
 
 def resize_patches(kernel: np.ndarray, side: int) -> np.ndarray:

@@ -17,10 +17,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from visionfm_jax.config.limits import HeightWidth, ImageSize, shortest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import ACTIVATIONS, setting
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
-from visionfm_jax.models.backbones.swin_v2 import BIAS_HIDDEN, EPS, SwinV2Config, group_of, pretrained_windows
+from visionfm_jax.models.backbones.swin_v2 import (
+    BIAS_HIDDEN,
+    EPS,
+    SwinV2Config,
+    bias_windows,
+    group_of,
+    maps_of,
+    pretrained_windows,
+    windows_of,
+)
 
 # Tables and masks that follow from the window's size, timm's bias of keys that is always zero, and classifiers: our
 # encoder has none.
@@ -101,11 +111,11 @@ def swin_v2_from_timm(
     state: Mapping[str, np.ndarray],
     config: SwinV2Config,
     *,
-    window_size: int,
-    pretrained_window_sizes: Sequence[int],
+    window_size: ImageSize,
+    pretrained_window_sizes: Sequence[ImageSize],
     norm_eps: float,
     act_layer: str,
-    img_size: int = 0,
+    img_size: ImageSize = 0,
     skip: Sequence[str] = (),
 ) -> Params:
     """Our parameter tree of a timm `SwinTransformerV2`, or of a file of SwinV2's authors.
@@ -181,42 +191,45 @@ def swin_v2_to_huggingface(params: Params) -> dict[str, np.ndarray]:
 
 
 def _require_same(
-    what: str, config: SwinV2Config, rolls_first: bool, trained: tuple[int, tuple[int, ...]], **theirs: Any
+    what: str, config: SwinV2Config, rolls_first: bool, trained: tuple[ImageSize, tuple[int, ...]], **theirs: Any
 ) -> None:
     """`require_same` of what a state does not tell: windows, epsilon, activation; and the order.
 
-    `trained`: sides of the images that the model was made for, 0: unknown, and shape of its patch embedding's weight.
+    `trained`: size of the images that the model was made for, 0: unknown, and shape of its patch embedding's weight.
     """
     window, eps, activation, pretrained = theirs
     facts = {
         eps: (theirs[eps], "this project's SwinV2", EPS),
         activation: (ACTIVATIONS.get(theirs[activation], theirs[activation]), "this project's SwinV2", "gelu"),
     }
-    before, ours = list(theirs[pretrained]), pretrained_windows(config)
+    before, ours = [_sides(w) for w in theirs[pretrained]], pretrained_windows(config)
     fields = "SwinV2Config.pretrained_window and pretrained_image_size"
-    size, patches = trained
-    if (
-        isinstance(size, int) and size and len(patches) == 4
-    ):  # what counts is where the position bias was trained, or, if nowhere before, is
-        before = _bias_windows(before, theirs[window], size, patches[-1])
-        ours = _bias_windows(ours, config.window, config.image_size, config.patch_size)
-        fields = f"SwinV2Config.window, or for other windows than its {theirs[window]} at {size} px {fields},"
+    size, patches = _sides(trained[0]), trained[1]
+    if size and any(size) and len(patches) == 4 and len(before) == STAGES and all(before):
+        # What counts is where the position bias was trained, or, if nowhere before, is.
+        own = [windows_of(map, theirs[window], (0, 0), False).window for map in maps_of(size, patches[-1])]
+        before = [w if any(w) else here for w, here in zip(before, own, strict=True)]
+        ours = bias_windows(config)
+        fields = f"SwinV2Config.window, or for other windows than its {theirs[window]} at {shortest(size)} px {fields},"
     else:
         facts[window] = (theirs[window], "SwinV2Config.window", config.window)
-    require_same(what, **{pretrained: (before, fields, ours)}, **facts)
-    maps = _maps(config.image_size, config.patch_size)
-    if any(side > config.window and side % config.window for side in maps):
+    require_same(what, **{pretrained: (_written(before), fields, _written(ours))}, **facts)
+    all_windows = [
+        windows_of(map, config.window, (0, 0), True) for map in maps_of(config.image_size, config.patch_size)
+    ]
+    if any(any(w.shift) and w.padded != w.map for w in all_windows):
         require_same(what, rolls_before_padding=(rolls_first, "SwinV2Config.roll_first", config.roll_first))
 
 
-def _bias_windows(pretrained: Sequence[int], window: int, image_size: int, patch_size: int) -> list[int]:
-    """By stage, the windows whose offsets the position bias takes for the unit: those of before, or its own."""
-    return [p or min(window, side) for p, side in zip(pretrained, _maps(image_size, patch_size), strict=True)]
+def _sides(value: Any) -> HeightWidth | None:
+    """(H, W) of what a file says, one number or two; None: something else."""
+    both = [value, value] if isinstance(value, int) else value
+    fits = isinstance(both, list | tuple) and len(both) == 2 and all(isinstance(side, int) for side in both)
+    return tuple(both) if fits else None
 
 
-def _maps(image_size: int, patch_size: int) -> list[int]:
-    """Sides of the stages' maps."""
-    return [-(-image_size // (patch_size * 2**stage)) for stage in range(STAGES)]
+def _written(windows: Sequence[HeightWidth | None]) -> list[ImageSize | None]:
+    return [window and shortest(window) for window in windows]
 
 
 def _import(

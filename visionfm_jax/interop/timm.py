@@ -7,10 +7,12 @@ DINOv3 models have it. Checked against timm itself in `tests/parity`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from visionfm_jax.config.limits import height_width
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import (
     Leaf,
@@ -22,8 +24,9 @@ from visionfm_jax.interop.leaves import (
     layer_norm,
     require_same,
 )
+from visionfm_jax.interop.resample import square_grid
 from visionfm_jax.interop.vit import Form, Names
-from visionfm_jax.models.backbones.vit import ViTConfig, size_of, table_first, table_side
+from visionfm_jax.models.backbones.vit import ViTConfig, size_of, table_first, table_grid
 
 _POOL = (
     Leaf("pool/probe", ("attn_pool.latent",), "table", (1, 1, "D")),
@@ -150,7 +153,8 @@ def resized(how: str, config: ViTConfig, table: np.ndarray | None) -> dict[str, 
     """
     if config.pos_embed == "none" or table is None:
         return {}
-    side = table_side(config)
-    if config.pos_image_size in (0, config.image_size) and np.shape(table)[-2] == table_first(config) + side**2:
+    patches, here = np.shape(table)[-2] - table_first(config), table_grid(config)
+    there = square_grid(patches) or (here if patches == math.prod(here) else None)
+    if there == here and height_width(config.pos_image_size or config.image_size) == height_width(config.image_size):
         return {}
     return {"resizing": (how, "ViTConfig.pos_resize", config.pos_resize)}

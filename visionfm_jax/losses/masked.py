@@ -1,6 +1,6 @@
 """Masks of images and texts, and the loss of reconstructed pixels.
 
-Shapes: B batch, H W image, U units on a side, T tokens, V vocabulary.
+Shapes: B batch, H W image, h w its units or patches, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import jax.numpy as jnp
 BLOCKS, BLOCK_RATIO = 40, 1 / 0.3  # of `hide_blocks`: rectangles that are tried, and the largest ratio of their sides
 
 
-def hide_units(keys: jax.Array, side: int, ratio: float) -> jax.Array:
-    """Which of U x U units of an image are hidden, (B, U, U) bool: the same number of each, rounded up.
+def hide_units(keys: jax.Array, grid: tuple[int, int], ratio: float) -> jax.Array:
+    """Which of the units of an image, `grid` = (h, w), are hidden, (B, h, w) bool: as many of each, rounded up.
 
-    By keys (B,), as Xie et al. 2022 ("SimMIM") draw them; U = `side`.
+    By keys (B,), as Xie et al. 2022 ("SimMIM") draw them.
     """
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (side * side,)))(keys)
-    return (_places(draws) < math.ceil(ratio * side * side)).reshape(-1, side, side)
+    units = math.prod(grid)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
+    return (_places(draws) < math.ceil(ratio * units)).reshape(-1, *grid)
 
 
 def hide_blocks(keys: jax.Array, grid: tuple[int, int], share: tuple[float, float]) -> jax.Array:
@@ -78,7 +79,7 @@ def _places(draws: jax.Array) -> jax.Array:
 
 
 def enlarge(units: jax.Array, times: int) -> jax.Array:
-    """(B, U, U) to (B, times U, times U)."""
+    """(B, h, w) to (B, times h, times w)."""
     return jnp.repeat(jnp.repeat(units, times, 1), times, 2)
 
 

@@ -22,7 +22,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from visionfm_jax.config import BackboneConfig, ModelConfig
-from visionfm_jax.config.limits import Limits, Problem, Range
+from visionfm_jax.config.limits import ImageSize, Limits, Problem, Range, height_width, multiple_of
 from visionfm_jax.models import decoder, pooling
 from visionfm_jax.models.backbones import Hidden
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
@@ -45,7 +45,7 @@ class AuroraConfig(ModelConfig):
     limits: ClassVar[Limits] = {"embed_dim": Range(1, 2**16)}
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
         return self.image.image_size
 
     def flops(self, readings: int = 1) -> dict[str, float]:
@@ -58,7 +58,7 @@ class AuroraConfig(ModelConfig):
           tokens; unimodal and multimodal, of a text; text_projection.
         """
         text, stride = decoder.size_of(self.text).width, self.image.strides[-1]
-        D, S = self.image.widths[-1], (self.image_size // stride) ** 2
+        D, S = self.image.widths[-1], math.prod(side // stride for side in height_width(self.image_size))
         unimodal, multimodal = decoder.forward_flops(self.text, S, text, readings)
         return {
             "encoder": self.image.flops,
@@ -71,12 +71,9 @@ class AuroraConfig(ModelConfig):
         }
 
     def problems(self, name: str) -> list[Problem]:
-        stride, out = self.image.strides[-1], super().problems(name)
-        if self.image_size % stride:
-            rule = f"must be a multiple of {stride}, what a token of the last map reconstructs"
-            near = max(1, round(self.image_size / stride)) * stride
-            out.append((f"{name}.image.image_size", self.image_size, rule, f"the nearest is {near}"))
-        return out
+        field, stride = f"{name}.image.image_size", self.image.strides[-1]
+        what = f"{stride}, what a token of the last map reconstructs"
+        return super().problems(name) + multiple_of(field, self.image_size, stride, what)
 
 
 class Projection(nn.Module):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from visionfm_jax.config import BackboneConfig, ModelConfig
-from visionfm_jax.config.limits import Limits, Problem, Range
+from visionfm_jax.config.limits import ImageSize, Limits, Problem, Range
 from visionfm_jax.models import text
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.layers import GatherParams, logits, no_gather
@@ -42,7 +42,7 @@ class ClipConfig(ModelConfig):
         return out
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> ImageSize:
         return self.image.image_size
 
     @property

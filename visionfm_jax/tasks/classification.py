@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig
-from visionfm_jax.config.limits import SHARE, Limits, OneOf, Range
+from visionfm_jax.config.limits import SHARE, Limits, OneOf, Range, height_width
 from visionfm_jax.data.augment import augment, normalize
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
@@ -54,14 +54,14 @@ class Classification(Stateless):
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters, fp32."""
-        size = self.config.model.image_size
-        return self.model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+        size = height_width(self.config.model.image_size)
+        return self.model.init(key, jnp.zeros((1, *size, 3)))["params"]
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3) and int32 labels (B,)."""
-        size = self.config.model.image_size
+        size = height_width(self.config.model.image_size)
         return {
-            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "image": jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.uint8),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
 

@@ -4,7 +4,7 @@ Of every p + q samples the first p are pairs and the others bare images (`Multim
 shown in part and reconstructed; pairs are contrasted with all others of the batch, captioned, and their captions'
 hidden words guessed.
 
-Shapes: B rows of this device, P pairs among them, H W image, U units on a side, L tokens, E width of the joint space.
+Shapes: B rows of this device, P pairs among them, H W image, h w its units, L tokens, E width of the joint space.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from visionfm_jax.config import Config, TaskConfig
-from visionfm_jax.config.limits import LOSS_WEIGHT, SHARE, SIDE, Filled, Limits, Problem, Range
+from visionfm_jax.config.limits import LOSS_WEIGHT, SHARE, SIDE, Filled, Limits, Problem, Range, height_width
 from visionfm_jax.data.augment import augment, normalize
 from visionfm_jax.data.fields import OptionalTexts, check_token
 from visionfm_jax.data.tokenizer import open_tokenizer
@@ -93,10 +93,16 @@ class MultimodalConfig(TaskConfig):
         if min(self.split) < 1:
             rule = "needs samples with captions and without"
             out.append(("task.split", self.split, rule, "set (3, 1)"))
-        unit = self.mask_unit
-        if unit % image.patch_size or image.image_size % unit:
-            rule = f"must be a multiple of model.image.patch_size = {image.patch_size} and divide image_size"
-            out.append(("task.mask_unit", unit, f"{rule} = {image.image_size}", f"set it to {image.patch_size}"))
+        unit, sizes = self.mask_unit, {"model.image.image_size": image.image_size}
+        sizes |= {
+            f"evals[{i}].image_size": e.image_size
+            for i, e in enumerate(run.evals)
+            if e.image_size and e.measures == "masked_image"
+        }
+        for field, size in sizes.items():
+            if unit % image.patch_size or any(side % unit for side in height_width(size)):
+                rule = f"must be a multiple of model.image.patch_size = {image.patch_size} and divide {field} = {size}"
+                out.append(("task.mask_unit", unit, rule, f"set it to {image.patch_size}"))
         return out
 
     def fields(self, run: Config) -> OptionalTexts:
@@ -160,7 +166,7 @@ class Multimodal(PairTask):
         del context
         draws, task = split_keys(Draws, keys), self.task
         images = augment(batch["image"], draws.augment, self.config.data.augment)
-        units = hide_units(draws.hide, self._units, task.mask_ratio) & self._is_bare(len(images))[:, None, None]
+        units = hide_units(draws.hide, self._units(images), task.mask_ratio) & self._is_bare(len(images))[:, None, None]
         features = self._run(params, "encode", images, draws.drop_path, self._patches(units))
 
         reconstructed = self._run(params, "reconstruct", self._bare(features))
@@ -243,9 +249,8 @@ class Multimodal(PairTask):
     def _run(self, params: Any, method: str, *arguments: Any) -> Any:
         return self.model.apply({"params": params}, *arguments, method=method)
 
-    @property
-    def _units(self) -> int:
-        return self.config.model.image_size // self.task.mask_unit
+    def _units(self, images: jax.Array) -> tuple[int, int]:
+        return images.shape[1] // self.task.mask_unit, images.shape[2] // self.task.mask_unit
 
     def _patches(self, units: jax.Array) -> jax.Array:
         return enlarge(units, self.task.mask_unit // self.config.model.image.patch_size)
@@ -297,10 +302,10 @@ class Multimodal(PairTask):
         return {**out, "words": words.sum(1)}
 
     def _reconstructed(self, params: Any, batch: dict) -> dict[str, jax.Array]:
-        """`reconstruction` uint8 (B, H, W, 3), hidden units reconstructed; `hidden` (B, U, U); `pixel_error` (B,)."""
+        """`reconstruction` uint8 (B, H, W, 3), hidden units reconstructed; `hidden` (B, h, w); `pixel_error` (B,)."""
         config = self.config.data.augment
         images = normalize(batch["image"], config)
-        units = hide_units(self._eval_draws(batch).hide, self._units, self.task.mask_ratio)
+        units = hide_units(self._eval_draws(batch).hide, self._units(images), self.task.mask_ratio)
         reconstructed = self._run(
             params, "reconstruct", self._run(params, "encode", images, None, self._patches(units))
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from visionfm_jax.config import Config
+from visionfm_jax.config.limits import height_width
 from visionfm_jax.models.clip import MAX_SCALE
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.tasks.task import Stateless
@@ -30,9 +31,9 @@ class PairTask(Stateless):
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3) and int32 token ids (B, L), zeros where there is no text."""
-        size, length = self.config.model.image_size, self.config.model.text.context
+        size, length = height_width(self.config.model.image_size), self.config.model.text.context
         return {
-            "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+            "image": jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.uint8),
             "text": jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
         }
 

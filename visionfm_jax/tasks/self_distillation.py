@@ -8,7 +8,7 @@ al. 2022), and to spread images evenly (KoLeo, Sablayrolles et al. 2019).
 Where this differs from the published code: of the two global views of each image one, drawn at random, is masked,
 there half of the batch's; the two heads' prototypes have length 1 from the start.
 
-Shapes: B rows of this device, U = 2 global views, V views with the local ones, S side of a view, h w its patches, M
+Shapes: B rows of this device, U = 2 global views, V views with the local ones, H W a view, h w its patches, M
 patches that may be hidden of it, D width, K prototypes.
 """
 
@@ -26,7 +26,7 @@ import optax
 from einops import rearrange
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig, Transform
-from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range
+from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range, height_width
 from visionfm_jax.data.augment import augment_views, normalize
 from visionfm_jax.data.fields import NoFields
 from visionfm_jax.losses.masked import hide_blocks
@@ -97,13 +97,13 @@ class SelfDistillationConfig(TaskConfig):
             out.append(("optim.ema", run.optim.ema, rule, "set it to 0"))
         made = views_of(run)
         shapes = made.shapes if made else {}
-        side = run.model.image_size
-        wanted = {"global": (2, side, side, 3)} | {k: v for k, v in shapes.items() if k == "local"}
+        size = run.model.image_size
+        wanted = {"global": (2, *height_width(size), 3)} | {k: v for k, v in shapes.items() if k == "local"}
         if shapes != wanted:
-            rule = f"must make views: two named global of model.image_size = {side} pixels, and others named local"
-            remedy = f'end them by MultiCrop(views=(Views(size={side}), Views(name="local", …)))'
+            rule = f"must make views: two named global of model.image_size = {size} pixels, and others named local"
+            remedy = f'end them by MultiCrop(views=(Views(size={size}), Views(name="local", …)))'
             out.append(("data.transforms", shapes, rule, remedy))
-        elif any(size % run.model.patch_size for _, size, *_ in shapes.values()):
+        elif any(side % run.model.patch_size for _, *sides, _ in shapes.values() for side in sides):
             rule = f"must make views of a size that model.patch_size = {run.model.patch_size} divides"
             out.append(("data.transforms", shapes, rule, "set the size of the local views to a multiple"))
         return out
@@ -144,11 +144,11 @@ class SelfDistillation:
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters, fp32."""
-        size = self.config.model.image_size
-        return self.model.init(key, jnp.zeros((1, size, size, 3)))["params"]
+        size = height_width(self.config.model.image_size)
+        return self.model.init(key, jnp.zeros((1, *size, 3)))["params"]
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """What the loader gives: uint8 views `global` (B, U, S, S, 3) and, if there are any, `local`, smaller ones."""
+        """What the loader gives: uint8 views `global` (B, U, H, W, 3) and, if there are any, `local`, smaller ones."""
         shapes = self.views.shapes
         return {name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.uint8) for name, shape in shapes.items()}
 
@@ -251,8 +251,8 @@ class SelfDistillation:
         task, model = self.task, self.config.model
         row = forward_flops(model.features, task.prototypes, task.head_hidden, task.head_bottleneck)
         flops = {
-            name: count * (dataclasses.replace(model, image_size=size).flops + row)
-            for name, (count, size, *_) in self.views.shapes.items()
+            name: count * (dataclasses.replace(model, image_size=tuple(size)).flops + row)
+            for name, (count, *size, _) in self.views.shapes.items()
         }
         patches = sum(task.mask_share) / 2 * math.prod(self._grid) * row
         return (3 * (sum(flops.values()) + patches) + flops["global"] + patches) * self.config.train.batch_size
@@ -265,7 +265,7 @@ class SelfDistillation:
     def _encode(
         self, params: Any, views: jax.Array, keys: jax.Array | None = None, hidden: jax.Array | None = None
     ) -> Features:
-        """Features of views (V, B, S, S, 3), rows (V B,).
+        """Features of views (V, B, H, W, 3), rows (V B,).
 
         Args:
           params: of the student or the teacher.
@@ -296,8 +296,8 @@ class SelfDistillation:
 
     @property
     def _grid(self) -> tuple[int, int]:
-        side = self.config.model.image_size // self.config.model.patch_size
-        return side, side
+        height, width = height_width(self.config.model.image_size)
+        return height // self.config.model.patch_size, width // self.config.model.patch_size
 
     @property
     def _most(self) -> int:

@@ -1,6 +1,6 @@
 """Pictures of what an eval found: retrieved, written and reconstructed things, and which classes are taken for which.
 
-Shapes: S side of an image, C classes, K answers to a query.
+Shapes: H W image, C classes, K answers to a query.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def retrieval(
     """Draw images with their best captions, and captions with their best images; right ones by colour and sign.
 
     Args:
-      captions: queries that are images. Of each: `query`, uint8 (S, S, 3); `answers`, K captions, best first;
+      captions: queries that are images. Of each: `query`, uint8 (H, W, 3); `answers`, K captions, best first;
         `scores` (K,); `right` (K,) bool; `own`, the caption that belongs to it; `rank`, the place of the best right
         answer, which may be inf.
       images: queries that are captions; as `captions`, with the two exchanged.
@@ -109,7 +109,7 @@ def captions(generated: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     """Draw images beside the captions that a model wrote for them, and the true ones below where they differ.
 
     Args:
-      generated: of each, `image`, uint8 (S, S, 3); `generated` and `caption`, the model's and the true one; `right`.
+      generated: of each, `image`, uint8 (H, W, 3); `generated` and `caption`, the model's and the true one; `right`.
       path: PNG to write; its folder is made.
       title: above the picture.
     """
@@ -138,7 +138,7 @@ def reconstructions(reconstructed: Mapping[str, Any], path: str | os.PathLike[st
     """Draw images, below them what the model saw of each, and below that what it reconstructed.
 
     Args:
-      reconstructed: `image`, `seen`, `reconstruction`, uint8 (B, S, S, 3); `error` (B,).
+      reconstructed: `image`, `seen`, `reconstruction`, uint8 (B, H, W, 3); `error` (B,).
       path: PNG to write; its folder is made.
       title: above the picture.
     """
@@ -260,9 +260,12 @@ def _below(ax: Axes, text: str, colour: str, x: float, y: float, bold: bool) -> 
 def _picture(
     ax: Axes, image: np.ndarray, x: float, y: float, side: float, colour: str, line: float, style: str = "-"
 ) -> None:
-    limits = ax.get_xlim(), ax.get_ylim()
-    how = "nearest" if len(image) < side * DPI / 2 else "antialiased"
-    ax.imshow(image, extent=(x, x + side, y + side, y), interpolation=how, aspect="auto", vmin=0, vmax=255)
+    """An image in the middle of a square of `side` inches, which it fills along its longer side."""
+    limits, longest = (ax.get_xlim(), ax.get_ylim()), max(image.shape[:2])
+    height, width = (side * pixels / longest for pixels in image.shape[:2])
+    left, top = x + (side - width) / 2, y + (side - height) / 2
+    how = "nearest" if longest < side * DPI / 2 else "antialiased"
+    ax.imshow(image, extent=(left, left + width, top + height, top), interpolation=how, aspect="auto", vmin=0, vmax=255)
     ax.set(xlim=limits[0], ylim=limits[1])  # which imshow has set to the image
     frame = Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=line, linestyle=style, clip_on=False)
     ax.add_patch(frame)

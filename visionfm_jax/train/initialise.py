@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from visionfm_jax.config import CheckpointConfig, Config
+from visionfm_jax.config.limits import HeightWidth, height_width
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import CheckpointError, ConfigError, UserError
 from visionfm_jax.interop import files
@@ -250,11 +252,16 @@ def _of_run(trainer: Trainer) -> Found:
     whole = NamedSharding(trainer.mesh, REPLICATED)
     below = f"{config.weights_from.strip('./').replace('.', '/')}/" if config.weights_from else ""
     into = f"{config.weights_into}/" if config.weights_into else ""
+    settings = from_first(lambda: read_provenance(Path(config.weights)).settings)
+    before, now = settings.get("config", {}).get("model"), json.loads(json.dumps(to_dict(trainer.config)["model"]))
+    grids = {
+        into + path.removeprefix(below): grid for path, grid in table_grids(before).items() if path.startswith(below)
+    }
 
     def choose(step: int, stored: Any) -> Any:
         there = {path: tuple(leaf.shape) for path, leaf in flatten(stored).items()}
         source = {into + path.removeprefix(below): shape for path, shape in there.items() if path.startswith(below)}
-        fit = match(source, here, trainer.config, _outside(there, below), f"{config.weights}, step {step}")
+        fit = match(source, here, trainer.config, _outside(there, below), f"{config.weights}, step {step}", grids)
         fits.append(fit)
         wanted = {path: whole if path in fit.resampled else shardings[path] for path in (*fit.taken, *fit.resampled)}
         return unflatten(
@@ -267,14 +274,19 @@ def _of_run(trainer: Trainer) -> Found:
     with other_run(config, config.weights, "checkpoint.weights") as other:
         found = other.restore_chosen_weights(choose)
     arrays = {into + path.removeprefix(below): value for path, value in flatten(found.what).items()}
-    settings = from_first(lambda: read_provenance(Path(config.weights)).settings)
-    before, now = settings.get("config", {}).get("model"), json.loads(json.dumps(to_dict(trainer.config)["model"]))
     other_there = [f"other there: {change}" for change in leaf_changes(before, now, "model")] if before else []
     kept = {"source": config.weights, "step": found.step}
     return Found(arrays, config.weights, found.step, fits[-1], kept, [*found.notes, *other_there])
 
 
-def match(there: Shapes, here: Shapes, config: Config, left: Mapping[str, list[str]], source: str) -> Fit:
+def match(
+    there: Shapes,
+    here: Shapes,
+    config: Config,
+    left: Mapping[str, list[str]],
+    source: str,
+    grids: Mapping[str, HeightWidth] = MappingProxyType({}),
+) -> Fit:
     """What of a source goes where in the model.
 
     Args:
@@ -283,6 +295,7 @@ def match(there: Shapes, here: Shapes, config: Config, left: Mapping[str, list[s
       config: of the run.
       left: why -> what of the source is not in `there`.
       source: for errors.
+      grids: patches (h, w) of the images that its position tables are for, by their paths here, where they are known.
 
     Raises:
       ConfigError: what does not fit, all of it in one line.
@@ -298,10 +311,10 @@ def match(there: Shapes, here: Shapes, config: Config, left: Mapping[str, list[s
             fit.afresh.setdefault("not of checkpoint.weights_into", []).append(path)
         elif skipped(path):
             fit.afresh.setdefault("listed in checkpoint.skip", []).append(path)
+        elif path in there and (how := _way(path, there[path], shape, networks, grids.get(path))):
+            fit.resampled[path] = how
         elif there.get(path) == shape:
             fit.taken.append(path)
-        elif path in there and (how := _way(path, there[path], shape, networks)):
-            fit.resampled[path] = how
         elif _is_head(path):
             classes = f"{there[path][-1]} classes" if path in there else "none"
             fit.afresh.setdefault(f"{classes} there, {shape[-1]} here", []).append(path)
@@ -325,9 +338,27 @@ def match(there: Shapes, here: Shapes, config: Config, left: Mapping[str, list[s
     return fit
 
 
-def _way(path: str, there: tuple[int, ...], here: tuple[int, ...], networks: Mapping[str, Any]) -> Way | None:
+def _way(
+    path: str,
+    there: tuple[int, ...],
+    here: tuple[int, ...],
+    networks: Mapping[str, Any],
+    grid: HeightWidth | None,
+) -> Way | None:
     part = max((p for p in networks if not p or path.startswith(f"{p}/")), key=len, default=None)
-    return None if part is None else way(path.removeprefix(f"{part}/"), there, here, networks[part])
+    return None if part is None else way(path.removeprefix(f"{part}/"), there, here, networks[part], grid)
+
+
+def table_grids(model: Any, path: str = "") -> dict[str, HeightWidth]:
+    """Patches (h, w) that the position tables of a run are for, by their paths, of its kept `config.model`."""
+    if not isinstance(model, dict):
+        return {}
+    out = {k: v for name, part in model.items() for k, v in table_grids(part, f"{path}{name}/").items()}
+    size, patch = model.get("pos_image_size") or model.get("image_size"), model.get("patch_size")
+    if size and patch:
+        height, width = height_width(size)
+        out[f"{path}pos_embed"] = height // patch, width // patch
+    return out
 
 
 def _is_head(path: str) -> bool:

@@ -37,6 +37,21 @@ def test_overrides_are_typed():
     assert config.workdir == "/tmp/a=b"
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("56", 56), ("(14, 28)", (14, 28)), ("'(14, 28)'", None), ("14,28", (14, 28)), ("[14, 28]", (14, 28)),
+     ("(14,)", None), ("14 28", None), ("14x28", None)],
+)  # fmt: skip
+def test_a_size_is_one_number_or_two(text, value):
+    words = [f"--config={QUICK}", f"--config.model.image_size={text}", f"--config.evals[0].image_size={text}"]
+    if value is None:
+        with pytest.raises(ConfigError, match=r"image_size=.*: is no int \| tuple\[int, int\]; such as 28"):
+            load.from_arguments(words)
+    else:
+        config, _ = load.from_arguments(words)
+        assert config.model.image_size == config.evals[0].image_size == value
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_flag_makes_a_source_one_of_another_kind(reverse):
     words = [

@@ -41,6 +41,13 @@ def test_derived_quantities():
     ("name", "value", "words"),
     [
         ("model.image_size", 230, ["multiple of model.patch_size = 14", "nearest is 224"]),
+        ("model.image_size", (230, 450), ["multiple of model.patch_size = 14", "nearest is (224, 448)"]),
+        ("model.image_size", (224,), ["must be a tuple of 2 numbers"]),
+        ("model.image_size", (224, 0), ["image_size[1] = 0", "nearest is 1"]),
+        ("model.image_size", 224.0, ["must be one number or (height, width), not float", "(224, 448)"]),
+        ("model.image_size", (4088, 4088), ["gives 85264 tokens of model.patch_size = 14", "set a smaller size"]),
+        ("model.patch_size", (14, 28), ["must be an int, not tuple"]),
+        ("model.pos_image_size", (224, 225), ["multiple of model.patch_size = 14", "nearest is 224"]),
         ("model.pool", "max", ["gap, norm_gap, cls, cls_gap, map"]),
         ("model.pos_image_size", 225, ["multiple of model.patch_size = 14", "nearest is 224"]),
         ("model.pos_embed", "none", ["leaves the patches without places", "rope_theta to 100"]),
@@ -109,6 +116,9 @@ def pairs() -> Config:
     [
         ("model.image.window", 57, ["larger than the map, 56 x 56 tokens", "set it to 56 or less"]),
         ("model.image.image_size", 226, ["multiple of model.image.patch_size = 4", "nearest is 224"]),
+        ("model.image.image_size", (96, 226), ["multiple of model.image.patch_size = 4", "nearest is (96, 224)"]),
+        ("model.image.image_size", (32, 448), ["window = 14: is larger than the map, 8 x 112", "set it to (8, 14)"]),
+        ("model.image.window", (14, 57), ["larger than the map, 56 x 56 tokens", "set it to (14, 56) or less"]),
         ("model.image.drop_path", 1.0, ["[0, 1)"]),
         ("model.image.pretrained_window", 14, ["goes with pretrained_image_size"]),
         ("model.text.remat", "some", ["model.text.remat", "none, attention, dots, full"]),
@@ -138,9 +148,10 @@ def aurora() -> Config:
         ("task.word_mask_ratio", 1.0, ["task.word_mask_ratio", "[0, 1)"]),
         ("task.split", (0, 1), ["task.split = (0, 1)", "set (3, 1)"]),
         ("task.mask_unit", 30, ["multiple of model.image.patch_size = 4", "image_size = 224"]),
-        ("task.mask_unit", 48, ["divide image_size = 224", "set it to 4"]),
+        ("task.mask_unit", 48, ["divide model.image.image_size = 224", "set it to 4"]),
         ("task.tokenizer", "", ["task.tokenizer", "set the path"]),
         ("model.image.image_size", 208, ["multiple of 32", "nearest is 192"]),
+        ("model.image.image_size", (192, 208), ["multiple of 32", "nearest is 192"]),
         ("model.text.begin_token", 0, ["model.text.begin_token", "(0, 2, 4)", "0, padding"]),
         ("model.text.mask_token", 32_000, ["(1, 2, 32000)", "below vocab_size = 32000"]),
     ],
@@ -176,6 +187,17 @@ def test_micro_batches_are_contrasted_with_all_of_the_batch():
     config.train.accumulate, config.task.cached = 2, False
     config.validate()
     assert config.task.loss_scope == "micro_batch"
+
+
+def test_the_size_of_an_evals_images_is_one_that_the_model_takes():
+    config = good()
+    config.evals[0].image_size = (224, 448)
+    config.validate()
+    config.evals[0].image_size = 230
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    rule = "config.evals[0].image_size = 230: must be a multiple of model.patch_size = 14; the nearest is 224"
+    assert str(error.value) == rule
 
 
 def test_networks_and_image_size():

@@ -75,7 +75,7 @@ def test_crop_scale_one_resizes_the_whole_image():
 def test_random_boxes_fit_and_are_spread_as_asked():
     areas, ratios = [], []
     for seed in range(2000):
-        top, left, h, w = random_box(rng(seed).random((10, 4)), (0.08, 1.0), RATIO, 375, 500)
+        top, left, h, w = random_box(rng(seed).random((10, 4)), (0.08, 1.0), RATIO, (375, 500), (1, 1))
         assert 0 <= top <= 375 - h
         assert 0 <= left <= 500 - w
         areas.append(h * w / (375 * 500))
@@ -91,7 +91,7 @@ def test_random_boxes_fit_and_are_spread_as_asked():
 
 @pytest.mark.parametrize(("shape", "box"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
 def test_a_box_that_never_fits_becomes_the_centre(shape, box):
-    assert random_box(rng().random((10, 4)), (0.9, 1.0), RATIO, *shape) == box
+    assert random_box(rng().random((10, 4)), (0.9, 1.0), RATIO, shape, (1, 1)) == box
 
 
 def test_the_generator_advances_equally_whatever_the_image():
@@ -110,7 +110,7 @@ def test_jpeg_is_decoded_no_smaller_than_the_crop_needs(monkeypatch, seed):
     original = simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
     result = train_image(data, 112, (0.08, 1.0), rng(seed))
-    _, _, h, w = random_box(rng(seed).random((10, 4)), (0.08, 1.0), RATIO, 768, 1024)
+    _, _, h, w = random_box(rng(seed).random((10, 4)), (0.08, 1.0), RATIO, (768, 1024), (1, 1))
     (decoded,) = seen
     scale = decoded.shape[0] / 768
     assert min(h, w) * scale >= 112 - 1

@@ -25,6 +25,7 @@ from visionfm_jax.data.transforms import (
     RandomResizedCrop,
     Resize,
     Views,
+    random_box,
 )
 from visionfm_jax.errors import ConfigError, DataError
 
@@ -302,6 +303,24 @@ def test_images_need_not_be_square():
     wide = EvalTransform((30, 60), PreprocessConfig(crop=1.0))(np.tile(np.arange(90, dtype=np.uint8)[:, None], (1, 60)))
     assert abs(int(wide[0].mean()) - 30) <= 1  # the middle third of the rows
     assert abs(int(wide[-1].mean()) - 59) <= 1
+
+
+def test_crops_have_the_ratio_of_the_images_that_they_become():
+    """Nothing is stretched by more than `ratio` says, whatever the model's sides."""
+    ratios = []
+    for seed in range(200):
+        top, left, height, width = random_box(
+            rng(seed).random((10, 4)), (0.1, 1.0), (3 / 4, 4 / 3), (300, 900), (32, 96)
+        )
+        assert 0 <= top <= 300 - height
+        assert 0 <= left <= 900 - width
+        ratios.append(width / height / 3)
+    assert 0.74 < min(ratios) < 0.8
+    assert 1.25 < max(ratios) < 1.35
+    crop = MultiCrop(views=(Views(size=(16, 32), flip=1.0), Views(name="local", size=8, count=3)))
+    assert crop.shapes == {"global": (2, 16, 32, 3), "local": (3, 8, 8, 3)}
+    views = Chain((crop,), (16, 32))({"image": np.zeros((60, 90, 3), np.uint8)}, rng())
+    assert {name: views[name].shape for name in crop.shapes} == crop.shapes
 
 
 class Scenes:

@@ -53,6 +53,23 @@ def test_every_record_counts_once_and_padding_not():
     )
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_images_of_another_size_than_in_training_are_another_protocol(number):
+    """The baseline has no protocol, and reads all that it trains on at that size."""
+    usual, name = make_evals(quickstart(), 0, 1), ("digits", "pixels")[number]
+    other = make_evals(quickstart(f"--config.evals[{number}].image_size=(14, 42)"), 0, 1)[name]
+    same = make_evals(quickstart(f"--config.evals[{number}].image_size=(28, 28)"), 0, 1)[name]
+    assert same.protocol == usual[name].protocol
+    assert other.transform.spec["image"][0] == (14, 42, 3)
+    if number == 0:
+        assert other.protocol != usual[name].protocol
+        assert other.settings["image_size"] == (14, 42)
+        seen = []
+        other.run(lambda batch: seen.append(batch["image"].shape) or knowing(batch, lambda label: label < 3))
+        assert set(seen) == {(192, 14, 42, 3)}
+        assert other.pictured["image"].shape == (64, 14, 42, 3)
+
+
 def test_what_was_taken_for_what_is_kept():
     evaluation = make_evals(quickstart(), 0, 1)["digits"]
     got = evaluation.run(lambda batch: knowing(batch, lambda label: label < 3))

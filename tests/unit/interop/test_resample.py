@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from visionfm_jax.interop.resample import resize_patches, way
+from visionfm_jax.interop.resample import resize_patches, resize_positions, way
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.positions import resize_table
 from visionfm_jax.models.text import TextConfig
@@ -35,8 +35,35 @@ def test_patches_are_resized_as_timm_resizes_them():
         np.testing.assert_allclose(first[:7], numbers, atol=2e-5)
 
 
+def test_positions_of_images_that_are_not_square_are_resized_as_timm_resizes_them():
+    """`timm.layers.resample_abs_pos_embed` of timm 1.0.31: one channel's first numbers, the sum of all squares."""
+    theirs = {
+        (5, 9): ([0.00867, 0.63674, 0.83776, -0.73699, -0.38476, 0.55663, 0.83537], 261.1571157557464),
+        (3, 2): ([0.12545, -0.15003, -0.32392, -0.0158, -0.54562, 0.80233], 13.56198377167259),
+        (6, 4): ([0.49271, -0.16843, 0.47602, -0.50781, 0.31814, -0.27203, 0.08862], 96.76152482353527),
+    }
+    table = np.random.default_rng(0).normal(size=(1 + 4 * 6, 8)).astype(np.float32)
+    for new, (numbers, squares) in theirs.items():
+        found = resize_positions(table, (4, 6), new, "bicubic_antialias")
+        np.testing.assert_array_equal(found[0], table[0])
+        np.testing.assert_allclose(found[1:, 3][: len(numbers)], numbers, atol=1e-5)
+        np.testing.assert_allclose((found.astype(np.float64) ** 2).sum(), squares, rtol=1e-6)
+
+
+def test_a_table_of_as_many_patches_may_be_for_other_sides():
+    wide = ViTConfig(pool="cls", patch_size=8, image_size=(32, 72))  # 4 x 9 patches
+    assert way("pos_embed", (37, 8), (37, 8), wide).what == "6 x 6 to 4 x 9 positions (bicubic_antialias)"
+    assert way("pos_embed", (37, 8), (37, 8), wide, (4, 9)) is None
+    assert way("pos_embed", (37, 8), (37, 8), wide, (9, 4)).what.startswith("9 x 4 to 4 x 9")
+    square = ViTConfig(pool="cls", patch_size=8, image_size=48)
+    assert way("pos_embed", (37, 8), (37, 8), square) is None
+    assert way("pos_embed", (37, 8), (37, 8), square, (4, 9)).what.startswith("4 x 9 to 6 x 6")
+    assert way("pos_embed", (25, 8), (37, 8), square, (4, 6)).what.startswith("4 x 6 to 6 x 6")
+    assert way("pos_embed", (25, 8), (37, 8), square) is None  # 24 patches of which sides?
+
+
 def test_only_sizes_of_images_and_patches_have_a_way():
-    vit = ViTConfig(pool="cls")
+    vit = ViTConfig(pool="cls", image_size=70)
     assert way("pos_embed", (17, 8), (26, 8), vit).what == "4 x 4 to 5 x 5 positions (bicubic_antialias)"
     table = RNG.normal(size=(17, 8)).astype(np.float32)
     new = way("pos_embed", (17, 8), (26, 8), vit).apply(table)

@@ -14,18 +14,18 @@ KEYS = jax.random.split(jax.random.key(0), 600)
 
 @pytest.mark.parametrize(("side", "ratio"), [(14, 0.6), (3, 0.5), (3, 0.0), (3, 1.0)])
 def test_as_many_units_of_each_image(side, ratio):
-    hidden = np.asarray(hide_units(KEYS[:8], side, ratio))
+    hidden = np.asarray(hide_units(KEYS[:8], (side, side), ratio))
     assert hidden.dtype == bool
     assert hidden.shape == (8, side, side)
     assert set(hidden.sum((1, 2))) == {math.ceil(ratio * side**2)}
 
 
 def test_every_unit_is_as_likely_and_drawn_by_the_images_own_key():
-    hidden = np.asarray(hide_units(KEYS, 4, 0.6))
+    hidden = np.asarray(hide_units(KEYS, (4, 4), 0.6))
     chance = 10 / 16
     assert np.abs(hidden.mean(0) - chance).max() < 4 * math.sqrt(chance * (1 - chance) / len(KEYS))
     order = np.array([5, 0, 3])
-    np.testing.assert_array_equal(hide_units(KEYS[order], 4, 0.6), hidden[order])
+    np.testing.assert_array_equal(hide_units(KEYS[order], (4, 4), 0.6), hidden[order])
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.5, 1.0])

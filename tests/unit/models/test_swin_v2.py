@@ -227,10 +227,28 @@ def test_pretrained_windows_are_those_of_the_run_before(monkeypatch):
         jax.eval_shape(SwinV2(config).apply, params, image)
         return list(dict.fromkeys(seen))
 
-    before = trained(small(window=7), 70)
+    before = trained(small(window=7, image_size=70), 70)
     assert [w for w, _ in before] == [(7, 7), (5, 5), (3, 3)]
+    assert all(own == unit for own, unit in before)
     after = trained(small(window=9, pretrained_window=7, pretrained_image_size=70), 140)
     assert after == [((9, 9), (7, 7)), ((9, 9), (5, 5)), ((5, 5), (3, 3))]
+
+
+def test_an_offset_means_at_other_sizes_what_it_meant_in_training():
+    """Maps of 16 x 24, 8 x 12, 4 x 6, 2 x 3 tokens; on images of twice the size windows do not shrink so soon."""
+    config = small(image_size=(64, 96), window=(4, 8))
+    assert swin_v2.bias_windows(config) == [(4, 8), (4, 8), (4, 6), (2, 3)]
+    assert [swin_v2.windows_of(m, config.window, (0, 0), True).window for m in swin_v2.maps_of((128, 192), 4)] == [
+        (4, 8), (4, 8), (4, 8), (4, 6),
+    ]  # fmt: skip
+    continued = small(image_size=128, window=8, pretrained_window=(4, 8), pretrained_image_size=(64, 96))
+    assert swin_v2.bias_windows(continued) == [(4, 8), (4, 8), (4, 6), (2, 3)]
+
+
+def test_flops_of_images_that_are_not_square():
+    """Where every stage's map is of whole windows, they grow with the image."""
+    square, wide = small(image_size=32, window=1), small(image_size=(32, 96), window=1)
+    assert wide.flops == pytest.approx(3 * square.flops, rel=1e-12)
 
 
 # Depth

@@ -24,7 +24,7 @@ from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.train.checkpoint import Checkpoints
-from visionfm_jax.train.initialise import find_weights, match, placed, starting_state, weights_to_evaluate
+from visionfm_jax.train.initialise import find_weights, match, placed, starting_state, table_grids, weights_to_evaluate
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 
@@ -65,6 +65,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 def other() -> Trainer:
     """Of other classes, image and patch sizes; its weights are set by each test."""
     return trainer_of("task.num_classes=7", "model.image_size=56", "model.patch_size=8")
+
+
+def test_a_run_says_which_patches_its_position_tables_are_for():
+    image = {"kind": "ViTConfig", "image_size": [28, 56], "pos_image_size": 0, "patch_size": 7}
+    assert table_grids({"kind": "ClipConfig", "image": image, "text": {"size": "B"}}) == {"image/pos_embed": (4, 8)}
+    assert table_grids({**image, "pos_image_size": 42}) == {"pos_embed": (6, 6)}
+    assert table_grids(None) == table_grids({"image_size": 28}) == {}
 
 
 def on(trainer: Trainer, **settings: Any) -> Trainer:

@@ -18,7 +18,21 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config import BackboneConfig
-from visionfm_jax.config.limits import ATTENTION, REMAT, SHARE, SIDE, Limits, OneOf, Problem, Range, multiple_of
+from visionfm_jax.config.limits import (
+    ATTENTION,
+    REMAT,
+    SHARE,
+    SIDE,
+    HeightWidth,
+    ImageSize,
+    Limits,
+    OneOf,
+    Problem,
+    Range,
+    height_width,
+    multiple_of,
+    shortest,
+)
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.backbones import Features, Hidden
 from visionfm_jax.models.layers import (
@@ -69,11 +83,11 @@ class SwinV2Config(BackboneConfig):
     """A Swin Transformer V2 (Liu et al. 2022); sizes in `SIZES`."""
 
     size: str = "G"  # width, depths and heads by name
-    patch_size: int = 4  # pixels
-    image_size: int = 224  # pixels, square
-    window: int = 14  # tokens; a smaller map is one window
-    pretrained_window: int = 0  # of the run whose weights this continues; 0: none
-    pretrained_image_size: int = 0  # pixels, of that run
+    patch_size: int = 4  # pixels, side of a square
+    image_size: ImageSize = 224  # pixels, side of a square or (height, width)
+    window: ImageSize = 14  # tokens, likewise; a smaller map is one window
+    pretrained_window: ImageSize = 0  # of the run whose weights this continues; 0: none
+    pretrained_image_size: ImageSize = 0  # pixels, of that run
     roll_first: bool = False  # shifted maps that need padding are rolled, then padded, as timm does; False: the reverse
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
@@ -110,34 +124,39 @@ class SwinV2Config(BackboneConfig):
     @property
     def flops(self) -> float:
         size = size_of(self)
-        side = -(-self.image_size // self.patch_size)
-        total = side * side * 3 * self.patch_size**2 * size.width
-        for i, depth in enumerate(size.depths):
+        maps = [math.prod(map) for map in maps_of(self.image_size, self.patch_size)]
+        total = maps[0] * 3 * self.patch_size**2 * size.width
+        for i, (depth, map) in enumerate(zip(size.depths, maps_of(self.image_size, self.patch_size), strict=True)):
             D = size.width * 2**i
-            windows = windows_of((side, side), self.window, (0, 0), shifted=False)
+            windows = windows_of(map, self.window, (0, 0), shifted=False)
             tokens = windows.count * windows.tokens
-            layer = tokens * (4 * D * D + 2 * windows.tokens * D) + side * side * 2 * MLP_RATIO * D * D
+            layer = tokens * (4 * D * D + 2 * windows.tokens * D) + maps[i] * 2 * MLP_RATIO * D * D
             total += depth * layer
             if i < 3:
-                side = -(-side // 2)
-                total += side * side * 8 * D * D
+                total += maps[i + 1] * 8 * D * D
         return 2.0 * total
 
     def make(self, dtype: jnp.dtype, gather_params: GatherParams) -> SwinV2:
         return SwinV2(self, dtype, gather_params)
 
     def problems(self, name: str) -> list[Problem]:
-        out = multiple_of(self, name, "image_size", "patch_size")
-        side = self.image_size // self.patch_size
-        if not out and self.window > side:
-            rule = f"is larger than the map, {side} x {side} tokens"
-            out.append((f"{name}.window", self.window, rule, f"set it to {side} or less"))
-        if (pairs := side**2 * self.window**2) > 2**28:
-            rule = f"compares {pairs} pairs of tokens on a map of {side} x {side}, more than {2**28}"
-            out.append((f"{name}.window", self.window, rule, "set a smaller window, or larger patches"))
+        out = self.size_problems(f"{name}.image_size", self.image_size, name)
+        map, window = maps_of(self.image_size, self.patch_size)[0], height_width(self.window)
+        if not out and any(length > side for length, side in zip(window, map, strict=True)):
+            rule = f"is larger than the map, {map[0]} x {map[1]} tokens"
+            fits = shortest(tuple(min(length, side) for length, side in zip(window, map, strict=True)))
+            out.append((f"{name}.window", self.window, rule, f"set it to {fits} or less"))
         if bool(self.pretrained_window) != bool(self.pretrained_image_size):
             rule = "goes with pretrained_image_size"
             out.append((f"{name}.pretrained_window", self.pretrained_window, rule, "set both, or both to 0"))
+        return out
+
+    def size_problems(self, field: str, size: ImageSize, name: str = "model") -> list[Problem]:
+        out = multiple_of(field, size, self.patch_size, f"{name}.patch_size = {self.patch_size}")
+        map = maps_of(size, self.patch_size)[0]
+        if (pairs := math.prod((*map, *height_width(self.window)))) > 2**28:
+            rule = f"compares {pairs} pairs of tokens in windows of {name}.window = {self.window}; the most is {2**28}"
+            out.append((field, size, rule, "set a smaller size, a smaller window, or larger patches"))
         return out
 
 
@@ -153,14 +172,14 @@ def size_of(config: SwinV2Config) -> Size:
 class Windows(NamedTuple):
     """The windows of a stage: all that is static of its attention. Pairs are (height, width)."""
 
-    map: tuple[int, int]
-    window: tuple[int, int]
-    shift: tuple[int, int]
-    pretrained: tuple[int, int]  # windows that the position bias was trained on; 0: these
+    map: HeightWidth
+    window: HeightWidth
+    shift: HeightWidth
+    pretrained: HeightWidth  # windows that the position bias is trained on; 0: these
     roll_first: bool = False  # the map is rolled before it is padded
 
     @property
-    def padded(self) -> tuple[int, int]:
+    def padded(self) -> HeightWidth:
         """The map, lengthened at its end to whole windows."""
         return tuple(-(-m // w) * w for m, w in zip(self.map, self.window, strict=True))
 
@@ -173,19 +192,35 @@ class Windows(NamedTuple):
         return math.prod(self.window)
 
 
+def maps_of(image_size: ImageSize, patch_size: int) -> list[HeightWidth]:
+    """Sides of the stages' maps, whose odd ones are lengthened."""
+    return [tuple(-(-side // (patch_size * 2**stage)) for side in height_width(image_size)) for stage in range(4)]
+
+
 def windows_of(
-    map: tuple[int, int], window: int, pretrained: tuple[int, int], shifted: bool, roll_first: bool = False
+    map: HeightWidth, window: ImageSize, pretrained: HeightWidth, shifted: bool, roll_first: bool = False
 ) -> Windows:
     """The windows of a map (H, W): a side no longer than the window is one window, and not shifted."""
-    size = tuple(min(window, m) for m in map)
-    shift = tuple(window // 2 if shifted and m > window else 0 for m in map)
-    return Windows(map, size, shift, pretrained, roll_first)
+    sides = tuple(zip(height_width(window), map, strict=True))
+    shift = tuple(w // 2 if shifted and m > w else 0 for w, m in sides)
+    return Windows(map, tuple(min(side) for side in sides), shift, pretrained, roll_first)
 
 
-def pretrained_windows(config: SwinV2Config) -> list[int]:
-    """The window side, by stage, that the position bias was trained on; 0: the stage's own."""
-    maps = [-(-config.pretrained_image_size // (config.patch_size * 2**stage)) for stage in range(4)]
-    return [min(config.pretrained_window, side) if side else config.pretrained_window for side in maps]
+def pretrained_windows(config: SwinV2Config) -> list[HeightWidth]:
+    """The windows, by stage, of the run whose weights this continues; (0, 0): there is none."""
+    window, maps = height_width(config.pretrained_window), maps_of(config.pretrained_image_size, config.patch_size)
+    return [tuple(min(w, m) if m else w for w, m in zip(window, map, strict=True)) for map in maps]
+
+
+def bias_windows(config: SwinV2Config) -> list[HeightWidth]:
+    """The windows, by stage, whose offsets are the unit of the position bias: of the run before, or of this training.
+
+    On images of another size a window of the last stages may have another size; an offset of a token means the same.
+    """
+    own = [
+        windows_of(map, config.window, (0, 0), False).window for map in maps_of(config.image_size, config.patch_size)
+    ]
+    return [before if any(before) else window for before, window in zip(pretrained_windows(config), own, strict=True)]
 
 
 def log_coordinates(window: tuple[int, int], pretrained: tuple[int, int]) -> np.ndarray:
@@ -370,7 +405,7 @@ class SwinStage(nn.Module):
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         config, size = self.config, size_of(self.config)
         depth, heads = size.depths[self.number], size.heads[self.number]
-        pretrained = (pretrained_windows(config)[self.number],) * 2
+        pretrained = bias_windows(config)[self.number]
         group = group_of(depth, size.extra_norm_every)
 
         def block(i: int) -> SwinBlock:

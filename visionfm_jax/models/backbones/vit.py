@@ -22,7 +22,20 @@ from einops import rearrange
 from flax import linen as nn
 
 from visionfm_jax.config import BackboneConfig
-from visionfm_jax.config.limits import ATTENTION, REMAT, SHARE, SIDE, Limits, OneOf, Problem, Range, multiple_of
+from visionfm_jax.config.limits import (
+    ATTENTION,
+    REMAT,
+    SHARE,
+    SIDE,
+    HeightWidth,
+    ImageSize,
+    Limits,
+    OneOf,
+    Problem,
+    Range,
+    height_width,
+    multiple_of,
+)
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import pooling
 from visionfm_jax.models.backbones import Features, Hidden
@@ -64,15 +77,15 @@ class ViTConfig(BackboneConfig):
     depth: int = 0  # blocks
     heads: int = 0  # of attention; they divide the width
     mlp: int = 0  # hidden channels of the MLPs
-    patch_size: int = 14  # pixels
-    image_size: int = 224  # pixels, square
+    patch_size: int = 14  # pixels, side of a square
+    image_size: ImageSize = 224  # pixels, side of a square or (height, width)
     pool: str = (
         "gap"  # gap: norm of the patches' mean | norm_gap: mean of the normed | cls | cls_gap: both | map: probe
     )
     class_token: bool = False  # one that is not read: beside gap, norm_gap and map; cls and cls_gap have it anyway
     registers: int = 0  # further tokens of no place (Darcet et al. 2024)
     pos_embed: str = "class"  # what has rows in the table: none | patches | class: and its token | all: and registers
-    pos_image_size: int = 0  # pixels, of the images that the table is for; 0: image_size
+    pos_image_size: ImageSize = 0  # pixels, likewise, of the images that the table is for; 0: image_size
     pos_resize: str = "bicubic_antialias"  # to other images: that | bicubic | bicubic_offset | bilinear_antialias
     rope_theta: float = 0.0  # longest period of rotary positions, in half sides of the image (DINOv3: 100); 0: none
     patch_bias: bool = True  # of the patch embedding
@@ -132,7 +145,7 @@ class ViTConfig(BackboneConfig):
     @property
     def flops(self) -> float:
         size = size_of(self)
-        patches = math.prod(grid_of(self, (self.image_size,) * 2))
+        patches = math.prod(grid_of(self, height_width(self.image_size)))
         T, D, mlp = patches + first_tokens(self), size.width, 3 if self.activation == "swiglu" else 2
         layer = T * (4 * D * D + mlp * D * size.mlp) + 2 * T * T * D
         total = 2.0 * (patches * 3 * self.patch_size**2 * D + size.depth * layer)
@@ -142,15 +155,13 @@ class ViTConfig(BackboneConfig):
         return ViT(self, dtype, gather_params)
 
     def problems(self, name: str) -> list[Problem]:
-        out = multiple_of(self, name, "image_size", "patch_size")
-        if (tokens := (self.image_size // self.patch_size) ** 2) > 2**16:
-            rule = f"gives {tokens} tokens, more than 65536, each compared with each"
-            out.append((f"{name}.patch_size", self.patch_size, rule, f"set {-(-self.image_size // 256)} or more"))
+        out = self.size_problems(f"{name}.image_size", self.image_size, name)
         if self.pos_image_size and self.pos_embed == "none":
             rule = f"is of a position table, and {name}.pos_embed = none has no table"
             out.append((f"{name}.pos_image_size", self.pos_image_size, rule, "set it to 0"))
         elif self.pos_image_size:
-            out += multiple_of(self, name, "pos_image_size", "patch_size")
+            what = f"{name}.patch_size = {self.patch_size}"
+            out += multiple_of(f"{name}.pos_image_size", self.pos_image_size, self.patch_size, what)
         if self.pos_embed == "none" and not self.rope_theta:
             rule = f"leaves the patches without places, as {name}.rope_theta = 0"
             out.append((f"{name}.pos_embed", "none", rule, "set rope_theta to 100, or pos_embed to class"))
@@ -160,6 +171,13 @@ class ViTConfig(BackboneConfig):
         if self.pos_embed == "all" and not self.registers:
             rule = f"has rows for registers, and {name}.registers = 0"
             out.append((f"{name}.pos_embed", "all", rule, "set it to class"))
+        return out
+
+    def size_problems(self, field: str, size: ImageSize, name: str = "model") -> list[Problem]:
+        out = multiple_of(field, size, self.patch_size, f"{name}.patch_size = {self.patch_size}")
+        if (tokens := math.prod(side // self.patch_size for side in height_width(size))) > 2**16:
+            rule = f"gives {tokens} tokens of {name}.patch_size = {self.patch_size}, each compared with each; the most"
+            out.append((field, size, f"{rule} is 65536", "set a smaller size, or larger patches"))
         return out
 
 
@@ -203,7 +221,7 @@ class ViT(nn.Module):
             x = layer_norm(self.dtype, "norm_pre", config.norm_eps)(x)
         return self.features(self.encode(x, grid, keys), grid)
 
-    def tokens(self, images: jax.Array, grid: tuple[int, int], hidden: Hidden | None) -> jax.Array:
+    def tokens(self, images: jax.Array, grid: HeightWidth, hidden: Hidden | None) -> jax.Array:
         """(B, H, W, 3) to (B, T, D): the class token, registers and patches, and their positions."""
         config, width, P = self.config, size_of(self.config).width, self.config.patch_size
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=P, q=P)
@@ -218,21 +236,21 @@ class ViT(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(own, (len(x), *own.shape)), x], 1)
         return x if config.pos_embed == "none" else x + self.positions(grid).astype(x.dtype)
 
-    def positions(self, grid: tuple[int, int]) -> jax.Array:
+    def positions(self, grid: HeightWidth) -> jax.Array:
         """(T, D) for an image of (h, w) patches; zeros for tokens that have no row in the table."""
         config, width = self.config, size_of(self.config).width
-        side, first = table_side(config), table_first(config)
+        own, first = table_grid(config), table_first(config)
         # Of the size of a sine-cosine table and of the patch embedding: beside 0.02 a small model does not see position
         # for its first hundreds of steps.
-        table = self.param("pos_embed", nn.initializers.normal(0.5), (first + side**2, width))
-        if grid != (side, side):
-            resized = resize_table(rearrange(table[first:], "(h w) d -> h w d", h=side), grid, config.pos_resize)
+        table = self.param("pos_embed", nn.initializers.normal(0.5), (first + math.prod(own), width))
+        if grid != own:
+            resized = resize_table(rearrange(table[first:], "(h w) d -> h w d", h=own[0]), grid, config.pos_resize)
             table = jnp.concatenate([table[:first], rearrange(resized, "h w d -> (h w) d")])
         missing = first_tokens(config) - first
         rows = table[:first], jnp.zeros((missing, width), table.dtype), table[first:]
         return jnp.concatenate(rows) if missing else table
 
-    def encode(self, x: jax.Array, grid: tuple[int, int], keys: jax.Array | None) -> jax.Array:
+    def encode(self, x: jax.Array, grid: HeightWidth, keys: jax.Array | None) -> jax.Array:
         """The blocks; (B, T, D) to (B, T, D)."""
         config, size = self.config, size_of(self.config)
         turn, each = None, None
@@ -250,7 +268,7 @@ class ViT(nn.Module):
             self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat, each=each
         )
 
-    def features(self, x: jax.Array, grid: tuple[int, int]) -> Features:
+    def features(self, x: jax.Array, grid: HeightWidth) -> Features:
         """Of tokens (B, T, D); pooled by `ViTConfig.pool`: (B, 2 D) for "cls_gap", else (B, D)."""
         config, size, first = self.config, size_of(self.config), first_tokens(self.config)
         norm = layer_norm(self.dtype if config.pool == "map" else jnp.float32, "norm", config.norm_eps)
@@ -281,12 +299,13 @@ def table_first(config: ViTConfig) -> int:
     return {"patches": 0, "class": int(config.has_class_token), "all": first_tokens(config)}[config.pos_embed]
 
 
-def table_side(config: ViTConfig) -> int:
-    """Patches along a side of the images that the position table is for."""
-    return (config.pos_image_size or config.image_size) // config.patch_size
+def table_grid(config: ViTConfig) -> HeightWidth:
+    """Patches (h, w) of the images that the position table is for."""
+    height, width = height_width(config.pos_image_size or config.image_size)
+    return height // config.patch_size, width // config.patch_size
 
 
-def grid_of(config: ViTConfig, sides: tuple[int, int]) -> tuple[int, int]:
+def grid_of(config: ViTConfig, sides: HeightWidth) -> HeightWidth:
     """Patches (h, w) of an image of (H, W) pixels.
 
     Raises:
