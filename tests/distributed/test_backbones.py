@@ -105,7 +105,7 @@ BACKBONES = {
     "swin_v2": lambda: SwinV2Config(size="small", patch_size=2, image_size=SIZE, window=2, drop_path=0.1),
     "toy": ToyConfig,
 }
-SMALL = swin_v2.Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
+SMALL = swin_v2.SwinV2Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
 TEXT = {"size": "P", "vocab_size": END + 1, "context": LENGTH, "end_token": END}
 TASKS = {
     "classification": lambda image: (image, ClassificationConfig(num_classes=5)),

@@ -19,7 +19,7 @@ from visionfm_jax.config import (
     TrainConfig,
 )
 from visionfm_jax.data.sources.kinds import TfdsConfig
-from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
+from visionfm_jax.models.backbones.swin_v2 import SIZES, SwinV2Config, SwinV2Size
 from visionfm_jax.models.clip import MAX_SCALE, ClipConfig
 from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.context import Context
@@ -75,7 +75,7 @@ def batches(count: int) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    SIZES["small"] = Size(8, (2, 1, 1, 1), (1, 1, 2, 2))
+    SIZES["small"] = SwinV2Size(8, (2, 1, 1, 1), (1, 1, 2, 2))
     yield
     del SIZES["small"]
 

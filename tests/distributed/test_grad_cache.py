@@ -20,7 +20,7 @@ import pytest
 from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.models.aurora import AuroraConfig
-from visionfm_jax.models.backbones.swin_v2 import SIZES, Size, SwinV2Config
+from visionfm_jax.models.backbones.swin_v2 import SIZES, SwinV2Config, SwinV2Size
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.decoder import DecoderConfig
 from visionfm_jax.models.text import TextConfig
@@ -105,7 +105,7 @@ def weights(shapes: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    SIZES["single"] = Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
+    SIZES["single"] = SwinV2Size(8, (1, 1, 1, 1), (1, 1, 2, 2))
     yield
     del SIZES["single"]
     compiled.cache_clear()

@@ -53,7 +53,11 @@ def run(model: Aurora, params: dict, method: str, *arguments: Any) -> Any:
 @pytest.fixture
 def coca(monkeypatch: pytest.MonkeyPatch) -> Reference:
     data, about = read("coca")
-    monkeypatch.setitem(decoder.SIZES, "parity", decoder.Size(about["width"], about["depths"], about["heads"]))
+    monkeypatch.setitem(
+        decoder.SIZES,
+        "parity",
+        decoder.DecoderSize(about["width"], about["depths"], about["heads"], 4 * about["width"]),
+    )
     text = DecoderConfig(size="parity", vocab_size=about["vocab"], context=about["context"])
     model, params = Aurora(AuroraConfig(image=SwinV2Config(size="P"), text=text)), {}
     for path, value in tensors(data["params"], about["shapes"]).items():
@@ -77,7 +81,7 @@ def coca(monkeypatch: pytest.MonkeyPatch) -> Reference:
 @pytest.fixture
 def simmim(monkeypatch: pytest.MonkeyPatch) -> Reference:
     data, about = read("simmim")
-    monkeypatch.setitem(swin_v2.SIZES, "parity", swin_v2.Size(about["width"], about["depths"], about["heads"]))
+    monkeypatch.setitem(swin_v2.SIZES, "parity", swin_v2.SwinV2Size(about["width"], about["depths"], about["heads"]))
     side, window = data["images"].shape[1], about["window"]
     image = SwinV2Config(size="parity", patch_size=about["patch"], image_size=side, window=window)
     theirs = {"window_size": window, "pretrained_window_sizes": [0] * 4, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}

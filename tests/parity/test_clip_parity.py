@@ -67,7 +67,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
         data = dict(file)
     about = json.loads(str(data.pop("about")))
     monkeypatch.setitem(
-        text.SIZES, "parity", text.Size(about["width"], about["depth"], about["heads"], 4 * about["width"])
+        text.SIZES, "parity", text.TransformerSize(about["width"], about["depth"], about["heads"], 4 * about["width"])
     )
     config = ClipConfig(
         image=SwinV2Config(size="P"), embed_dim=about["embed"],

@@ -74,7 +74,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     with np.load(HERE / f"swin_{name}.npz") as file:
         data = dict(file)
     about = json.loads(str(data.pop("about")))
-    size = swin_v2.Size(about["width"], about["depths"], about["heads"])
+    size = swin_v2.SwinV2Size(about["width"], about["depths"], about["heads"])
     monkeypatch.setitem(swin_v2.SIZES, "parity", size)
     config = SwinV2Config(
         size="parity", patch_size=about["patch"], window=about["window"],

@@ -79,7 +79,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> Reference:
     with np.load(HERE / f"vit_{name}.npz") as file:
         data = dict(file)
     about = json.loads(str(data.pop("about")))
-    size = vit.Size(about["width"], about["depth"], about["heads"], about["mlp"])
+    size = vit.TransformerSize(about["width"], about["depth"], about["heads"], about["mlp"])
     monkeypatch.setitem(vit.SIZES, "parity", size)
     config = ViTConfig(
         size="parity", patch_size=about["patch_size"], image_size=about["image_size"], pool=about["pool"],

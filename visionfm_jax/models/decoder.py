@@ -29,24 +29,25 @@ from visionfm_jax.models.layers import (
     dense,
     layer_norm,
     logits,
-    named_size,
     no_gather,
     scan_blocks,
 )
+from visionfm_jax.models.sizes import heads_problems, size_by_name
 
 
-class Size(NamedTuple):
-    """Width D, layers of the unimodal and of the multimodal half, heads N."""
+class DecoderSize(NamedTuple):
+    """Width D, layers of the unimodal and of the multimodal half, heads N, width of the MLP."""
 
     width: int
     depths: tuple[int, int]
     heads: int
+    mlp: int
 
 
 # Halves as Yu et al. 2022, table 1, has them for CoCa-L, here of width 1024. P ("pico") is ours.
 SIZES = {
-    "P": Size(128, (2, 2), 4),
-    "L": Size(1024, (12, 12), 16),
+    "P": DecoderSize(128, (2, 2), 4, 512),
+    "L": DecoderSize(1024, (12, 12), 16, 4096),
 }
 EPS = 1e-5
 
@@ -58,7 +59,11 @@ class DecoderConfig(NetworkConfig):
     Token ids are those of the tokenizer; 0 is padding.
     """
 
-    size: str = "L"  # width, depth and heads by name
+    size: str = "L"  # width, depths, heads and mlp by name
+    width: int = 0  # channels of a token; 0: of the named size, as for the next three
+    depths: tuple[int, int] = (0, 0)  # layers of the unimodal and of the multimodal half
+    heads: int = 0  # attention heads
+    mlp: int = 0  # hidden channels of the MLPs
     vocab_size: int = 32_000  # that of the tokenizer
     context: int = 64  # tokens, with those of begin and end
     begin_token: int = 1  # id of the token that every text begins with
@@ -69,6 +74,10 @@ class DecoderConfig(NetworkConfig):
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
+        "width": Range(0, 2**16),
+        "depths": Range(0, 1024),
+        "heads": Range(0, 1024),
+        "mlp": Range(0, 2**18),
         "vocab_size": Range(4, 2**24),
         "context": Range(3, 2**14, "tokens are compared each with each"),
         "begin_token": IDS,
@@ -79,20 +88,22 @@ class DecoderConfig(NetworkConfig):
     }
 
     def problems(self, name: str) -> list[Problem]:
+        size = size_of(self)
+        out = heads_problems(name, size.width, size.heads)
         special = {f"{name}.{leaf}": getattr(self, leaf) for leaf in ("begin_token", "end_token", "mask_token")}
         if len({0, *special.values()}) == 4 and all(0 < i < self.vocab_size for i in special.values()):
-            return []
+            return out
         rule = f"must differ from each other and from 0, padding, and be below vocab_size = {self.vocab_size}"
-        return [(", ".join(special), tuple(special.values()), rule, "set the tokenizer's, e.g. 1, 2 and 4")]
+        return [*out, (", ".join(special), tuple(special.values()), rule, "set the tokenizer's, e.g. 1, 2 and 4")]
 
 
-def size_of(config: DecoderConfig) -> Size:
-    """The row of `SIZES`.
+def size_of(config: DecoderConfig) -> DecoderSize:
+    """The row of `SIZES`, with what the configuration gives as a number in its place.
 
     Raises:
       ConfigError: no such size.
     """
-    return named_size(SIZES, config.size, "model.text.size")
+    return size_by_name(SIZES, config, "model.text.size")
 
 
 class View(NamedTuple):
@@ -150,6 +161,7 @@ class Layer(nn.Module):
     """
 
     heads: int
+    mlp: int
     dtype: jnp.dtype
     implementation: str
     view: View | None
@@ -178,7 +190,7 @@ class Layer(nn.Module):
                 mask = self.cross_attention_mask.reshape(len(y), -1)
                 y = y * jnp.repeat(mask, y.shape[1] // mask.shape[1], 1)[..., None].astype(y.dtype)
             x = x + y
-        x = x + Mlp(4 * x.shape[-1], self.dtype, name="mlp")(norm(name="ln2")(x))
+        x = x + Mlp(self.mlp, self.dtype, name="mlp")(norm(name="ln2")(x))
         return (x, after) if before else x
 
 
@@ -201,7 +213,7 @@ class UnimodalDecoder(nn.Module):
         readings = len(view.causal) if view is not None and isinstance(view.causal, tuple) else 1
         places = jax.lax.dynamic_slice_in_dim(places, start, tokens.shape[1] // readings)
         x = (table[tokens] + jnp.tile(places, (readings, 1))).astype(self.dtype)
-        layer = Layer(size.heads, self.dtype, config.attention, view, position=position, parent=None)
+        layer = Layer(size.heads, size.mlp, self.dtype, config.attention, view, position=position, parent=None)
         return scan_blocks(
             self, [layer], size.depths[0], x,
             gather_params=self.gather_params, remat=config.remat, each=before, outputs=before is not None,
@@ -228,7 +240,7 @@ class MultimodalDecoder(nn.Module):
         """With `before`, as for `UnimodalDecoder`; without an image, `before` holds what was made of it."""
         config, size = self.config, size_of(self.config)
         layer = Layer(
-            size.heads, self.dtype, config.attention, view, image, cross_attention_mask, position, parent=None
+            size.heads, size.mlp, self.dtype, config.attention, view, image, cross_attention_mask, position, parent=None
         )
         x = scan_blocks(
             self, [layer], size.depths[1], x,
@@ -256,7 +268,7 @@ def forward_flops(config: DecoderConfig, image_tokens: int, image_width: int, re
     """
     size = size_of(config)
     T, D, S = config.context, size.width, image_tokens
-    layer = T * 12 * D * D + 2 * T * T * D
+    layer = T * (4 * D * D + 2 * D * size.mlp) + 2 * T * T * D
     cross = T * 2 * D * D + 2 * T * S * D
     image = 2 * S * image_width * D
     unimodal, multimodal = size.depths

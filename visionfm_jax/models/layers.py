@@ -9,8 +9,8 @@ them. Networks do not know how; they are given a `GatherParams` function and cal
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
 
-T = TypeVar("T")
 Params = Any  # a pytree of arrays
 GatherParams = Callable[[Params], Params]
 
@@ -33,17 +31,6 @@ SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
 def no_gather(params: Params) -> Params:
     """The `GatherParams` of parameters that are whole already."""
     return params
-
-
-def named_size(sizes: Mapping[str, T], name: str, field: str) -> T:
-    """The row of a network's table of sizes.
-
-    Raises:
-      ConfigError: no such size; `field` is the configuration's that names it.
-    """
-    if name not in sizes:
-        raise ConfigError(f"config.{field} = {name!r}: must be one of {', '.join(sizes)}; set it to one of them")
-    return sizes[name]
 
 
 def layer_norm(dtype: jnp.dtype, name: str, epsilon: float, **more: Any) -> nn.LayerNorm:

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import chex
 import jax
@@ -15,25 +15,15 @@ from flax import linen as nn
 
 from visionfm_jax.config import NetworkConfig
 from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
-from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import Block, GatherParams, layer_norm, named_size, no_gather, scan_blocks
-
-
-class Size(NamedTuple):
-    """Width D, layers L, heads N, width of the MLP."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-
+from visionfm_jax.models.layers import Block, GatherParams, layer_norm, no_gather, scan_blocks
+from visionfm_jax.models.sizes import TransformerSize, heads_problems, size_by_name
 
 # B L: Radford et al. 2021, the towers beside ViT-B and ViT-L; H: OpenCLIP's beside ViT-H/14. P ("pico") is ours.
 SIZES = {
-    "P": Size(96, 4, 3, 384),
-    "B": Size(512, 12, 8, 2048),
-    "L": Size(768, 12, 12, 3072),
-    "H": Size(1024, 24, 16, 4096),
+    "P": TransformerSize(96, 4, 3, 384),
+    "B": TransformerSize(512, 12, 8, 2048),
+    "L": TransformerSize(768, 12, 12, 3072),
+    "H": TransformerSize(1024, 24, 16, 4096),
 }
 
 
@@ -78,26 +68,21 @@ class TextConfig(NetworkConfig):
         return size_of(self).width
 
     def problems(self, name: str) -> list[Problem]:
-        if self.end_token < self.vocab_size:
-            return []
-        rule = f"must be below vocab_size = {self.vocab_size}"
-        return [(f"{name}.end_token", self.end_token, rule, "set the tokenizer's end token")]
+        size = size_of(self)
+        out = heads_problems(name, size.width, size.heads)
+        if self.end_token >= self.vocab_size:
+            rule = f"must be below vocab_size = {self.vocab_size}"
+            out.append((f"{name}.end_token", self.end_token, rule, "set the tokenizer's end token"))
+        return out
 
 
-def size_of(config: TextConfig) -> Size:
+def size_of(config: TextConfig) -> TransformerSize:
     """The row of `SIZES`, with what the configuration gives as a number in its place.
 
     Raises:
-      ConfigError: no such size, or a width that its heads cannot share.
+      ConfigError: no such size.
     """
-    named = named_size(SIZES, config.size, "model.text.size")
-    size = Size(*(getattr(config, name) or number for name, number in named._asdict().items()))
-    if size.width % size.heads:
-        raise ConfigError(
-            f"config.model.text.width = {size.width}: must be a multiple of its {size.heads} heads; set "
-            "config.model.text.width or config.model.text.heads"
-        )
-    return size
+    return size_by_name(SIZES, config, "model.text.size")
 
 
 class TextTransformer(nn.Module):

@@ -27,8 +27,8 @@ MAP = np.random.default_rng(1).normal(size=(3, 2, 3, 128)).astype(np.float32)
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    swin_v2.SIZES["small"] = swin_v2.Size(16, (1, 1, 1, 1), (1, 1, 2, 2))
-    decoder.SIZES["small"] = decoder.Size(32, (2, 2), 4)
+    swin_v2.SIZES["small"] = swin_v2.SwinV2Size(16, (1, 1, 1, 1), (1, 1, 2, 2))
+    decoder.SIZES["small"] = decoder.DecoderSize(32, (2, 2), 4, 128)
     yield
     for sizes in (swin_v2.SIZES, decoder.SIZES):
         del sizes["small"]

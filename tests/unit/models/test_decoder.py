@@ -13,8 +13,8 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import decoder
 from visionfm_jax.models.decoder import (
     DecoderConfig,
+    DecoderSize,
     MultimodalDecoder,
-    Size,
     UnimodalDecoder,
     View,
     empty_cache,
@@ -25,7 +25,7 @@ from visionfm_jax.models.decoder import (
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-SIZE = Size(32, (2, 2), 4)
+SIZE = DecoderSize(32, (2, 2), 4, 128)
 LENGTH, VOCAB, END, IMAGE = 8, 32, 2, 5
 # Texts of 8, 2 and 5 tokens; after the end, zeros.
 TOKENS = np.array([[1, 9, 5, 6, 30, 3, 7, 2], [1, 2, 0, 0, 0, 0, 0, 0], [1, 11, 8, 31, 2, 0, 0, 0]], np.int32)
@@ -97,7 +97,7 @@ def differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_sizes():
-    assert size_of(DecoderConfig()) == Size(1024, (12, 12), 16)
+    assert size_of(DecoderConfig()) == DecoderSize(1024, (12, 12), 16, 4096)
     with pytest.raises(ConfigError, match=r"config.model.text.size = 'XXL': must be one of P, L"):
         size_of(DecoderConfig(size="XXL"))
 

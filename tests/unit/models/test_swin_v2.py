@@ -13,10 +13,10 @@ from visionfm_jax.models.backbones.swin_v2 import (
     SIZES,
     PatchMerging,
     PositionBias,
-    Size,
     SwinBlock,
     SwinV2,
     SwinV2Config,
+    SwinV2Size,
     WindowAttention,
     group_of,
     log_coordinates,
@@ -30,7 +30,7 @@ from visionfm_jax.models.layers import drop_path, l2_normalize, layer_norm
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TINY = Size(16, (2, 4, 1, 1), (1, 2, 2, 4))
+TINY = SwinV2Size(16, (2, 4, 1, 1), (1, 2, 2, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +245,32 @@ def test_an_offset_means_at_other_sizes_what_it_meant_in_training():
     assert swin_v2.bias_windows(continued) == [(4, 8), (4, 8), (4, 6), (2, 3)]
 
 
+def test_sizes_by_numbers():
+    named = SwinV2Config(size="S", image_size=64, window=4)
+    numbers = SwinV2Config(
+        size="H", width=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24), image_size=64, window=4, mlp_ratio=2
+    )
+    assert swin_v2.size_of(numbers) == swin_v2.size_of(named)._replace(extra_norm_every=6)
+    assert swin_v2.size_of(SwinV2Config(size="T", depths=(0, 0, 8, 0))).depths == (2, 2, 8, 2)
+    assert numbers.problems("model") == named.problems("model") == []
+    assert numbers.flops < named.flops
+    kernel = shapes(numbers)["stage1"]["blocks"]["0"]["mlp"]["fc1"]["kernel"]
+    assert kernel.shape == (1, 192, 384)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"heads": (0, 0, 0, 5)}, ("model.image.heads[3]", 5, "must divide the 256 channels of the stage")),
+        ({"size": "H", "depths": (0, 0, 20, 0)}, ("model.image.depths[2]", 20, "must be a multiple of 6, by which")),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(fields, problem):
+    (found,) = SwinV2Config(**{"size": "P", "image_size": 64, **fields}).problems("model.image")
+    assert found[:2] == problem[:2]
+    assert found[2].startswith(problem[2])
+
+
 def test_flops_of_images_that_are_not_square():
     """Where every stage's map is of whole windows, they grow with the image."""
     square, wide = small(image_size=32, window=1), small(image_size=(32, 96), window=1)
@@ -256,7 +282,7 @@ def test_flops_of_images_that_are_not_square():
 
 def test_blocks_start_as_the_identity():
     x = images(2, 8, 8, 16)
-    block = SwinBlock(2, windows_of((8, 8), 4, (0, 0), True), jnp.float32, "xla", False, None)
+    block = SwinBlock(2, 4, windows_of((8, 8), 4, (0, 0), True), jnp.float32, "xla", False, None)
     own = {"layer": 0, "rate": 0.0}
     params = block.init(jax.random.key(0), x, own)
     np.testing.assert_array_equal(block.apply(params, x, own), x)
@@ -278,7 +304,7 @@ def by_hand(config: SwinV2Config, params, x, keys=None):
             normed = size.extra_norm_every > 0 and j % size.extra_norm_every == size.extra_norm_every - 1
             assert ("norm" in own) == normed
             windows = windows_of(x.shape[1:3], config.window, (0, 0), j % 2 == 1)
-            block = SwinBlock(size.heads[i], windows, jnp.float32, "xla", normed, keys)
+            block = SwinBlock(size.heads[i], 4, windows, jnp.float32, "xla", normed, keys)
             rate = config.drop_path * layer / (sum(size.depths) - 1)
             x = block.apply({"params": own}, x, {"layer": jnp.int32(layer), "rate": jnp.float32(rate)})
             layer += 1
@@ -290,7 +316,7 @@ def by_hand(config: SwinV2Config, params, x, keys=None):
 
 @pytest.mark.parametrize(("depths", "extra_norm_every"), [((2, 4, 1, 1), 0), ((3, 1, 1, 1), 0), ((1, 12, 1, 1), 6)])
 def test_the_loop_is_the_layers_in_turn(monkeypatch, depths, extra_norm_every):
-    monkeypatch.setitem(SIZES, "tiny", Size(8, depths, (1, 1, 2, 2), extra_norm_every))
+    monkeypatch.setitem(SIZES, "tiny", SwinV2Size(8, depths, (1, 1, 2, 2), extra_norm_every))
     config = small(drop_path=0.5, image_size=32, patch_size=2, window=2)
     params = randomised(shapes(config))
     x, keys = images(3, 32, 32, 3), jax.random.split(jax.random.key(2), 3)
@@ -301,14 +327,14 @@ def test_the_loop_is_the_layers_in_turn(monkeypatch, depths, extra_norm_every):
 
 def test_a_norm_of_the_main_branch_ends_its_block():
     x, own = images(2, 4, 4, 16), {"layer": 0, "rate": 0.0}
-    block = SwinBlock(2, windows_of((4, 4), 4, (0, 0), False), jnp.float32, "xla", True, None)
+    block = SwinBlock(2, 4, windows_of((4, 4), 4, (0, 0), False), jnp.float32, "xla", True, None)
     y = block.apply(block.init(jax.random.key(0), x, own), x, own)  # the block itself is the identity
     np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
     np.testing.assert_allclose(y.std(-1), 1, atol=1e-4)
 
 
 def test_rematerialisation_changes_no_gradient(monkeypatch):
-    monkeypatch.setitem(SIZES, "tiny", Size(8, (4, 1, 1, 1), (1, 2, 2, 4)))
+    monkeypatch.setitem(SIZES, "tiny", SwinV2Size(8, (4, 1, 1, 1), (1, 2, 2, 4)))
     params, x = randomised(shapes(small())), images(2, 32, 32, 3)
     gradients = {}
     for remat in ("none", "attention", "dots", "full"):

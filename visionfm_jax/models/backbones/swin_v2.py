@@ -43,13 +43,13 @@ from visionfm_jax.models.layers import (
     drop_path,
     l2_normalize,
     layer_norm,
-    named_size,
     no_gather,
     scan_blocks,
 )
+from visionfm_jax.models.sizes import size_by_name
 
 
-class Size(NamedTuple):
+class SwinV2Size(NamedTuple):
     """Width of the first stage, layers and heads of each, and blocks from one norm of the main branch to the next."""
 
     width: int
@@ -61,16 +61,15 @@ class Size(NamedTuple):
 # Liu et al. 2022, section 4.1 and appendix; G with 4 layers in the last stage is the one of 3.0 B parameters.
 # P ("pico") is ours, for machines without an accelerator.
 SIZES = {
-    "P": Size(32, (1, 1, 4, 1), (1, 2, 4, 8)),
-    "T": Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "S": Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "B": Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    "L": Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    "H": Size(352, (2, 2, 18, 2), (11, 22, 44, 88), extra_norm_every=6),
-    "G": Size(512, (2, 2, 42, 4), (16, 32, 64, 128), extra_norm_every=6),
+    "P": SwinV2Size(32, (1, 1, 4, 1), (1, 2, 4, 8)),
+    "T": SwinV2Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "S": SwinV2Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "B": SwinV2Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "L": SwinV2Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "H": SwinV2Size(352, (2, 2, 18, 2), (11, 22, 44, 88), extra_norm_every=6),
+    "G": SwinV2Size(512, (2, 2, 42, 4), (16, 32, 64, 128), extra_norm_every=6),
 }
 EPS = 1e-5
-MLP_RATIO = 4
 BIAS_HIDDEN = 512  # width of the network behind the position bias
 MAX_SCALE = math.log(100.0)  # of cosine attention, in logarithms
 MASKED = -100.0  # added to the logits of pairs that are no neighbours
@@ -82,7 +81,11 @@ _init = nn.initializers.truncated_normal(0.02)
 class SwinV2Config(BackboneConfig):
     """A Swin Transformer V2 (Liu et al. 2022); sizes in `SIZES`."""
 
-    size: str = "G"  # width, depths and heads by name
+    size: str = "G"  # width, depths and heads by name; with H and G, norms of the main branch
+    width: int = 0  # channels of the first stage, doubled by each other; 0: of the named size, as for the next two
+    depths: tuple[int, int, int, int] = (0, 0, 0, 0)  # blocks of each stage
+    heads: tuple[int, int, int, int] = (0, 0, 0, 0)  # of attention, in each stage; they divide its width
+    mlp_ratio: int = 4  # hidden channels of the MLPs over the width
     patch_size: int = 4  # pixels, side of a square
     image_size: ImageSize = 224  # pixels, side of a square or (height, width)
     window: ImageSize = 14  # tokens, likewise; a smaller map is one window
@@ -95,6 +98,10 @@ class SwinV2Config(BackboneConfig):
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
+        "width": Range(0, 2**16),
+        "depths": Range(0, 1024),
+        "heads": Range(0, 1024),
+        "mlp_ratio": Range(1, 64),
         "patch_size": Range(1, 256),  # pixels
         "image_size": SIDE,
         "window": Range(1, 64, "a window's tokens are compared each with each"),
@@ -130,7 +137,7 @@ class SwinV2Config(BackboneConfig):
             D = size.width * 2**i
             windows = windows_of(map, self.window, (0, 0), shifted=False)
             tokens = windows.count * windows.tokens
-            layer = tokens * (4 * D * D + 2 * windows.tokens * D) + maps[i] * 2 * MLP_RATIO * D * D
+            layer = tokens * (4 * D * D + 2 * windows.tokens * D) + maps[i] * 2 * self.mlp_ratio * D * D
             total += depth * layer
             if i < 3:
                 total += maps[i + 1] * 8 * D * D
@@ -149,6 +156,14 @@ class SwinV2Config(BackboneConfig):
         if bool(self.pretrained_window) != bool(self.pretrained_image_size):
             rule = "goes with pretrained_image_size"
             out.append((f"{name}.pretrained_window", self.pretrained_window, rule, "set both, or both to 0"))
+        size = size_of(self)
+        for i, (width, depth, heads) in enumerate(zip(self.widths, size.depths, size.heads, strict=True)):
+            if width % heads:
+                rule = f"must divide the {width} channels of the stage"
+                out.append((f"{name}.heads[{i}]", heads, rule, f"set {name}.heads, or {name}.width"))
+            if depth % group_of(depth, size.extra_norm_every):
+                rule = f"must be a multiple of {size.extra_norm_every}, by which {name}.size = {self.size} has norms"
+                out.append((f"{name}.depths[{i}]", depth, rule, "set that, or another size"))
         return out
 
     def size_problems(self, field: str, size: ImageSize, name: str = "model") -> list[Problem]:
@@ -160,13 +175,13 @@ class SwinV2Config(BackboneConfig):
         return out
 
 
-def size_of(config: SwinV2Config) -> Size:
-    """The row of `SIZES`.
+def size_of(config: SwinV2Config) -> SwinV2Size:
+    """The row of `SIZES`, with what the configuration gives as numbers in its place.
 
     Raises:
       ConfigError: no such size.
     """
-    return named_size(SIZES, config.size, "model.size")
+    return size_by_name(SIZES, config, "model.size")
 
 
 class Windows(NamedTuple):
@@ -359,6 +374,7 @@ class SwinBlock(nn.Module):
     """
 
     heads: int
+    mlp_ratio: int
     windows: Windows
     dtype: jnp.dtype
     implementation: str
@@ -374,7 +390,7 @@ class SwinBlock(nn.Module):
 
         y = WindowAttention(self.heads, self.windows, self.dtype, self.implementation, name="attn")(x)
         x = x + drop(layer_norm(self.dtype, "ln1", **zero)(y), 0)
-        y = Mlp(MLP_RATIO * x.shape[-1], self.dtype, kernel_init=_init, name="mlp")(x)
+        y = Mlp(self.mlp_ratio * x.shape[-1], self.dtype, kernel_init=_init, name="mlp")(x)
         x = x + drop(layer_norm(self.dtype, "ln2", **zero)(y), 1)
         return layer_norm(self.dtype, "norm", epsilon=EPS)(x) if self.extra_norm else x
 
@@ -411,7 +427,9 @@ class SwinStage(nn.Module):
         def block(i: int) -> SwinBlock:
             windows = windows_of(x.shape[1:3], config.window, pretrained, i % 2 == 1, config.roll_first)
             extra_norm = size.extra_norm_every > 0 and (i + 1) % size.extra_norm_every == 0
-            return SwinBlock(heads, windows, self.dtype, config.attention, extra_norm, keys, parent=None)
+            return SwinBlock(
+                heads, config.mlp_ratio, windows, self.dtype, config.attention, extra_norm, keys, parent=None
+            )
 
         first, total = sum(size.depths[: self.number]), sum(size.depths)
         layer = jnp.arange(first, first + depth)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import chex
 import jax
@@ -39,29 +39,20 @@ from visionfm_jax.config.limits import (
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import pooling
 from visionfm_jax.models.backbones import Features, Hidden
-from visionfm_jax.models.layers import Block, GatherParams, dense, layer_norm, named_size, no_gather, scan_blocks
+from visionfm_jax.models.layers import Block, GatherParams, dense, layer_norm, no_gather, scan_blocks
 from visionfm_jax.models.positions import resize_table, rotation
-
-
-class Size(NamedTuple):
-    """Width D, layers L, heads N, width of the MLP."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-
+from visionfm_jax.models.sizes import TransformerSize, heads_problems, size_by_name
 
 # Ti S: Touvron et al. 2021 (DeiT); B L H: Dosovitskiy et al. 2021, table 1; g: Zhai et al. 2022, table 2.
 # P ("pico") is ours, for machines without an accelerator.
 SIZES = {
-    "P": Size(96, 6, 3, 384),
-    "Ti": Size(192, 12, 3, 768),
-    "S": Size(384, 12, 6, 1536),
-    "B": Size(768, 12, 12, 3072),
-    "L": Size(1024, 24, 16, 4096),
-    "H": Size(1280, 32, 16, 5120),
-    "g": Size(1408, 40, 16, 6144),
+    "P": TransformerSize(96, 6, 3, 384),
+    "Ti": TransformerSize(192, 12, 3, 768),
+    "S": TransformerSize(384, 12, 6, 1536),
+    "B": TransformerSize(768, 12, 12, 3072),
+    "L": TransformerSize(1024, 24, 16, 4096),
+    "H": TransformerSize(1280, 32, 16, 5120),
+    "g": TransformerSize(1408, 40, 16, 6144),
 }
 
 
@@ -155,7 +146,9 @@ class ViTConfig(BackboneConfig):
         return ViT(self, dtype, gather_params)
 
     def problems(self, name: str) -> list[Problem]:
-        out = self.size_problems(f"{name}.image_size", self.image_size, name)
+        out, size = self.size_problems(f"{name}.image_size", self.image_size, name), size_of(self)
+        unit, why = (4, " whose channels rotary positions take in fours") if self.rope_theta else (1, "")
+        out += heads_problems(name, size.width, size.heads, unit, why)
         if self.pos_image_size and self.pos_embed == "none":
             rule = f"is of a position table, and {name}.pos_embed = none has no table"
             out.append((f"{name}.pos_image_size", self.pos_image_size, rule, "set it to 0"))
@@ -181,22 +174,13 @@ class ViTConfig(BackboneConfig):
         return out
 
 
-def size_of(config: ViTConfig) -> Size:
+def size_of(config: ViTConfig) -> TransformerSize:
     """The row of `SIZES`, with what the configuration gives as a number in its place.
 
     Raises:
-      ConfigError: no such size, or a width that its heads cannot share.
+      ConfigError: no such size.
     """
-    named = named_size(SIZES, config.size, "model.size")
-    size = Size(*(getattr(config, name) or number for name, number in named._asdict().items()))
-    unit = size.heads * (4 if config.rope_theta else 1)
-    if size.width % unit:
-        why = " whose channels rotary positions take in fours" if config.rope_theta else ""
-        raise ConfigError(
-            f"config.model.width = {size.width}: must be a multiple of {unit}, for {size.heads} heads{why}; set "
-            "config.model.width or config.model.heads"
-        )
-    return size
+    return size_by_name(SIZES, config, "model.size")
 
 
 class ViT(nn.Module):
