@@ -75,7 +75,7 @@ def torch_model(args: argparse.Namespace) -> Any:
     _, width, depths, heads = IMAGE[word]
     text_width, layers, text_heads = TEXT[args.text]
 
-    class Pairs(nn.Module):
+    class TwoTowers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.image = SwinTransformerV2(
@@ -104,7 +104,7 @@ def torch_model(args: argparse.Namespace) -> Any:
             right = torch.arange(len(logits), device=logits.device)
             return (functional.cross_entropy(logits, right) + functional.cross_entropy(logits.T, right)) / 2
 
-    return Pairs().to(args.device).train()
+    return TwoTowers().to(args.device).train()
 
 
 def torch_steps(args: argparse.Namespace, batch: int) -> dict[str, Any]:

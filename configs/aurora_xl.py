@@ -46,7 +46,7 @@ def full() -> Config:
             text=DecoderConfig(size="L", vocab_size=32_000, context=64, remat="none"),
             embed_dim=1024,
         ),
-        task=MultimodalConfig(tokenizer="/data/aurora.model", split=(3, 1)),
+        task=MultimodalConfig(tokenizer="/data/aurora.model", pair_ratio=(3, 1)),
         data=DataConfig(
             train=(
                 TarsConfig(path="/data/laion5b", weight=0.97),
@@ -101,7 +101,7 @@ def tiny() -> Config:
             text=DecoderConfig(size="P", vocab_size=1024, context=24),
             embed_dim=128,
         ),
-        task=MultimodalConfig(tokenizer="emoji", split=(3, 1), masked_image=2.0, mask_unit=8),
+        task=MultimodalConfig(tokenizer="emoji", pair_ratio=(3, 1), masked_image=2.0, mask_unit=8),
         data=DataConfig(
             train=(
                 emoji("train"),

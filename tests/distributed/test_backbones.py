@@ -114,7 +114,7 @@ TASKS = {
     ),
     "multimodal": lambda image: (
         AuroraConfig(image=image, text=DecoderConfig(**TEXT), embed_dim=16),
-        MultimodalConfig(tokenizer="emoji", split=(1, 1), mask_unit=16),
+        MultimodalConfig(tokenizer="emoji", pair_ratio=(1, 1), mask_unit=16),
     ),
 }  # fmt: skip
 

@@ -43,7 +43,7 @@ def small(stage: int) -> Config:
             text=DecoderConfig(size="P", vocab_size=WORDS, context=7),
             embed_dim=WIDTH,
         ),
-        task=MultimodalConfig(tokenizer="-", split=(3, 1), mask_unit=8),
+        task=MultimodalConfig(tokenizer="-", pair_ratio=(3, 1), mask_unit=8),
         data=DataConfig(train=(TfdsConfig(path="-"),)),
         optim=OptimConfig(warmup_steps=2),
         parallel=ParallelConfig(stage=stage),

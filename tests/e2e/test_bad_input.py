@@ -87,7 +87,7 @@ ALL_PAIRS = [f"--config.data.train[{i}].caption_key=caption" for i in (1, 2)]
     ("arguments", "parts"),
     [
         (NO_LOSS, ["config.task = ", "sum to nothing", "set one"]),
-        (["--config.task.split=(3, 0)"], ["task.split = (3, 0)", "with captions and without", "set (3, 1)"]),
+        (["--config.task.pair_ratio=(3, 0)"], ["task.pair_ratio = (3, 0)", "with captions and without", "set (3, 1)"]),
         (["--config.task.mask_unit=12"], ["task.mask_unit = 12", "patch_size = 4", "image_size = 64", "set it to 4"]),
         (["--config.train.batch_size=4"], ["multiple of 8", "2 micro-batches x 4 samples", "(3, 1)", "nearest is 8"]),
         (["--config.model.text.end_token=1"], ["end_token", "(1, 1, 4)", "differ from each other", "1, 2 and 4"]),

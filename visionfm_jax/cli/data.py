@@ -9,7 +9,7 @@ import jax
 from visionfm_jax.config import Config
 from visionfm_jax.data.batches import Loader
 from visionfm_jax.data.fields import Fields
-from visionfm_jax.data.loader import check_split, train_loader
+from visionfm_jax.data.loader import check_pair_ratio, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import DataError
 from visionfm_jax.parallel.agreement import require_same
@@ -27,7 +27,7 @@ def open_data(config: Config) -> tuple[list[Source], Fields]:
     fields = config.task.fields(config)
     for source in sources:
         fields.check(source)
-    check_split(sources, config.task.split)
+    check_pair_ratio(sources, config.task.pair_ratio)
     require_same([[len(source), list(source.class_names or ())] for source in sources], "data.train")
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
@@ -43,5 +43,5 @@ def open_loader(config: Config, sources: Sequence[Source], fields: Fields, start
     return train_loader(
         config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
         start_step=start_step, host=jax.process_index(), hosts=jax.process_count(), sources=sources, fields=fields,
-        split=config.task.split,
+        pair_ratio=config.task.pair_ratio,
     )  # fmt: skip

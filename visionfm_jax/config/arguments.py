@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
             help="the configuration, a file or the name of one that comes with the package; --config.FIELD=VALUE sets "
             "a field of it; --config=FILE.py --help lists the fields",
         )
-        specs, overrides, own = load.split(arguments)
+        specs, overrides, own = load.sort_arguments(arguments)
         if "--help" in own or "-h" in own:
             more = field_help(load.overridden(specs, overrides)) if specs else _configurations(self.prog)
             show_help(f"{self.format_help()}\n{more}")

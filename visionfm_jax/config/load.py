@@ -146,7 +146,7 @@ def from_arguments(arguments: Sequence[str]) -> tuple[Config, list[str]]:
     Raises:
       ConfigError: as `load_file`; an unknown field, a value of another type, a broken rule.
     """
-    specs, overrides, rest = split(arguments)
+    specs, overrides, rest = sort_arguments(arguments)
     config = overridden(specs, overrides)
     config.validate()
     return config, rest
@@ -155,7 +155,7 @@ def from_arguments(arguments: Sequence[str]) -> tuple[Config, list[str]]:
 Override = tuple[str, str | None]  # the name of a field, and its value, if one is given
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[Override], list[str]]:
+def sort_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override], list[str]]:
     """Configuration files, fields to set, and the arguments that are not about the configuration."""
     specs, overrides, rest = [], [], []
     words = iter(arguments)

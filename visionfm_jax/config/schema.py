@@ -122,7 +122,7 @@ class TaskConfig(Choice):
       loss_scope: what the loss of a row depends on beside the row: nothing ("sample"), the others of its micro-batch
         ("micro_batch"), or the others of the batch whatever the micro-batches ("batch").
       rows: how many rows a device must be given at a time, and why, for people.
-      split: samples in turn with caption and without; (0, 0): it does not tell them apart.
+      pair_ratio: samples in turn with caption and without; (0, 0): it does not tell them apart.
       reads_captions: whether it has a `tokenizer`.
     """
 
@@ -131,7 +131,7 @@ class TaskConfig(Choice):
     predictions: ClassVar[frozenset[str]]
     loss_scope: str = "sample"
     rows: tuple[int, str] = (1, "")
-    split: tuple[int, int] = (0, 0)
+    pair_ratio: tuple[int, int] = (0, 0)
     reads_captions: ClassVar[bool] = False
 
     def problems(self, run: Config) -> list[Problem]:

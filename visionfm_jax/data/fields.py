@@ -143,7 +143,7 @@ class OptionalTexts(Texts):
         return super().__call__(record, rng)
 
     def check(self, source: Source) -> None:
-        """Every source serves; which ones a run needs together, `loader.check_split` says."""
+        """Every source serves; which ones a run needs together, `loader.check_pair_ratio` says."""
 
 
 _SAYS = {"begin": "begins a text by", "end": "ends a text by", "mask": "masks a word by"}

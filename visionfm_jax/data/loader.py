@@ -51,7 +51,7 @@ def train_loader(
     hosts: int,
     sources: Sequence[Source],
     fields: Fields,
-    split: tuple[int, int] = (0, 0),
+    pair_ratio: tuple[int, int] = (0, 0),
 ) -> Loader:
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
@@ -64,7 +64,7 @@ def train_loader(
       host, hosts: this process and their number; host p gets rows [p B, (p + 1) B) with B = batch_size / hosts.
       sources: opened datasets.
       fields: what a row holds beside its image.
-      split: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all sources.
+      pair_ratio: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all.
 
     Returns:
       An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, H, W, 3); the fields' own, "source":
@@ -74,16 +74,16 @@ def train_loader(
 
     Raises:
       ConfigError: what leaves the transforms is not of the model's size.
-      DataError: the sources do not fit the configuration or the split; while iterating: a dataset that cannot be read.
+      DataError: the sources do not fit the configuration or the ratio; while iterating: a dataset that cannot be read.
     """
     _check(data, batch_size, hosts, sources)
-    check_split(sources, split)
+    check_pair_ratio(sources, pair_ratio)
     if not data.shuffle and host == 0:
         logging.warning(
             "data.shuffle is False: the records come in the order of the files, which is often sorted by class; "
             "set data.shuffle to True to train"
         )
-    order = run_order(data, seed, sources, split)
+    order = run_order(data, seed, sources, pair_ratio)
     chain = Chain(data.transforms, image_size, data.max_pixels)
     chain.check()
     rows = order.random_map(_TrainRow(tuple(sources), fields, chain), seed=derive_seed(seed, "crop"))
@@ -137,16 +137,16 @@ def eval_loader(
 
 
 def run_order(
-    data: DataConfig, seed: int, sources: Sequence[Source], split: tuple[int, int] = (0, 0)
+    data: DataConfig, seed: int, sources: Sequence[Source], pair_ratio: tuple[int, int] = (0, 0)
 ) -> grain.MapDataset:
     """The endless sequence of (source, record) of a run; arguments as of `train_loader`."""
     lengths, weights = [len(s) for s in sources], [s.weight for s in data.train]
-    if not any(split):
+    if not any(pair_ratio):
         return sample_order(lengths, weights, seed, data.shuffle)
     pools = [
         [w * (s.has_captions == captions) for w, s in zip(weights, sources, strict=True)] for captions in (True, False)
     ]
-    return InTurn(*(sample_order(lengths, pool, seed, data.shuffle) for pool in pools), split)
+    return InTurn(*(sample_order(lengths, pool, seed, data.shuffle) for pool in pools), pair_ratio)
 
 
 def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, shuffle: bool) -> grain.MapDataset:
@@ -168,18 +168,18 @@ def sample_order(lengths: Sequence[int], weights: Sequence[float], seed: int, sh
 class InTurn(grain.MapDataset):
     """Endless: p elements of one sequence, q of another, p of the first again, and so on."""
 
-    def __init__(self, first: grain.MapDataset, second: grain.MapDataset, split: tuple[int, int]):
+    def __init__(self, first: grain.MapDataset, second: grain.MapDataset, pair_ratio: tuple[int, int]):
         super().__init__([first, second])
-        self._split = split
+        self._ratio = pair_ratio
 
     def __len__(self) -> int:
-        turns = min(len(parent) // share for parent, share in zip(self._parents, self._split, strict=True))
-        return min(sys.maxsize, turns * sum(self._split))
+        turns = min(len(parent) // share for parent, share in zip(self._parents, self._ratio, strict=True))
+        return min(sys.maxsize, turns * sum(self._ratio))
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        p, q = self._split
+        p, q = self._ratio
         turn, place = divmod(index, p + q)
         first, second = self._parents
         return first[turn * p + place] if place < p else second[turn * q + place - p]
@@ -332,23 +332,23 @@ def derive_seed(seed: int, use: str) -> int:
     return int(np.random.SeedSequence([seed, *use.encode()]).generate_state(1)[0])
 
 
-def check_split(sources: Sequence[Source], split: tuple[int, int]) -> None:
-    """Refuse sources from which no such split can be drawn.
+def check_pair_ratio(sources: Sequence[Source], pair_ratio: tuple[int, int]) -> None:
+    """Refuse sources from which samples in that ratio cannot be drawn.
 
     Raises:
       DataError: all of them have captions, or none has.
     """
-    kinds = {source.has_captions for source in sources} if any(split) else {True, False}
-    share = "{} of " + f"{sum(split)} samples of task.split = {split}"
+    kinds = {source.has_captions for source in sources} if any(pair_ratio) else {True, False}
+    share = "{} of " + f"{sum(pair_ratio)} samples of task.pair_ratio = {pair_ratio}"
     if True not in kinds:
         raise DataError(
-            f"data.train has no source with captions, from which {share.format(split[0])} come; add one, or set the "
-            "caption_key of a source whose captions are not used"
+            f"data.train has no source with captions, from which {share.format(pair_ratio[0])} come; add one, or set "
+            "the caption_key of a source whose captions are not used"
         )
     if False not in kinds:
         raise DataError(
-            f"data.train has no source without captions, from which {share.format(split[1])} come; add one, or set "
-            "caption_key='' for a source whose captions are not to be used"
+            f"data.train has no source without captions, from which {share.format(pair_ratio[1])} come; add one, or "
+            "set caption_key='' for a source whose captions are not to be used"
         )
 
 

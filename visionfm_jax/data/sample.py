@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.data.images import UPRIGHT, Picture, upright
 from visionfm_jax.data.sources.record import DamagedRecord
 
 FILL = 128  # grey level of what lies outside the image
-
-Size = tuple[int, int]  # height, width
 
 
 class Part(NamedTuple):
@@ -116,12 +115,12 @@ class Placement(NamedTuple):
     interpolation: str = "bicubic"
 
     @classmethod
-    def whole(cls, size: Size) -> Placement:
+    def whole(cls, size: HeightWidth) -> Placement:
         """The image fills the canvas."""
         return cls(*(Axis(length, (0, length), (0, length)) for length in size))
 
     @property
-    def size(self) -> Size:
+    def size(self) -> HeightWidth:
         """(H, W) of the canvas."""
         return self.rows.length, self.columns.length
 
@@ -129,7 +128,7 @@ class Placement(NamedTuple):
         """The canvas becomes a window, which may reach beyond it."""
         return Placement(self.rows.crop(top, height), self.columns.crop(left, width), self.interpolation)
 
-    def resize(self, size: Size, interpolation: str = "bicubic") -> Placement:
+    def resize(self, size: HeightWidth, interpolation: str = "bicubic") -> Placement:
         """The canvas is stretched to (H, W), with all on it."""
         return Placement(self.rows.resize(size[0]), self.columns.resize(size[1]), interpolation)
 
@@ -189,7 +188,7 @@ class Sample:
 
     picture: Picture
     placement: Placement
-    target: Size
+    target: HeightWidth
     exact: bool = False
     boxes: np.ndarray | None = None
     objects: Mapping[str, Any] = field(default_factory=dict)
@@ -199,7 +198,7 @@ class Sample:
     _maps: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], picture: Picture, target: Size, exact: bool = False) -> Sample:
+    def of(cls, record: Mapping[str, Any], picture: Picture, target: HeightWidth, exact: bool = False) -> Sample:
         """A record and its opened image.
 
         Raises:
@@ -228,7 +227,7 @@ class Sample:
         return sample if boxes is None else sample.keep(areas(boxes) > 0)
 
     @property
-    def size(self) -> Size:
+    def size(self) -> HeightWidth:
         """(H, W) of the canvas."""
         return self.placement.size
 
@@ -271,7 +270,7 @@ class Sample:
         left_over, before = areas(boxes), areas(self.boxes)
         return out._with(boxes=boxes).keep((left_over > 0) & (left_over >= min_visible * before))
 
-    def resize(self, size: Size, interpolation: str = "bicubic") -> Sample:
+    def resize(self, size: HeightWidth, interpolation: str = "bicubic") -> Sample:
         """The canvas is stretched to (H, W), with all on it; `interpolation` is that of evaluation."""
         out = self._moved(self.placement.resize(size, interpolation))
         scale = np.array([size[1] / self.size[1], size[0] / self.size[0]] * 2, np.float32)
@@ -361,7 +360,7 @@ def areas(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def clip_boxes(boxes: np.ndarray, size: Size) -> np.ndarray:
+def clip_boxes(boxes: np.ndarray, size: HeightWidth) -> np.ndarray:
     """The parts of boxes (N, 4) that lie on (H, W)."""
     return np.clip(boxes, 0, np.array([size[1], size[0]] * 2, np.float32))
 

@@ -29,13 +29,13 @@ class GradCache(NamedTuple):
     join: Callable[[dict, jax.Array], dict]  # per-sample arrays, losses of `contrast` -> per-sample arrays
 
 
-def split(batch: Tree, accumulate: int) -> Tree:
+def to_micro_batches(batch: Tree, accumulate: int) -> Tree:
     """Rows (B, …) to (n, b, …), in order."""
     return jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
 
 
-def unsplit(batches: Tree) -> Tree:
-    """The reverse of `split`."""
+def from_micro_batches(batches: Tree) -> Tree:
+    """The reverse of `to_micro_batches`."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
 
 
@@ -49,7 +49,7 @@ def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict
     """
     if accumulate == 1:
         return micro(batch)
-    batches = split(batch, accumulate)
+    batches = to_micro_batches(batch, accumulate)
     shapes = jax.eval_shape(lambda b: micro(jax.tree.map(lambda a: a[0], b))[1], batches)
 
     def body(total: Tree, rows: dict) -> tuple[Tree, dict]:
@@ -58,7 +58,7 @@ def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
     total, per_sample = jax.lax.scan(body, zeros, batches)
-    return unsplit(per_sample), total
+    return from_micro_batches(per_sample), total
 
 
 def with_grad_cache(
@@ -82,7 +82,8 @@ def with_grad_cache(
       The batch with its cotangents; the loss of a micro-batch of it, whose per-sample arrays are those of `forward`;
       and what makes those of all micro-batches, (B, …), the ones of `join`.
     """
-    embedded = unsplit(jax.lax.map(lambda rows: loss.embed(params, rows, context), split(batch, accumulate)))
+    batches = to_micro_batches(batch, accumulate)
+    embedded = from_micro_batches(jax.lax.map(lambda rows: loss.embed(params, rows, context), batches))
 
     def mean(embedded: dict) -> tuple[jax.Array, jax.Array]:
         losses = loss.contrast(embedded, context)

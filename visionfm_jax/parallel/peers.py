@@ -265,14 +265,14 @@ class _Link:
         return messages if ours else [], ours and not ended
 
 
-def split(coordinator: str) -> tuple[str, int]:
+def host_and_port(coordinator: str) -> tuple[str, int]:
     """Host and port of "host:port", "[ipv6]:port"."""
     host, _, port = coordinator.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def join(host: str, port: int) -> str:
-    """The reverse of `split`."""
+    """The reverse of `host_and_port`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -289,7 +289,7 @@ def listen(coordinator: str, end: float = 0.0) -> socket.socket:
     Raises:
       ConfigError: the name stays unknown, or the port is taken.
     """
-    host, port = split(coordinator)
+    host, port = host_and_port(coordinator)
     while True:
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -331,7 +331,7 @@ def _connect(coordinator: str, end: float, timeout: float) -> tuple[socket.socke
     """A connection to process 0, and its address."""
     while True:
         try:
-            sock = socket.create_connection(split(coordinator), timeout=5)
+            sock = socket.create_connection(host_and_port(coordinator), timeout=5)
             there = sock.getpeername()
             if sock.getsockname() != there:
                 return sock, there

@@ -294,7 +294,7 @@ class Zero:
             (B, …), and one of arrays of which the mean over micro-batches and devices is wanted; or one that compares
             all rows of the batch, whatever the micro-batches.
           params: stored parameters, sharded by `state_specs`.
-          batch: rows over all devices. Each device splits its own rows, in order: nothing travels.
+          batch: rows over all devices. Each device cuts up its own rows, in order: nothing travels.
           accumulate: micro-batches.
           scale: for fp16, by which the loss is multiplied in the backward pass; the gradients returned are without it.
           context: what the loss is handed, with a teacher as it is stored. A teacher's weights travel as the
@@ -321,7 +321,7 @@ class Zero:
                 loss, *rest = row_loss(params, rows, context)
                 # fp16 sums of every device's mean would overflow early. So each adds its part of the whole batch's
                 # mean: sums need no more range than the gradient itself, nothing is divided on the way, and a
-                # sample's gradients, so also the scale that fits them, are the same on every mesh and for every split.
+                # sample's gradients, so also the scale that fits them, are the same for any mesh and `accumulate`.
                 return loss if scale is None else loss * (scale / parts), tuple(rest)
 
             def micro(rows: dict) -> tuple[dict, tuple[Tree, dict]]:

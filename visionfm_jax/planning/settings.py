@@ -184,10 +184,10 @@ def nearest_that_fits(planner: Planner, base: Setting) -> tuple[Setting, Estimat
     """The setting with the fewest and cheapest changes whose step fits; None if there is none."""
     heavier = dict.fromkeys(base.with_remat(max, r) for r in REMAT)
     most = planner.config.train.batch_size // planner.cluster.devices
-    splits = [base.accumulate * 2**i for i in range(17) if base.accumulate * 2**i <= most]
+    accumulations = [base.accumulate * 2**i for i in range(17) if base.accumulate * 2**i <= most]
     stages = [s for s in (base.stage, 1, 2, 3) if s >= base.stage]
     attentions = dict.fromkeys([base.attention, base.with_attention("cudnn").attention])
-    found = itertools.product(attentions, dict.fromkeys(stages), splits, heavier)
+    found = itertools.product(attentions, dict.fromkeys(stages), accumulations, heavier)
     candidates = [s._replace(attention=kind, stage=stage, accumulate=n) for kind, stage, n, s in found]
     candidates += [c._replace(replicas=1) for c in candidates if c.replicas > 1]
 
@@ -219,11 +219,11 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
     micro-batch to the most and the smallest, several families side by side.
     """
     base, cluster = setting_of(planner.config), planner.cluster
-    splits = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
+    replicated = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
     families = [
         base.with_attention(kind)._replace(stage=stage, replicas=replicas)
         for stage in range(4)
-        for replicas in sorted(splits if stage else {1})
+        for replicas in sorted(replicated if stage else {1})
         for kind in ("cudnn", "xla")
     ]
     walkers = concurrent.futures.ThreadPoolExecutor(len(families))
@@ -240,7 +240,7 @@ def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
     found: list[tuple[Setting, Estimate]] = []
     remats: Sequence[str] = REMAT
     too_large: dict[str, tuple[int, int, int]] = {}  # by remat: micro-batches, bytes that stay, bytes that shrink
-    for accumulate in _splits(planner, family):
+    for accumulate in _accumulations(planner, family):
         for remat in remats:
             setting = family._replace(accumulate=accumulate, remat=(remat,) * len(family.networks))
             if remat in too_large:  # a smaller micro-batch is worth a compile only where it may fit
@@ -261,7 +261,7 @@ def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
     return found
 
 
-def _splits(planner: Planner, family: Setting) -> Iterator[int]:
+def _accumulations(planner: Planner, family: Setting) -> Iterator[int]:
     """Numbers of micro-batches, doubling, that leave every device at least one sample."""
     accumulate, batch = 1, planner.config.train.batch_size
     while batch % (accumulate * planner.cluster.devices) == 0:

@@ -1,6 +1,6 @@
 """Masked images, image-text contrast, captions and masked words, with one pass of the encoder over every image.
 
-Of every p + q samples the first p are pairs and the others bare images (`MultimodalConfig.split`). Bare images are
+Of every p + q samples the first p are pairs and the others bare images (`MultimodalConfig.pair_ratio`). Bare images are
 shown in part and reconstructed; pairs are contrasted with all others of the batch, captioned, and their captions'
 hidden words guessed.
 
@@ -43,11 +43,11 @@ EVAL_SEED = 20  # of what evaluations hide: the same in every run
 class MultimodalConfig(TaskConfig):
     """Masked images, and pairs that are contrasted, captioned, and whose captions' masked words are guessed.
 
-    Every image passes the encoder once: of `split[0] + split[1]` samples the first have captions, the others none.
+    Every image passes the encoder once: of `sum(pair_ratio)` samples the first have captions, the others none.
     """
 
     tokenizer: str = ""  # path of a SentencePiece model with a mask token, or the name of a shipped one
-    split: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
+    pair_ratio: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
     masked_image: float = 1.0  # weight of the loss
     contrastive: float = 1.0  # likewise
     captioning: float = 2.0  # likewise
@@ -60,7 +60,7 @@ class MultimodalConfig(TaskConfig):
 
     limits: ClassVar[Limits] = {
         "tokenizer": Filled("is needed for captions", "set the path of a SentencePiece model"),
-        "split": Range(0, 1000),  # samples
+        "pair_ratio": Range(0, 1000),  # samples
         "masked_image": LOSS_WEIGHT,
         "contrastive": LOSS_WEIGHT,
         "captioning": LOSS_WEIGHT,
@@ -83,16 +83,16 @@ class MultimodalConfig(TaskConfig):
 
     @property
     def rows(self) -> tuple[int, str]:
-        return sum(self.split), f" x {sum(self.split)} samples of task.split = {self.split}"
+        return sum(self.pair_ratio), f" x {sum(self.pair_ratio)} samples of task.pair_ratio = {self.pair_ratio}"
 
     def problems(self, run: Config) -> list[Problem]:
         image, out = run.model.image, []
         weights = ("masked_image", "contrastive", "captioning", "masked_language")
         if not sum(getattr(self, name) for name in weights):
             out.append(("task", dict.fromkeys(weights, 0.0), "the weights sum to nothing", "set one, e.g. captioning"))
-        if min(self.split) < 1:
+        if min(self.pair_ratio) < 1:
             rule = "needs samples with captions and without"
-            out.append(("task.split", self.split, rule, "set (3, 1)"))
+            out.append(("task.pair_ratio", self.pair_ratio, rule, "set (3, 1)"))
         unit, sizes = self.mask_unit, {"model.image.image_size": image.image_size}
         sizes |= {
             f"evals[{i}].image_size": e.image_size
@@ -219,28 +219,28 @@ class Multimodal(PairTask):
     def step_flops(self) -> float:
         """FLOPs of one optimiser step on the global batch: 3 x forward, nothing done twice counted twice."""
         part = self.config.model.flops(readings=2)  # to caption, and to guess
-        pairs, bare = (n / sum(self.task.split) for n in self.task.split)
+        pairs, bare = (n / sum(self.task.pair_ratio) for n in self.task.pair_ratio)
         texts = sum(part[name] for name in ("pool", "token_projection", "text_projection", "unimodal", "multimodal"))
         return 3 * (part["encoder"] + pairs * texts + bare * part["reconstruction"]) * self.config.train.batch_size
 
     # Rows: every p + q of them are p pairs, then q bare images.
 
     def _pairs(self, rows: jax.Array) -> jax.Array:
-        return self._some(rows, slice(self.task.split[0]))
+        return self._some(rows, slice(self.task.pair_ratio[0]))
 
     def _bare(self, rows: jax.Array) -> jax.Array:
-        return self._some(rows, slice(self.task.split[0], None))
+        return self._some(rows, slice(self.task.pair_ratio[0], None))
 
     def _some(self, rows: jax.Array, which: slice) -> jax.Array:
-        turns = rearrange(rows, "(t s) ... -> t s ...", s=sum(self.task.split))
+        turns = rearrange(rows, "(t s) ... -> t s ...", s=sum(self.task.pair_ratio))
         return rearrange(turns[:, which], "t s ... -> (t s) ...")
 
     def _is_bare(self, rows: int) -> jax.Array:
-        return jnp.arange(rows) % sum(self.task.split) >= self.task.split[0]
+        return jnp.arange(rows) % sum(self.task.pair_ratio) >= self.task.pair_ratio[0]
 
     def _rows(self, pairs: jax.Array, bare: jax.Array) -> jax.Array:
         """Losses (P,) and (B - P,) to (B,), whose mean is the sum of their means."""
-        p, q = self.task.split
+        p, q = self.task.pair_ratio
         both = [(p + q) / n * rearrange(rows, "(t n) -> t n", n=n) for rows, n in ((pairs, p), (bare, q))]
         return rearrange(jnp.concatenate(both, 1), "t s -> (t s)")
 

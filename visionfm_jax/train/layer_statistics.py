@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
-from visionfm_jax.parallel.accumulate import GradCache, split, with_grad_cache
+from visionfm_jax.parallel.accumulate import GradCache, to_micro_batches, with_grad_cache
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import REPLICATED
 from visionfm_jax.parallel.zero import SCANNED
@@ -166,7 +166,7 @@ class LayerStatistics:
 
                 return jax.grad(scaled)(probes)
 
-            return jax.lax.map(micro, split(batch, n))
+            return jax.lax.map(micro, to_micro_batches(batch, n))
 
         return zero.apply(local, state.params, batch, context)
 

@@ -28,7 +28,7 @@ from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.storage import read_bytes
 
 SETTINGS, DATA = "config.json", "data.json"
-FIXED = ("seed", "train.batch_size", "data.shuffle", "task.split")  # and data.train, but for the paths in it
+FIXED = ("seed", "train.batch_size", "data.shuffle", "task.pair_ratio")  # and data.train, but for the paths in it
 PATHS = (".path", ".selection")
 # What a step does not follow from: a replay leaves it as it is given. The devices may be others than the run's.
 NOT_OF_A_STEP = (
@@ -57,7 +57,7 @@ def provenance_of(config: Config, sources: Sequence[Source]) -> Provenance:
     Raises:
       DataError: the data cannot be read.
     """
-    order = run_order(config.data, config.seed, sources, config.task.split)
+    order = run_order(config.data, config.seed, sources, config.task.pair_ratio)
     data = {
         "order": [order[i] for i in SAMPLES],
         "grain": version("grain"),

@@ -131,7 +131,7 @@ INF, NAN = math.inf, math.nan
         (pairs, "model.text.vocab_size", 10**20),
         (pairs, "model.embed_dim", 10**20),
         (pairs, "model.image.window", 10**20),
-        (aurora, "task.split", (1.5, 1)),
+        (aurora, "task.pair_ratio", (1.5, 1)),
         (aurora, "task.captioning", INF),
     ],
     ids=lambda v: "int" if isinstance(v, int) else None,

@@ -146,7 +146,7 @@ def aurora() -> Config:
     [
         ("task.masked_image", -1.0, ["task.masked_image", "[0, 1e+06]"]),
         ("task.word_mask_ratio", 1.0, ["task.word_mask_ratio", "[0, 1)"]),
-        ("task.split", (0, 1), ["task.split = (0, 1)", "set (3, 1)"]),
+        ("task.pair_ratio", (0, 1), ["task.pair_ratio = (0, 1)", "set (3, 1)"]),
         ("task.mask_unit", 30, ["multiple of model.image.patch_size = 4", "image_size = 224"]),
         ("task.mask_unit", 48, ["divide model.image.image_size = 224", "set it to 4"]),
         ("task.tokenizer", "", ["task.tokenizer", "set the path"]),
@@ -177,8 +177,8 @@ def test_micro_batches_hold_whole_splits():
         ConfigError, match=r"multiple of 128 \(16 devices x 2 micro-batches x 4 samples .*nearest is 128"
     ):
         config.validate_devices(16)
-    assert config.task.split == (3, 1)
-    assert good().task.split == pairs().task.split == (0, 0)
+    assert config.task.pair_ratio == (3, 1)
+    assert good().task.pair_ratio == pairs().task.pair_ratio == (0, 0)
 
 
 def test_micro_batches_are_contrasted_with_all_of_the_batch():

@@ -5,7 +5,7 @@ import pytest
 
 from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data.fields import OptionalTexts
-from visionfm_jax.data.loader import InTurn, check_split, sample_order, train_loader
+from visionfm_jax.data.loader import InTurn, check_pair_ratio, sample_order, train_loader
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
@@ -40,15 +40,15 @@ class Pictures:
 # Not tiny: Grain takes the longer to shuffle, the fewer records there are.
 SOURCES = [Pictures("bare", 70), Pictures("many", 110, 4), Pictures("one", 50, 1, damaged=7), Pictures("more", 90)]
 WEIGHTS = (1.0, 3.0, 1.0, 2.0)
-SPLIT = (2, 1)
+RATIO = (2, 1)
 
 
-def load(steps: int, *, split=SPLIT, start_step=0, host=0, hosts=1, seed=0, workers=0) -> list[dict]:
+def load(steps: int, *, pair_ratio=RATIO, start_step=0, host=0, hosts=1, seed=0, workers=0) -> list[dict]:
     train = tuple(TfdsConfig(path="-", weight=w) for w in WEIGHTS)
     with train_loader(
         DataConfig(train=train, threads=2, workers=workers), image_size=SIZE, batch_size=BATCH, seed=seed,
         start_step=start_step, host=host, hosts=hosts, sources=SOURCES, fields=OptionalTexts(TOKENIZER, LENGTH),
-        split=split,
+        pair_ratio=pair_ratio,
     ) as loader:  # fmt: skip
         return [{k: np.array(v) for k, v in next(loader).items()} for _ in range(steps)]
 
@@ -61,10 +61,10 @@ def same(a: list[dict], b: list[dict]) -> bool:
     return len(a) == len(b) and all((x[k] == y[k]).all() for x, y in zip(a, b, strict=True) for k in x | y)
 
 
-@pytest.mark.parametrize("split", [(2, 1), (3, 1), (1, 2), (1, 1)])
-def test_every_sample_is_of_the_kind_that_its_index_says(split):
-    rows = joined(load(4, split=split))
-    paired = np.arange(4 * BATCH) % sum(split) < split[0]
+@pytest.mark.parametrize("ratio", [(2, 1), (3, 1), (1, 2), (1, 1)])
+def test_every_sample_is_of_the_kind_that_its_index_says(ratio):
+    rows = joined(load(4, pair_ratio=ratio))
+    paired = np.arange(4 * BATCH) % sum(ratio) < ratio[0]
     captioned = np.array([source.has_captions for source in SOURCES])
     assert (captioned[rows["source"]] == paired).all()
     assert (rows["text"].any(axis=1) == paired).all()
@@ -75,7 +75,7 @@ def test_every_sample_is_of_the_kind_that_its_index_says(split):
 def test_weights_share_out_each_kind():
     lengths = [len(source) for source in SOURCES]
     order = InTurn(
-        sample_order(lengths, [0, 3.0, 1.0, 0], 0, True), sample_order(lengths, [1.0, 0, 0, 2.0], 0, True), SPLIT
+        sample_order(lengths, [0, 3.0, 1.0, 0], 0, True), sample_order(lengths, [1.0, 0, 0, 2.0], 0, True), RATIO
     )
     counts = np.bincount([order[i][0] for i in range(1800)], minlength=4)
     assert np.abs(counts - [200, 900, 300, 400]).max() <= 2
@@ -86,7 +86,7 @@ def test_weights_share_out_each_kind():
 def test_the_kinds_do_not_disturb_each_other():
     lengths = [len(source) for source in SOURCES]
     pairs, bare = sample_order(lengths, [0, 3.0, 1.0, 0], 0, True), sample_order(lengths, [1.0, 0, 0, 2.0], 0, True)
-    order = InTurn(pairs, bare, SPLIT)
+    order = InTurn(pairs, bare, RATIO)
     assert [order[i] for i in range(90) if i % 3 < 2] == [pairs[i] for i in range(60)]
     assert [order[i] for i in range(90) if i % 3 == 2] == [bare[i] for i in range(30)]
 
@@ -134,19 +134,20 @@ def test_a_damaged_pair_is_replaced_by_a_pair():
     [
         (
             [SOURCES[0], SOURCES[3]],
-            r"data.train has no source with captions, from which 2 of 3 samples of task.split = \(2, 1\) come; add one",
+            r"data.train has no source with captions, from which 2 of 3 samples of task.pair_ratio = \(2, 1\) come; "
+            "add one",
         ),
         (
             SOURCES[1:3],
-            r"data.train has no source without captions, from which 1 of 3 samples of task.split = \(2, 1\) come; "
+            r"data.train has no source without captions, from which 1 of 3 samples of task.pair_ratio = \(2, 1\) come; "
             "add one, or set caption_key='' for a source",
         ),
     ],
 )
 def test_a_mixture_that_lacks_one_of_the_kinds(sources, message):
-    check_split(sources, (0, 0))
+    check_pair_ratio(sources, (0, 0))
     with pytest.raises(DataError, match=message):
         train_loader(
             DataConfig(train=(TfdsConfig(path="-"),) * 2), image_size=SIZE, batch_size=BATCH, seed=0, start_step=0,
-            host=0, hosts=1, sources=sources, fields=OptionalTexts(TOKENIZER, LENGTH), split=SPLIT,
+            host=0, hosts=1, sources=sources, fields=OptionalTexts(TOKENIZER, LENGTH), pair_ratio=RATIO,
         )  # fmt: skip

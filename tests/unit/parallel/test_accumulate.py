@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from visionfm_jax.parallel.accumulate import GradCache, accumulate_gradients, split, unsplit, with_grad_cache
+from visionfm_jax.parallel.accumulate import (
+    GradCache,
+    accumulate_gradients,
+    from_micro_batches,
+    to_micro_batches,
+    with_grad_cache,
+)
 from visionfm_jax.parallel.context import Context
 
 ROWS, WEIGHT = 8, 0.5
@@ -68,6 +74,6 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(accumulate):
 
 def test_rows_are_split_in_order_and_joined_again():
     batch = {"x": jnp.arange(24).reshape(12, 2)}
-    parts = split(batch, 3)
+    parts = to_micro_batches(batch, 3)
     np.testing.assert_array_equal(parts["x"][1], batch["x"][4:8])
-    chex.assert_trees_all_equal(unsplit(parts), batch)
+    chex.assert_trees_all_equal(from_micro_batches(parts), batch)

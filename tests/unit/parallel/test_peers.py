@@ -269,6 +269,6 @@ def test_a_long_text_is_cut_and_understood_however_it_arrives(sign):
 
 
 def test_addresses():
-    assert peers.split("[fd00::1]:80") == ("fd00::1", 80)
-    assert peers.join(*peers.split("[fd00::1]:80")) == "[fd00::1]:80"
-    assert peers.join(*peers.split("node7:80")) == "node7:80"
+    assert peers.host_and_port("[fd00::1]:80") == ("fd00::1", 80)
+    assert peers.join(*peers.host_and_port("[fd00::1]:80")) == "[fd00::1]:80"
+    assert peers.join(*peers.host_and_port("node7:80")) == "node7:80"

@@ -200,9 +200,10 @@ def test_another_model_or_task_is_refused(pictures, tmp_path):
             changes(old, provenance(config), tmp_path)
 
 
-def test_the_split_of_a_task_is_refused(tmp_path):
-    def of(split):
-        config = Config(name="split", model=ViTConfig(), task=MultimodalConfig(tokenizer="emoji", split=split))
+def test_another_ratio_of_pairs_is_refused(tmp_path):
+    def of(pair_ratio):
+        task = MultimodalConfig(tokenizer="emoji", pair_ratio=pair_ratio)
+        config = Config(name="pairs", model=ViTConfig(), task=task)
         config.train.steps = 100
         config.data.train = (
             BundledConfig(path="twemoji"),
@@ -210,7 +211,7 @@ def test_the_split_of_a_task_is_refused(tmp_path):
         )
         return provenance(config)
 
-    with pytest.raises(ConfigError, match=r"config\.task\.split differs"):
+    with pytest.raises(ConfigError, match=r"config\.task\.pair_ratio differs"):
         changes(of((3, 1)), of((2, 1)), tmp_path)
 
 
