@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,6 +254,9 @@ def check_types(holder: Any, name: str) -> Iterator[str]:
 
 def check_type(value: Any, kind: Any, name: str) -> Iterator[str]:
     """As `check_types`, of one value."""
+    if isinstance(kind, types.UnionType):  # one number, or a pair
+        number, pair = typing.get_args(kind)
+        kind = pair if isinstance(value, tuple) else number
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         if Ellipsis in kinds and type(value) is tuple:

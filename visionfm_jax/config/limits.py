@@ -156,6 +156,8 @@ def _value_problems(name: str, value: Any, kind: Any, limit: Any) -> Iterator[Pr
             yield name, value, rule, "set e.g. 224 or (224, 448)"
             return
         kind = pair if isinstance(value, tuple) else number
+        if kind is pair and isinstance(limit, Range):
+            limit = dataclasses.replace(limit, off=False)  # one 0 turns it off
     if typing.get_origin(kind) is tuple:
         yield from _tuple_problems(name, value, typing.get_args(kind), limit)
         return

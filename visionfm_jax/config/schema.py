@@ -421,7 +421,7 @@ class EvalConfig(Choice, ABC):
 
     limits: ClassVar[Limits] = {
         "name": FileName(),
-        "image_size": Range(0, 4096),  # pixels
+        "image_size": Range(1, 4096, off=True),  # pixels
         "batch_size": Range(0, 2**16),
         "every_steps": STEPS,
     }

@@ -102,8 +102,19 @@ class EvalTransform:
 
     @classmethod
     def of(cls, config: EvalConfig, run: Config) -> EvalTransform:
-        """That of an eval of `run`."""
-        return cls(config.image_size or run.model.image_size, config.preprocess, run.data.max_pixels)
+        """That of an eval of `run`.
+
+        Raises:
+          ConfigError: its preprocessing makes images of another size.
+        """
+        transform = cls(config.image_size or run.model.image_size, config.preprocess, run.data.max_pixels)
+        found, (wanted, _) = transform(np.zeros((90, 50, 3), np.uint8)).shape, transform.spec["image"]
+        if found != wanted:
+            raise ConfigError(
+                f"config.evals[name={config.name}].preprocess = {type(config.preprocess).__name__}: makes images of "
+                f"{found[:2]} pixels, and the model is given {wanted[:2]}; set the eval's image_size to {found[:2]}"
+            )
+        return transform
 
     def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
         """`image` as that of `Chain`.

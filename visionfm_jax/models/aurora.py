@@ -71,9 +71,14 @@ class AuroraConfig(ModelConfig):
         }
 
     def problems(self, name: str) -> list[Problem]:
-        field, stride = f"{name}.image.image_size", self.image.strides[-1]
-        what = f"{stride}, what a token of the last map reconstructs"
-        return super().problems(name) + multiple_of(field, self.image_size, stride, what)
+        return super().problems(name) + self._stride_problems(f"{name}.image.image_size", self.image_size)
+
+    def size_problems(self, field: str, size: ImageSize, name: str = "model") -> list[Problem]:
+        return super().size_problems(field, size, name) + self._stride_problems(field, size)
+
+    def _stride_problems(self, field: str, size: ImageSize) -> list[Problem]:
+        stride = self.image.strides[-1]
+        return multiple_of(field, size, stride, f"{stride}, what a token of the last map reconstructs")
 
 
 class Projection(nn.Module):

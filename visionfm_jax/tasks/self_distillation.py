@@ -26,7 +26,7 @@ import optax
 from einops import rearrange
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig, Transform
-from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range, height_width
+from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range, height_width, shortest
 from visionfm_jax.data.augment import augment_views, normalize
 from visionfm_jax.data.fields import NoFields
 from visionfm_jax.losses.masked import hide_blocks
@@ -251,7 +251,7 @@ class SelfDistillation:
         task, model = self.task, self.config.model
         row = forward_flops(model.features, task.prototypes, task.head_hidden, task.head_bottleneck)
         flops = {
-            name: count * (dataclasses.replace(model, image_size=tuple(size)).flops + row)
+            name: count * (dataclasses.replace(model, image_size=shortest(tuple(size))).flops + row)
             for name, (count, *size, _) in self.views.shapes.items()
         }
         patches = sum(task.mask_share) / 2 * math.prod(self._grid) * row

@@ -189,10 +189,22 @@ def test_micro_batches_are_contrasted_with_all_of_the_batch():
     assert config.task.loss_scope == "micro_batch"
 
 
+def test_auroras_evals_take_whole_tokens_and_units():
+    config = aurora()
+    config.evals[0].image_size = (192, 208)
+    with pytest.raises(
+        ConfigError, match=r"evals\[0\].image_size = \(192, 208\): must be a multiple of 32, what a token"
+    ):
+        config.validate()
+
+
 def test_the_size_of_an_evals_images_is_one_that_the_model_takes():
     config = good()
     config.evals[0].image_size = (224, 448)
     config.validate()
+    config.evals[0].image_size = (0, 224)
+    with pytest.raises(ConfigError, match=r"evals\[0\].image_size\[0\] = 0: must lie in \[1, 4096\]"):
+        config.validate()
     config.evals[0].image_size = 230
     with pytest.raises(ConfigError) as error:
         config.validate()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from visionfm_jax.config import load
+from visionfm_jax.data.transforms import CenterCrop
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import kinds
 from visionfm_jax.evals.eval import check_best_metric, make_evals
@@ -68,6 +69,17 @@ def test_images_of_another_size_than_in_training_are_another_protocol(number):
         other.run(lambda batch: seen.append(batch["image"].shape) or knowing(batch, lambda label: label < 3))
         assert set(seen) == {(192, 14, 42, 3)}
         assert other.pictured["image"].shape == (64, 14, 42, 3)
+
+
+def test_preprocessing_of_another_size_says_which_field_to_set():
+    config = quickstart()
+    config.evals[0].preprocess = CenterCrop(size=(21, 35))
+    with pytest.raises(
+        ConfigError, match=r"digits\].preprocess = CenterCrop: .* \(21, 35\) .* image_size to \(21, 35\)"
+    ):
+        make_evals(config, 0, 1)
+    config.evals[0].image_size = (21, 35)
+    assert make_evals(config, 0, 1)["digits"].transform.spec["image"][0] == (21, 35, 3)
 
 
 def test_what_was_taken_for_what_is_kept():

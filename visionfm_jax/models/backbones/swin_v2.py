@@ -105,8 +105,8 @@ class SwinV2Config(BackboneConfig):
         "patch_size": Range(1, 256),  # pixels
         "image_size": SIDE,
         "window": Range(1, 64, "a window's tokens are compared each with each"),
-        "pretrained_window": Range(0, 64),
-        "pretrained_image_size": Range(0, 4096),  # pixels
+        "pretrained_window": Range(1, 64, off=True),
+        "pretrained_image_size": Range(1, 4096, off=True),  # pixels
         "attention": ATTENTION,
         "remat": REMAT,
         "drop_path": SHARE,

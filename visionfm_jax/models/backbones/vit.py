@@ -101,7 +101,7 @@ class ViTConfig(BackboneConfig):
         "pool": OneOf(("gap", "norm_gap", "cls", "cls_gap", "map")),
         "registers": Range(0, 256),
         "pos_embed": OneOf(("none", "patches", "class", "all")),
-        "pos_image_size": Range(0, 4096),  # pixels
+        "pos_image_size": Range(1, 4096, off=True),  # pixels
         "pos_resize": OneOf(("bicubic_antialias", "bicubic", "bicubic_offset", "bilinear_antialias")),
         "rope_theta": Range(1, 1e6, "of periods from 1", off=True),
         "qkv_bias": OneOf(("all", "no_key", "none")),
