@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.errors import UserError
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -226,3 +227,15 @@ def _number(size: Dim, letters: Mapping[str, int]) -> Dim:
         return size
     times, letter = int(size[:-1] or 1), size[-1]
     return times * letters[letter] if letter in letters else size
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def sides_of(value: Any) -> HeightWidth | None:
+    """(H, W) of what a file says, one number or two; None: something else."""
+    both = [value, value] if isinstance(value, int) else value
+    fits = isinstance(both, list | tuple) and len(both) == 2 and all(isinstance(side, int) for side in both)
+    return tuple(both) if fits else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop import huggingface, huggingface_clip, open_clip, swin_v2
-from visionfm_jax.interop.leaves import Params, flatten, is_named
+from visionfm_jax.interop.leaves import Params, flatten, is_named, sides_of
 from visionfm_jax.interop.timm import vit_from_timm
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of
@@ -49,6 +51,7 @@ class Imported(NamedTuple):
     what: str  # for people
     arrays: dict[str, np.ndarray]
     left: dict[str, list[str]]  # why -> names of tensors
+    grids: dict[str, HeightWidth]  # patches (h, w) of the images that position tables are for, where it is known
 
 
 def import_weights(
@@ -87,7 +90,25 @@ def import_weights(
                 f"{_kinds_of(library)}, and this is {what}{parts}"
             )
         found = _as_paths(importers[library](state, tower, about, skip, left), into)
-    return Imported(_what(library, about), found, {why: names for why, names in left.items() if names})
+    left = {why: names for why, names in left.items() if names}
+    return Imported(_what(library, about), found, left, _grids(found, about))
+
+
+def _grids(found: Mapping[str, np.ndarray], about: Mapping[str, Any] | str) -> dict[str, HeightWidth]:
+    """By the path of each position table of images, what a config.json says of their size."""
+    if isinstance(about, str):
+        return {}
+    model, timm = about.get("model_cfg", about), about.get("pretrained_cfg")
+    channels_first = timm.get("input_size") if isinstance(timm, dict) else None
+    size = sides_of(about.get("model_args", {}).get("img_size"))
+    size = size or sides_of(about.get("vision_config", about).get("image_size"))
+    size = size or sides_of(model.get("vision_cfg", {}).get("image_size"))
+    size = size or sides_of(channels_first[1:] if isinstance(channels_first, list) else None)
+    kernels = {path.removesuffix("embed/kernel"): k for path, k in found.items() if path.endswith("embed/kernel")}
+    patches = {path: math.isqrt(kernel.shape[0] // 3) for path, kernel in kernels.items()}
+    return {
+        f"{path}pos_embed": (size[0] // P, size[1] // P) for path, P in patches.items() if P and size and min(size) > 0
+    }
 
 
 def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:

@@ -32,8 +32,8 @@ def way(
       name: its path in the network's parameters.
       there, here: its shapes.
       network: its configuration here.
-      grid: patches (h, w) of the images that a position table there is for; None: of squares, if that may be, else
-        unknown.
+      grid: patches (h, w) of the images that a position table there is for; None, or another number of them: it is
+        for squares, if that may be.
     """
     if len(there) != 2 or len(here) != 2 or there[1] != here[1]:
         return None
@@ -43,7 +43,8 @@ def way(
             return Way(lambda kernel: resize_patches(kernel, new), f"patches of {old} to {new} pixels (pseudo-inverse)")
     if name == "pos_embed" and hasattr(network, "pos_resize"):
         first, how = table_first(network), network.pos_resize
-        old, new = grid or square_grid(there[0] - first), table_grid(network)
+        known = grid is not None and math.prod(grid) == there[0] - first
+        old, new = grid if known else square_grid(there[0] - first), table_grid(network)
         fits = old and (math.prod(old) + first, math.prod(new) + first) == (there[0], here[0])
         if fits and old != new:
             what = f"{old[0]} x {old[1]} to {new[0]} x {new[1]} positions ({how})"

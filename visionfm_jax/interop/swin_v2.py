@@ -20,7 +20,16 @@ import numpy as np
 from visionfm_jax.config.limits import HeightWidth, ImageSize, shortest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import ACTIVATIONS, setting
-from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.leaves import (
+    Leaf,
+    Params,
+    affine,
+    export_tree,
+    import_state,
+    layer_norm,
+    require_same,
+    sides_of,
+)
 from visionfm_jax.models.backbones.swin_v2 import (
     BIAS_HIDDEN,
     EPS,
@@ -202,10 +211,10 @@ def _require_same(
         eps: (theirs[eps], "this project's SwinV2", EPS),
         activation: (ACTIVATIONS.get(theirs[activation], theirs[activation]), "this project's SwinV2", "gelu"),
     }
-    before, ours = [_sides(w) for w in theirs[pretrained]], pretrained_windows(config)
+    before, ours = [sides_of(w) for w in theirs[pretrained]], pretrained_windows(config)
     fields = "SwinV2Config.pretrained_window and pretrained_image_size"
-    size, patches = _sides(trained[0]), trained[1]
-    if size and any(size) and len(patches) == 4 and len(before) == STAGES and all(before):
+    size, patches = sides_of(trained[0]), trained[1]
+    if size and all(size) and len(patches) == 4 and patches[-1] and len(before) == STAGES and all(before):
         # What counts is where the position bias was trained, or, if nowhere before, is.
         own = [windows_of(map, theirs[window], (0, 0), False).window for map in maps_of(size, patches[-1])]
         before = [w if any(w) else here for w, here in zip(before, own, strict=True)]
@@ -219,13 +228,6 @@ def _require_same(
     ]
     if any(any(w.shift) and w.padded != w.map for w in all_windows):
         require_same(what, rolls_before_padding=(rolls_first, "SwinV2Config.roll_first", config.roll_first))
-
-
-def _sides(value: Any) -> HeightWidth | None:
-    """(H, W) of what a file says, one number or two; None: something else."""
-    both = [value, value] if isinstance(value, int) else value
-    fits = isinstance(both, list | tuple) and len(both) == 2 and all(isinstance(side, int) for side in both)
-    return tuple(both) if fits else None
 
 
 def _written(windows: Sequence[HeightWidth | None]) -> list[ImageSize | None]:

@@ -217,7 +217,8 @@ def _of_file(trainer: Trainer) -> Found:
         raise ConfigError(f"{file}: {_with_fields(str(error), trainer.config)}") from error
     left = {**found.left, **_outside(weights.tensors, below)}
     here = _shapes(trainer.shapes.params)
-    fit = match({path: value.shape for path, value in found.arrays.items()}, here, trainer.config, left, str(file))
+    shapes = {path: value.shape for path, value in found.arrays.items()}
+    fit = match(shapes, here, trainer.config, left, str(file), found.grids)
     digests = some([f"{name} {digest[:16]}…" for name, digest in weights.digests.items()], 2)
     notes = [f"{found.what}, {len(weights.tensors)} tensors, sha256 {digests}"]
     kept = {"source": str(file), "names": found.what, "sha256": weights.digests}

@@ -89,6 +89,15 @@ def test_the_table_of_architectures():
     assert "vit_base_patch16_rpn_224" not in known  # norms after the branches, under the same names
 
 
+def test_the_sides_of_the_images_that_a_file_is_for(state):
+    assert taken(state).grids == taken(state, "model").grids == {}
+    for more in ({"model_args": {"img_size": [16, 32]}}, {"pretrained_cfg": {"input_size": [3, 16, 32]}}):
+        assert taken(state, TINY | more).grids == {"pos_embed": (4, 8)}
+        assert taken(state, TINY | more, {"image": VIT}, "image").grids == {"image/pos_embed": (4, 8)}
+    for wrong in (5, {"input_size": 3}, {"input_size": [3, "a", 4]}, {"input_size": [3, -16, -32]}):
+        assert taken(state, TINY | {"pretrained_cfg": wrong}).grids == {}
+
+
 def test_names_that_are_skipped_in_either_naming(state):
     for skip in (("head",), ("head.weight", "head.bias"), ("head/kernel", "head/bias")):
         found = taken(state, skip=skip)

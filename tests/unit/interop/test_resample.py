@@ -60,6 +60,7 @@ def test_a_table_of_as_many_patches_may_be_for_other_sides():
     assert way("pos_embed", (37, 8), (37, 8), square, (4, 9)).what.startswith("4 x 9 to 6 x 6")
     assert way("pos_embed", (25, 8), (37, 8), square, (4, 6)).what.startswith("4 x 6 to 6 x 6")
     assert way("pos_embed", (25, 8), (37, 8), square) is None  # 24 patches of which sides?
+    assert way("pos_embed", (26, 8), (37, 8), square, (4, 6)).what.startswith("5 x 5 to 6 x 6")  # not those
 
 
 def test_only_sizes_of_images_and_patches_have_a_way():
