@@ -441,6 +441,6 @@ def test_a_transform_of_ones_own_needs_no_change_of_the_package(tmp_path):
         load.from_arguments([f"--config={path}", "--config.data.transforms[1].low=2"])
     dark = batches(Labels(3), config.data.transforms, workers=1)  # which cannot import the file
     light = batches(Labels(3), config.data.transforms[:1])
-    pairs = zip(dark[0]["image"], light[0]["image"], strict=True)
+    pairs = zip(*(np.concatenate([batch["image"] for batch in rows]) for rows in (dark, light)), strict=True)
     ratios = [d.sum() / b.sum() for d, b in pairs if b.any()]
     assert 0.2 < min(ratios) < 0.6 < max(ratios) < 1
