@@ -229,11 +229,6 @@ def _number(size: Dim, letters: Mapping[str, int]) -> Dim:
     return times * letters[letter] if letter in letters else size
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def sides_of(value: Any) -> HeightWidth | None:
     """(H, W) of what a file says, one number or two; None: something else."""
     both = [value, value] if isinstance(value, int) else value
