@@ -100,7 +100,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> 
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before (%(default)s)")
     config, arguments = parser.parse_with_config(argv)
     if arguments.steps < 1 or arguments.warmup < 1:
-        raise UserError("--steps and --warmup must be at least 1")
+        raise UserError(f"--steps={arguments.steps} --warmup={arguments.warmup}: both must be at least 1; raise them")
     process, _ = cluster.initialize()
 
     def work() -> int:

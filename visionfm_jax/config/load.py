@@ -57,7 +57,8 @@ def load_file(spec: str) -> Config:
         cause = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"--config={_beginning(path)}: cannot be read ({cause}); name a Python file") from error
     if not there:
-        raise ConfigError(f"--config={_beginning(path)}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+        hint = f"did you mean {near[0]}?" if near else f"name a Python file, or one of {', '.join(shipped())}"
+        raise ConfigError(f"--config={_beginning(path)}: no such file; {hint}")
     if not path.endswith(".py"):
         raise ConfigError(f"--config={path}: is no Python file; name one of configs/*.py")
     module_spec = importlib.util.spec_from_file_location(MODULE, path)

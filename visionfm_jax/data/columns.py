@@ -89,7 +89,9 @@ def choose(store: Store, conditions: Sequence[Condition], tar: tuple[str, np.nda
         kind = kind if pa.types.is_integer(kind) else pa.string()  # img2dataset's first versions counted
         place = pc.index_in(keys.cast(kind), value_set=table[KEY].cast(kind).combine_chunks())
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{store.path(name)}: its keys do not fit {parquet_of(name)} ({_line(error)})") from error
+        raise DataError(
+            f"{store.path(name)}: its keys do not fit {parquet_of(name)} ({_line(error)}); download both again"
+        ) from error
     known = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
     held, empty = _evaluate(table.take(place.drop_null()), conditions)
     failed = (~held).sum(axis=0)  # conditions that fail, by pair
@@ -128,7 +130,10 @@ def _evaluate(table: pa.Table, conditions: Sequence[Condition]) -> tuple[np.ndar
             column = ds.dataset(table).to_table(columns={"it": condition.expression(table.schema)})["it"]
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             kinds = ", ".join(f"{name} is {table.schema.field(name).type}" for name in condition.columns)
-            raise ConfigError(f"--where: {condition.text!r} cannot be evaluated: {kinds} ({_line(error)})") from error
+            raise ConfigError(
+                f"--where: {condition.text!r} cannot be evaluated: {kinds} ({_line(error)}); compare each column with "
+                "a value of its type"
+            ) from error
         held[c] = column.fill_null(False).to_numpy()
         empty[c] = column.is_null().to_numpy()
     return held, empty

@@ -28,12 +28,12 @@ def read_lines(name: str) -> tuple[str, ...]:
         text = file.read_text("utf-8-sig")
     except FileNotFoundError:
         raise DataError(
-            f"{name!r} is neither a shipped list nor a file: name one of {', '.join(shipped)}, or a text file's path"
+            f"{name!r} is neither a shipped list nor a file; name one of {', '.join(shipped)}, or a text file's path"
         ) from None
     except (OSError, ValueError) as error:  # also bytes that are no UTF-8
-        raise DataError(f"{name}: cannot be read as UTF-8 text ({error}): give a plain text file") from None
+        raise DataError(f"{name}: cannot be read as UTF-8 text ({error}); give a plain text file") from None
     lines = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
     if "" in lines:
         where = f"line {lines.index('') + 1} is blank" if text.strip() else "no text in it"
-        raise DataError(f"{name}: {where}; every line is one entry: put one on each")
+        raise DataError(f"{name}: {where}; every line is one entry; put one on each")
     return lines

@@ -179,7 +179,10 @@ def _timm_facts(about: Mapping[str, Any] | str, kind: str) -> dict[str, Any]:
         )
     facts = dict(known[name])
     if ("window_size" in facts) != (kind == "SwinV2"):
-        raise UserError(f"timm's {name} is no {kind}, which the configuration has there")
+        raise UserError(
+            f"timm's {name} is no {kind}, which the configuration has there; set another network, or in "
+            "config.checkpoint.weights_config the architecture of the weights"
+        )
     if isinstance(about, str):
         return facts
     arguments = {**about.get("model_args", {})}
@@ -251,7 +254,9 @@ def _clip_of_huggingface(
     state: State, model: ClipConfig, about: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
 ) -> Params:
     if not isinstance(model.image, ViTConfig):
-        raise UserError("config.model.image is no ViT, which the image towers of CLIP and SigLIP are")
+        raise UserError(
+            "config.model.image is no ViT, which the image towers of CLIP and SigLIP are; set it to a ViTConfig"
+        )
     if not {"text_config", "vision_config"} <= about.keys():
         raise UserError("config.json has no text_config and vision_config; get the file again")
     state = _leave(state, left, "no part of the network", lambda name: name.endswith("embeddings.position_ids"))
@@ -295,7 +300,9 @@ def _from_open_clip(
     for path in images:
         if not isinstance(towers[path], ViTConfig):
             kind = type(towers[path]).__name__
-            raise UserError(f"OpenCLIP's image towers are ViTs, and config.model.{path} is a {kind}")
+            raise UserError(
+                f"OpenCLIP's image towers are ViTs, and config.model.{path} is a {kind}; set it to a ViTConfig"
+            )
         tree = _visual_of_open_clip(visual, towers[path], theirs, skip, left)
         projection = tree.pop("projection", None)
         found |= _as_paths(tree, path)

@@ -113,7 +113,7 @@ def kept_step(run: Path, step: int) -> tuple[dict[str, Any], list[dict[str, Any]
             cause = error.strerror
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             cause = " ".join(repr(error).split())[:100]
-        raise DataError(f"{path} is damaged or cannot be read: {cause}")
+        raise DataError(f"{path} is damaged or cannot be read: {cause}; move it away")
     return None
 
 

@@ -139,7 +139,7 @@ def test_an_interrupt_while_captions_are_read_stays_one():
         (["--vocab_size=32000"], ConfigError, r"^--vocab_size=32000: the captions hold only 7776 .*; set 7776 or less"),
         (["--vocab_size=270"], ConfigError, r"^--vocab_size=270: .*characters are 330 pieces; set 330 or more"),
         (["--vocab_size=2"], ConfigError, r"^--vocab_size=2: special tokens and bytes are 261 pieces; set more"),
-        (["--sentences=0"], ConfigError, r"^--sentences=0: set 1 or more"),
+        (["--sentences=0"], ConfigError, r"^--sentences=0: must be at least 1"),
         (["--out=words.json"], ConfigError, r"^--out=words.json: .* ends in .model"),
         (["--out=words.py/a.model"], UserError, r"^--out=words.py/a.model: .*name a file that can be written"),
         (["--config.data.train[1].path=digits"], DataError, r"^config.data.train: no source has captions"),
@@ -172,4 +172,6 @@ def test_the_command_itself(config: str, capfd: pytest.CaptureFixture):
     assert subprocess.run([*command, "--help"], check=False).returncode == 0
     assert "--overwrite" in capfd.readouterr().out
     assert entry_point(train_tokenizer.main)(["train", "--config=nothing.py"]) == 2
-    assert capfd.readouterr().err == "visionfm_jax: error: --config=nothing.py: no such file\n"
+    assert capfd.readouterr().err.startswith(
+        "visionfm_jax: error: --config=nothing.py: no such file; name a Python file"
+    )

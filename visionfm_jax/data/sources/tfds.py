@@ -129,7 +129,9 @@ class TfdsSource:
                 for f in self._files
             }
         except OSError as error:
-            raise DataError(f"{self.name}: {error.filename} cannot be read ({error.strerror})") from error
+            raise DataError(
+                f"{self.name}: {error.filename} cannot be read ({error.strerror}); copy it again"
+            ) from error
 
     def _label_and_caption(self, config: TfdsConfig, features: Any) -> tuple[str | None, ...]:
         """Names of the two features; None for one that the dataset lacks.

@@ -173,7 +173,9 @@ def _huggingface(path: str) -> Model:
     try:
         core = Tokenizer.from_file(path)
     except Exception as error:  # the library raises no narrower class
-        raise DataError(f"tokenizer {path}: not a tokenizer.json of Hugging Face tokenizers ({_line(error)})") from None
+        raise DataError(
+            f"tokenizer {path}: not a tokenizer.json of Hugging Face tokenizers ({_line(error)}); name another file"
+        ) from None
     core.no_truncation()
     core.no_padding()
     core.encode_special_tokens = True  # those in a text are text
@@ -211,7 +213,7 @@ def _sentencepiece(path: str) -> Model:
     try:
         core = SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"tokenizer {path}: not a SentencePiece model ({_line(error)})") from None
+        raise DataError(f"tokenizer {path}: not a SentencePiece model ({_line(error)}); name another file") from None
     ids = {"begin (bos)": core.bos_id(), "end (eos)": core.eos_id()}
     if lacking := [what for what, i in ids.items() if i < 0]:
         raise DataError(

@@ -114,7 +114,8 @@ class Captions:
                     bar.update(len(chunk))
         if not self.read:
             raise DataError(
-                f"{', '.join(s.name for s in self._sources)}: none of the {self.damaged:,} captions can be read"
+                f"{', '.join(s.name for s in self._sources)}: none of the {self.damaged:,} captions can be read; "
+                "see the log for the reasons"
             )
 
 
@@ -191,7 +192,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.tokeni
     if not config.task.reads_captions:
         raise ConfigError(f"{config.name}: its task reads no captions; name a configuration that does")
     if known.sentences < 1:
-        raise ConfigError(f"--sentences={known.sentences}: set 1 or more")
+        raise ConfigError(f"--sentences={known.sentences}: must be at least 1; raise it")
     out = known.out or Path(config.task.tokenizer)
     if known.out is None and config.task.tokenizer in ("", "clip", *SHIPPED):
         raise ConfigError(
