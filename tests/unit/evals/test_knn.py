@@ -46,6 +46,8 @@ def test_large_images_are_averaged():
         got, images.reshape(2, 32, 2, 32, 2, 3).mean((2, 4)), atol=1.01
     )  # Pillow rounds after each side
     np.testing.assert_array_equal(knn.shrunk(images[:, :16, :16]), images[:, :16, :16].reshape(2, -1))
+    wide = images[:, :16].reshape(2, 16, 32, 2, 3).mean(3)
+    np.testing.assert_allclose(knn.shrunk(images[:, :16]).reshape(2, 16, 32, 3), wide, atol=1.01)
 
 
 def eval_of(**changes):

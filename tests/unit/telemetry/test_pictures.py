@@ -1,4 +1,5 @@
 import matplotlib.colors
+import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,6 +31,16 @@ def queries(ranks, count=K):
         captions.append({"query": grey(), "answers": texts, "own": "the right one", **shared})
         images.append({"query": texts[0], "answers": [grey(i) for i in range(count)], "own": grey(99), **shared})
     return captions, images
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (10, 40), (30, 10)])
+def test_images_keep_their_ratio_in_the_middle_of_their_square(height, width):
+    ax = matplotlib.figure.Figure().add_subplot()
+    pictures._picture(ax, np.zeros((height, width, 3), np.uint8), 1.0, 2.0, 6.0, GREEN, 1.0)
+    left, right, bottom, top = ax.images[0].get_extent()
+    assert (right - left) / (bottom - top) == pytest.approx(width / height)
+    assert max(right - left, bottom - top) == pytest.approx(6)
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx((4, 5))
 
 
 def test_right_answers_are_green_and_missed_ones_shown_in_red(tmp_path):
