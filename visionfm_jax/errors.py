@@ -81,9 +81,15 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
 def complain(text: str) -> None:
     """Write a line for people on stderr, behind the name that the program was called by."""
     program = "visionfm" if os.path.basename((sys.argv or [""])[0]) == "visionfm" else "visionfm_jax"
-    print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
+    lines = printable(text, kept="\n")
+    print(f"{program}: {lines}", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """Its lines, without what a terminal would obey: names and texts of others come up in errors."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+def printable(text: str, kept: str = "") -> str:
+    """A text without what a terminal would obey, but for the characters `kept`: names of others come up in errors."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+
+def one_line(error: BaseException, most: int | None = 200) -> str:
+    """The beginning of what an error says, which may have hundreds of lines; None: all of it."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from visionfm_jax.data.conditions import Condition
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.errors import ConfigError, DataError, one_line
 
 KEY, STATUS, SUCCESS = "key", "status", "success"
 _SHOWN = 30  # names of columns in a message
@@ -90,7 +90,7 @@ def choose(store: Store, conditions: Sequence[Condition], tar: tuple[str, np.nda
         place = pc.index_in(keys.cast(kind), value_set=table[KEY].cast(kind).combine_chunks())
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"{store.path(name)}: its keys do not fit {parquet_of(name)} ({_line(error)}); download both again"
+            f"{store.path(name)}: its keys do not fit {parquet_of(name)} ({one_line(error)}); download both again"
         ) from error
     known = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
     held, empty = _evaluate(table.take(place.drop_null()), conditions)
@@ -119,7 +119,7 @@ def _read(store: Store, name: str, conditions: Sequence[Condition]) -> pa.Table:
     except DataError:
         raise
     except Exception as error:  # Arrow's, and every store has its own
-        raise DataError(f"{store.path(name)}: cannot be read ({_line(error)}); download the shard again") from error
+        raise DataError(f"{store.path(name)}: cannot be read ({one_line(error)}); download the shard again") from error
 
 
 def _evaluate(table: pa.Table, conditions: Sequence[Condition]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,13 +131,9 @@ def _evaluate(table: pa.Table, conditions: Sequence[Condition]) -> tuple[np.ndar
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             kinds = ", ".join(f"{name} is {table.schema.field(name).type}" for name in condition.columns)
             raise ConfigError(
-                f"--where: {condition.text!r} cannot be evaluated: {kinds} ({_line(error)}); compare each column with "
-                "a value of its type"
+                f"--where: {condition.text!r} cannot be evaluated: {kinds} ({one_line(error)}); compare columns with "
+                "values of their types"
             ) from error
         held[c] = column.fill_null(False).to_numpy()
         empty[c] = column.is_null().to_numpy()
     return held, empty
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import UserError, one_line
 from visionfm_jax.storage import read, read_bytes
 
 # Names of weights in a folder, the preferred first, and of what is said beside them.
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_bytes(path) or b"")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON: {_line(error)}; get the file again") from error
+        raise UserError(f"{path}: is no JSON: {one_line(error)}; get the file again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; name another file")
     return value
@@ -152,7 +152,7 @@ def _reading(file: Path, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except SafetensorError as error:
-            raise UserError(f"{file}: is no whole safetensors file: {_line(error)}; get it again") from error
+            raise UserError(f"{file}: is no whole safetensors file: {one_line(error)}; get it again") from error
 
     return read(reading, lambda: str(file))
 
@@ -194,7 +194,3 @@ def _torch_tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{prefix}{key}", (value.detach().float() if value.is_floating_point() else value.detach()).numpy()
 
     yield from walk(stored, "")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__

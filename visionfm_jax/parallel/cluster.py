@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src import clusters, distributed
 
-from visionfm_jax.errors import INTERRUPTED, ConfigError, LostError, UserError
+from visionfm_jax.errors import INTERRUPTED, ConfigError, LostError, UserError, one_line
 from visionfm_jax.parallel.peers import SILENCE, Peers, exit_now
 
 START_TIMEOUT = 300  # seconds that all processes have to appear
@@ -290,8 +290,3 @@ def listen_for_preemption() -> None:
 def store() -> Any:
     """The key-value store of the processes; None in a run of one."""
     return distributed.global_state.client
-
-
-def one_line(error: Exception) -> str:
-    """The beginning of a message that may have hundreds of lines."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

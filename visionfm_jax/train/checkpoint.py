@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
-from visionfm_jax.errors import CheckpointError, StorageError, UserError
+from visionfm_jax.errors import CheckpointError, StorageError, UserError, one_line
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.parallel import agreement
 from visionfm_jax.storage import seal, unseal
@@ -475,7 +475,7 @@ def _cause_of(error: BaseException) -> str:
     failure of the storage itself (a further try that failed, too).
     """
     while True:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error, most=None)
         of_storage = storage.is_passing(text) or storage.is_full(text)
         before = error.__cause__ or (None if error.__suppress_context__ or of_storage else error.__context__)
         if before is None:

@@ -24,7 +24,7 @@ from visionfm_jax.config.schema import Choice, to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.tokenizer import file_digest
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.errors import ConfigError, DataError, one_line
 from visionfm_jax.storage import read_bytes
 
 SETTINGS, DATA = "config.json", "data.json"
@@ -256,7 +256,7 @@ def _read(path: Path, parts: dict[str, type], remedy: str) -> dict[str, Any]:
             return kept
         cause = f"it lacks {', '.join(parts)}"
     except (ValueError, RecursionError) as error:
-        cause = " ".join(str(error).split())[:100]
+        cause = one_line(error, most=100)
     raise ConfigError(f"{path} is damaged: {cause}; {remedy}")
 
 

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.kinds import KINDS as KINDS
-from visionfm_jax.data.sources.record import printable
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, printable
 from visionfm_jax.storage import read
 
 

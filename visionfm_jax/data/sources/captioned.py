@@ -25,8 +25,8 @@ from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import CocoCaptionsConfig, VisualGenomeConfig
 from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, describe, misfit, no_split
-from visionfm_jax.data.sources.record import has_text, left_out, printable
-from visionfm_jax.errors import DataError
+from visionfm_jax.data.sources.record import has_text, left_out
+from visionfm_jax.errors import DataError, printable
 
 _NAMED = 5  # files in a line of the log
 _FOLDERS = ("VG_100K", "VG_100K_2")

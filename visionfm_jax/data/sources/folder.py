@@ -20,8 +20,8 @@ from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import FolderConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
-from visionfm_jax.data.sources.record import left_out, printable
-from visionfm_jax.errors import DataError
+from visionfm_jax.data.sources.record import left_out
+from visionfm_jax.errors import DataError, printable
 
 _NAMED = 5  # names of files that are not read, in a line of the log
 _KINDS = 10  # reasons why files are not read that are counted apart

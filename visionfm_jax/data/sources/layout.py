@@ -15,8 +15,7 @@ from visionfm_jax.data.sources.kinds import (
     TfdsConfig,
     VisualGenomeConfig,
 )
-from visionfm_jax.data.sources.record import printable
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, printable
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".jpx"}

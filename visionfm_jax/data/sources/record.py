@@ -21,8 +21,3 @@ def left_out(reason: str, count: int, first: Sequence[str]) -> str:
     """A line of the log on what a source does not read: how many, and the names of the first ones."""
     more = " …" if count > len(first) else ""
     return f"left out: {count:,} {reason}: {', '.join(first)}{more}"
-
-
-def printable(name: str) -> str:
-    """A name from someone else's file, as it may stand in one line of a log: control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

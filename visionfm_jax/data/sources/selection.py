@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.data.sources.record import printable
 from visionfm_jax.data.sources.store import read_table, write_table
 from visionfm_jax.data.sources.tar_index import Index
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, printable
 
 _KIND = "selection 2"
 

@@ -20,8 +20,7 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from visionfm_jax.data.sources.record import printable
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, one_line, printable
 from visionfm_jax.storage import replacing
 
 _MAGIC = b"visionf2"
@@ -77,7 +76,9 @@ class Store:
         except (DataError, OSError):
             raise
         except Exception as error:  # every store has its own
-            raise DataError(f"{self.url}: cannot be read ({_line(error)}); check the path and your access") from error
+            raise DataError(
+                f"{self.url}: cannot be read ({one_line(error)}); check the path and your access"
+            ) from error
         return dict(sorted(found.items()))
 
     def _stat(self, entry: os.DirEntry[str]) -> os.stat_result | None:
@@ -108,7 +109,7 @@ class Store:
             except OSError:
                 raise
             except Exception as error:
-                raise OSError(f"{name}: {_line(error)}") from error
+                raise OSError(f"{name}: {one_line(error)}") from error
         if len(data) != stop - start:
             missing = f"{len(data):,} of the {stop - start:,} bytes from {start:,} on"
             raise DataError(f"{self.path(name)}: has only {missing}; it was cut or changed meanwhile; start again")
@@ -129,7 +130,7 @@ class Store:
         except OSError:
             raise
         except Exception as error:
-            raise OSError(f"{name}: {_line(error)}") from error
+            raise OSError(f"{name}: {one_line(error)}") from error
 
     def open(self, name: str) -> BinaryIO:
         """A file to be read with seeks; a store's in large blocks, for a request takes longer than skipped data."""
@@ -229,7 +230,3 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _stamp(info: dict[str, Any]) -> str:
     return next((str(info[key]) for key in _CHANGES if info.get(key)), "")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

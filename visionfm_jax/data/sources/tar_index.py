@@ -32,9 +32,9 @@ from visionfm_jax import storage
 from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
-from visionfm_jax.data.sources.record import has_text, printable
+from visionfm_jax.data.sources.record import has_text
 from visionfm_jax.data.sources.store import Store, read_table, write_table
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, printable
 
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
 RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption", "caption_size", "crc")])

@@ -18,11 +18,11 @@ from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.kinds import TarsConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit
-from visionfm_jax.data.sources.record import DamagedRecord, left_out, printable
+from visionfm_jax.data.sources.record import DamagedRecord, left_out
 from visionfm_jax.data.sources.selection import Selection, read_selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, Index
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import DataError, printable
 
 _NEAR = 2**16  # bytes between picture and caption up to which both are read at once
 _NAMED = 5  # keys in a line of the log

@@ -22,8 +22,8 @@ import tensorflow_datasets as tfds
 
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split, tfds_versions
-from visionfm_jax.data.sources.record import DamagedRecord, printable
-from visionfm_jax.errors import DataError
+from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.errors import DataError, one_line, printable
 
 _KINDS = {  # field of TfdsConfig -> what the feature must be
     "image_key": tfds.features.Image,
@@ -182,7 +182,7 @@ def _builder(config: TfdsConfig) -> Any:
     try:
         builder = tfds.builder_from_directory(version)
     except Exception as error:  # TFDS raises whatever its parsers do
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        cause = one_line(error)
         raise DataError(f"{describe(config)}: {version} is damaged ({cause}); copy or build it again") from error
     form = builder.info.file_format
     if form is None or form.value != "array_record":
@@ -212,7 +212,7 @@ def _check_features(config: TfdsConfig, version: Path) -> None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            cause = printable((str(error).splitlines() or [type(error).__name__])[0])
+            cause = printable(one_line(error))
             raise DataError(f"{describe(config)}: {version / name} is damaged ({cause}); copy it again") from error
         if found:
             raise DataError(

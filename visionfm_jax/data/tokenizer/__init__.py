@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:  # imported where they are used: bare GPU images, which train on no captions, lack them
     import tokenizers
@@ -174,7 +174,7 @@ def _huggingface(path: str) -> Model:
         core = Tokenizer.from_file(path)
     except Exception as error:  # the library raises no narrower class
         raise DataError(
-            f"tokenizer {path}: not a tokenizer.json of Hugging Face tokenizers ({_line(error)}); name another file"
+            f"tokenizer {path}: not a tokenizer.json of Hugging Face tokenizers ({one_line(error)}); name another file"
         ) from None
     core.no_truncation()
     core.no_padding()
@@ -213,7 +213,7 @@ def _sentencepiece(path: str) -> Model:
     try:
         core = SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"tokenizer {path}: not a SentencePiece model ({_line(error)}); name another file") from None
+        raise DataError(f"tokenizer {path}: not a SentencePiece model ({one_line(error)}); name another file") from None
     ids = {"begin (bos)": core.bos_id(), "end (eos)": core.eos_id()}
     if lacking := [what for what, i in ids.items() if i < 0]:
         raise DataError(
@@ -233,7 +233,3 @@ def _sentencepiece(path: str) -> Model:
 def _whole(text: str) -> str:
     """Halves of surrogate pairs joined, or replaced where alone: the libraries refuse them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
