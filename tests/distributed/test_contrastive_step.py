@@ -98,7 +98,7 @@ def losses(steps: int, devices: int, **changes: Any) -> tuple[list[float], list[
     return jax.device_get(out), jax.device_get(norms)
 
 
-@pytest.mark.parametrize(("stage", "replicas"), [(2, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "replicas"), [(2, 1), (3, 2)])
 def test_losses_equal_those_of_one_device(stage, replicas):
     """Every device holds 2 of 16 rows, contrasts them with all, and mixes, jitters and drops blocks by sample."""
     expected, norms = losses(STEPS, 1, stage=0)
