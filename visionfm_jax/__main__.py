@@ -14,21 +14,21 @@ from visionfm_jax.config.arguments import show_help
 from visionfm_jax.errors import UserError, entry_point
 
 COMMANDS = {  # module and what it does
-    "train": ("main", "train as a configuration says, or continue its run"),
-    "evaluate": ("main", "run a configuration's evals on what its run has reached"),
-    "replay": ("main", "run a step again, with statistics of every layer"),
-    "plan": ("plan", "memory, collectives and time of a step on GPUs that are not there"),
+    "train": ("main", "train, or continue a run"),
+    "evaluate": ("main", "run the evals on the newest checkpoint of a run"),
+    "replay": ("main", "run one step of a run again, with statistics of every layer"),
+    "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
     "bench": ("bench", "time the training step on synthetic data"),
-    "select": ("data.select", "select pairs of a folder of tars by columns of their parquets"),
-    "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on a configuration's captions"),
-    "checksums": ("data.checksums", "make checksums of loose image files"),
+    "select": ("data.select", "select image-text pairs of a folder of tars by their metadata"),
+    "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on the captions of a configuration"),
+    "checksums": ("data.checksums", "make checksums of image files"),
 }
 
 
 def usage() -> str:
     """The commands, for people."""
     lines = [f"  {name:10} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "visionfm COMMAND --help says more."])
+    return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "More: visionfm COMMAND --help"])
 
 
 @entry_point

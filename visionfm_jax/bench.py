@@ -1,7 +1,7 @@
 """Time the training step on synthetic data: `python -m visionfm_jax.bench --config=FILE.py[:VARIANT] …`.
 
-Takes the configuration flags of `main`, and --steps=N (default 20), --warmup=N (default 3). Prints one JSON line.
-Needs only jax, flax, optax, chex, einops and absl-py.
+The data of the configuration are not opened. Prints one line of JSON. Needs only jax, flax, optax, chex, einops and
+absl-py.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> int:
     """Parse, measure, print."""
     parser = Parser(program, __doc__)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps to time (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them (%(default)s)")
     config, arguments = parser.parse_with_config(argv)
     if arguments.steps < 1 or arguments.warmup < 1:
         raise UserError(f"--steps={arguments.steps} --warmup={arguments.warmup}: both must be at least 1; raise them")

@@ -1,11 +1,12 @@
 """Train: `python -m visionfm_jax.main --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE …]`.
 
-With --mode=evaluate: run the configuration's evals on what the run has reached, or on `config.checkpoint.weights`.
-With --mode=replay --step=N: run that step of the run again, with statistics of every layer, into RUN/replay.
+If the run folder has a checkpoint, training continues from it.
+--mode=evaluate: run the evals on the newest checkpoint of the run, or on `config.checkpoint.weights`.
+--mode=replay --step=N: run step N again and write statistics of every layer to RUN/replay.
 
-Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 training went wrong · 71 a process is
-stuck or gone, or storage failed for too long · 74 a checkpoint or the run folder cannot be written or read · 75 stopped
-by SIGTERM with the state saved, if there is one: start the same command again · 130 likewise by Ctrl-C.
+Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 a loss or gradient is not finite · 71 a
+process hangs or was lost, or storage failed for too long · 74 a checkpoint or the run folder cannot be written or read
+· 75 stopped by SIGTERM, state saved if there was one: run the same command again · 130 the same, by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train.timing import StopSignal
 
 ABOUT = {
-    "train": "Train as a configuration says, or continue its run.",
-    "evaluate": "Run a configuration's evals on what its run has reached, or on `config.checkpoint.weights`.",
-    "replay": "Run a step of a run again, with statistics of every layer, into RUN/replay.",
+    "train": "Train the model of a configuration, or continue a run from its newest checkpoint.",
+    "evaluate": "Run the evals on the newest checkpoint of a run, or on `config.checkpoint.weights`.",
+    "replay": "Run one step of a run again and write statistics of every layer to RUN/replay.",
 }
 
 
@@ -42,15 +43,13 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.main", mode
     exit_codes = __doc__[__doc__.index("Exit codes") :]
     parser = Parser(program, f"{ABOUT[mode]}\n\n{exit_codes}" if mode else __doc__)
     if not mode:
-        parser.add_argument(
-            "--mode", choices=ABOUT, default="train", help="train, evaluate what was trained, or replay a step"
-        )
+        parser.add_argument("--mode", choices=ABOUT, default="train", help="what to do (train)")
     if mode in ("", "replay"):
-        which = "which of the run" if mode else "which, with --mode=replay"
+        which = "the step to run again" + ("" if mode else ", with --mode=replay")
         parser.add_argument("--step", type=int, metavar="N", required=bool(mode), help=which)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no scheduler tells")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator")
-    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0, with --coordinator")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if no scheduler provides it")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0, with --coordinator")
     config, arguments = parser.parse_with_config(argv)
     if not mode:
         mode = arguments.mode

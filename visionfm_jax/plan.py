@@ -1,8 +1,8 @@
 """Plan a run: `python -m visionfm_jax.plan --config=FILE.py[:VARIANT] --cluster=h100:4x8 [--search] [--json=FILE]`.
 
-Compiles the training step of a configuration for the GPUs of a cluster, without them, and prints what it needs: memory,
-collectives, time. Takes the configuration flags of `main`. Exit codes: 0 it fits · 2 the input is wrong · 3 it does
-not fit, with the nearest setting that does.
+Compiles the training step of a configuration for a cluster of GPUs, on a machine without GPUs, and prints its memory,
+collectives and estimated time. Exit codes: 0 the step fits into memory · 2 the input is wrong · 3 it does not fit; the
+nearest setting that fits is printed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     """Parse, compile, print."""
     parser = Parser(program, __doc__)
     parser.add_argument("--cluster", metavar="GPU:HOSTSxGPUS", help=f"such as h100:4x8; GPUs: {', '.join(TARGETS)}")
-    parser.add_argument("--search", action="store_true", help="try other settings with the same global batch, and rank")
-    parser.add_argument("--json", metavar="FILE", help="write the plan there as well")
-    parser.add_argument("--targets", metavar="FILE.toml", help="data sheets of other GPUs and networks")
+    parser.add_argument("--search", action="store_true", help="rank other settings with the same global batch")
+    parser.add_argument("--json", metavar="FILE", help="also write the plan to this file")
+    parser.add_argument("--targets", metavar="FILE.toml", help="more GPUs and networks; see docs/plan.md")
     config, arguments = parser.parse_with_config(argv)
     targets = read_targets(arguments.targets) if arguments.targets else TARGETS
     if not arguments.cluster:

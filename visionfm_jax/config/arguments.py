@@ -62,8 +62,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE.py[:VARIANT]",
-            help="the configuration, a file or the name of one that comes with the package; --config.FIELD=VALUE sets "
-            "a field of it; --config=FILE.py --help lists the fields",
+            help="configuration file, or the name of a shipped one; --config.FIELD=VALUE sets a field; "
+            "--config=FILE.py --help lists the fields",
         )
         specs, overrides, own = load.sort_arguments(arguments)
         if "--help" in own or "-h" in own:
@@ -98,8 +98,8 @@ def show_help(text: str) -> None:
 
 def _configurations(program: str) -> str:
     return (
-        f"The fields of a configuration, with their values: {program} --config=FILE.py --help\n"
-        f"With the package come {', '.join(load.shipped())}"
+        f"To list the fields of a configuration: {program} --config=FILE.py --help\n"
+        f"Shipped configurations: {', '.join(load.shipped())}"
     )
 
 
@@ -107,7 +107,7 @@ def field_help(config: Config) -> str:
     """Every field of `config` as a flag takes it, a class a paragraph: name, value, meaning, type and bounds, and the
     default where the value is another.
     """
-    lines = ["Fields, set by --config.FIELD=VALUE, and their values here:"]
+    lines = ["Fields (set by --config.FIELD=VALUE) and their values in this configuration:"]
     for prefix, holder in _holders(config):
         about = (type(holder).__doc__ or "").partition("\n")[0]
         lines += ["", f"{prefix.rstrip('.') or 'config'} ({type(holder).__name__}): {about}"]

@@ -164,8 +164,8 @@ class SourceConfig(Choice, ABC):
     kinds: ClassVar[dict[str, type[SourceConfig]]] = {}
     loose_files: ClassVar[bool] = False
 
-    path: str = ""  # a directory, a file or a name
-    weight: float = 1.0  # share of this source in a mixture, relative to the others'
+    path: str = ""  # a directory, a file or the name of a bundled set
+    weight: float = 1.0  # sampling weight in a mixture, relative to the other sources
     split: ClassVar[str] = ""
 
     limits: ClassVar[Limits] = {
@@ -216,12 +216,12 @@ class Transform(Choice):
 class PhotometricConfig:
     """Random changes of a training image's colours, on the device, in this order."""
 
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
-    jitter_chance: float = 1.0  # that an image is jittered
-    grey_chance: float = 0.0  # that an image loses its colours
-    blur_chance: float = 0.0  # that an image is blurred
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, of the Gaussian, drawn between
-    solarize_chance: float = 0.0  # that the light half of the values is inverted
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # of brightness, contrast, saturation, hue
+    jitter_chance: float = 1.0  # probability of jitter
+    grey_chance: float = 0.0  # probability of converting to grey
+    blur_chance: float = 0.0  # probability of Gaussian blur
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; range of the blur's sigma
+    solarize_chance: float = 0.0  # probability of inverting the values above one half
 
     limits: ClassVar[Limits] = {
         "jitter": (Range(0, 10), Range(0, 10), Range(0, 10), Range(0, 0.5, "half of the colour circle")),
@@ -237,8 +237,8 @@ class PhotometricConfig:
 class AugmentConfig(PhotometricConfig):
     """Augmentation on the device; `mean` and `std` also normalise the images of evaluations."""
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's, of values in [0, 1]
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # likewise; images minus the mean are divided by it
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # subtracted from values in [0, 1]; default: ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # values are divided by it afterwards; default: ImageNet's
 
     limits: ClassVar[Limits] = {
         **PhotometricConfig.limits,
@@ -252,15 +252,15 @@ class DataConfig:
     """The training data and its loader."""
 
     train: tuple[SourceConfig, ...] = ()
-    num_examples: int = 0  # images in an epoch; needed when the run's length is given in epochs
-    transforms: tuple[Transform, ...] = ()  # on the host, in order (`data.transforms`); (): the whole image, resized
-    augment: AugmentConfig = field(default_factory=AugmentConfig)  # on the device, after them
-    shuffle: bool = True  # another order in every epoch; False: as the sources have them
-    workers: int = 0  # processes per host; 0: threads of the training process
+    num_examples: int = 0  # images per epoch; needed if the length of the run is given in epochs
+    transforms: tuple[Transform, ...] = ()  # on the host, in order (`data.transforms`); (): resize the whole image
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # on the device, after the transforms
+    shuffle: bool = True  # a new order in every epoch; False: the order of the sources
+    workers: int = 0  # loader processes per host; 0: threads in the training process
     threads: int = 8  # reader threads per process
-    prefetch: int = 2  # batches held ready per worker
-    max_damaged: float = 0.001  # share of samples with unreadable records past which the run stops
-    max_pixels: int = 2**26  # of an image; one with more is damaged. A process holds at most 24 bytes times this
+    prefetch: int = 2  # batches prepared in advance per worker
+    max_damaged: float = 0.001  # the run stops if a larger share of the samples is unreadable
+    max_pixels: int = 2**26  # larger images count as damaged; decoding uses at most 24 bytes times this per process
 
     limits: ClassVar[Limits] = {
         "num_examples": Range(0, 2**40),
@@ -276,16 +276,16 @@ class DataConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = 1e-3  # peak
-    final_lr: float = 0.0  # at the last step
-    warmup_steps: int = 10_000  # until the peak is reached
-    b1: float = 0.9  # decay of the mean of gradients
-    b2: float = 0.95  # decay of the mean of their squares
-    eps: float = 1e-8  # added to the root of that mean
-    weight_decay: float = 0.1  # on matrices; not on position tables, position biases, pooling probes
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    layer_decay: float = 1.0  # factor of the learning rate per layer below the head; 1: none
-    ema: float = 0.0  # decay per step of the EMA weights; 0: none
+    lr: float = 1e-3  # peak learning rate
+    final_lr: float = 0.0  # learning rate at the last step
+    warmup_steps: int = 10_000  # steps of linear warm-up to the peak
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the square root of the second moment
+    weight_decay: float = 0.1  # on matrices, except position tables, position biases and pooling probes
+    clip_norm: float = 1.0  # maximum global gradient norm; 0: no clipping
+    layer_decay: float = 1.0  # factor on the learning rate per layer below the head; 1: none
+    ema: float = 0.0  # decay per step of the EMA weights; 0: no EMA
 
     limits: ClassVar[Limits] = {
         "lr": Range(1e-12, 100),
@@ -305,8 +305,8 @@ class OptimConfig:
 class ParallelConfig:
     """A mesh (replica, fsdp) and the ZeRO stage on it; see `parallel.zero`."""
 
-    stage: int = 3  # 0: plain data parallel … 3: fully sharded
-    replicas: int = 1  # hybrid sharding: this many copies, each sharded over devices / replicas
+    stage: int = 3  # ZeRO stage, from 0: plain data parallel to 3: fully sharded
+    replicas: int = 1  # hybrid sharding: number of replicas, each sharded over devices / replicas
 
     limits: ClassVar[Limits] = {"stage": OneOf((3, 2, 1, 0)), "replicas": Range(1, 2**20)}
 
@@ -317,10 +317,10 @@ class TrainConfig:
 
     batch_size: int = 2048  # images per optimiser step, over all devices
     accumulate: int = 1  # micro-batches per step
-    epochs: float = 0.0  # a file sets epochs or steps; a flag for one overrides the other
-    steps: int = 0  # optimiser steps of the whole run
-    precision: str = "bf16"  # compute: bf16 | fp16 | fp32; what stays fp32: docs/precision.md
-    on_nonfinite: str = "stop"  # a non-finite loss or gradient: stop | skip the step, as fp16 always does
+    epochs: float = 0.0  # length of the run; set epochs or steps, a flag for one overrides the other
+    steps: int = 0  # length of the run in optimiser steps
+    precision: str = "bf16"  # of activations and matrix products: bf16 | fp16 | fp32; see docs/precision.md
+    on_nonfinite: str = "stop"  # if the loss or a gradient is not finite: stop | skip the step; fp16 always skips
 
     limits: ClassVar[Limits] = {
         "batch_size": Range(1, 2**16, "samples are numbered in two 32-bit words"),
@@ -336,22 +336,18 @@ class TrainConfig:
 class CheckpointConfig:
     """Checkpoints: when to save, what to keep, where to start."""
 
-    every_steps: int = 0  # 0: never by steps
-    every_minutes: float = 0.0  # 0: never by time
-    keep_last: int = 2  # newest checkpoints
-    keep_best: int = 0  # checkpoints with the highest best_metric, beside them
-    best_metric: str = ""  # e.g. "val/top1"; needed by keep_best; higher is better
-    resume: str = ""  # another run's folder: continue its whole state
-    weights: str = (
-        ""  # start from those of another run's folder, or of a file or folder of timm, Hugging Face, OpenCLIP
-    )
-    weights_config: str = (
-        ""  # its config.json, if not beside it; or a timm architecture; or "model": as config.model is
-    )
-    weights_from: str = ""  # what its names begin with, e.g. "backbone"; what does not is not taken
-    weights_into: str = ""  # part of the model that they are for, e.g. "image"; empty: all of it
-    skip: tuple[str, ...] = ()  # names, there or here, or their beginnings, that are not taken: they start afresh
-    on_damage: str = "stop"  # the newest checkpoint is damaged: stop | older: continue from the newest whole one
+    every_steps: int = 0  # save interval in steps; 0: off
+    every_minutes: float = 0.0  # save interval in minutes; 0: off
+    keep_last: int = 2  # number of newest checkpoints to keep
+    keep_best: int = 0  # number of checkpoints with the highest best_metric to keep as well
+    best_metric: str = ""  # EVAL/METRIC, e.g. "val/top1"; higher is better; needed by keep_best
+    resume: str = ""  # folder of another run, whose whole state is continued
+    weights: str = ""  # initial weights: a run folder, or files of timm, Hugging Face or OpenCLIP
+    weights_config: str = ""  # config.json of the weights if elsewhere, a timm architecture, or "model"
+    weights_from: str = ""  # load only the names with this prefix, e.g. "backbone"
+    weights_into: str = ""  # part of the model to load into, e.g. "image"; empty: all of it
+    skip: tuple[str, ...] = ()  # names or prefixes, of file or model, that are not loaded but initialised
+    on_damage: str = "stop"  # if the newest checkpoint is damaged: stop | older: use the newest intact one
 
     limits: ClassVar[Limits] = {
         "every_steps": STEPS,
@@ -366,8 +362,8 @@ class CheckpointConfig:
 class PreprocessConfig(Transform):
     """The preprocessing of an evaluation's images: resized once, antialiased, to the size that the model is given."""
 
-    crop: float = 0.875  # side of what is seen, of that of the largest centre crop in the model's ratio: 224 of 256
-    resize: str = "crop"  # crop: the centre | squash: `crop` of either side, at another ratio | pad: all of it
+    crop: float = 0.875  # side of the centre square relative to the shorter side, e.g. 224 / 256; 1: no crop
+    resize: str = "crop"  # crop: centre square | squash: to a square, changing the aspect ratio | pad: keep all
     interpolation: str = "bicubic"  # bicubic | bilinear
 
     limits: ClassVar[Limits] = {
@@ -411,13 +407,13 @@ class EvalConfig(Choice, ABC):
     measures: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
 
-    name: str = "val"  # in the logs and the names of files
+    name: str = "val"  # used in logs and file names
     source: SourceConfig
     image_size: ImageSize = 0  # pixels, side or (height, width), of what the model is given; 0: model.image_size
     preprocess: Transform = field(default_factory=PreprocessConfig)
-    batch_size: int = 0  # 0: the training batch size
-    every_steps: int = 0  # 0: only at the end
-    at_start: bool = False  # also before the first step of a new run
+    batch_size: int = 0  # images; 0: the training batch size
+    every_steps: int = 0  # evaluation interval in steps; 0: only at the end
+    at_start: bool = False  # also evaluate before the first step of a new run
 
     limits: ClassVar[Limits] = {
         "name": FileName(),
@@ -444,10 +440,10 @@ class EvalConfig(Choice, ABC):
 class TelemetryConfig:
     """Logs, progress bar and alarm of a run."""
 
-    log_every: int = 50  # steps
-    progress: bool = True  # a bar in the terminal
-    tensorboard: bool = True  # event files in the run folder, beside metrics.jsonl
-    stuck_minutes: float = 30.0  # no finished step for this long: dump stacks, name the process, exit; 0: wait for ever
+    log_every: int = 50  # logging interval, steps
+    progress: bool = True  # show a progress bar in the terminal
+    tensorboard: bool = True  # also write TensorBoard event files
+    stuck_minutes: float = 30.0  # if no step finishes for this long: dump stacks, name the process, exit; 0: off
 
     limits: ClassVar[Limits] = {
         "log_every": Range(1, 2**30),  # steps
@@ -459,9 +455,9 @@ class TelemetryConfig:
 class Config:
     """A whole run."""
 
-    name: str  # of the run and its folder
-    seed: int = 0  # of initialisation, order, augmentation and dropped paths
-    workdir: str = ""  # the run folder; empty: runs/NAME
+    name: str  # name of the run and its folder
+    seed: int = 0  # of initialisation, data order, augmentation and stochastic depth
+    workdir: str = ""  # run folder; empty: runs/NAME
     model: ModelConfig
     task: TaskConfig
     data: DataConfig = field(default_factory=DataConfig)

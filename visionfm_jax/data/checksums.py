@@ -1,11 +1,11 @@
-"""Makes checksums of the image files that a configuration reads, so that a damaged one is noticed.
+"""Make checksums of the image files of a configuration, so that damaged files are noticed.
 
     python -m visionfm_jax.data.checksums --config=FILE.py [--config.FIELD=VALUE …]
 
-Every file of the class folders, COCO and Visual Genome of `data.train` and `evals` is read once. The checksums go into
-one file beside the data (in ~/.cache where that cannot be written), where runs find it and compare every image that
-they read. It may be stopped and run again at any time: only files that are new or changed since are read. Tars, TFDS
-and .npz files have checksums of their own.
+Reads every file of the class folders, COCO and Visual Genome in `data.train` and `evals` once, and writes the checksums
+to one file next to the data (in ~/.cache if that is not writable). Runs find this file and check every image that they
+read. The command can be stopped and started again at any time: it then reads only new or changed files. Tars, TFDS and
+.npz files have checksums of their own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Selects pairs of a folder of tars by columns of the parquets beside them.
+"""Select image-text pairs of a folder of tars by the columns of the parquet files next to them.
 
     python -m visionfm_jax.data.select --path=FOLDER --out=FOLDER/good.pairs \\
         --where='similarity >= 0.28 and NSFW == "UNLIKELY" and pwatermark < 0.8 and width >= 200'
 
-Conditions: columns, numbers and quoted text with == != < <= > >=, in (…), and, or, not, + - * /; an empty value
-satisfies none of them (but `COLUMN is None`). The file --out holds a bit for every pair of the folder; give its name
-as the source's selection. A report of what each condition drops is printed, and kept as --out with .json behind it.
+Conditions consist of columns, numbers and quoted text with == != < <= > >=, in (…), and, or, not, + - * /. An empty
+value satisfies no condition except `COLUMN is None`. The file --out has one bit for every pair of the folder; set it as
+`selection` of the source in the configuration. A report of how many pairs each condition drops is printed, and written
+to --out with the suffix .json added.
 """
 
 from __future__ import annotations
@@ -172,10 +173,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
     """Parse, select, print."""
     parser = Parser(program, __doc__)
     parser.add_argument("--path", required=True, help="folder or URL with NNNNN.tar and NNNNN.parquet")
-    parser.add_argument("--where", required=True, help="the conditions")
-    parser.add_argument("--out", required=True, type=Path, help="file to write")
-    parser.add_argument("--caption_key", default="txt", help="suffix of the members with captions (%(default)s)")
-    parser.add_argument("--jobs", type=int, help="processes (one per core)")
+    parser.add_argument("--where", required=True, help="conditions, see above")
+    parser.add_argument("--out", required=True, type=Path, help="selection file to write")
+    parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="number of processes (one per core)")
     arguments = parser.parse_args(argv)
     if arguments.jobs is not None and not 1 <= arguments.jobs <= 1024:
         raise ConfigError(f"--jobs={arguments.jobs}: must lie in [1, 1024]; leave it out for one per core")

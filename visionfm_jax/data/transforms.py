@@ -74,7 +74,7 @@ class RandomResizedCrop(Transform):
     scale: tuple[float, float] = (0.08, 1.0)  # area of the crop relative to the image
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop over that of `size`, log-uniform
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
-    min_visible: float = 0.0  # share of a box's area that must remain, else the object is dropped
+    min_visible: float = 0.0  # objects with a smaller share of their box left are dropped
 
     limits: ClassVar[Limits] = {
         "scale": Range(0, 1, above=True),
@@ -96,10 +96,10 @@ class RandomResizedCrop(Transform):
 class Resize(Transform):
     """The whole image at another size."""
 
-    to: str = "both"  # sides that become those of `size`: both | shorter: it covers `size` | longer: it fits into it
+    to: str = "both"  # both: exactly `size` | shorter: cover `size` | longer: fit into `size`
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
-    scale: tuple[float, float] = (1.0, 1.0)  # factor on `size`, drawn between; detection: (0.1, 2.0)
-    interpolation: str = "bicubic"  # of evaluation: bicubic | bilinear; training takes the fastest that sees all pixels
+    scale: tuple[float, float] = (1.0, 1.0)  # range of a random factor on `size`; detection: (0.1, 2.0)
+    interpolation: str = "bicubic"  # in evaluation: bicubic | bilinear; training uses a faster one
 
     limits: ClassVar[Limits] = {
         "to": OneOf(("both", "shorter", "longer")),
@@ -127,7 +127,7 @@ class CenterCrop(Transform):
     """The middle, with a border where the image is smaller."""
 
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
-    min_visible: float = 0.0  # share of a box's area that must remain, else the object is dropped
+    min_visible: float = 0.0  # objects with a smaller share of their box left are dropped
 
     limits: ClassVar[Limits] = {"size": SIZE, "min_visible": CHANCE}
 
@@ -142,8 +142,8 @@ class RandomCrop(Transform):
     """A window at a random place; where the image is smaller, what is right of it and below is padding."""
 
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
-    padding: int = 0  # pixels by which the window may reach beyond the image's edges
-    min_visible: float = 0.0  # share of a box's area that must remain, else the object is dropped
+    padding: int = 0  # pixels that the window may extend beyond the image
+    min_visible: float = 0.0  # objects with a smaller share of their box left are dropped
 
     limits: ClassVar[Limits] = {"size": SIZE, "padding": SIZE, "min_visible": CHANCE}
 
@@ -172,7 +172,7 @@ class Pad(Transform):
 class Flip(Transform):
     """Mirrored, left to right; not for flags, digits, clock faces."""
 
-    chance: float = 0.5  # that a sample is flipped
+    chance: float = 0.5  # probability
 
     limits: ClassVar[Limits] = {"chance": CHANCE}
 
@@ -184,8 +184,8 @@ class Flip(Transform):
 class RandAugment(Transform):
     """Random operations on colours and shapes (Cubuk et al. 2020), on the image or on each view; boxes stay."""
 
-    operations: int = 2  # on an image, drawn anew for each
-    magnitude: float = 9.0  # of 10
+    operations: int = 2  # number per image
+    magnitude: float = 9.0  # from 0 to 10
 
     limits: ClassVar[Limits] = {"operations": Range(0, 100), "magnitude": Range(0, 10)}
 
@@ -199,11 +199,11 @@ class RandAugment(Transform):
 class Views:
     """Views of an image that are made alike: each a random resized crop of its own."""
 
-    name: str = "global"  # of the batch's array, uint8 (B, V, H, W, 3); one name may stand for several `Views`
-    count: int = 2  # views of a sample
+    name: str = "global"  # of the array in the batch, uint8 (B, V, H, W, 3); several `Views` may share it
+    count: int = 2  # number of views per sample
     size: ImageSize = 224  # pixels, side of a square or (height, width)
     scale: tuple[float, float] = (0.32, 1.0)  # area of the crop relative to the image
-    flip: float = 0.5  # chance that a view is mirrored, left to right
+    flip: float = 0.5  # probability of mirroring left to right
     photometric: PhotometricConfig = field(default_factory=PhotometricConfig)  # on the device: `augment.augment_views`
 
     limits: ClassVar[Limits] = {

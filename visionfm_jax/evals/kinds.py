@@ -55,8 +55,8 @@ class ZeroShotConfig(Measurement):
     measures: ClassVar[str] = "embeddings"
     metrics: ClassVar[tuple[str, ...]] = ("top1", "top5", "balanced_accuracy")
 
-    classes: str = ""  # a shipped list or a file of names, one a line; empty: those of the source
-    prompts: str = ""  # likewise, or one prompt, {} for the name; empty: imagenet_prompts_short
+    classes: str = ""  # shipped list or file of class names, one per line; empty: those of the source
+    prompts: str = ""  # shipped list or file, or one prompt with {} for the name; empty: imagenet_prompts_short
 
 
 @dataclass(kw_only=True)
@@ -71,7 +71,7 @@ class RetrievalConfig(Measurement):
         "text_to_image_r1", "text_to_image_r5", "text_to_image_r10",
     )  # fmt: skip
 
-    gallery: tuple[SourceConfig, ...] = ()  # more pairs to choose from
+    gallery: tuple[SourceConfig, ...] = ()  # additional pairs to retrieve from
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -104,8 +104,8 @@ class CaptioningConfig(Measurement):
     metrics: ClassVar[tuple[str, ...]] = ("exact", "bleu4", "cider")
 
     decoding: str = "greedy"  # greedy | beam | nucleus
-    beams: int = 4  # of `beam`
-    top_p: float = 0.9  # of `nucleus`
+    beams: int = 4  # number of beams, for beam
+    top_p: float = 0.9  # for nucleus
 
     limits: ClassVar[Limits] = {
         "decoding": OneOf(("greedy", "beam", "nucleus")),

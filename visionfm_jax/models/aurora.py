@@ -40,7 +40,7 @@ class AuroraConfig(ModelConfig):
 
     image: BackboneConfig = field(default_factory=SwinV2Config)
     text: DecoderConfig = field(default_factory=DecoderConfig)
-    embed_dim: int = 1024  # of the joint space
+    embed_dim: int = 1024  # dimension of the joint space
 
     limits: ClassVar[Limits] = {"embed_dim": Range(1, 2**16)}
 

@@ -28,9 +28,9 @@ class ClipConfig(ModelConfig):
 
     image: BackboneConfig = field(default_factory=SwinV2Config)
     text: text.TextConfig = field(default_factory=text.TextConfig)
-    embed_dim: int = 1024  # of the joint space
-    image_projection: bool = True  # False: the pooled features are the image's embedding (SigLIP)
-    text_bias: bool = False  # of the text's projection (SigLIP)
+    embed_dim: int = 1024  # dimension of the joint space
+    image_projection: bool = True  # project the pooled image features to embed_dim; False: use them directly (SigLIP)
+    text_bias: bool = False  # the text projection has a bias (SigLIP)
 
     limits: ClassVar[Limits] = {"embed_dim": Range(1, 2**16)}
 

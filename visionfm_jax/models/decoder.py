@@ -60,15 +60,15 @@ class DecoderConfig(NetworkConfig):
     """
 
     size: str = "L"  # width, depths, heads and mlp by name
-    width: int = 0  # channels of a token; 0: of the named size, as for the next three
-    depths: tuple[int, int] = (0, 0)  # layers of the unimodal and of the multimodal half
+    width: int = 0  # channels of a token; 0: the value of size; likewise depths, heads, mlp
+    depths: tuple[int, int] = (0, 0)  # blocks of the unimodal and the multimodal half
     heads: int = 0  # attention heads
     mlp: int = 0  # hidden channels of the MLPs
-    vocab_size: int = 32_000  # that of the tokenizer
-    context: int = 64  # tokens, with those of begin and end
-    begin_token: int = 1  # id of the token that every text begins with
-    end_token: int = 2  # where the unimodal half's embedding of a text is read off: the first token with this id
-    mask_token: int = 4  # stands for a word to guess
+    vocab_size: int = 32_000  # of the tokenizer
+    context: int = 64  # maximum tokens, with begin and end
+    begin_token: int = 1  # id of the first token of every text
+    end_token: int = 2  # id of the token whose features embed the text, at its first position
+    mask_token: int = 4  # id of the token that replaces a masked word
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
 

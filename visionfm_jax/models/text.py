@@ -32,17 +32,17 @@ class TextConfig(NetworkConfig):
     """A text transformer; sizes in `SIZES`."""
 
     size: str = "H"  # width, depth, heads and mlp by name
-    width: int = 0  # channels of a token; 0: of the named size, as for the next three
-    depth: int = 0  # layers
+    width: int = 0  # channels of a token; 0: the value of size; likewise depth, heads, mlp
+    depth: int = 0  # number of blocks
     heads: int = 0  # attention heads
     mlp: int = 0  # hidden channels of the MLPs
-    vocab_size: int = 49_408  # that of the tokenizer
-    context: int = 77  # tokens, with those of begin and end
-    end_token: int = 49_407  # with pool = end: where a text is read off, the first token with this id
-    pool: str = "end"  # whose features are the text's: end | last: of the last position, whatever it holds (SigLIP)
-    causal: bool = True  # a token sees those before it and itself; False: all, padding too (SigLIP)
-    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu
-    norm_eps: float = 1e-5  # of LayerNorms; other weights may have been trained with another
+    vocab_size: int = 49_408  # of the tokenizer
+    context: int = 77  # maximum tokens, with begin and end
+    end_token: int = 49_407  # for pool = end: id of the token whose features are pooled, at its first position
+    pool: str = "end"  # features of the text: end: at end_token | last: at the last position (SigLIP)
+    causal: bool = True  # causal attention; False: full attention, including padding (SigLIP)
+    activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu
+    norm_eps: float = 1e-5  # of LayerNorm; must be that of loaded weights
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
 

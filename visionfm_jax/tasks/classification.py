@@ -29,7 +29,7 @@ LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 class ClassificationConfig(TaskConfig):
     """One label per image."""
 
-    num_classes: int = 1000  # of the labels, from 0
+    num_classes: int = 1000  # labels are 0 to num_classes - 1
     loss: str = "softmax"  # softmax | sigmoid (one-vs-all; Beyer et al. 2020)
     label_smoothing: float = 0.1  # share of the target that is spread over all classes
 

@@ -34,8 +34,8 @@ class ContrastiveConfig(TaskConfig):
 
     loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
     tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model
-    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the shares of two mixed images come; 0: none
-    cached: bool = True  # micro-batches are contrasted with all of the batch (Gao et al. 2021); False: each alone
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the mixing weight is drawn; 0: no Mixup
+    cached: bool = True  # contrast micro-batches with the whole batch (GradCache, Gao et al. 2021); False: each alone
 
     limits: ClassVar[Limits] = {
         "loss": OneOf(("softmax", "sigmoid")),

@@ -47,16 +47,16 @@ class MultimodalConfig(TaskConfig):
     """
 
     tokenizer: str = ""  # path of a SentencePiece model with a mask token, or the name of a shipped one
-    pair_ratio: tuple[int, int] = (3, 1)  # samples in turn: with caption, without
-    masked_image: float = 1.0  # weight of the loss
-    contrastive: float = 1.0  # likewise
-    captioning: float = 2.0  # likewise
-    masked_language: float = 1.0  # likewise
-    mask_unit: int = 32  # pixels, side of what is hidden of an image at a time
-    mask_ratio: float = 0.6  # of an image's units
-    word_mask_ratio: float = 0.4  # of a text's tokens (Wettig et al. 2023), at least one
-    image_dropout: float = 0.1  # share of texts whose words are guessed without the image
-    cached: bool = True  # as for `ContrastiveConfig`
+    pair_ratio: tuple[int, int] = (3, 1)  # (n, m): n samples with caption, then m without, in turn
+    masked_image: float = 1.0  # weight of the masked image modelling loss
+    contrastive: float = 1.0  # weight of the contrastive loss
+    captioning: float = 2.0  # weight of the captioning loss
+    masked_language: float = 1.0  # weight of the masked word loss
+    mask_unit: int = 32  # pixels; side of a masked square
+    mask_ratio: float = 0.6  # share of an image that is masked
+    word_mask_ratio: float = 0.4  # share of the tokens that are masked (Wettig et al. 2023); at least one
+    image_dropout: float = 0.1  # share of texts whose masked words are predicted without the image
+    cached: bool = True  # contrast micro-batches with the whole batch, as for `ContrastiveConfig`
 
     limits: ClassVar[Limits] = {
         "tokenizer": Filled("is needed for captions", "set the path of a SentencePiece model"),

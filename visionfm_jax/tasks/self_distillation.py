@@ -47,20 +47,20 @@ MOMENTUM = Range(0, 1)
 class SelfDistillationConfig(TaskConfig):
     """Views of an image that are recognised as of one image, and hidden patches from those around them."""
 
-    prototypes: int = 65_536  # outputs of each of the two heads
-    head_hidden: int = 2048  # channels of the heads' layers
-    head_bottleneck: int = 256  # and of their last
-    image: float = 1.0  # weight of the loss of views (DINO); so are the next two
-    patch: float = 1.0  # of hidden patches (iBOT)
-    koleo: float = 0.1  # of the distances between images
-    targets: str = "sinkhorn"  # sinkhorn: balanced over each micro-batch of all devices | centring: by a running mean
-    centre_momentum: float = 0.9  # of that mean
+    prototypes: int = 65_536  # outputs of each head (DINO and iBOT)
+    head_hidden: int = 2048  # channels of the hidden layers of the heads
+    head_bottleneck: int = 256  # channels of the last layer before the prototypes
+    image: float = 1.0  # weight of the DINO loss, on views
+    patch: float = 1.0  # weight of the iBOT loss, on masked patches
+    koleo: float = 0.1  # weight of the KoLeo regularizer, on distances between images
+    targets: str = "sinkhorn"  # sinkhorn: over the global micro-batch | centring: by a running mean
+    centre_momentum: float = 0.9  # decay of that running mean
     student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)  # at first, and after the warm-up
-    temperature_warmup_steps: int = 0
-    teacher_momentum: tuple[float, float] = (0.992, 1.0)  # at first and at the end, by a cosine
-    freeze_steps: int = 0  # in which the prototypes of views stay as they are
-    mask_share: tuple[float, float] = (0.1, 0.5)  # of a view's patches: least and largest
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)  # at the start, after the warm-up
+    temperature_warmup_steps: int = 0  # steps of linear warm-up of the teacher temperature
+    teacher_momentum: tuple[float, float] = (0.992, 1.0)  # at the start, at the end; cosine schedule
+    freeze_steps: int = 0  # steps for which the prototypes of the DINO head are frozen
+    mask_share: tuple[float, float] = (0.1, 0.5)  # share of masked patches of a view: minimum, maximum
 
     limits: ClassVar[Limits] = {
         "prototypes": Range(2, 2**20),

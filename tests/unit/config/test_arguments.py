@@ -114,11 +114,11 @@ def test_help_ends_quietly_when_nobody_reads_on():
 
 
 def test_fields_are_explained_by_the_comments_beside_them(capsys):
-    assert comments(OptimConfig)["lr"] == "peak"
+    assert comments(OptimConfig)["lr"] == "peak learning rate"
     assert comments(ContrastiveConfig)["tokenizer"].startswith("clip, or a path: of a tokenizer.json, or")
     lines = field_help(load.load_file(str(ROOT / "configs" / "quickstart.py"))).splitlines()
     line = {x.split()[0]: x for x in lines if x.startswith("  ")}
     assert line["optim.weight_decay"].endswith("pooling probes; float [0, 100]; default 0.1")
-    assert line["optim.lr"].endswith("0.001                    peak; float [1e-12, 100]")
-    assert "gap: norm of the patches' mean | " in line["model.pool"]  # a comment within brackets
+    assert line["optim.lr"].endswith("0.001                    peak learning rate; float [1e-12, 100]")
+    assert "interpolation: bicubic_antialias | " in line["model.pos_resize"]  # a comment within brackets
     assert line["model.attention"].endswith("xla | cudnn; str")

@@ -33,10 +33,10 @@ class TfdsConfig(Format):
     kind: ClassVar[str] = "tfds"
     reader: ClassVar[str] = "tfds:TfdsSource"
 
-    split: str = "train"  # or a slice, such as train[:90%]
-    image_key: str = "image"  # what images are called in the dataset
-    label_key: str = "label"  # likewise, labels
-    caption_key: str = "caption"  # likewise, captions; empty: none, and no label is needed
+    split: str = "train"  # TFDS split, also a slice such as train[:90%]
+    image_key: str = "image"  # feature with the image
+    label_key: str = "label"  # feature with the label
+    caption_key: str = "caption"  # feature with the caption; empty: no captions, and no label is needed
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class FolderConfig(Format):
     reader: ClassVar[str] = "folder:FolderSource"
     loose_files: ClassVar[bool] = True
 
-    split: str = "train"  # empty: PATH/CLASS/FILE
+    split: str = "train"  # name of the folder; empty: PATH/CLASS/FILE
 
 
 @dataclass(kw_only=True)
@@ -69,8 +69,8 @@ class BundledConfig(Format):
     kind: ClassVar[str] = "bundled"
     reader: ClassVar[str] = "bundled:BundledSource"
 
-    split: str = "train"  # train | test; of emoji also combinations
-    caption_key: str = "caption"  # empty: without the captions
+    split: str = "train"  # train | test; for emoji also combinations
+    caption_key: str = "caption"  # empty: without captions
 
 
 @dataclass(kw_only=True)
@@ -80,8 +80,8 @@ class TarsConfig(Format):
     kind: ClassVar[str] = "tars"
     reader: ClassVar[str] = "tars:open_tars"
 
-    caption_key: str = "caption"  # the .txt beside each picture, or another suffix; empty: no captions
-    selection: str = ""  # file written by `python -m visionfm_jax.data.select`; empty: all pairs
+    caption_key: str = "caption"  # caption: the .txt of each image; or another suffix; empty: no captions
+    selection: str = ""  # file of `python -m visionfm_jax.data.select`; empty: all pairs
 
 
 @dataclass(kw_only=True)
@@ -92,8 +92,8 @@ class CocoCaptionsConfig(Format):
     reader: ClassVar[str] = "captioned:open_coco"
     loose_files: ClassVar[bool] = True
 
-    split: str = "train"  # as in the names of files, such as train2017
-    caption_key: str = "caption"  # of an annotation; empty: all images, without captions
+    split: str = "train"  # as in the file names, e.g. train2017
+    caption_key: str = "caption"  # key in an annotation; empty: all images, without captions
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,7 @@ class VisualGenomeConfig(Format):
     reader: ClassVar[str] = "captioned:open_visual_genome"
     loose_files: ClassVar[bool] = True
 
-    caption_key: str = "caption"  # the phrase of a region, or another key; empty: all images, without captions
+    caption_key: str = "caption"  # phrase, or another key of a region; empty: all images, without captions
 
 
 KINDS = SourceConfig.kinds

@@ -1,10 +1,10 @@
-"""Trains a SentencePiece model on the captions of a configuration's training data.
+"""Train a SentencePiece model on the captions in the training data of a configuration.
 
     python -m visionfm_jax.data.tokenizer train --config=configs/NAME.py --vocab_size=32000
 
-Byte pairs (Sennrich et al. 2016) by SentencePiece's own trainer, whose counts are whole numbers: the same captions give
-the same file, byte for byte. Characters too rare for the vocabulary are spelt in bytes, so no text has unknown words.
-Ids: 0 padding, 1 begin, 2 end, 3 unknown, 4 mask ("<mask>", which no text can hold).
+Byte-pair encoding (Sennrich et al. 2016) with byte fallback: characters too rare for the vocabulary are encoded as
+bytes, so no text has unknown words. The same captions give the same file, byte for byte. Special tokens: 0 padding, 1
+begin, 2 end, 3 unknown, 4 mask ("<mask>", which cannot occur in a text).
 """
 
 from __future__ import annotations
@@ -184,10 +184,12 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.tokeni
     """Parse, train, print."""
     parser = Parser(program, __doc__)
     parser.add_argument("action", choices=("train",))
-    parser.add_argument("--vocab_size", type=int, help="pieces of the model (config.model.text.vocab_size)")
+    parser.add_argument("--vocab_size", type=int, help="number of pieces (config.model.text.vocab_size)")
     parser.add_argument("--out", type=Path, help="file to write (config.task.tokenizer)")
-    parser.add_argument("--sentences", type=int, default=SENTENCES, help="captions to read at most (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if there is one")
+    parser.add_argument(
+        "--sentences", type=int, default=SENTENCES, help="maximum number of captions to read (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     config, known = parser.parse_with_config(argv)
     if not config.task.reads_captions:
         raise ConfigError(f"{config.name}: its task reads no captions; name a configuration that does")

@@ -82,19 +82,19 @@ class SwinV2Config(BackboneConfig):
     """A Swin Transformer V2 (Liu et al. 2022); sizes in `SIZES`."""
 
     size: str = "G"  # width, depths and heads by name; with H and G, norms of the main branch
-    width: int = 0  # channels of the first stage, doubled by each other; 0: of the named size, as for the next two
-    depths: tuple[int, int, int, int] = (0, 0, 0, 0)  # blocks of each stage
-    heads: tuple[int, int, int, int] = (0, 0, 0, 0)  # of attention, in each stage; they divide its width
-    mlp_ratio: int = 4  # hidden channels of the MLPs over the width
+    width: int = 0  # channels of the first stage, doubled at each stage; 0: the value of size; likewise depths, heads
+    depths: tuple[int, int, int, int] = (0, 0, 0, 0)  # number of blocks of each stage
+    heads: tuple[int, int, int, int] = (0, 0, 0, 0)  # attention heads of each stage; must divide its width
+    mlp_ratio: int = 4  # hidden channels of the MLPs / width
     patch_size: int = 4  # pixels, side of a square
     image_size: ImageSize = 224  # pixels, side of a square or (height, width)
-    window: ImageSize = 14  # tokens, likewise; a smaller map is one window
-    pretrained_window: ImageSize = 0  # of the run whose weights this continues; 0: none
-    pretrained_image_size: ImageSize = 0  # pixels, of that run
-    roll_first: bool = False  # shifted maps that need padding are rolled, then padded, as timm does; False: the reverse
+    window: ImageSize = 14  # tokens, side or (height, width); a smaller feature map is one window
+    pretrained_window: ImageSize = 0  # window of the run whose weights are continued; 0: none
+    pretrained_image_size: ImageSize = 0  # pixels; image size of that run; 0: none
+    roll_first: bool = False  # padded shifted maps: True: roll, then pad, as timm; False: pad, then roll
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
-    drop_path: float = 0.2  # chance that the last block is left out; falls linearly to 0 at the first
+    drop_path: float = 0.2  # probability of dropping the last block; decreases linearly to 0 at the first
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),

@@ -64,29 +64,29 @@ class ViTConfig(BackboneConfig):
     """
 
     size: str = "H"  # width, depth, heads and MLP by name
-    width: int = 0  # channels of a token; 0: of the named size, as for the next three
-    depth: int = 0  # blocks
-    heads: int = 0  # of attention; they divide the width
+    width: int = 0  # channels of a token; 0: the value of size; likewise depth, heads, mlp
+    depth: int = 0  # number of blocks
+    heads: int = 0  # attention heads; must divide the width
     mlp: int = 0  # hidden channels of the MLPs
     patch_size: int = 14  # pixels, side of a square
     image_size: ImageSize = 224  # pixels, side of a square or (height, width)
-    pool: str = (
-        "gap"  # gap: norm of the patches' mean | norm_gap: mean of the normed | cls | cls_gap: both | map: probe
+    pool: str = "gap"  # gap: mean, then norm | norm_gap: norm, then mean | cls | cls_gap: both | map: attention pool
+    class_token: bool = False  # add a class token that is not pooled; cls and cls_gap always have one
+    registers: int = 0  # number of register tokens (Darcet et al. 2024)
+    pos_embed: str = "class"  # tokens with a position: none | patches | class: and class token | all: and registers
+    pos_image_size: ImageSize = 0  # pixels; image size of the position table; 0: image_size
+    pos_resize: str = (
+        "bicubic_antialias"  # interpolation: bicubic_antialias | bicubic | bicubic_offset | bilinear_antialias
     )
-    class_token: bool = False  # one that is not read: beside gap, norm_gap and map; cls and cls_gap have it anyway
-    registers: int = 0  # further tokens of no place (Darcet et al. 2024)
-    pos_embed: str = "class"  # what has rows in the table: none | patches | class: and its token | all: and registers
-    pos_image_size: ImageSize = 0  # pixels, likewise, of the images that the table is for; 0: image_size
-    pos_resize: str = "bicubic_antialias"  # to other images: that | bicubic | bicubic_offset | bilinear_antialias
-    rope_theta: float = 0.0  # longest period of rotary positions, in half sides of the image (DINOv3: 100); 0: none
-    patch_bias: bool = True  # of the patch embedding
-    qkv_bias: str = "all"  # of queries, keys and values: all | no_key | none
-    qk_norm: bool = False  # LayerNorms of each head's queries and keys (Dehghani et al. 2023)
-    pre_norm: bool = False  # a norm before the blocks (Radford et al. 2021)
-    layer_scale: float = 0.0  # where each branch's factors start (Touvron et al. 2021); 0: none
-    drop_path: float = 0.0  # chance that the last block is left out; falls linearly to 0 at the first
-    norm_eps: float = 1e-6  # of LayerNorms; other weights may have been trained with another
-    activation: str = "gelu"  # of the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
+    rope_theta: float = 0.0  # longest period of rotary positions, in half image sides (DINOv3: 100); 0: no RoPE
+    patch_bias: bool = True  # the patch embedding has a bias
+    qkv_bias: str = "all"  # biases of queries, keys and values: all | no_key | none
+    qk_norm: bool = False  # LayerNorm on the queries and keys of each head (Dehghani et al. 2023)
+    pre_norm: bool = False  # LayerNorm before the first block (Radford et al. 2021)
+    layer_scale: float = 0.0  # initial value of LayerScale (Touvron et al. 2021); 0: no LayerScale
+    drop_path: float = 0.0  # probability of dropping the last block; decreases linearly to 0 at the first
+    norm_eps: float = 1e-6  # of LayerNorm; must be that of loaded weights
+    activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
 
