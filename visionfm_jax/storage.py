@@ -82,7 +82,7 @@ def read(act: Callable[[], _T], name: Callable[[], str]) -> _T:
         return retry(act, lambda: f"{name()} cannot be read")
     except OSError as error:
         raise DataError(
-            f"{name()} cannot be read: {error}; bring the file back or give this user access, then start again"
+            f"{name()} cannot be read: {error}; restore the file or give this user access, then start again"
         ) from error
 
 

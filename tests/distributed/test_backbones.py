@@ -297,5 +297,5 @@ def test_the_rules_of_ones_own_classes_are_kept():
     with pytest.raises(ConfigError, match=r"is no mean of colours; set the data's"):
         run.validate()
     run.model = ClipConfig()
-    with pytest.raises(ConfigError, match=r"is no model for task = ColourConfig; set model to a BackboneConfig"):
+    with pytest.raises(ConfigError, match=r"cannot be trained by task = ColourConfig; set model to a BackboneConfig"):
         run.validate()

@@ -33,7 +33,7 @@ def test_two_processes_train_on_tars_as_one_does(tmp_path, monkeypatch):
     data = [f"--config.data.train[0].path={tars}", f"--config.data.train[0].selection={pairs}"]
     one, two = tmp_path / "one", tmp_path / "two"
     _, err = finish(start(one, *data, base=SMALL), one, seconds=400)
-    assert "left out: 3 pictures with an empty caption: 0000" in err
+    assert "left out: 3 images with an empty caption: 0000" in err
     finish_two(start_two(two, *data, base=SMALL), two, 0, seconds=400)
     assert steps(one) == steps(two) == [STEPS]
     expected, got = losses(one), losses(two)

@@ -86,7 +86,7 @@ ALL_PAIRS = [f"--config.data.train[{i}].caption_key=caption" for i in (1, 2)]
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (NO_LOSS, ["config.task = ", "sum to nothing", "set one"]),
+        (NO_LOSS, ["config.task = ", "all loss weights are 0", "set one"]),
         (["--config.task.pair_ratio=(3, 0)"], ["task.pair_ratio = (3, 0)", "with captions and without", "set (3, 1)"]),
         (["--config.task.mask_unit=12"], ["task.mask_unit = 12", "patch_size = 4", "image_size = 64", "set it to 4"]),
         (["--config.train.batch_size=4"], ["multiple of 8", "2 micro-batches x 4 samples", "(3, 1)", "nearest is 8"]),

@@ -87,7 +87,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, whole):
     # Files beyond a mebibyte cannot be written; metrics and logs still can.
     process = start(folder, prefix=["bash", "-c", 'ulimit -f 1024; exec "$@"', "-"])
     line = only_error(finish(process, folder, code=74)[1])
-    assert "the disk is full; free space and start again: the checkpoints before are whole" in line
+    assert "the disk is full; free space and start again: earlier checkpoints are intact" in line
     assert steps(folder) == [EVERY]
 
     out, _ = run(folder)
@@ -104,7 +104,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path, whole):
     try:
         before = files(folder)
         _, err = run(second, code=2)
-        assert "another run is in" in only_error(err)
+        assert "another run is using" in only_error(err)
         assert files(folder) == before
     finally:
         first.send_signal(signal.SIGCONT)

@@ -44,7 +44,7 @@ def test_from_a_timm_folder_to_other_classes_and_a_larger_image(tmp_path):
         f"starts from      the weights of {tmp_path}/weights/model.safetensors",
         "timm vit_tiny_patch16_224, 32 tensors, sha256 model.safetensors ",
         "resampled: pos_embed, 4 x 4 to 6 x 6 positions (bicubic_antialias)",
-        "begins afresh: head.bias, head.kernel (1000 classes there, 9 here)",
+        "newly initialised: head.bias, head.kernel (1000 classes there, 9 here)",
     ):
         assert said in out
     kept = json.loads((tmp_path / "run/weights.json").read_text())

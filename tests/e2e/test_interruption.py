@@ -115,7 +115,7 @@ def test_other_data_than_those_of_the_run_are_refused(tmp_path, whole):
     before = files(first)
     _, err = run(tmp_path / "second", f"--config.checkpoint.resume={first}", code=2)
     line = only_error(err)
-    assert f"not the data that the run in {first} has learned from: " in line
+    assert f"not the data that the run in {first} was trained on: " in line
     assert " records were there, " in line
     assert f"with its weights by config.checkpoint.weights='{first}'" in line
     assert files(first) == before

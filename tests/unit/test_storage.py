@@ -53,7 +53,7 @@ def test_what_was_tried_within_is_not_tried_again_around_it(slept):
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.ELOOP])
 def test_what_no_wait_mends_is_not_waited_for(slept, code):
-    with pytest.raises(DataError, match=r"^record 3 cannot be read: .*; bring the file back or give this user access"):
+    with pytest.raises(DataError, match=r"^record 3 cannot be read: .*; restore the file or give this user access"):
         storage.read(failing(1, OSError(code, "no")), lambda: "record 3")
     assert not slept
 

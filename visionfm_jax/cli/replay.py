@@ -32,7 +32,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     host, hosts = jax.process_index(), jax.process_count()
     folder = Path(config.folder)
     if not (folder / SUBFOLDER).is_dir():
-        raise ConfigError(f"config.workdir = {config.folder!r}: holds no run; name the folder of the step's run")
+        raise ConfigError(f"config.workdir = {config.folder!r}: contains no run; name the folder of the run")
     refuse_links(folder)
     settings = settings_files(folder, 0, max(step, 0))[-1]
     config, taken = with_settings(config, folder, settings)

@@ -78,11 +78,11 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
         if damage.damaged:
             say(
-                f"  {damage.damaged} samples of the run were of damaged records, {damage.records} different ones since "
-                "this start; the next ones took their places"
+                f"  {damage.damaged} samples of the run were damaged ({damage.records} different records since this "
+                "start) and were replaced by the next readable ones"
             )
         if damage.truncated:
-            say(f"  {damage.truncated} of {damage.captions} captions were too long and cut")
+            say(f"  {damage.truncated} of {damage.captions} captions were too long and were truncated")
         if host == 0 and (metrics := read_metrics(folder.path)):
             last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
             say(summary(folder.path, config, evals, last, int(state.step), metrics))

@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         if not word.startswith("-"):
-            return f"unexpected argument {shown(word)}: every argument starts with -- and has its value behind ="
+            return f"unexpected argument {shown(word)}: arguments have the form --NAME=VALUE"
         name = word.partition("=")[0]
         options = [o for o in self._option_string_actions if o.startswith("--")]
         near = difflib.get_close_matches(f"--{name.lstrip('-')}", options, n=1, cutoff=0.6)

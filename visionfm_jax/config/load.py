@@ -81,7 +81,7 @@ def load_file(spec: str) -> Config:
         raise
     except BaseException as error:  # whatever the file does wrong is the user's to see in one line
         raise ConfigError(
-            f"--config={spec}: {_line(error, module_spec.origin)}{type(error).__name__}: {_text(error)}; mend the file"
+            f"--config={spec}: {_line(error, module_spec.origin)}{type(error).__name__}: {_text(error)}; fix the file"
         ) from error
     return config
 
@@ -241,7 +241,9 @@ def _set(config: Config, name: str, text: str | None) -> None:
         raise ConfigError(f"--config.{name}: has no value; write --config.{name}=VALUE")
     if Ellipsis in typing.get_args(kind) and dataclasses.is_dataclass(typing.get_args(kind)[0]):
         if text.replace(" ", "") != "()":
-            raise ConfigError(f"--config.{name}={_beginning(text)}: a flag can empty it by (), only a file can fill it")
+            raise ConfigError(
+                f"--config.{name}={_beginning(text)}: a flag can only set it to (); set other values in the file"
+            )
         now = ()
     try:
         setattr(holder, leaf, _parse("true" if text is None else text, kind))

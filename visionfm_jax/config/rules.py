@@ -68,7 +68,7 @@ def _checkpoint_problems(c: Config) -> list[Problem]:
         for leaf in of_weights:
             if value := getattr(c.checkpoint, leaf):
                 out.append(
-                    (f"checkpoint.{leaf}", value, "is of checkpoint.weights, which is empty", "name the weights")
+                    (f"checkpoint.{leaf}", value, "has no effect without checkpoint.weights", "name the weights")
                 )
     if c.checkpoint.keep_best and not c.checkpoint.best_metric:
         out.append(("checkpoint.best_metric", "", "is needed by checkpoint.keep_best", 'set e.g. "val/top1"'))
@@ -78,7 +78,7 @@ def _checkpoint_problems(c: Config) -> list[Problem]:
 def _model_problems(c: Config) -> list[Problem]:
     """Of the model, the task, and whether they fit."""
     if not isinstance(c.model, c.task.model_class):
-        rule, fits = f"is no model for task = {type(c.task).__name__}", c.task.model_class.__name__
+        rule, fits = f"cannot be trained by task = {type(c.task).__name__}", c.task.model_class.__name__
         return [("model", type(c.model).__name__, rule, f"set model to a {fits}")]
     out = c.model.problems("model")
     for name, network in c.model.networks().items():
@@ -103,7 +103,7 @@ def _length_problems(c: Config) -> list[Problem]:
         remedy = "set the number of training images, or train.steps"
         return [("data.num_examples", c.data.num_examples, rule, remedy)]
     if c.total_steps < 1:
-        rule = f"gives not one step of train.batch_size = {c.train.batch_size}, as data.num_examples = "
+        rule = f"gives less than one step of train.batch_size = {c.train.batch_size}, as data.num_examples = "
         return [("train.epochs", c.train.epochs, f"{rule}{c.data.num_examples}", "raise it, or set train.steps")]
     if c.total_steps > STEPS.high:
         rule = f"gives {c.total_steps} steps, more than {STEPS.high} ({STEPS.why})"
@@ -156,7 +156,7 @@ def device_problems(c: Config, devices: int, hosts: int) -> list[Problem]:
             ("parallel.replicas", c.parallel.replicas, f"must divide the {devices} devices", f"the nearest is {near}")
         )
     if c.parallel.stage and c.parallel.replicas == devices > 1:
-        rule = f"leaves one device a replica, over which parallel.stage = {c.parallel.stage} cannot shard"
+        rule = f"leaves one device per replica, so that parallel.stage = {c.parallel.stage} cannot shard"
         out.append(("parallel.replicas", c.parallel.replicas, rule, "set parallel.stage to 0, or fewer replicas"))
     batches = [
         (
@@ -183,7 +183,7 @@ def device_problems(c: Config, devices: int, hosts: int) -> list[Problem]:
                 "parallel",
                 c.parallel,
                 f"{devices} devices must spread evenly over {hosts} hosts",
-                "start as many per host",
+                "start the same number on every host",
             )
         )
     return out

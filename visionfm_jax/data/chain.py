@@ -65,8 +65,9 @@ class Chain:
         """What is done, for people, in a line."""
         names = [type(t).__name__ for t in self.transforms] or ["whole image, resized"]
         return (
-            f"{', '.join(names)}; JPEG decoded at 1/8, 1/4, 1/2 or all of its size, as the result needs, and resized "
-            "once by OpenCV (bilinear; area average from a half down); evaluation decodes all, resized by Pillow"
+            f"{', '.join(names)}; JPEGs are decoded at 1/8, 1/4, 1/2 or full size, as needed, and resized "
+            "once by OpenCV (bilinear; area averaging at half the size or less); "
+            "evaluation decodes at full size and resizes by Pillow"
         )
 
     def check(self) -> None:

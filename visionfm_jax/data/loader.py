@@ -259,8 +259,8 @@ class DamageLog:
         if self.truncated >= self._tell:
             self._tell = 10 ** len(str(self.truncated))
             logging.warning(
-                "%d of %d captions so far were longer than %d tokens and lost their ends; model.text.context sets how "
-                "many are read",
+                "%d of %d captions so far were longer than %d tokens and were truncated; model.text.context sets the "
+                "limit",
                 self.truncated, self.captions, text.shape[1],
             )  # fmt: skip
 
@@ -271,7 +271,7 @@ class DamageLog:
             if (source, damaged) not in self._known:
                 self._known.add((source, damaged))
                 logging.warning(
-                    "%s: record %s is damaged (sample %d of the run); the next readable one takes its place",
+                    "%s: record %s is damaged (sample %d of the run); the next readable record replaces it",
                     dataset.name, dataset.key(damaged), sample,
                 )  # fmt: skip
 

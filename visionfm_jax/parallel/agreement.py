@@ -60,9 +60,9 @@ def require_same(value: Any, field: str) -> None:
       StorageError: they differ.
     """
     other = from_first(lambda: value) != value
-    text = f"config.{field}: process {jax.process_index()} sees something else there than process 0" if other else ""
+    text = f"config.{field}: process {jax.process_index()} sees other values than process 0" if other else ""
     if text := first_text(text):
-        raise StorageError(f"{text}; see that all hosts show the same files, then start the same command again")
+        raise StorageError(f"{text}; make sure that all hosts see the same files, then start the same command again")
 
 
 def _key() -> str:

@@ -206,7 +206,7 @@ class Peers:
             return
         self.ending = True
         if self._pause > SILENCE / 2:  # they have counted from the last sign of life
-            text = f"this process stood still for {self._pause:.0f} s, and the others have ended without it"
+            text = f"this process was suspended for {self._pause:.0f} s, and the others have ended meanwhile"
         if self.process == 0:
             for link in self._links.values():
                 link.send(end=code, text=text)

@@ -89,7 +89,7 @@ class MultimodalConfig(TaskConfig):
         image, out = run.model.image, []
         weights = ("masked_image", "contrastive", "captioning", "masked_language")
         if not sum(getattr(self, name) for name in weights):
-            out.append(("task", dict.fromkeys(weights, 0.0), "the weights sum to nothing", "set one, e.g. captioning"))
+            out.append(("task", dict.fromkeys(weights, 0.0), "all loss weights are 0", "set one, e.g. captioning"))
         if min(self.pair_ratio) < 1:
             rule = "needs samples with captions and without"
             out.append(("task.pair_ratio", self.pair_ratio, rule, "set (3, 1)"))
@@ -110,8 +110,8 @@ class MultimodalConfig(TaskConfig):
         text, tokenizer = run.model.text, open_tokenizer(self.tokenizer)
         if tokenizer.mask is None:
             raise ConfigError(
-                f"config.task.tokenizer = {tokenizer.name!r}: has no mask token, which stands for the words to guess; "
-                "make one that has by `python -m visionfm_jax.data.tokenizer train`"
+                f"config.task.tokenizer = {tokenizer.name!r}: has no mask token; train a tokenizer that has one "
+                "by `python -m visionfm_jax.data.tokenizer train`"
             )
         if tokenizer.vocab_size != text.vocab_size:
             raise ConfigError(

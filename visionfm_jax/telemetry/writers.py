@@ -77,7 +77,7 @@ class MetricWriter:
             try:
                 self._events.write(step, values)
             except OSError as error:
-                self._note(f"tensorboard: {error.strerror}; its events end here, {FILE} goes on")
+                self._note(f"tensorboard: {error.strerror}; no further events are written; {FILE} goes on")
                 self._events = None
 
     def _append(self) -> None:

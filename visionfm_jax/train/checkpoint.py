@@ -294,7 +294,7 @@ class Checkpoints:
             if damage:
                 older = steps[i + 1 :]
                 if self._config.on_damage == "stop" or not older:
-                    remedy = "there is no older one beside it"
+                    remedy = "there is no older one"
                     if older:
                         remedy = f"move it away to continue from step {older[0]}, or set config.checkpoint.on_damage="
                         remedy += '"older"'
@@ -464,7 +464,7 @@ def _plain_errors(doing: str, *, reading: bool = False) -> Iterator[None]:
         if reading:
             raise DamagedError(f"{doing} is damaged: {cause[:200]}") from error
         if storage.is_full(cause):
-            cause = "the disk is full; free space and start again: the checkpoints before are whole"
+            cause = "the disk is full; free space and start again: earlier checkpoints are intact"
         raise CheckpointError(f"{doing}: {cause[:200]}") from error
 
 

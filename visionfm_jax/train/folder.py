@@ -31,7 +31,7 @@ class RunFolder:
     """Holds FOLDER for this process until closed; the lock dies with the process, however it dies.
 
     Raises:
-      UserError: another run is in there, or the folder cannot be made.
+      UserError: another run is using there, or the folder cannot be made.
     """
 
     def __init__(self, config: Config, *, owner: bool):
@@ -61,7 +61,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another run is in {self.path}; wait for it, or set config.workdir") from error
+            raise UserError(f"another run is using {self.path}; wait for it, or set config.workdir") from error
 
     def keep(
         self, new: Provenance, step: int, begun_in: str | Path, weights: dict[str, Any] | None = None

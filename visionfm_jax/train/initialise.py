@@ -80,10 +80,10 @@ class Found(NamedTuple):
     def origin(self) -> str:
         """For people."""
         lines = [f"the weights of {self.name}", *self.notes]
-        lines.append(f"{len(self.fit.taken) + len(self.fit.resampled)} arrays taken")
+        lines.append(f"{len(self.fit.taken) + len(self.fit.resampled)} arrays loaded")
         lines += [f"resampled: {_dots(path)}, {how.what}" for path, how in self.fit.resampled.items()]
-        lines += [f"begins afresh: {some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
-        lines += [f"not taken: {some(names)} ({why})" for why, names in self.fit.left.items()]
+        lines += [f"newly initialised: {some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
+        lines += [f"not loaded: {some(names)} ({why})" for why, names in self.fit.left.items()]
         return _below(lines)
 
 
@@ -206,7 +206,7 @@ def _of_file(trainer: Trainer) -> Found:
     state = {name.removeprefix(below): value for name, value in weights.tensors.items() if name.startswith(below)}
     if not state:
         raise ConfigError(
-            f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} begins so, but "
+            f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} has this prefix; there are "
             f"{some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
         )
     try:
@@ -240,8 +240,8 @@ def _about(config: CheckpointConfig, file: Path) -> dict[str, Any] | str:
     if (found := files.about(file)) is not None:
         return found
     raise ConfigError(
-        f"{file}: has no config.json beside it, and names do not tell heads, pooling, activation and the epsilon of "
-        "norms; set config.checkpoint.weights_config to that file, to the timm architecture, or, if config.model is "
+        f"{file}: has no config.json next to it, and names do not determine heads, pooling, activation and the epsilon "
+        "of norms; set config.checkpoint.weights_config to that file, to the timm architecture, or, if config.model is "
         f'the network that was trained, to "{AS_MODEL}"'
     )
 
@@ -334,7 +334,7 @@ def match(
         what = "; ".join(f"{why}: {some(names)}" for why, names in problems.items()) or "nothing is taken"
         raise ConfigError(
             f"config.checkpoint.weights = {source}: do not fit the model: {what}; set the fields of config.model or "
-            "config.checkpoint.weights_into, or list in config.checkpoint.skip what shall not be taken"
+            "config.checkpoint.weights_into, or list in config.checkpoint.skip what should not be loaded"
         )
     return fit
 

@@ -79,7 +79,7 @@ def read_provenance(folder: Path, settings: Path | None = None) -> Provenance:
       ConfigError: one is damaged.
       DataError, StorageError: one cannot be read.
     """
-    compared = "move it away to continue, and see yourself that the settings are those of before"
+    compared = "move it away to continue, and make sure that the settings are unchanged"
     settings = _read(settings or folder / SETTINGS, {"config": dict}, compared)
     parts = {"order": list, "grain": str, "tokenizer": str, "sources": list}
     return Provenance(settings, _read(folder / DATA, parts, _anew(folder)))
@@ -180,7 +180,7 @@ def changes(old: Provenance, new: Provenance, folder: Path) -> list[str]:
             name = change.partition(":")[0]
             if re.fullmatch(r"(model|task)(\..*)?\.kind", name):
                 raise ConfigError(
-                    f"config.{change}: the run in {folder} has learned with another; name the configuration that it "
+                    f"config.{change}: the run in {folder} was trained with another; name the configuration that it "
                     "was started with, or start in another config.workdir"
                 )
             if name in FIXED or (name.startswith("data.train") and not name.endswith(PATHS)):
@@ -204,12 +204,12 @@ def _refuse_other_data(old: dict[str, Any], new: Provenance, folder: Path) -> No
         if then != now:
             raise DataError(
                 f"config.data.train[{i}] = {config['kind']} {config['path']}: not the data that the run in {folder} "
-                f"has learned from: {_difference(then, now)}; put them back, or {_anew(folder)}"
+                f"was trained on: {_difference(then, now)}; restore them, or {_anew(folder)}"
             )
     if old["tokenizer"] != new.data["tokenizer"]:
         raise DataError(
             f"config.task.tokenizer = {new.settings['config']['task']['tokenizer']!r}: not the one that the run in "
-            f"{folder} has learned with; put it back, or {_anew(folder)}"
+            f"{folder} was trained with; restore it, or {_anew(folder)}"
         )
 
 
@@ -218,8 +218,8 @@ def _refuse_other_order(old: dict[str, Any], new: Provenance, folder: Path) -> N
         return
     cause = f"Grain {old['grain']} shuffled then, {new.data['grain']} does now" if old else "an older release shuffled"
     raise ConfigError(
-        f"the samples of the run in {folder} came in another order ({cause}); finish it with the versions that it "
-        f"began with, or {_anew(folder)}"
+        f"the samples of the run in {folder} had another order ({cause}); finish it with the versions that it "
+        f"was started with, or {_anew(folder)}"
     )
 
 

@@ -39,7 +39,7 @@ def refused(capsys, main, *words):
         ([QUICK, "--wat"], "no argument '--wat'; see python -m visionfm_jax.main --help"),
         (
             [QUICK, "optim.lr=1"],
-            "unexpected argument 'optim.lr=1': every argument starts with -- and has its value behind =",
+            "unexpected argument 'optim.lr=1': arguments have the form --NAME=VALUE",
         ),
         ([QUICK, "--config.optim.rl=1"], "--config.optim.rl: no such field; did you mean optim.lr"),
     ],

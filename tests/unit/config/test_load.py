@@ -169,12 +169,12 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("def get_config(variant=''):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero; mend the file"),
-        ("import sys\nsys.exit(3)", "line 2: SystemExit: 3; mend the file"),
-        ("import sys\n\nsys.exit()", "line 3: SystemExit: no reason given; mend the file"),
+        ("def get_config(variant=''):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero; fix the file"),
+        ("import sys\nsys.exit(3)", "line 2: SystemExit: 3; fix the file"),
+        ("import sys\n\nsys.exit()", "line 3: SystemExit: no reason given; fix the file"),
         ("x = 1\n\ndef get_config(:", "line 3: SyntaxError: invalid syntax"),
         ("def get_config(variant=''):\n    return get_config()", "line 2: RecursionError: maximum recursion depth"),
-        (ODD + "raise Odd", "line 3: Odd: its text cannot be had (Odd); mend the file"),
+        (ODD + "raise Odd", "line 3: Odd: its text cannot be had (Odd); fix the file"),
         ("raise GeneratorExit('a\\nb\\x1b[31m')", "line 1: GeneratorExit: a b"),
         ("import json\njson.loads('{')", "line 2: JSONDecodeError: Expecting property name"),
         ("from visionfm_jax.errors import CheckpointError\nraise CheckpointError('x')", "line 2: CheckpointError: x"),

@@ -50,7 +50,7 @@ def test_derived_quantities():
         ("model.pos_image_size", (224, 225), ["multiple of model.patch_size = 14", "nearest is 224"]),
         ("model.pool", "max", ["gap, norm_gap, cls, cls_gap, map"]),
         ("model.pos_image_size", 225, ["multiple of model.patch_size = 14", "nearest is 224"]),
-        ("model.pos_embed", "none", ["leaves the patches without places", "rope_theta to 100"]),
+        ("model.pos_embed", "none", ["leaves the patches without positions", "rope_theta to 100"]),
         ("model.pos_embed", "all", ["model.registers = 0", "set it to class"]),
         ("model.rope_theta", 0.5, ["0 or [1, 1e+06]"]),
         ("model.remat", "some", ["none, attention, dots, full"]),
@@ -97,7 +97,7 @@ def test_a_task_needs_its_model_and_a_gallery_paths():
     config.evals = (RetrievalConfig(source=TfdsConfig(path="y"), gallery=(TfdsConfig(),)),)
     with pytest.raises(ConfigError) as error:
         config.validate()
-    assert "config.model = 'ViTConfig': is no model for task = ContrastiveConfig; set model to a Clip" in str(
+    assert "config.model = 'ViTConfig': cannot be trained by task = ContrastiveConfig; set model to a Clip" in str(
         error.value
     )
     assert "config.evals[0].gallery[0].path" in str(error.value)
@@ -126,7 +126,7 @@ def pairs() -> Config:
         ("model.text.context", 2, ["[3, 16384]"]),
         ("task.loss", "hinge", ["softmax, sigmoid"]),
         ("task.mixup", -1.0, ["0 or [0.001, 100]"]),
-        ("checkpoint.weights_into", "image", ["is of checkpoint.weights, which is empty"]),
+        ("checkpoint.weights_into", "image", ["has no effect without checkpoint.weights"]),
     ],
 )
 def test_a_broken_rule_of_pairs(name, value, words):
@@ -166,7 +166,7 @@ def test_some_loss_has_weight():
     config.task.masked_image = config.task.contrastive = config.task.captioning = 0.0
     config.validate()
     config.task.masked_language = 0.0
-    with pytest.raises(ConfigError, match="the weights sum to nothing; set one"):
+    with pytest.raises(ConfigError, match="all loss weights are 0; set one"):
         config.validate()
 
 
@@ -233,7 +233,7 @@ def test_fields_of_a_vit_that_make_no_sense_together():
     config = good()
     config.model.pos_embed, config.model.rope_theta = "none", 100.0
     config.validate()
-    assert_refused(config, "model.pos_image_size", 224, ["pos_embed = none has no table", "set it to 0"])
+    assert_refused(config, "model.pos_image_size", 224, ["pos_embed = none has no position table", "set it to 0"])
     config = good()
     config.model.activation = "swiglu"
     config.validate()

@@ -128,7 +128,7 @@ def test_a_list_names_no_file_outside_of_its_folder(coco, name):
     content["images"][0]["file_name"] = name
     path.write_text(json.dumps(content))
     message = error_of("coco_captions", coco, "train2017")
-    assert message.endswith("is no file of this folder; mend the list of images")
+    assert message.endswith("is no file of this folder; fix the list of images")
     assert message.isprintable()
 
 

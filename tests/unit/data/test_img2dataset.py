@@ -106,7 +106,7 @@ def test_a_tar_cut_short_is_told_by_key(folder, tmp_path):
         file.truncate(picture.offset_data + picture.size // 2)
     source = opened(tmp_path)
     assert source.report()["cut"] == [keys[place]]
-    assert f"1 of 3 tars are cut short, at {keys[place]}; the whole pairs before are used" in source.report_lines()
+    assert f"1 of 3 tars are truncated, at {keys[place]}; the complete pairs before are used" in source.report_lines()
     left = [source.key(i) for i in range(len(source))]
     assert left == keys[:place] + [key for key in keys if key.startswith("00002/")]
 

@@ -194,7 +194,7 @@ def test_tars_without_their_captions(tmp_path):
     assert list(source) == [{"image": picture(1)}, {"image": picture(2)}]
     assert source.report()["skipped"] == {
         "files whose name begins with a dot or has no extension": {"count": 1, "first": ["00000/3"]},
-        ".txt files, which are not read as pictures": {"count": 1, "first": ["00000/4"]},
+        ".txt files, which are not read as images": {"count": 1, "first": ["00000/4"]},
     }
     assert len(opened("tars", tmp_path)) == 1  # an index of its own
     message = error_of("tars", tmp_path, caption_key="", selection="good.pairs")
@@ -202,14 +202,14 @@ def test_tars_without_their_captions(tmp_path):
     (tmp_path / "00000.tar").write_bytes(tar_bytes({"4.txt": b"no picture"}))
     message = error_of("tars", tmp_path, caption_key="")
     assert message.endswith(
-        "holds no picture; left out: 1 .txt files, which are not read as pictures: 00000/4; set path"
+        "contains no image; left out: 1 .txt files, which are not read as images: 00000/4; set path"
     )
 
 
 def test_tars_that_do_not_fit(tmp_path):
     folder = write_tars(tmp_path / "tars", tars=1)
     message = error_of("tars", folder, caption_key="long")
-    assert "holds no picture with a caption .long; left out: 4 pictures without a caption: 00000/0000" in message
+    assert "contains no image with a caption .long; left out: 4 images without a caption: 00000/0000" in message
     assert message.endswith("; set caption_key or path")
     assert "selection none.pairs: no such file; make it with" in error_of("tars", folder, selection="none.pairs")
     (folder / "00000.tar").write_bytes(tar_bytes(members(0, 2))[:100])

@@ -292,7 +292,7 @@ def test_a_run_says_what_it_does_to_images():
     said = str(Chain((RandomResizedCrop(), Flip()), 224))
     assert said.startswith("RandomResizedCrop, Flip; JPEG decoded at 1/8")
     assert "resized once by OpenCV" in said
-    assert "evaluation decodes all, resized by Pillow" in said
+    assert "evaluation decodes at full size and resizes by Pillow" in said
 
 
 def test_images_need_not_be_square():

@@ -346,7 +346,7 @@ def test_folder_counts_and_names_what_it_does_not_read(folder, caplog):
     assert [source.key(i) for i in range(3)] == ["ant/a.jpg", "ant/b.JPEG", "ant/link.jpg"]
     lines = {r.message.partition("left out: ")[2] for r in caplog.records if "left out" in r.message}
     found = "\n".join(sorted(line.partition(":")[0] for line in lines))
-    assert "2 links that lead nowhere" in found
+    assert "2 broken links" in found
     assert sum(int(line.split()[0]) for line in lines) == 9 + 2 + 1 + 1 + 1 + 2  # also readme.txt and ._a.jpg
     assert len(lines) == 11
     assert all("\n" not in line for line in lines)
@@ -368,7 +368,7 @@ def test_folder_reads_the_formats_whose_suffixes_it_knows(folder, suffix, form):
 def test_folder_refuses_a_class_that_leads_nowhere(folder, target):
     (folder / "train/dog").symlink_to(target)
     message = error_of("folder", folder)
-    assert message.endswith("/train/dog: is a link that leads nowhere; mend it, or remove it")
+    assert message.endswith("/train/dog: is a broken link; fix or remove it")
 
 
 def test_folder_refuses_a_class_that_it_may_not_read(folder, monkeypatch, caplog):
@@ -383,7 +383,7 @@ def test_folder_refuses_a_class_that_it_may_not_read(folder, monkeypatch, caplog
     locked = "train/bee"
     message = error_of("folder", folder)
     assert "cannot be read: [Errno 13] Permission denied: " in message
-    assert message.endswith("train/bee'; bring the file back or give this user access, then start again")
+    assert message.endswith("train/bee'; restore the file or give this user access, then start again")
     locked = "/lost+found"
     (folder / "lost+found").mkdir()
     logging.get_absl_logger().propagate = True

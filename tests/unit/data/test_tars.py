@@ -95,7 +95,7 @@ def test_members_may_come_in_any_order_and_kind(tmp_path):
     assert keys(source)[:2] == ["x/dir/a", "x/dir/b"]
     assert source.report()["skipped"] == {
         tar_index.NO_PICTURE: {"count": 1, "first": ["x/dir/lonely"]},
-        ".md files, which are not read as pictures": {"count": 1, "first": ["x/readme"]},
+        ".md files, which are not read as images": {"count": 1, "first": ["x/readme"]},
     }
 
 
@@ -127,7 +127,7 @@ def test_pictures_without_a_caption_are_left_out_and_named(folder, caplog):
         tar_index.EMPTY: {"count": 3, "first": ["00003/000000303", "00003/000000304", "00003/000000309"]},
         tar_index.NOT_UTF8: {"count": 1, "first": ["00003/000000306"]},
     }
-    assert "left out: 1 pictures with a caption that is not UTF-8: 00003/000000306" in caplog.text
+    assert "left out: 1 images with a caption that is not UTF-8: 00003/000000306" in caplog.text
 
 
 def ends(files: dict[str, bytes]) -> dict[str, tuple[int, int]]:
@@ -159,7 +159,7 @@ def test_a_cut_tar_gives_the_whole_pairs_before(folder, member, where, left, key
     assert [source[12 + i]["image"] for i in range(left)] == [picture(300 + i) for i in range(left)]
     assert source.report()["cut"] == [f"00003/{key}"]
     assert source.report()["skipped"] == {}
-    assert f"1 of 4 tars are cut short, at 00003/{key}" in caplog.text
+    assert f"1 of 4 tars are truncated, at 00003/{key}" in caplog.text
 
 
 def test_damage_within_and_files_that_are_no_tars_are_told(folder):
@@ -441,15 +441,15 @@ def test_what_leaves_a_pair_open_is_left_out_and_named(tmp_path, caplog):
     logging.get_absl_logger().propagate = True
     source = TarPairs(str(tmp_path))
     assert keys(source) == ["x/0"]
-    other = {f".{kind} files, which are not read as pictures": 1 for kind in ("v2.jpg", "mask.png", "heic")}
-    other |= {f".kind{i} files, which are not read as pictures": 1 for i in range(5)}
+    other = {f".{kind} files, which are not read as images": 1 for kind in ("v2.jpg", "mask.png", "heic")}
+    other |= {f".kind{i} files, which are not read as images": 1 for i in range(5)}
     expected = {
         tar_index.SEVERAL: 3, tar_index.NO_PICTURE: 1, tar_index.NO_KEY: 1, tar_index.NO_FILE: 1, tar_index.OTHER: 7,
     }  # fmt: skip
     skipped = source.report()["skipped"]
     assert {reason: found["count"] for reason, found in skipped.items()} == expected | other
     assert skipped[tar_index.SEVERAL]["first"] == ["x/twice", "x/text twice", "x/two kinds"]
-    assert "left out: 1 .heic files, which are not read as pictures: x/phone" in caplog.text
+    assert "left out: 1 .heic files, which are not read as images: x/phone" in caplog.text
 
 
 def test_names_with_control_characters_stay_in_one_line(tmp_path, caplog):
@@ -457,12 +457,12 @@ def test_names_with_control_characters_stay_in_one_line(tmp_path, caplog):
     (tmp_path / "x.tar").write_bytes(tar_bytes({f"{name}.jpg": picture(1), "d.jpg": picture(2), "d.txt": b"d"}))
     logging.get_absl_logger().propagate = True
     TarPairs(str(tmp_path))
-    assert "left out: 1 pictures without a caption: x/a\\nb\\x00c\\x1b[31m\u00e9" in caplog.text
+    assert "left out: 1 images without a caption: x/a\\nb\\x00c\\x1b[31m\u00e9" in caplog.text
 
 
 def test_a_tar_that_leads_nowhere_is_refused(folder):
     (folder / "00007.tar").symlink_to(folder / "gone")
-    with pytest.raises(DataError, match=r"00007\.tar: is a link that leads nowhere .*; mend it, or remove it"):
+    with pytest.raises(DataError, match=r"00007\.tar: is a broken link .*; fix or remove it"):
         TarPairs(str(folder))
     (folder / "00007.tar").unlink()
     (folder / "notes").symlink_to("notes")

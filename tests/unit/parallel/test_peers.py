@@ -88,7 +88,7 @@ def test_the_lost_process_is_named_by_all_others(start, lost, number, words):
             ends(process, 71, f"process {lost} on {HOST} {words}")
     if number == signal.SIGSTOP:  # woken, it does not accuse the others
         run[lost].send_signal(signal.SIGCONT)
-        ends(run[lost], 71, "this process stood still for ")
+        ends(run[lost], 71, "this process was suspended for ")
 
 
 @pytest.mark.parametrize("failing", [0, 2])

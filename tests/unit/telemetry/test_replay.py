@@ -187,7 +187,7 @@ def test_a_step_that_there_is_not_is_refused(tmp_path, step, line):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     config = load.load_file("configs/vit_huge.py:tiny")
     config.workdir = str(tmp_path)
-    with pytest.raises(ConfigError, match=r"holds no run; name the folder of the step's run$"):
+    with pytest.raises(ConfigError, match=r"contains no run; name the folder of the run$"):
         replay.replay(config, 3, Watchdog(0, folder=config.workdir))
 
 

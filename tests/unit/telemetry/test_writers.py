@@ -173,7 +173,7 @@ def test_a_full_disk_ends_tensorboard_and_nothing_else(tmp_path):
             for step in range(2, 12):
                 writer.write(step, {f"loss{i}": 1.0 for i in range(3)})
     assert len(read_metrics(tmp_path)) == 11
-    assert "tensorboard: File too large; its events end here, metrics.jsonl goes on" in notes
+    assert "tensorboard: File too large; no further events are written; metrics.jsonl goes on" in notes
 
 
 def test_tensorboard_gets_scalars_and_a_purge_after_resume(tmp_path):

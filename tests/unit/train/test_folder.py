@@ -34,7 +34,7 @@ def config_in(folder) -> Config:
 def test_one_owner_at_a_time(tmp_path):
     config = config_in(tmp_path / "deep" / "run")
     with RunFolder(config, owner=True) as folder:
-        with pytest.raises(UserError, match=r"another run is in .*; wait for it, or set config\.workdir"):
+        with pytest.raises(UserError, match=r"another run is using .*; wait for it, or set config\.workdir"):
             RunFolder(config, owner=True)
         RunFolder(config, owner=False).close()  # the other processes of the same run
         assert folder.path.is_dir()

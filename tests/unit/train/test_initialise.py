@@ -98,7 +98,7 @@ def test_a_file_is_placed_as_zero_stores_it(source):
     lines = start.origin.splitlines()
     assert lines[0] == f"the weights of {folder}/model.safetensors"
     assert lines[1].strip().startswith("timm vit_tiny_patch16_224, 32 tensors, sha256 model.safetensors ")
-    assert [line.strip() for line in lines[2:]] == ["20 arrays taken"]
+    assert [line.strip() for line in lines[2:]] == ["20 arrays loaded"]
     assert start.weights["sha256"].keys() == {"model.safetensors"}
     found = weights_to_evaluate(trainer)
     np.testing.assert_array_equal(found.params["norm"]["scale"], params["norm"]["scale"])
@@ -121,9 +121,9 @@ def test_features_are_the_sources_at_another_resolution_with_other_classes(sourc
     np.testing.assert_array_equal(params_here["head"]["kernel"], fresh.params["head"]["kernel"])
     said = [line.strip() for line in found.origin.splitlines()]
     assert said[2:] == [
-        "18 arrays taken",
+        "18 arrays loaded",
         "resampled: pos_embed, 4 x 4 to 8 x 8 positions (bicubic_antialias)",
-        "begins afresh: head.bias, head.kernel (10 classes there, 7 here)",
+        "newly initialised: head.bias, head.kernel (10 classes there, 7 here)",
     ]
 
 
@@ -142,7 +142,10 @@ def test_another_patch_size_too(source, other):
     [
         ({"weights_config": "vit_base_patch16_224"}, r"num_heads is 12, but config\.model\.heads makes it 3"),
         ({"weights_config": "/no/config.json"}, r"weights_config = '/no/config\.json': is neither a file nor"),
-        ({"weights_from": "backbone"}, r"weights_from = 'backbone': no name in .* begins so, but blocks, cls_token"),
+        (
+            {"weights_from": "backbone"},
+            r"weights_from = 'backbone': no name in .* has this prefix; there are blocks, cls_token",
+        ),
         ({"weights_into": "image"}, r"weights_into = 'image': timm weights are .* and this is no part; set it to ''"),
         ({"skip": ("pos_embed", "norm")}, None),
     ],
@@ -151,8 +154,8 @@ def test_fields(source, other, settings, says):
     trainer = on(other, weights=str(source[0] / "model.safetensors"), **settings)
     if says is None:
         origin = find_weights(trainer).origin
-        assert "begins afresh: norm.bias, norm.scale, pos_embed (listed in checkpoint.skip)" in origin
-        assert "not taken: norm.bias, norm.weight, pos_embed (listed in checkpoint.skip)" in origin
+        assert "newly initialised: norm.bias, norm.scale, pos_embed (listed in checkpoint.skip)" in origin
+        assert "not loaded: norm.bias, norm.weight, pos_embed (listed in checkpoint.skip)" in origin
         return
     with pytest.raises(ConfigError, match=says) as error:
         find_weights(trainer)
@@ -162,7 +165,7 @@ def test_fields(source, other, settings, says):
 def test_a_file_alone_asks_for_what_names_do_not_tell(source, other, tmp_path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes((source[0] / "model.safetensors").read_bytes())
-    with pytest.raises(ConfigError, match=r"has no config\.json beside it, and names do not tell heads"):
+    with pytest.raises(ConfigError, match=r"has no config\.json next to it, and names do not determine heads"):
         find_weights(on(other, weights=str(file)))
     for given in ("model", "vit_tiny_patch16_224", str(source[0] / "config.json")):
         assert find_weights(on(other, weights=str(file), weights_config=given)).fit.taken

@@ -191,7 +191,7 @@ def test_settings_of_releases_with_one_class_for_all_kinds_continue(kept, pictur
 def test_another_model_or_task_is_refused(pictures, tmp_path):
     old = provenance(config_of(pictures))
     for part, other, line in (
-        ("model", SwinV2Config(), "config.model.kind: ViTConfig -> SwinV2Config: the run in .* has learned"),
+        ("model", SwinV2Config(), "config.model.kind: ViTConfig -> SwinV2Config: the run in .* was trained"),
         ("task", ContrastiveConfig(tokenizer="clip"), "config.task.kind: ClassificationConfig -> ContrastiveConfig: "),
     ):
         config = config_of(pictures)
@@ -270,12 +270,12 @@ def test_another_order_is_refused(pictures, tmp_path, monkeypatch):
     before.data.shuffle = False
     unshuffled = provenance(before)
     monkeypatch.setattr(loader, "SHUFFLES", 1)
-    end = r"finish it with the versions that it began with, or start in another config\.workdir"
-    with pytest.raises(ConfigError, match=rf"in another order \(Grain \S+ shuffled then, \S+ does now\); {end}"):
+    end = r"finish it with the versions that it was started with, or start in another config\.workdir"
+    with pytest.raises(ConfigError, match=rf"had another order \(Grain \S+ shuffled then, \S+ does now\); {end}"):
         changes(old, provenance(config), tmp_path)
     assert changes(unshuffled, provenance(before), tmp_path) == []
     # A run of a release that kept the settings alone.
-    with pytest.raises(ConfigError, match=rf"in another order \(an older release shuffled\); {end}"):
+    with pytest.raises(ConfigError, match=rf"had another order \(an older release shuffled\); {end}"):
         changes(Provenance(old.settings, {}), provenance(config), tmp_path)
     assert changes(Provenance(unshuffled.settings, {}), provenance(before), tmp_path) == []
 
@@ -327,8 +327,8 @@ def test_settings_that_were_moved_away_are_not_compared_but_order_and_data_are(k
         f"{folder / SETTINGS} was not there: the settings were not compared"
     ]
     other = Provenance(new.settings, {**new.data, "order": new.data["order"][::-1]})
-    with pytest.raises(ConfigError, match="in another order"):
+    with pytest.raises(ConfigError, match="had another order"):
         changes(read_provenance(folder), other, folder)
     (folder / DATA).unlink()  # checkpoints alone
-    with pytest.raises(ConfigError, match="in another order"):
+    with pytest.raises(ConfigError, match="had another order"):
         changes(read_provenance(folder), new, folder)

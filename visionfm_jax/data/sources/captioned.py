@@ -65,7 +65,7 @@ class CaptionedFiles:
                 continue
             empty += [file] * (len(texts) - len(lines))
             if os.path.isabs(file) or ".." in file.split("/") or "\0" in file or not _encodable(file):
-                raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; mend the list of images")
+                raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; fix the list of images")
             files.append(os.fsencode(file))
             text += "\n".join(lines).encode("utf-8", "surrogatepass")
             ends.append(len(text))
@@ -135,7 +135,7 @@ def _encodable(name: str) -> bool:
 
 
 def _files(folder: str) -> list[str]:
-    """Names in a folder, without links that lead nowhere."""
+    """Names in a folder, without broken links."""
     with os.scandir(folder) as entries:
         return [e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)]
 

@@ -125,7 +125,7 @@ def find(config: SourceConfig, source: ImageFiles) -> Checksums | None:
     found = newest(config)
     if found is None:
         logging.warning(
-            "%s: its files have no checksums: a bit that turns on the disk may go unnoticed; %s makes them",
+            "%s: its files have no checksums, so a flipped bit may go unnoticed; %s makes them",
             source.name, COMMAND,
         )  # fmt: skip
         return None

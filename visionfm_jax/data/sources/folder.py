@@ -106,7 +106,7 @@ class FolderSource:
 def _why_no_image(entry: os.DirEntry[str]) -> str:
     """What an entry of a class folder is; empty: an image file."""
     if _leads_nowhere(entry):
-        return "links that lead nowhere"
+        return "broken links"
     if entry.is_dir():
         return "folders within class folders"
     if entry.name.startswith("."):
@@ -132,7 +132,7 @@ def _folders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
         seen = [e for e in entries if not e.name.startswith(".")]
     if lost := [e.name for e in seen if _leads_nowhere(e)]:
-        raise DataError(f"{printable(str(path / min(lost)))}: is a link that leads nowhere; mend it, or remove it")
+        raise DataError(f"{printable(str(path / min(lost)))}: is a broken link; fix or remove it")
     return sorted(e.name for e in seen if e.is_dir())
 
 

@@ -87,8 +87,8 @@ class Store:
         except OSError as error:
             if not entry.name.endswith(".tar"):  # nobody asks for it
                 return None
-            what = f"{self.path(printable(entry.name))}: is a link that leads nowhere ({error.strerror})"
-            raise DataError(f"{what}; mend it, or remove it") from error
+            what = f"{self.path(printable(entry.name))}: is a broken link ({error.strerror})"
+            raise DataError(f"{what}; fix or remove it") from error
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file.
@@ -212,7 +212,7 @@ def read_table(path: Path, dtype: Any, *, verify: bool, mapped: bool = True) -> 
         file.seek(size)
         text = file.read(length)
     if zlib.crc32(text) != text_crc:
-        raise ValueError("the file is damaged: its checksum is another")
+        raise ValueError("the file is damaged: its checksum differs")
     try:
         meta = json.loads(text)
     except RecursionError:
@@ -220,7 +220,7 @@ def read_table(path: Path, dtype: Any, *, verify: bool, mapped: bool = True) -> 
     if not isinstance(meta, dict):
         raise ValueError("the file does not say what it holds")
     if verify and zlib.crc32(array) != crc:
-        raise ValueError("the file is damaged: its checksum is another")
+        raise ValueError("the file is damaged: its checksum differs")
     return array, meta
 
 

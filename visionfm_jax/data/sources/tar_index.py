@@ -41,14 +41,14 @@ RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption"
 """Of a pair: where its contents begin, in blocks, how many bytes they have, and `checksum` of both; no caption is
 0 and 0."""
 
-NO_CAPTION = "pictures without a caption"
-EMPTY = "pictures with an empty caption"
-NOT_UTF8 = "pictures with a caption that is not UTF-8"
-NO_PICTURE = "captions without a picture"
-SEVERAL = "keys with several pictures or captions"
+NO_CAPTION = "images without a caption"
+EMPTY = "images with an empty caption"
+NOT_UTF8 = "images with a caption that is not UTF-8"
+NO_PICTURE = "captions without an image"
+SEVERAL = "keys with several images or captions"
 NO_KEY = "files whose name begins with a dot or has no extension"
 NO_FILE = "members that are links, or larger than 2 GiB"
-OTHER = "files of other kinds, and no picture of their key"
+OTHER = "files of other kinds, without an image of the same key"
 _KINDS = 8  # extensions that are counted by name, per tar; the others are counted together
 _NAMED = 3  # keys of what is left out that are kept, per tar and reason
 _VERSION = 2
@@ -334,7 +334,7 @@ def _read_caption(file: BinaryIO, member: tarfile.TarInfo) -> tuple[tuple[int, i
 
 def _count_other(skipped: dict[str, list[str]], kind: str, key: str) -> None:
     """Note a file that is neither a caption nor a picture, by its extension while these are few."""
-    reason = f".{printable(kind)} files, which are not read as pictures"
+    reason = f".{printable(kind)} files, which are not read as images"
     known = sum(name.startswith(".") for name in skipped)
     if len(kind) > 16 or (reason not in skipped and known == _KINDS):
         reason = OTHER

@@ -46,7 +46,7 @@ def open_tars(config: TarsConfig) -> TarPairs:
     if not len(source):
         why = "".join(f"; {line}" for line in source.report_lines())
         what, rule = (f" with a caption .{suffix}", "caption_key or path") if suffix else ("", "path")
-        raise DataError(f"{source.name}: holds no picture{what}{why}; set {rule}")
+        raise DataError(f"{source.name}: contains no image{what}{why}; set {rule}")
     return source
 
 
@@ -151,7 +151,9 @@ class TarPairs:
         if cut := report["cut"]:
             more = f" and {len(cut) - _NAMED} more" if len(cut) > _NAMED else ""
             count = f"{len(cut)} of {report['tars']} tars"
-            lines.append(f"{count} are cut short, at {', '.join(cut[:_NAMED])}{more}; the whole pairs before are used")
+            lines.append(
+                f"{count} are truncated, at {', '.join(cut[:_NAMED])}{more}; the complete pairs before are used"
+            )
         for reason, found in report["skipped"].items():
             lines.append(left_out(reason, found["count"], found["first"]))
         return lines

@@ -150,13 +150,13 @@ class ViTConfig(BackboneConfig):
         unit, why = (4, " whose channels rotary positions take in fours") if self.rope_theta else (1, "")
         out += heads_problems(name, size.width, size.heads, unit, why)
         if self.pos_image_size and self.pos_embed == "none":
-            rule = f"is of a position table, and {name}.pos_embed = none has no table"
+            rule = f"has no effect, as {name}.pos_embed = none has no position table"
             out.append((f"{name}.pos_image_size", self.pos_image_size, rule, "set it to 0"))
         elif self.pos_image_size:
             what = f"{name}.patch_size = {self.patch_size}"
             out += multiple_of(f"{name}.pos_image_size", self.pos_image_size, self.patch_size, what)
         if self.pos_embed == "none" and not self.rope_theta:
-            rule = f"leaves the patches without places, as {name}.rope_theta = 0"
+            rule = f"leaves the patches without positions, as {name}.rope_theta = 0"
             out.append((f"{name}.pos_embed", "none", rule, "set rope_theta to 100, or pos_embed to class"))
         if self.pool == "map" and self.activation == "swiglu":
             rule = f"has an MLP of two layers, and {name}.activation = swiglu needs three"
