@@ -110,6 +110,6 @@ def test_what_one_process_sees_or_finds_damaged_counts_for_all(tmp_path):
         "4 1 True [4.0]",
         "{'val/top1': 0.1} 4",
     ]
-    assert "config.data.train: process 1 sees other values than process 0; see that" in said[1][1]
+    assert "config.data.train: process 1 sees other values than process 0; make sure that" in said[1][1]
     for _, err in said:
         assert "Input/output error, 3 times in 0 s; check the storage, then start the same command again" in err

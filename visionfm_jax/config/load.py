@@ -60,7 +60,7 @@ def load_file(spec: str) -> Config:
         hint = f"did you mean {near[0]}?" if near else f"name a Python file, or one of {', '.join(shipped())}"
         raise ConfigError(f"--config={_beginning(path)}: no such file; {hint}")
     if not path.endswith(".py"):
-        raise ConfigError(f"--config={path}: is no Python file; name one of configs/*.py")
+        raise ConfigError(f"--config={path}: is not a Python file; name one of configs/*.py")
     module_spec = importlib.util.spec_from_file_location(MODULE, path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where a dataclass that the file defines looks for its types
@@ -108,7 +108,9 @@ def _check_groups(holder: Any, prefix: str = "") -> None:
         own = [copy.copy(item) for item in ((value if several else (value,)) if group else ())]
         for i, item in enumerate(own):
             if not (isinstance(item, group) and dataclasses.is_dataclass(item)):
-                raise ConfigError(f"{name}{f'[{i}]' * several}: is a {type(item).__name__}; set a {group.__name__}")
+                raise ConfigError(
+                    f"{name}{f'[{i}]' * several}: is of type {type(item).__name__}; set one of type {group.__name__}"
+                )
             _check_groups(item, f"{prefix}{field.name}{f'[{i}]' * several}.")
         if group:
             setattr(holder, field.name, tuple(own) if several else own[0])
@@ -249,7 +251,7 @@ def _set(config: Config, name: str, text: str | None) -> None:
         setattr(holder, leaf, _parse("true" if text is None else text, kind))
     except ValueError as error:
         what = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-        raise ConfigError(f"--config.{name}={_beginning(text)}: is no {what}; such as {now!r}") from error
+        raise ConfigError(f"--config.{name}={_beginning(text)}: is not of type {what}; e.g. {now!r}") from error
 
 
 def _at(config: Config, parts: Sequence[str]) -> Any:

@@ -48,7 +48,7 @@ def file_in(where: Path, field: str) -> Path:
         if where.name.endswith(SUFFIXES):
             return where
         known = ", ".join(SUFFIXES)
-        raise UserError(f"config.{field} = {str(where)!r}: is no file of weights by its name ({known}); name one")
+        raise UserError(f"config.{field} = {str(where)!r}: is not a weights file by its name ({known}); name one")
     found = [next((where / name for name in names if (where / name).is_file()), None) for names in NAMES.values()]
     some = [path for path in found if path]
     if len(some) == 1:
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_bytes(path) or b"")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON: {one_line(error)}; get the file again") from error
+        raise UserError(f"{path}: is not valid JSON: {one_line(error)}; get the file again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; name another file")
     return value
@@ -152,7 +152,7 @@ def _reading(file: Path, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except SafetensorError as error:
-            raise UserError(f"{file}: is no whole safetensors file: {one_line(error)}; get it again") from error
+            raise UserError(f"{file}: is not a complete safetensors file: {one_line(error)}; get it again") from error
 
     return read(reading, lambda: str(file))
 
@@ -190,7 +190,7 @@ def _torch_tensors(file: Path) -> Iterator[tuple[str, np.ndarray]]:
                 continue
             plain = value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
             if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"{file}: {f'{prefix}{key}'!r} is no plain array; use its safetensors")
+                raise UserError(f"{file}: {f'{prefix}{key}'!r} is not a plain array; use its safetensors")
             yield f"{prefix}{key}", (value.detach().float() if value.is_floating_point() else value.detach()).numpy()
 
     yield from walk(stored, "")

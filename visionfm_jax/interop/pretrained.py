@@ -116,7 +116,7 @@ def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
     for name, value in about.items():
         kind = _KINDS.get(name, object)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, (int, float))):
-            raise UserError(f"config.json: {name} = {value!r:.60} is no such value; get the file again")
+            raise UserError(f"config.json: {name} = {value!r:.60} is not a valid value; get the file again")
         if kind is dict and depth < 2:
             _check_kinds(value, depth + 1)
 

@@ -109,8 +109,8 @@ def vit_from_timm(
     if pool is None or (global_pool == "token" and "cls_token" not in state):
         token = "with" if "cls_token" in state else "without"
         raise UserError(
-            f'a timm ViT of global_pool="{global_pool}" {token} a class token is none of ours, which are global_pool='
-            '"token", "avg" and "map"; use one of these'
+            f'a timm ViT of global_pool="{global_pool}" {token} a class token is not supported; supported are '
+            'global_pool="token", "avg" and "map"'
         )
     if "pool" in skip:
         config = dataclasses.replace(config, pool=pool)

@@ -118,7 +118,7 @@ def captions(generated: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     figure = Figure(figsize=(columns * width + GAP, 0.85 + rows * (side + 1.5 * GAP)), dpi=DPI)
     ax = _canvas(figure)
     hits = sum(bool(one["right"]) for one in generated)
-    _heading(ax, title, f"{hits} of the {len(generated)} shown are a true caption of their image, letter by letter")
+    _heading(ax, title, f"{hits} of the {len(generated)} shown match a caption of their image exactly")
     for i, one in enumerate(generated):
         x, y = GAP + i % columns * width, 0.85 + i // columns * (side + 1.5 * GAP)
         sign, colour = ("✓", GREEN) if one["right"] else ("✗", RED)
@@ -148,7 +148,7 @@ def reconstructions(reconstructed: Mapping[str, Any], path: str | os.PathLike[st
     wide = max(left + count * (side + gap) + GAP, 6)
     figure = Figure(figsize=(wide, top + len(rows) * (side + gap) + 2 * LINE), dpi=DPI)
     ax = _canvas(figure)
-    _heading(ax, title, "what is grey was hidden: the model reconstructed that, the rest is the image's own")
+    _heading(ax, title, "grey parts were masked: the model reconstructed them, the rest is the image")
     for row, (label, key) in enumerate(rows.items()):
         y = top + row * (side + gap)
         ax.text(left - 0.15, y + side / 2, label, color=INK, fontsize=11, ha="right", va="center", linespacing=1.4)

@@ -312,7 +312,7 @@ class Checkpoints:
         where = self.folder / str(step)
         with self._reading(step):
             if not where.is_dir():
-                raise StorageError(f"{where}: was there, and process {jax.process_index()} does not see it")
+                raise StorageError(f"{where}: was there, but process {jax.process_index()} does not see it")
             record = self.record(step)
             parts = parts_of(step)
             arguments = ocp.args.PyTreeRestore(

@@ -331,7 +331,7 @@ def match(
         elif path not in here:
             problems.setdefault("only there", []).append(_dots(path))
     if problems or not (fit.taken or fit.resampled):
-        what = "; ".join(f"{why}: {some(names)}" for why, names in problems.items()) or "nothing is taken"
+        what = "; ".join(f"{why}: {some(names)}" for why, names in problems.items()) or "nothing is loaded"
         raise ConfigError(
             f"config.checkpoint.weights = {source}: do not fit the model: {what}; set the fields of config.model or "
             "config.checkpoint.weights_into, or list in config.checkpoint.skip what should not be loaded"

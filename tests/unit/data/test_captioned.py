@@ -155,7 +155,7 @@ def test_missing_images_are_told(coco, genome):
 @pytest.mark.parametrize(
     ("coco_has", "genome_has", "part"),
     [
-        ("{", "[", "is no JSON (Expecting"),
+        ("{", "[", "is not valid JSON (Expecting"),
         ("[3]", '{"regions": []}', "has another layout ("),
         ('{"images": [{"id": 1}], "annotations": []}', '[{"id": 1}]', "; it needs "),
         ('{"images": [{"id": "x", "file_name": "a"}]}', '[{"id": "x", "regions": []}]', "has another layout (invalid"),

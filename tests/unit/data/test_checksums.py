@@ -116,7 +116,7 @@ def test_the_log_says_what_has_no_checksum(folder, caplog):
         (folder / "train/class0/1.png").write_bytes(picture(1))
         open_source(config)
     lines = [r.message.partition("[train]: ")[2] for r in caplog.records]
-    assert lines[0].startswith("its files have no checksums: a bit that turns on the disk may go unnoticed; python -m")
+    assert lines[0].startswith("its files have no checksums, so a flipped bit may go unnoticed; python -m")
     assert lines[1:] == [
         f"its 6 files are compared with {folder / 'visionfm_train.checksums'}",
         f"1 of 7 files have no checksum in {folder / 'visionfm_train.checksums'}, the first is class0/1.png; run "

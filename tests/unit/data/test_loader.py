@@ -292,8 +292,8 @@ def test_cut_captions_are_counted_and_told_at_powers_of_ten(caplog):
         for cut in (0, 1, 3, 4, 4, 0):
             log.see(batch | {"truncated": np.arange(8) < cut})
     assert [r.message.partition(";")[0] for r in caplog.records] == [
-        "1 of 12 captions so far were longer than 3 tokens and lost their ends",
-        "12 of 30 captions so far were longer than 3 tokens and lost their ends",
+        "1 of 12 captions so far were longer than 3 tokens and were truncated",
+        "12 of 30 captions so far were longer than 3 tokens and were truncated",
     ]
     assert (log.truncated, log.captions, log.seen) == (12, 36, 48)
 

@@ -290,7 +290,7 @@ def test_a_chain_that_ends_at_another_size_is_refused_before_training():
 
 def test_a_run_says_what_it_does_to_images():
     said = str(Chain((RandomResizedCrop(), Flip()), 224))
-    assert said.startswith("RandomResizedCrop, Flip; JPEG decoded at 1/8")
+    assert said.startswith("RandomResizedCrop, Flip; JPEGs are decoded at 1/8")
     assert "resized once by OpenCV" in said
     assert "evaluation decodes at full size and resizes by Pillow" in said
 

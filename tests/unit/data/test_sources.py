@@ -479,7 +479,7 @@ def test_archive_that_is_damaged(tmp_path):
     with pytest.raises(DataError, match=r"train\.npz is damaged \(Bad CRC-32 .*\); write it again with np\.savez"):
         source[0]
     path.write_bytes(content[:1000])
-    assert "train.npz is no readable .npz file" in error_of("numpy", path, "")
+    assert "train.npz is not a readable .npz file" in error_of("numpy", path, "")
 
 
 # --- all kinds ---

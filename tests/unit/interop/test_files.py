@@ -70,7 +70,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     content = file.read_bytes()
     for length in range(0, len(content), 7):
         file.write_bytes(content[:length])
-        with pytest.raises(UserError, match="no whole safetensors file"):
+        with pytest.raises(UserError, match="not a complete safetensors file"):
             files.read_weights(file)
 
 
@@ -105,7 +105,7 @@ def test_the_file_of_a_folder(tmp_path):
     with pytest.raises(UserError, match=r"holds model\.safetensors and open_clip_model\.safetensors; name the file"):
         files.file_in(tmp_path, "w")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="no file of weights by its name"):
+    with pytest.raises(UserError, match="not a weights file by its name"):
         files.file_in(tmp_path / "notes.txt", "w")
 
 
@@ -115,7 +115,12 @@ def test_what_is_said_beside_a_file(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
     assert files.about(tmp_path / "model.safetensors") == {"architecture": "vit"}
     assert files.about(tmp_path / "open_clip_model.safetensors") == {"model_cfg": {}}
-    for text, says in (("[1]", "no JSON object"), ("{", "is no JSON"), ("[" * 100_000, "is no JSON"), ("", "no JSON")):
+    for text, says in (
+        ("[1]", "no JSON object"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("", "not valid JSON"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=says):
             files.about(tmp_path / "model.safetensors")

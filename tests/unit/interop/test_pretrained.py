@@ -69,8 +69,8 @@ def test_what_config_json_changes_of_an_architecture(state):
     refused(r"the model_args norm_layer of config\.json are not understood", state,
             TINY | {"model_args": {"norm_layer": "rms", "img_size": 32}})  # fmt: skip
     refused(r"architecture 'vit_tiny_patch99' is none of the 1\d\d known", state, {"architecture": "vit_tiny_patch99"})
-    refused(r"architecture = \['x'\] is no such value", state, {"architecture": ["x"]})
-    refused("num_heads = True is no such value", state, TINY | {"model_args": {"num_heads": True}})
+    refused(r"architecture = \['x'\] is not a valid value", state, {"architecture": ["x"]})
+    refused("num_heads = True is not a valid value", state, TINY | {"model_args": {"num_heads": True}})
     refused(r"num_heads is 12, but ViTConfig\.heads makes it 3", state, "vit_base_patch16_224")
     refused(r"timm's swinv2_tiny_window8_256 is no ViT", state, "swinv2_tiny_window8_256")
 
@@ -140,7 +140,7 @@ def test_a_backbone_of_a_larger_huggingface_model():
     found = taken(state | {"text_model.x": np.zeros(2), "logit_scale": np.zeros(1)}, about, {"": config})
     assert found.what == "Hugging Face siglip"
     assert found.left == {"no part of the features": ["text_model.x", "logit_scale"]}
-    refused("vision_config = 3 is no such value", state, about | {"vision_config": 3}, {"": config})
+    refused("vision_config = 3 is not a valid value", state, about | {"vision_config": 3}, {"": config})
     refused("model_type = 'bert' is none", state, {"model_type": "bert"}, {"": config})
     refused("lacks 'hidden_act'", state, {"model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 1e-6})
 

@@ -45,5 +45,5 @@ def test_the_first_process_waits_until_the_others_have_compared_too(first_of_two
 
 def test_every_process_names_the_one_that_sees_something_else(first_of_two):
     first_of_two(Store(of_1="config.data.train: process 1 sees other values than process 0"))
-    with pytest.raises(StorageError, match=r"^config\.data\.train: process 1 sees .* than process 0; see that"):
+    with pytest.raises(StorageError, match=r"^config\.data\.train: process 1 sees .* than process 0; make sure that"):
         agreement.require_same([1, "a"], "data.train")

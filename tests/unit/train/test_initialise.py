@@ -227,7 +227,7 @@ def shapes(**more: Any) -> dict[str, tuple[int, ...]]:
         ({"text/pos_embed": None, "scale": None}, {"weights_into": "image"}, None),
         ({"text/pos_embed": None, "scale": None, "image/norm/scale": None},
          {"weights_into": "image", "skip": ("norm",)}, None),
-        (dict.fromkeys(shapes()), {"skip": tuple(shapes())}, "nothing is taken"),
+        (dict.fromkeys(shapes()), {"skip": tuple(shapes())}, "nothing is loaded"),
     ],
 )  # fmt: skip
 def test_all_that_does_not_fit_is_refused_unless_listed(changed, settings, says):

@@ -94,7 +94,7 @@ CRC = "[0-9a-f]{8}"
     [
         (added, f"5 records were there, 6 are; bee was 3 files, {CRC}, is 4 files, {CRC}; put"),
         (removed, f"5 records were there, 4 are; cow was 2 files, {CRC}, is 1 file, {CRC}; put"),
-        (swapped, f"learned from: bee was 3 files, {CRC}, is 3 files, {CRC} and 1 more differ; put"),
+        (swapped, f"trained on: bee was 3 files, {CRC}, is 3 files, {CRC} and 1 more differ; put"),
         (
             another_class,
             "5 records were there, 6 are; class 0 was 'bee', is 'ant' (of 2, now 3); ant was not there, is 1 file, ",

@@ -44,7 +44,7 @@ class ArchiveSource:
                 f"holds no array {config.image_key!r} but {', '.join(error.args)}", "set image_key"
             ) from None
         except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise self._bad(f"is no readable .npz file ({error})", "write it again with np.savez") from error
+            raise self._bad(f"is not a readable .npz file ({error})", "write it again with np.savez") from error
         if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3, 4)):
             raise self._bad(f"{config.image_key!r} is {dtype} {shape}", "give uint8 (N, H, W) or (N, H, W, 1 | 3 | 4)")
         if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
@@ -77,7 +77,7 @@ class ArchiveSource:
             with zipfile.ZipFile(self._path) as archive:
                 members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
         except (OSError, zipfile.BadZipFile) as error:
-            raise self._bad(f"is no readable .npz file ({error})", "write it again with np.savez") from error
+            raise self._bad(f"is not a readable .npz file ({error})", "write it again with np.savez") from error
         used = (members[name] for name in (self._key, self._label_key, "class_names") if name in members)
         return {m.filename: f"{m.file_size:,} bytes, {m.CRC:08x}" for m in used}
 

@@ -211,7 +211,7 @@ def _read(
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=slim)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{describe(config)}: {path} is no JSON ({error}); copy or unpack it again") from error
+        raise DataError(f"{describe(config)}: {path} is not valid JSON ({error}); copy or unpack it again") from error
     try:
         return images(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -187,7 +187,7 @@ def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[n
         except Exception as error:  # every store has its own
             if store.local:
                 what = printable(str(error) or type(error).__name__)
-                raise DataError(f"{store.path(name)}: is no readable tar ({what}); write it again") from error
+                raise DataError(f"{store.path(name)}: is not a readable tar ({what}); write it again") from error
             raise OSError(str(error) or type(error).__name__) from error
 
     pairs, cut, skipped = storage.read(read, lambda: store.path(name))
