@@ -124,7 +124,7 @@ class Resize(Transform):
 
 @dataclass(kw_only=True)
 class CenterCrop(Transform):
-    """The middle, with a border where the image is smaller."""
+    """The centre of the image, padded if the image is smaller."""
 
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
     min_visible: float = 0.0  # objects with a smaller share of their box left are dropped
@@ -139,7 +139,7 @@ class CenterCrop(Transform):
 
 @dataclass(kw_only=True)
 class RandomCrop(Transform):
-    """A window at a random place; where the image is smaller, what is right of it and below is padding."""
+    """A window at a random place, padded to the right and below if the image is smaller."""
 
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
     padding: int = 0  # pixels that the window may extend beyond the image
@@ -158,7 +158,7 @@ class RandomCrop(Transform):
 
 @dataclass(kw_only=True)
 class Pad(Transform):
-    """A border, right of the image and below, up to a size; what is larger is cut."""
+    """A border to the right of the image and below, up to a size; larger images are cropped."""
 
     size: tuple[int, int] = (0, 0)  # height, width, pixels; 0: the model's
 
@@ -197,7 +197,7 @@ class RandAugment(Transform):
 
 @dataclass(kw_only=True)
 class Views:
-    """Views of an image that are made alike: each a random resized crop of its own."""
+    """Views with the same settings, each a random resized crop of the image."""
 
     name: str = "global"  # of the array in the batch, uint8 (B, V, H, W, 3); several `Views` may share it
     count: int = 2  # number of views per sample
@@ -216,7 +216,7 @@ class Views:
 
 @dataclass(kw_only=True)
 class MultiCrop(Transform):
-    """Several views of an image in place of it (Caron et al. 2020), of one decode."""
+    """Several views in place of an image (Caron et al. 2020), decoded once."""
 
     views: tuple[Views, ...] = ()
 

@@ -36,7 +36,7 @@ PIXELS = 3
 
 @dataclass(kw_only=True)
 class AuroraConfig(ModelConfig):
-    """An image encoder, a text decoder that looks at its tokens, a joint space, and a head that predicts pixels."""
+    """An image encoder, a text decoder with cross-attention to it, a joint space, and a head that predicts pixels."""
 
     image: BackboneConfig = field(default_factory=SwinV2Config)
     text: DecoderConfig = field(default_factory=DecoderConfig)

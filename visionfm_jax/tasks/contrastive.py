@@ -30,7 +30,7 @@ from visionfm_jax.tasks.pairs import PairTask
 
 @dataclass(kw_only=True)
 class ContrastiveConfig(TaskConfig):
-    """Pictures and captions that belong together, recognised among all others of the global batch."""
+    """Image-text contrast over the global batch (CLIP, SigLIP)."""
 
     loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
     tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model

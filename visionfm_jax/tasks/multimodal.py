@@ -41,7 +41,7 @@ EVAL_SEED = 20  # of what evaluations hide: the same in every run
 
 @dataclass(kw_only=True)
 class MultimodalConfig(TaskConfig):
-    """Masked images, and pairs that are contrasted, captioned, and whose captions' masked words are guessed.
+    """Masked image modelling, image-text contrast, captioning and masked words, jointly.
 
     Every image passes the encoder once: of `sum(pair_ratio)` samples the first have captions, the others none.
     """

@@ -45,7 +45,7 @@ MOMENTUM = Range(0, 1)
 
 @dataclass(kw_only=True)
 class SelfDistillationConfig(TaskConfig):
-    """Views of an image that are recognised as of one image, and hidden patches from those around them."""
+    """DINOv2's self-distillation: matching views of an image, and predicting masked patches."""
 
     prototypes: int = 65_536  # outputs of each head (DINO and iBOT)
     head_hidden: int = 2048  # channels of the hidden layers of the heads

@@ -64,7 +64,7 @@ class NumpyConfig(Format):
 
 @dataclass(kw_only=True)
 class BundledConfig(Format):
-    """A set of pictures that comes with the package; `path` is its name."""
+    """A bundled set of images; `path` is its name."""
 
     kind: ClassVar[str] = "bundled"
     reader: ClassVar[str] = "bundled:BundledSource"
