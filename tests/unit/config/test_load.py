@@ -45,7 +45,7 @@ def test_overrides_are_typed():
 def test_a_size_is_one_number_or_two(text, value):
     words = [f"--config={QUICK}", f"--config.model.image_size={text}", f"--config.evals[0].image_size={text}"]
     if value is None:
-        with pytest.raises(ConfigError, match=r"image_size=.*: is no int \| tuple\[int, int\]; such as 28"):
+        with pytest.raises(ConfigError, match=r"image_size=.*: is not of type int \| tuple\[int, int\]; e.g. 28"):
             load.from_arguments(words)
     else:
         config, _ = load.from_arguments(words)
