@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from visionfm_jax.config import CheckpointConfig, Config
-from visionfm_jax.config.limits import HeightWidth, height_width
+from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import CheckpointError, ConfigError, UserError
 from visionfm_jax.interop import files
-from visionfm_jax.interop.leaves import flatten, is_named, some, unflatten
+from visionfm_jax.interop.leaves import flatten, is_named, sides_of, some, unflatten
 from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
 from visionfm_jax.interop.resample import Way, way
 from visionfm_jax.parallel.agreement import from_first, require_same
@@ -355,10 +355,10 @@ def table_grids(model: Any, path: str = "") -> dict[str, HeightWidth]:
     if not isinstance(model, dict):
         return {}
     out = {k: v for name, part in model.items() for k, v in table_grids(part, f"{path}{name}/").items()}
-    size, patch = model.get("pos_image_size") or model.get("image_size"), model.get("patch_size")
-    if size and patch:
-        height, width = height_width(size)
-        out[f"{path}pos_embed"] = height // patch, width // patch
+    sizes, patch = [sides_of(model.get(field)) for field in ("pos_image_size", "image_size")], model.get("patch_size")
+    size = next((size for size in sizes if size and all(size)), None)
+    if size and isinstance(patch, int) and patch > 0:
+        out[f"{path}pos_embed"] = size[0] // patch, size[1] // patch
     return out
 
 

@@ -71,7 +71,8 @@ def test_a_run_says_which_patches_its_position_tables_are_for():
     image = {"kind": "ViTConfig", "image_size": [28, 56], "pos_image_size": 0, "patch_size": 7}
     assert table_grids({"kind": "ClipConfig", "image": image, "text": {"size": "B"}}) == {"image/pos_embed": (4, 8)}
     assert table_grids({**image, "pos_image_size": 42}) == {"pos_embed": (6, 6)}
-    assert table_grids(None) == table_grids({"image_size": 28}) == {}
+    for damaged in (None, {"image_size": 28}, {**image, "image_size": "28"}, {**image, "patch_size": 0}):
+        assert table_grids(damaged) == {}
 
 
 def on(trainer: Trainer, **settings: Any) -> Trainer:
