@@ -37,7 +37,7 @@ TASKS = {
     "aurora": MultimodalConfig(tokenizer="-", mask_unit=8, image_dropout=0.3),
     "mixed": ContrastiveConfig(mixup=0.2),
     "sigmoid": ContrastiveConfig(loss="sigmoid"),
-    "plain": ContrastiveConfig(mixup=0.2, cached=False),
+    "plain": ContrastiveConfig(mixup=0.2, grad_cache=False),
 }
 
 

@@ -35,7 +35,7 @@ class ContrastiveConfig(TaskConfig):
     loss: str = "softmax"  # softmax (Radford et al. 2021) | sigmoid (Zhai et al. 2023)
     tokenizer: str = "clip"  # clip, or a path: of a tokenizer.json, or of a SentencePiece model
     mixup: float = 0.0  # alpha of Beta(alpha, alpha), from which the mixing weight is drawn; 0: no Mixup
-    cached: bool = True  # contrast micro-batches with the whole batch (GradCache, Gao et al. 2021); False: each alone
+    grad_cache: bool = True  # contrast micro-batches with the whole batch (Gao et al. 2021); False: each alone
 
     limits: ClassVar[Limits] = {
         "loss": OneOf(("softmax", "sigmoid")),
@@ -48,7 +48,7 @@ class ContrastiveConfig(TaskConfig):
 
     @property
     def loss_scope(self) -> str:
-        return "batch" if self.cached else "micro_batch"
+        return "batch" if self.grad_cache else "micro_batch"
 
     @property
     def rows(self) -> tuple[int, str]:

@@ -56,7 +56,7 @@ class MultimodalConfig(TaskConfig):
     mask_ratio: float = 0.6  # share of an image that is masked
     word_mask_ratio: float = 0.4  # share of the tokens that are masked (Wettig et al. 2023); at least one
     image_dropout: float = 0.1  # share of texts whose masked words are predicted without the image
-    cached: bool = True  # contrast micro-batches with the whole batch, as for `ContrastiveConfig`
+    grad_cache: bool = True  # contrast micro-batches with the whole batch, as for `ContrastiveConfig`
 
     limits: ClassVar[Limits] = {
         "tokenizer": Filled("is needed for captions", "set the path of a SentencePiece model"),
@@ -79,7 +79,7 @@ class MultimodalConfig(TaskConfig):
 
     @property
     def loss_scope(self) -> str:
-        return "batch" if self.cached else "micro_batch"
+        return "batch" if self.grad_cache else "micro_batch"
 
     @property
     def rows(self) -> tuple[int, str]:

@@ -184,7 +184,7 @@ def test_micro_batches_hold_whole_splits():
 def test_micro_batches_are_contrasted_with_all_of_the_batch():
     assert [c.task.loss_scope for c in (good(), pairs(), aurora())] == ["sample", "batch", "batch"]
     config = pairs()
-    config.train.accumulate, config.task.cached = 2, False
+    config.train.accumulate, config.task.grad_cache = 2, False
     config.validate()
     assert config.task.loss_scope == "micro_batch"
 

@@ -156,10 +156,10 @@ def test_settings_change_all_networks():
     assert setting.flags(base) == "--config.model.text.remat=full"
 
 
-@pytest.mark.parametrize(("cached", "splits"), [(True, {1, 2, 4, 8}), (False, {1})])
-def test_micro_batches_that_are_contrasted_alone_stay_as_they_are(cached, splits):
+@pytest.mark.parametrize(("grad_cache", "splits"), [(True, {1, 2, 4, 8}), (False, {1})])
+def test_micro_batches_that_are_contrasted_alone_stay_as_they_are(grad_cache, splits):
     planner = Planner(config="configs/swinv2_g_clip.py")
-    planner.config.task.cached = cached
+    planner.config.task.grad_cache = grad_cache
     assert {s.accumulate for s, _ in search(planner)} == splits
 
 
