@@ -1,9 +1,10 @@
-"""Reproduce the figures in the README: train the quick start and every `:tiny` recipe once per seed.
+"""The figures of the README: the quick start and every `:tiny` recipe, trained once for each of several seeds.
 
     python benchmarks/recipes.py --folder=recipes --seeds=0,1,2
 
-Each run is the documented command, with its own seed and folder. Completed runs are not repeated, so the program can be
-stopped and started again. Prints a table of the scores at the last step: mean, minimum and maximum over the seeds.
+Each run is the command that a person would type, with a seed and a folder of its own. A run that is complete already
+is not repeated, so that the program can be stopped and started again. Prints a table of what the evals of the last
+step measured, and those at the start: mean over the seeds, then the least and the greatest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # name -> configuration, and the recipe whose weights it starts from
     "quickstart": ("configs/quickstart.py", ""),
     "vit_huge": ("configs/vit_huge.py:tiny", ""),
+    "vit_huge_dino": ("configs/vit_huge_dino.py:tiny", ""),
     "swinv2_g_clip": ("configs/swinv2_g_clip.py:tiny", ""),
     "swinv2_g_clip_640": ("configs/swinv2_g_clip_640.py:tiny", "swinv2_g_clip"),
     "aurora_xl": ("configs/aurora_xl.py:tiny", ""),
@@ -41,17 +43,18 @@ def train(name: str, seed: int, folder: Path) -> float:
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """NAME/METRIC of the evals of the last step."""
-    rows = read_metrics(folder)
-    last = rows[-1]["step"]
-    named = {k: v for row in rows if row["step"] == last for k, v in row.items() if "/" in k}
-    return {k: v for k, v in named.items() if not k.startswith(("update_ratio/", "loss/"))}
+    """NAME/METRIC of the evals of the last step, and of those before the first, if there were any."""
+    rows, out = read_metrics(folder), {}
+    for step, when in ((0, " at the start"), (rows[-1]["step"], "")):
+        named = {k: v for row in rows if row["step"] == step for k, v in row.items() if "/" in k}
+        out |= {k + when: v for k, v in named.items() if not k.startswith(("update_ratio/", "loss/"))}
+    return out
 
 
 def main() -> None:
     """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="where the runs go (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas (%(default)s)")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="separated by commas (%(default)s)")
     args = parser.parse_args()
