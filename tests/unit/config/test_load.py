@@ -138,7 +138,7 @@ def test_a_flag_for_steps_overrides_epochs_and_the_reverse():
         ([f"--config={QUICK}", "--config.train.bs=1"], "did you mean train.batch_size or"),
         ([f"--config={QUICK}", "--config.train.batch_size=many"], "is not of type int; e.g. 32"),
         ([f"--config={QUICK}", "--config.data.shuffle=maybe"], "is not of type bool"),
-        ([f"--config={QUICK}", "--config.data.transforms[0].scale=(1,)"], "such as"),
+        ([f"--config={QUICK}", "--config.data.transforms[0].scale=(1,)"], "tuple[float, float]; e.g. (0.7, 1.0)"),
         ([f"--config={QUICK}", "--config.train.batch_size=0"], "must lie in [1, 65536]"),
         ([f"--config={QUICK}", "--config.data.train[0].kind=jpeg"], "no such kind of source; there is tfds, folder, "),
         ([f"--config={QUICK}", "--config.data.train[0].kind=fodler"], "did you mean folder?"),
@@ -192,10 +192,10 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
         (HEAD + "    del config.optim\n    return config", "config.optim: was deleted; give it a value"),
         (HEAD + "    del config.name\n    return config", "config.name: was deleted; give it a value"),
         (HEAD + "    del config.data.augment\n    return config", "config.data.augment: was deleted; give it a value"),
-        (HEAD + "    config.data = config\n    return config", "config.data: is a Config; set a DataConfig"),
+        (HEAD + "    config.data = config\n    return config", "config.data: is of type Config; set one of type Data"),
         (
             HEAD + "    config.model = config\n    return config",
-            "config.model: is a Config; set a ModelConfig",
+            "config.model: is of type Config; set one of type ModelConfig",
         ),
         (
             HEAD + "    config.evals = (1,)\n    return config",
