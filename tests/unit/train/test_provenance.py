@@ -92,9 +92,9 @@ CRC = "[0-9a-f]{8}"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (added, f"5 records were there, 6 are; bee was 3 files, {CRC}, is 4 files, {CRC}; put"),
-        (removed, f"5 records were there, 4 are; cow was 2 files, {CRC}, is 1 file, {CRC}; put"),
-        (swapped, f"trained on: bee was 3 files, {CRC}, is 3 files, {CRC} and 1 more differ; put"),
+        (added, f"5 records were there, 6 are; bee was 3 files, {CRC}, is 4 files, {CRC}; restore"),
+        (removed, f"5 records were there, 4 are; cow was 2 files, {CRC}, is 1 file, {CRC}; restore"),
+        (swapped, f"trained on: bee was 3 files, {CRC}, is 3 files, {CRC} and 1 more differ; restore"),
         (
             another_class,
             "5 records were there, 6 are; class 0 was 'bee', is 'ant' (of 2, now 3); ant was not there, is 1 file, ",
@@ -108,10 +108,10 @@ def test_changed_data_are_refused(pictures, tmp_path, change, words):
     with pytest.raises(DataError) as error:
         changes(old, provenance(config), tmp_path)
     message = str(error.value)
-    assert message.startswith(f"config.data.train[0] = folder {pictures}: not the data that the run in {tmp_path} has ")
+    assert message.startswith(f"config.data.train[0] = folder {pictures}: not the data that the run in {tmp_path} was ")
     assert re.search(words.replace("(of 2, now 3)", re.escape("(of 2, now 3)")), message), message
     assert message.endswith(
-        "put them back, or start in another config.workdir, with its weights by "
+        "restore them, or start in another config.workdir, with its weights by "
         f"config.checkpoint.weights={str(tmp_path)!r}"
     )
     assert "\n" not in message
