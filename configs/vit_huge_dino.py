@@ -6,8 +6,18 @@
 Each image gives two views of 224 and eight of 98 pixels. For 128 GPUs with 16 images each. The teacher is evaluated by
 k-nearest neighbours on ImageNet, next to k-nearest neighbours on raw pixels.
 
-`tiny` is the same recipe on bundled scans of digits, small enough for two CPU cores.
+`tiny` is the same recipe on bundled scans of digits, small enough for two CPU cores. Each scan is printed in its own
+colours and at its own position, which vary in photographs too: for centred white digits on black, nearest neighbours
+of raw pixels are right in 94.8 % of the cases, which leaves little to learn.
 """
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from visionfm_jax.config import (
     AugmentConfig,
@@ -17,16 +27,20 @@ from visionfm_jax.config import (
     OptimConfig,
     ParallelConfig,
     PhotometricConfig,
-    PreprocessConfig,
     TelemetryConfig,
     TrainConfig,
+    Transform,
 )
+from visionfm_jax.config.limits import Limits, Range
 from visionfm_jax.config.load import variant_of
 from visionfm_jax.data.sources.kinds import BundledConfig, TfdsConfig
 from visionfm_jax.data.transforms import MultiCrop, Views
 from visionfm_jax.evals.kinds import KnnConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.self_distillation import SelfDistillationConfig
+
+if TYPE_CHECKING:
+    from visionfm_jax.data.sample import Sample
 
 
 def get_config(variant: str = "") -> Config:
@@ -82,44 +96,57 @@ def full() -> Config:
     )  # fmt: skip
 
 
-def whole() -> PreprocessConfig:
-    """No crop: a digit fills its image."""
-    return PreprocessConfig(crop=1.0)
+@dataclass(kw_only=True)
+class Print(Transform):
+    """A white scan on black, printed in a colour on lighter paper, at some position of a larger sheet.
+
+    The random generator is seeded with the scan's pixels: an image looks the same in training and in evaluation.
+    """
+
+    margin: int = 4  # pixels by which the sheet is higher and wider than the scan
+
+    limits: ClassVar[Limits] = {"margin": Range(0, 4096)}
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        scan, (height, width) = sample.image, sample.size
+        own = np.random.default_rng(zlib.crc32(scan.tobytes()))
+        ink, paper = np.sort(own.random((2, 3)), 0)  # paper is lighter in each channel
+        top, left = own.integers(0, self.margin + 1, 2).tolist()
+        share = np.pad(scan / 255, ((top, self.margin - top), (left, self.margin - left), (0, 0)))
+        sheet = (255 * (paper + (ink - paper) * share)).astype(np.uint8)
+        return sample.crop(-top, -left, height + self.margin, width + self.margin).with_image(sheet)
 
 
 def tiny() -> Config:
-    """Digits have no colours and must not be flipped: their views differ by position, size and blur."""
+    """Strong colour jitter, as colours say nothing about a digit; no flip, as a mirrored digit is another sign."""
     train, held_out = (BundledConfig(path="digits", split=split) for split in ("train", "test"))
-    crops = MultiCrop(
-        views=tuple(
-            Views(
-                name=name, size=size, scale=scale, flip=0.0,
-                photometric=PhotometricConfig(blur_chance=0.5, blur_sigma=(0.1, 0.5)),
-            )
-            for name, size, scale in (("global", 28, (0.5, 1.0)), ("local", 14, (0.25, 0.5)))
-        )
-    )  # fmt: skip
+    colours = {"jitter": (0.8, 0.8, 0.8, 0.5), "jitter_chance": 0.9, "grey_chance": 0.3}
+
+    def view(name: str, size: int, count: int, scale: tuple[float, float]) -> Views:
+        photometric = PhotometricConfig(**colours, blur_chance=0.5, blur_sigma=(0.1, 0.5))
+        return Views(name=name, size=size, count=count, scale=scale, flip=0.0, photometric=photometric)
+
+    crops = MultiCrop(views=(view("global", 32, 2, (0.5, 1.0)), view("local", 16, 2, (0.25, 0.5))))
     return Config(
         name="vit_huge_dino_tiny",
-        model=ViTConfig(size="P", depth=4, patch_size=7, image_size=28, pool="cls", registers=2, layer_scale=0.1),
+        model=ViTConfig(size="P", depth=4, patch_size=8, image_size=32, pool="cls", registers=2),
         task=SelfDistillationConfig(
-            prototypes=1024, head_hidden=256, head_bottleneck=64, temperature_warmup_steps=100,
-            teacher_momentum=(0.98, 1.0),
+            prototypes=256, head_hidden=256, head_bottleneck=64, koleo=0.5,
+            temperature_warmup_steps=300, teacher_momentum=(0.98, 1.0),
         ),
         data=DataConfig(
             train=(train,),
-            augment=AugmentConfig(mean=(0.13,) * 3, std=(0.31,) * 3),
-            transforms=(crops,),
+            augment=AugmentConfig(mean=(0.5,) * 3, std=(0.25,) * 3),
+            transforms=(Print(), crops),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, b1=0.9, b2=0.999, weight_decay=0.05, clip_norm=3.0),
+        optim=OptimConfig(lr=2e-3, warmup_steps=20, b1=0.9, b2=0.999, weight_decay=0.05, clip_norm=3.0),
         parallel=ParallelConfig(stage=3),
         train=TrainConfig(batch_size=64, steps=300, precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         evals=(
             KnnConfig(
-                name="digits", source=held_out, gallery=(train,), preprocess=whole(), every_steps=100,
-                at_start=True,
+                name="digits", source=held_out, gallery=(train,), preprocess=Print(), every_steps=100, at_start=True
             ),
         ),
         telemetry=TelemetryConfig(log_every=10),

@@ -13,6 +13,7 @@ from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Labels, Objects
 from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sample import FILL, ignored
+from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import (
@@ -444,3 +445,15 @@ def test_a_transform_of_ones_own_needs_no_change_of_the_package(tmp_path):
     pairs = zip(*(np.concatenate([batch["image"] for batch in rows]) for rows in (dark, light)), strict=True)
     ratios = [d.sum() / b.sum() for d, b in pairs if b.any()]
     assert 0.2 < min(ratios) < 0.6 < max(ratios) < 1
+
+
+def test_a_scan_looks_the_same_in_training_and_evaluation():
+    """Colours and position in the tiny run of self-distillation, by a transform of its configuration file."""
+    config, _ = load.from_arguments(["--config=vit_huge_dino:tiny"])
+    source, size = open_source(config.data.train[0]), config.model.image_size
+    train = Chain(config.data.transforms[:1], size)
+    first, again, other = (train(source[i], rng(seed))["image"] for i, seed in ((0, 0), (0, 1), (1, 0)))
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, EvalTransform(size, config.evals[0].preprocess)(source[0]["image"]))
+    assert first.shape == (size, size, 3)
+    assert (first[0, 0] != other[0, 0]).any()
