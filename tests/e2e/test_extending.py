@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from runs import ROOT, finish, start
 
 from visionfm_jax.config import load
+from visionfm_jax.data.sources.kinds import KINDS
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.telemetry.writers import read_metrics
 
@@ -33,10 +35,11 @@ def write_table(path: Path, count: int, seed: int) -> Path:
 
 
 @pytest.fixture
-def own(tmp_path) -> Path:
+def own(tmp_path) -> Iterator[Path]:
     file = tmp_path / "own.py"
     file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)))
-    return file
+    yield file
+    KINDS.pop("table", None)  # which the page adds, for this process
 
 
 def test_the_configuration_of_the_page_trains(own, tmp_path):

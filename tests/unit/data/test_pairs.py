@@ -213,7 +213,7 @@ def test_tars_that_do_not_fit(tmp_path):
     assert message.endswith("; set caption_key or path")
     assert "selection none.pairs: no such file; make it with" in error_of("tars", folder, selection="none.pairs")
     (folder / "00000.tar").write_bytes(tar_bytes(members(0, 2))[:100])
-    assert "1 of 1 tars are cut short" in error_of("tars", folder)
+    assert "1 of 1 tars are truncated" in error_of("tars", folder)
     shutil.rmtree(folder)
     assert "the path does not exist" in error_of("tars", folder)
 
