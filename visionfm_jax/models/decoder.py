@@ -103,7 +103,7 @@ def size_of(config: DecoderConfig) -> DecoderSize:
     Raises:
       ConfigError: no such size.
     """
-    return size_by_name(SIZES, config, "model.text.size")
+    return size_by_name(SIZES, config)
 
 
 class View(NamedTuple):

@@ -20,14 +20,15 @@ class TransformerSize(NamedTuple):
     mlp: int
 
 
-def size_by_name(sizes: Mapping[str, Row], config: Any, field: str) -> Row:
+def size_by_name(sizes: Mapping[str, Row], config: Any) -> Row:
     """The row that `config.size` names, with what `config` gives as numbers in its place; 0 gives nothing.
 
     Raises:
-      ConfigError: there is no such row; `field` is the configuration's that names it.
+      ConfigError: there is no such row.
     """
     if config.size not in sizes:
-        raise ConfigError(f"config.{field} = {config.size!r}: must be one of {', '.join(sizes)}; set it to one of them")
+        name = type(config).__name__
+        raise ConfigError(f"{name}.size = {config.size!r}: must be one of {', '.join(sizes)}; set it to one of them")
     row = sizes[config.size]
     return row._replace(**{name: _either(getattr(config, name, 0), number) for name, number in row._asdict().items()})
 

@@ -82,7 +82,7 @@ def size_of(config: TextConfig) -> TransformerSize:
     Raises:
       ConfigError: no such size.
     """
-    return size_by_name(SIZES, config, "model.text.size")
+    return size_by_name(SIZES, config)
 
 
 class TextTransformer(nn.Module):

@@ -98,7 +98,7 @@ def differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def test_sizes():
     assert size_of(DecoderConfig()) == DecoderSize(1024, (12, 12), 16, 4096)
-    with pytest.raises(ConfigError, match=r"config.model.text.size = 'XXL': must be one of P, L"):
+    with pytest.raises(ConfigError, match=r"DecoderConfig.size = 'XXL': must be one of P, L"):
         size_of(DecoderConfig(size="XXL"))
 
 

@@ -181,7 +181,7 @@ def size_of(config: SwinV2Config) -> SwinV2Size:
     Raises:
       ConfigError: no such size.
     """
-    return size_by_name(SIZES, config, "model.size")
+    return size_by_name(SIZES, config)
 
 
 class Windows(NamedTuple):

@@ -180,7 +180,7 @@ def size_of(config: ViTConfig) -> TransformerSize:
     Raises:
       ConfigError: no such size.
     """
-    return size_by_name(SIZES, config, "model.size")
+    return size_by_name(SIZES, config)
 
 
 class ViT(nn.Module):
