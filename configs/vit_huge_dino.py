@@ -98,23 +98,25 @@ def full() -> Config:
 
 @dataclass(kw_only=True)
 class Print(Transform):
-    """A white scan on black, printed in a colour on lighter paper, at some position of a larger sheet.
+    """A white scan on black, printed in a colour on lighter paper, at some position of a sheet of the model's size.
 
     The random generator is seeded with the scan's pixels: an image looks the same in training and in evaluation.
     """
 
-    margin: int = 4  # pixels by which the sheet is higher and wider than the scan
+    margin: int = 4  # pixels by which the scan is lower and narrower than the sheet
 
-    limits: ClassVar[Limits] = {"margin": Range(0, 4096)}
+    limits: ClassVar[Limits] = {"margin": Range(0, 16)}
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        scan, (height, width) = sample.image, sample.size
+        height, width = sample.target
+        sample = sample.resize((height - self.margin, width - self.margin))
+        scan = sample.image
         own = np.random.default_rng(zlib.crc32(scan.tobytes()))
         ink, paper = np.sort(own.random((2, 3)), 0)  # paper is lighter in each channel
         top, left = own.integers(0, self.margin + 1, 2).tolist()
         share = np.pad(scan / 255, ((top, self.margin - top), (left, self.margin - left), (0, 0)))
         sheet = (255 * (paper + (ink - paper) * share)).astype(np.uint8)
-        return sample.crop(-top, -left, height + self.margin, width + self.margin).with_image(sheet)
+        return sample.crop(-top, -left, height, width).with_image(sheet)
 
 
 def tiny() -> Config:

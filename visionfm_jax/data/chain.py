@@ -109,11 +109,14 @@ class EvalTransform:
           ConfigError: its preprocessing makes images of another size.
         """
         transform = cls(config.image_size or run.model.image_size, config.preprocess, run.data.max_pixels)
-        found, (wanted, _) = transform(np.zeros((90, 50, 3), np.uint8)).shape, transform.spec["image"]
-        if found != wanted:
+        wanted, _ = transform.spec["image"]
+        found = {transform(np.zeros((*size, 3), np.uint8)).shape for size in ((90, 50), (50, 90))}
+        if found != {wanted}:
+            made = [str(shape[:2]) for shape in sorted(found)]
+            remedy = "let it resize to sample.target" if len(made) > 1 else f"set the eval's image_size to {made[0]}"
             raise ConfigError(
                 f"config.evals[name={config.name}].preprocess = {type(config.preprocess).__name__}: makes images of "
-                f"{found[:2]} pixels, and the model is given {wanted[:2]}; set the eval's image_size to {found[:2]}"
+                f"{' and '.join(made)} pixels, and the model is given {wanted[:2]}; {remedy}"
             )
         return transform
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from visionfm_jax.config import load
-from visionfm_jax.data.transforms import CenterCrop
+from visionfm_jax.data.chain import EvalTransform
+from visionfm_jax.data.transforms import CenterCrop, Resize
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import kinds
 from visionfm_jax.evals.eval import check_best_metric, make_evals
@@ -80,6 +81,23 @@ def test_preprocessing_of_another_size_says_which_field_to_set():
         make_evals(config, 0, 1)
     config.evals[0].image_size = (21, 35)
     assert make_evals(config, 0, 1)["digits"].transform.spec["image"][0] == (21, 35, 3)
+
+
+def test_preprocessing_must_make_images_of_one_size():
+    config = quickstart()
+    config.evals[0].preprocess = Resize(to="shorter")
+    with pytest.raises(ConfigError, match=r"Resize: makes images of \(28, 50\) and \(50, 28\) .*sample.target"):
+        make_evals(config, 0, 1)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(QUICK).parent.glob("*.py")))
+def test_the_shipped_preprocessing_fits_the_models(name):
+    config = load.load_file(f"{Path(QUICK).parent / name}.py")
+    variants = [config] if name == "quickstart" else [config, load.load_file(f"{Path(QUICK).parent / name}.py:tiny")]
+    for run in variants:
+        assert run.evals
+        for evaluation in run.evals:
+            EvalTransform.of(evaluation, run)
 
 
 def test_what_was_taken_for_what_is_kept():
