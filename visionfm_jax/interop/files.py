@@ -74,6 +74,24 @@ def about(file: Path) -> dict[str, Any] | None:
     return None
 
 
+def normalization(file: Path, about: dict[str, Any] | str) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` (3,) of pixels in [0, 1] with which the weights in `file` were trained; {}: nothing says it.
+
+    timm and OpenCLIP say it in their JSON file, `about`; transformers in a file of its own.
+    """
+    if isinstance(about, str):
+        return {}
+    said, names = about.get("pretrained_cfg") or about.get("preprocess_cfg"), ("mean", "std")
+    if not said and (path := file.with_name("preprocessor_config.json")).is_file():
+        said, names = read_json(path), ("image_mean", "image_std")
+    if not isinstance(said, dict) or said.get("do_normalize") is False:
+        return {}
+    values = [said.get(name) for name in names]
+    if any(type(v) is not list or len(v) != 3 or {type(x) for x in v} - {int, float} for v in values):
+        return {}
+    return dict(zip(("mean", "std"), map(tuple, values), strict=True))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 

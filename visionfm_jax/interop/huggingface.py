@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.leaves import (
+    Leaf,
+    Params,
+    affine,
+    export_tree,
+    import_state,
+    layer_norm,
+    require_same,
+    without_prefix,
+)  # fmt: skip
 from visionfm_jax.interop.timm import resized
 from visionfm_jax.interop.vit import Form, Names
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of
@@ -154,7 +163,7 @@ def vit_from_huggingface(
     """
     theirs = theirs.get("vision_config", theirs)
     model = _model(setting(theirs, "model_type"))
-    state = {k.removeprefix(model.prefix): v for k, v in state.items() if not is_left_out(k, theirs)}
+    state = without_prefix({k: v for k, v in state.items() if not is_left_out(k, theirs)}, model.prefix)
     head = any(k.startswith("classifier.") for k in state)
     heads, eps = (setting(theirs, key) for key in ("num_attention_heads", "layer_norm_eps"))
     activation = setting(theirs, "hidden_act")

@@ -107,7 +107,7 @@ def import_state(
     `skip`: names, in either naming, or their beginnings, that are left out of the tree.
 
     Raises:
-      UserError: missing or unknown names, or wrong shapes.
+      UserError: missing or unknown names, wrong shapes, or numbers that are not floating, such as quantised weights.
     """
     depth = _depth(state, leaves)
     out = {n for leaf in leaves if is_named(leaf.ours, skip) for n in _names(leaf, depth)}
@@ -117,6 +117,7 @@ def import_state(
     state = {n: v for n, v in state.items() if not ((n in out and n not in used) or is_named(n, skip))}
     wanted = {name: leaf for leaf in leaves for name in _names(leaf, depth)}
     problems = _differences(set(state), set(wanted)) or _wrong_shapes(state, wanted)
+    problems = problems or [f"{n} is not floating" for n, v in state.items() if np.asarray(v).dtype.kind in "iub"][:1]
     if problems:
         raise UserError(
             f"the state is no {what} of {depth} layers: {'; '.join(problems)}. Check which model wrote "
@@ -179,6 +180,21 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
+def without_prefix(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """`state` with names that do not begin with `prefix`.
+
+    Raises:
+      UserError: two names become one.
+    """
+    out = {name.removeprefix(prefix): value for name, value in state.items()}
+    if len(out) < len(state):
+        twice = sorted(name for name in state if name.startswith(prefix) and name.removeprefix(prefix) in state)
+        raise UserError(
+            f"the file has {some(twice, 3)} with and without {prefix!r}; set config.checkpoint.weights_from"
+        )
+    return out
+
+
 def some(names: Iterable[str], most: int = 8) -> str:
     """The first of the names, and how many more there are."""
     names = list(names)
@@ -195,10 +211,11 @@ def _names(leaf: Leaf, depth: int) -> list[str]:
 
 
 def _depth(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...]) -> int:
-    """One more than the highest layer that any name speaks of; at least 1."""
+    """One more than the highest layer that any name speaks of, if there can be as many; at least 1."""
     name = next(leaf.theirs[0] for leaf in leaves if _stacked(leaf))
-    pattern = re.compile(re.escape(name[: name.index("{}")]) + r"(\d+)\.")
-    return 1 + max((int(m.group(1)) for m in map(pattern.match, state) if m), default=0)
+    pattern = re.compile(re.escape(name[: name.index("{}")]) + r"(\d{1,9})\.")
+    layers = (int(m.group(1)) for m in map(pattern.match, state) if m)
+    return 1 + max((layer for layer in layers if layer < len(state)), default=0)
 
 
 def _differences(got: set[str], wanted: set[str]) -> list[str]:

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.leaves import (
+    Leaf,
+    Params,
+    affine,
+    export_tree,
+    import_state,
+    layer_norm,
+    require_same,
+    without_prefix,
+)  # fmt: skip
 from visionfm_jax.interop.timm import resized
 from visionfm_jax.interop.vit import Form, Names
 from visionfm_jax.models.backbones import vit
@@ -90,7 +99,7 @@ def text_from_open_clip(
         pool_type=(pool, "this project's text tower", pool if pool in ("argmax", "eos") else "argmax"),
         end_token=(end, "TextConfig.end_token", config.end_token),
     )
-    state = {name.removeprefix("text."): value for name, value in state.items()}
+    state = without_prefix(state, "text.")
     state = {name: value for name, value in state.items() if not _SKIPPED.fullmatch(name)}
     leaves = _TEXT + tuple(leaf for leaf in _OF_LOGITS if leaf.theirs[0] in state)
     return import_state(state, leaves, what, skip)

@@ -40,6 +40,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("timm_model_name", "timm_pool"), (str, type(None))),
     **dict.fromkeys(("vision_config", "text_config", "model_cfg", "vision_cfg", "text_cfg", "model_args"), dict),
     **dict.fromkeys(("window_size", "width", "heads", "head_width", "num_heads", "num_attention_heads"), int),
+    "vocab_size": int,
     **dict.fromkeys(("layer_norm_eps", "norm_eps", "rope_theta", "rope_temperature"), (int, float)),
     "pretrained_window_sizes": list,
 }
@@ -115,7 +116,8 @@ def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
     """Refuse a config.json that holds something else than is read under a name, at any depth that is read."""
     for name, value in about.items():
         kind = _KINDS.get(name, object)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, (int, float))):
+        number = kind in (int, (int, float))
+        if not isinstance(value, kind) or (number and (isinstance(value, bool) or abs(value) >= 2**31)):
             raise UserError(f"config.json: {name} = {value!r:.60} is not a valid value; get the file again")
         if kind is dict and depth < 2:
             _check_kinds(value, depth + 1)

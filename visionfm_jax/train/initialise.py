@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.config.schema import to_dict
-from visionfm_jax.errors import CheckpointError, ConfigError, UserError
+from visionfm_jax.errors import CheckpointError, ConfigError, UserError, printable
 from visionfm_jax.interop import files
 from visionfm_jax.interop.leaves import flatten, is_named, sides_of, some, unflatten
 from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
@@ -84,7 +84,7 @@ class Found(NamedTuple):
         lines += [f"resampled: {_dots(path)}, {how.what}" for path, how in self.fit.resampled.items()]
         lines += [f"newly initialised: {some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
         lines += [f"not loaded: {some(names)} ({why})" for why, names in self.fit.left.items()]
-        return _below(lines)
+        return _below([printable(line) for line in lines])
 
 
 def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> Start:
@@ -215,6 +215,8 @@ def _of_file(trainer: Trainer) -> Found:
         if type(error) is not UserError:
             raise
         raise ConfigError(f"{file}: {_with_fields(str(error), trainer.config)}") from error
+    if any(path.endswith("embed/kernel") for path in found.arrays):  # of pixels
+        _check_normalization(trainer.config, from_first(lambda: files.normalization(file, about)), file)
     left = {**found.left, **_outside(weights.tensors, below)}
     here = _shapes(trainer.shapes.params)
     shapes = {path: value.shape for path, value in found.arrays.items()}
@@ -223,6 +225,17 @@ def _of_file(trainer: Trainer) -> Found:
     notes = [f"{found.what}, {len(weights.tensors)} tensors, sha256 {digests}"]
     kept = {"source": str(file), "names": found.what, "sha256": weights.digests}
     return Found(found.arrays, str(file), 0, fit, kept, notes)
+
+
+def _check_normalization(config: Config, said: Mapping[str, tuple[float, ...]], file: Path) -> None:
+    """Refuse to give pixels of another scale to the weights than they were trained on."""
+    for name, wanted in said.items():
+        given = getattr(config.data.augment, name)
+        if not np.allclose(given, wanted, rtol=0, atol=1e-3):
+            raise ConfigError(
+                f"config.data.augment.{name} = {given}: {file} was trained with {wanted}; set "
+                + " and ".join(f"config.data.augment.{key}={value}" for key, value in said.items())
+            )
 
 
 def _about(config: CheckpointConfig, file: Path) -> dict[str, Any] | str:

@@ -109,6 +109,22 @@ def test_names_that_are_skipped_in_either_naming(state):
     refused(r"missing norm\.weight", {k: v for k, v in state.items() if k != "norm.weight"})
 
 
+def test_numbers_of_layers_that_cannot_be_and_quantised_weights_are_refused(state):
+    for name in ("blocks.3000000000.x", "blocks.123456789.x", f"blocks.{'1' * 5000}.x"):
+        refused(r"of 2 layers: unknown blocks\.", state | {name: np.zeros(3, np.float32)})
+    about = {"model_type": "vit", "num_attention_heads": 10**400}
+    refused(r"num_attention_heads = 1000.* is not a valid value", vit_to_huggingface(tree(VIT), VIT), about)
+    refused(r"norm\.weight is not floating", state | {"norm.weight": np.zeros(24, np.int8)})
+
+
+def test_names_with_and_without_their_prefix_are_refused():
+    about = {"model_type": "vit", "hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_attention_heads": 3}
+    weights = vit_to_huggingface(tree(VIT), VIT)
+    both = {name.removeprefix("vit."): value for name, value in weights.items()} | weights
+    assert len(both) > len(weights)
+    refused(r"with and without 'vit\.'; set", both, about)
+
+
 def test_another_pooling_on_purpose(state):
     mean = ViTConfig(**{**vars(VIT), "pool": "gap", "class_token": True})
     refused(r"global_pool is 'cls', but ViTConfig.pool makes it 'gap'", state, towers={"": mean})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from visionfm_jax.config import CheckpointConfig, Config, OptimConfig, load
+from visionfm_jax.config import AugmentConfig, CheckpointConfig, Config, OptimConfig, load
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_to_timm
@@ -161,6 +162,37 @@ def test_fields(source, other, settings, says):
     with pytest.raises(ConfigError, match=says) as error:
         find_weights(trainer)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.json", {"architecture": "vit_tiny_patch16_224", "global_pool": "token",
+                         "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}),
+    ],
+)  # fmt: skip
+def test_pixels_normalised_otherwise_are_refused(source, other, tmp_path, name, said):
+    folder = Path(shutil.copytree(source[0], tmp_path / "weights"))
+    (folder / name).write_text(json.dumps(said))
+    with pytest.raises(
+        ConfigError, match=r"augment\.mean = .* was trained with \(0\.5, .* set .*std=\(0\.5, 0\.5, 0\.5\)"
+    ):
+        find_weights(on(other, weights=str(folder)))
+    before = other.config.data.augment
+    other.config.data.augment = AugmentConfig(mean=(0.5,) * 3, std=(0.5,) * 3)
+    try:
+        assert find_weights(on(other, weights=str(folder))).fit.taken
+    finally:
+        other.config.data.augment = before
+
+
+def test_names_of_tensors_do_not_reach_the_terminal_as_they_are(source, other, tmp_path):
+    tensors = load_file(source[0] / "model.safetensors") | {"extra.\x1b[2J\nfalse": np.zeros(3, np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(source[0] / "config.json", tmp_path)
+    origin = find_weights(on(other, weights=str(tmp_path), skip=("extra",))).origin
+    assert r"not loaded: extra.\x1b[2J\nfalse (listed" in origin
 
 
 def test_a_file_alone_asks_for_what_names_do_not_tell(source, other, tmp_path):
