@@ -20,6 +20,8 @@ from visionfm_jax.data.sample import Sample
 from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import ConfigError
 
+TRIED = ((90, 50), (50, 90))  # sizes of images on which transforms are tried before training
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -71,16 +73,19 @@ class Chain:
         )
 
     def check(self) -> None:
-        """Try the chain on two images.
+        """Try the chain on images of two sizes, several times as transforms draw what they do.
 
         Raises:
-          ConfigError: what leaves it is not of the model's size.
+          ConfigError: a transform cannot do its work, or what leaves the chain is not of the model's size.
         """
-        for height, width in ((90, 50), (50, 90)):
-            out = self({"image": np.zeros((height, width, 3), np.uint8)}, np.random.default_rng(0))
+        names = [type(t).__name__ for t in self.transforms]
+        for seed, (height, width) in enumerate(TRIED * 8):
+            try:
+                out = self({"image": np.zeros((height, width, 3), np.uint8)}, np.random.default_rng(seed))
+            except ValueError as error:
+                raise ConfigError(f"config.data.transforms = {names}: {error}; mend or reorder them") from error
             for name, (shape, _) in self.spec.items():
                 if (found := out[name].shape) != shape:
-                    names = [type(t).__name__ for t in self.transforms]
                     raise ConfigError(
                         f"config.data.transforms = {names}: make {name} of {found} of an image of {height} x {width} "
                         f"pixels, and the model is given {shape}; end them by RandomResizedCrop, RandomCrop or Pad"
@@ -109,14 +114,19 @@ class EvalTransform:
           ConfigError: its preprocessing makes images of another size.
         """
         transform = cls(config.image_size or run.model.image_size, config.preprocess, run.data.max_pixels)
+        field = f"config.evals[name={config.name}].preprocess = {type(config.preprocess).__name__}"
+        if config.preprocess.views:
+            raise ConfigError(f"{field}: makes several views of an image, and an eval sees one; set another transform")
         wanted, _ = transform.spec["image"]
-        found = {transform(np.zeros((*size, 3), np.uint8)).shape for size in ((90, 50), (50, 90))}
+        try:
+            found = {transform(np.zeros((*size, 3), np.uint8)).shape for size in TRIED}
+        except ValueError as error:
+            raise ConfigError(f"{field}: {error}; mend it") from error
         if found != {wanted}:
             made = [str(shape[:2]) for shape in sorted(found)]
             remedy = "let it resize to sample.target" if len(made) > 1 else f"set the eval's image_size to {made[0]}"
             raise ConfigError(
-                f"config.evals[name={config.name}].preprocess = {type(config.preprocess).__name__}: makes images of "
-                f"{' and '.join(made)} pixels, and the model is given {wanted[:2]}; {remedy}"
+                f"{field}: makes images of {' and '.join(made)} pixels, and the model is given {wanted[:2]}; {remedy}"
             )
         return transform
 

@@ -301,6 +301,8 @@ class Sample:
         """Another canvas, uint8 (H, W, 3); what lies on it stays where it is, so its size must be that of before."""
         if image.shape[:2] != self.size:
             raise ValueError(f"an image of {image.shape[:2]} pixels for a canvas of {self.size}; crop or resize before")
+        if image.dtype != np.uint8:
+            raise ValueError(f"an image of {image.dtype}; pixels are uint8, 0 to 255")
         masks, maps = self.masks, self.maps
         picture = Picture.of(image)
         place = Placement.whole(self.size)
@@ -320,6 +322,8 @@ class Sample:
         """
         planned = [place for places in views.values() if not isinstance(places, np.ndarray) for place in places]
         made = iter(render(self.picture, planned, self.exact) if planned else ())
+        if wrong := [str(what.dtype) for what in views.values() if getattr(what, "dtype", np.uint8) != np.uint8]:
+            raise ValueError(f"views of {wrong[0]}; pixels are uint8, 0 to 255")
         return self._with(
             views={
                 name: what if isinstance(what, np.ndarray) else np.stack([next(made) for _ in what])

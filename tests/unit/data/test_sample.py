@@ -1,13 +1,14 @@
 """Transforms of whole samples: what lies on an image moves with it; and what is decoded, how often, how small."""
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
 
-from visionfm_jax.config import DataConfig, PreprocessConfig, load
+from visionfm_jax.config import DataConfig, PreprocessConfig, Transform, load
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Labels, Objects
@@ -287,6 +288,27 @@ def test_a_chain_that_ends_at_another_size_is_refused_before_training():
     Chain((RandomResizedCrop(),), SIZE).check()
     with pytest.raises(ConfigError, match=r"data.transforms = \['Resize', 'Flip'\]: .* of an image of 90 x 50 pixels"):
         Chain((Resize(to="shorter"), Flip()), SIZE).check()
+
+
+@dataclass(kw_only=True)
+class Scaled(Transform):
+    """Pixels in [0, 1], as other libraries have them."""
+
+    def __call__(self, sample, rng):
+        return sample.map_pixels(lambda pixels: pixels / 255)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "says"),
+    [
+        ((Resize(), Scaled()), "float64; pixels are uint8"),
+        ((MultiCrop(views=(Views(name="global", size=32),)), Scaled()), "float64; pixels are uint8"),
+        ((MultiCrop(views=(Views(name="global", size=32),)), Flip()), "flip come before the transform that makes"),
+    ],
+)
+def test_transforms_that_cannot_work_are_refused_before_training(transforms, says):
+    with pytest.raises(ConfigError, match=rf"config\.data\.transforms = \[.*{says}"):
+        Chain(transforms, 32).check()
 
 
 def test_a_run_says_what_it_does_to_images():

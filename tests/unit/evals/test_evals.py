@@ -9,7 +9,7 @@ import pytest
 
 from visionfm_jax.config import load
 from visionfm_jax.data.chain import EvalTransform
-from visionfm_jax.data.transforms import CenterCrop, Resize
+from visionfm_jax.data.transforms import CenterCrop, MultiCrop, Resize, Views
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import kinds
 from visionfm_jax.evals.eval import check_best_metric, make_evals
@@ -85,6 +85,9 @@ def test_preprocessing_of_another_size_says_which_field_to_set():
 
 def test_preprocessing_must_make_images_of_one_size():
     config = quickstart()
+    config.evals[0].preprocess = MultiCrop(views=(Views(name="global", size=28),))
+    with pytest.raises(ConfigError, match=r"MultiCrop: makes several views of an image, and an eval sees one"):
+        make_evals(config, 0, 1)
     config.evals[0].preprocess = Resize(to="shorter")
     with pytest.raises(ConfigError, match=r"Resize: makes images of \(28, 50\) and \(50, 28\) .*sample.target"):
         make_evals(config, 0, 1)
