@@ -21,6 +21,7 @@ from visionfm_jax.config import (
 )
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.transforms import MultiCrop, Views
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.self_distillation import SelfDistillationConfig
@@ -117,9 +118,20 @@ def test_prototypes_of_views_are_frozen_at_first():
     assert first["gradient_norms"][trainer.tensor_names.index("patch_head.prototypes")] > 0
 
 
+def test_without_a_warm_up_the_teachers_temperature_is_the_last():
+    for steps, expected in ((0, [0.07, 0.07]), (100, [0.04, 0.055])):
+        config = config_of()
+        config.task.temperature_warmup_steps = steps
+        task = Trainer(config, make_mesh(1, jax.devices()[:1])).task
+        np.testing.assert_allclose([task._temperature(step) for step in (0, 50)], expected, rtol=1e-6)
+
+
 def test_what_does_not_fit_is_refused():
     config = config_of()
     config.optim.ema, config.task.mask_share, config.data.transforms = 0.9, (0.5, 0.1), ()
     problems = {name for name, *_ in config.task.problems(config)}
     assert problems == {"optim.ema", "task.mask_share", "data.transforms"}
+    config = config_of()
+    config.model = SwinV2Config(size="P", image_size=SIDE, patch_size=4, window=4)
+    assert [name for name, *_ in config.task.problems(config)] == ["model"]  # its features are coarser than its patches
     assert config_of(koleo=0.1).task.rows[0] == 2

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from visionfm_jax.config import OptimConfig
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.parallel.zero import SCANNED, is_scanned, matrix_rank
 
 
@@ -48,6 +49,9 @@ def layer_scales(params: Any, decay: float) -> Any:
     norm, pool and head 1. The layers of stages (`stage0`, …) are numbered through, and the map that leads to a stage
     counts with its first layer. What belongs to no network, as projections and the scale of logits, gets 1.
     A scanned parameter's factor has shape (L, 1, …).
+
+    Raises:
+      ConfigError: there is no network of such names.
     """
     flat = jax.tree_util.tree_leaves_with_path(params)
     networks: dict[tuple[str, ...], dict[int, dict[int, int]]] = {}  # path: stage: number in its group: layers
@@ -55,6 +59,11 @@ def layer_scales(params: Any, decay: float) -> Any:
         if place := _place(path):
             network, stage, number = place
             networks.setdefault(network, {}).setdefault(stage, {})[number] = leaf.shape[0]
+    if not networks:
+        raise ConfigError(
+            f"config.optim.layer_decay = {decay}: needs layers that are scanned, below the name {SCANNED}, and "
+            "this model has none; set it to 1"
+        )
     starts = {}  # (network, stage): its first layer; the stage after the last: all layers
     for network, stages in networks.items():
         total = 0

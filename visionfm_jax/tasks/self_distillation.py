@@ -92,6 +92,10 @@ class SelfDistillationConfig(TaskConfig):
         low, high = self.mask_share
         if low > high:
             out.append(("task.mask_share", self.mask_share, "needs low <= high", f"set {high, low}"))
+        if (stride := run.model.strides[-1]) != run.model.patch_size:
+            kind, rule = type(run.model).__name__, f"has features of {stride} pixels, and patches of"
+            rule = f"{rule} {run.model.patch_size} are masked"
+            out.append(("model", kind, rule, "set a backbone of one stage, such as ViTConfig"))
         if run.optim.ema:
             rule = "averages the weights, which the teacher does by task.teacher_momentum"
             out.append(("optim.ema", run.optim.ema, rule, "set it to 0"))
@@ -140,7 +144,9 @@ class SelfDistillation:
             model.make(dtype, gather_params), model.embed_width,
             task.prototypes, task.head_hidden, task.head_bottleneck, dtype,
         )  # fmt: skip
-        self._temperature = optax.linear_schedule(*task.teacher_temperature, task.temperature_warmup_steps)
+        first, last = task.teacher_temperature
+        warmup = task.temperature_warmup_steps
+        self._temperature = optax.linear_schedule(first if warmup else last, last, warmup)
 
     def init(self, key: jax.Array) -> Any:
         """Fresh parameters, fp32."""

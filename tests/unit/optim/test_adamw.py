@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from visionfm_jax.config import OptimConfig
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.backbones.swin_v2 import SwinV2, SwinV2Config
 from visionfm_jax.models.backbones.vit import ViT, ViTConfig
 from visionfm_jax.models.heads import Classifier
@@ -74,6 +75,11 @@ def test_a_vit_of_every_part_decays_its_matrices_alone_and_scales_by_depth():
         assert set(map(float, [*low, scales["registers"], scales["cls_token"], scales["pos_embed"]])) == {0.125}
         assert set(map(float, jax.tree.leaves(scales["norm_pre"]))) == {0.125}
         np.testing.assert_allclose(scales["blocks"]["ls1"].ravel(), [0.25, 0.5])
+
+
+def test_layer_decay_of_a_model_without_scanned_layers_is_refused():
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay = 0\.5: needs layers that are scanned.*; set it to 1"):
+        layer_scales({"mix_0": {"kernel": jnp.ones((3, 3))}, "head": {"kernel": jnp.ones((3, 2))}}, 0.5)
 
 
 def test_layer_scales_fall_towards_the_embedding():
