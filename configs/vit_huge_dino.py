@@ -133,8 +133,9 @@ def tiny() -> Config:
         name="vit_huge_dino_tiny",
         model=ViTConfig(size="P", depth=4, patch_size=8, image_size=32, pool="cls", registers=2),
         task=SelfDistillationConfig(
-            prototypes=256, head_hidden=256, head_bottleneck=64, koleo=0.5,
-            temperature_warmup_steps=300, teacher_momentum=(0.98, 1.0),
+            prototypes=256, head_hidden=256, head_bottleneck=64, koleo=0.3, teacher_temperature=(0.04, 0.04),
+            # Where prototypes learn, the targets become uniform at first, which takes longer than this run to leave.
+            freeze_steps=1500, teacher_momentum=(0.99, 1.0),
         ),
         data=DataConfig(
             train=(train,),
@@ -142,13 +143,13 @@ def tiny() -> Config:
             transforms=(Print(), crops),
             threads=2,
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=20, b1=0.9, b2=0.999, weight_decay=0.05, clip_norm=3.0),
+        optim=OptimConfig(lr=2e-3, warmup_steps=100, b1=0.9, b2=0.999, weight_decay=0.05, clip_norm=3.0),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=64, steps=300, precision="fp32"),
-        checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
+        train=TrainConfig(batch_size=64, steps=1500, precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=500, keep_last=2),
         evals=(
             KnnConfig(
-                name="digits", source=held_out, gallery=(train,), preprocess=Print(), every_steps=100, at_start=True
+                name="digits", source=held_out, gallery=(train,), preprocess=Print(), every_steps=500, at_start=True
             ),
         ),
         telemetry=TelemetryConfig(log_every=10),
