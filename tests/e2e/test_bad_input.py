@@ -9,6 +9,7 @@ from runs import ROOT, SMALL, only_error, run
 from visionfm_jax.cli.data import open_data
 from visionfm_jax.config import load
 from visionfm_jax.errors import entry_point
+from visionfm_jax.tasks.task import make_task
 
 NUMPY = ["--config.data.train[0].kind=numpy", "--config.data.train[1].kind=numpy"]
 
@@ -17,7 +18,7 @@ def check(arguments: list[str], devices: int) -> int:
     """What a start does before it touches a device, in its order."""
     config, _ = load.from_arguments(arguments)
     config.validate_devices(devices)
-    open_data(config)
+    open_data(config, make_task(config, lambda params: params))
     return 0
 
 
@@ -105,6 +106,27 @@ def test_one_line_for_runs_of_pairs_and_bare_images(monkeypatch, capsys, argumen
     line = only_error(capsys.readouterr().err)
     for part in parts:
         assert part in line
+
+
+VIEWS = """
+from visionfm_jax.config import load
+from visionfm_jax.data.transforms import MultiCrop, Views
+
+def get_config(variant=""):
+    config = load.load_file("configs/vit_huge.py:tiny")
+    config.data.transforms = (MultiCrop(views=(Views(name=variant, size=config.model.image_size),)),)
+    return config
+"""
+
+
+@pytest.mark.parametrize("name", ["global", "image"])
+def test_views_for_a_task_that_learns_from_images(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "views.py").write_text(VIEWS)
+    monkeypatch.chdir(ROOT)
+    assert entry_point(check)([f"--config={tmp_path}/views.py:{name}"], devices=1) == 2
+    line = only_error(capsys.readouterr().err)
+    assert f"config.data.transforms = ['MultiCrop']: a sample is {name} uint8 (2, 48, 48, 3), label int32 ()" in line
+    assert "and ClassificationConfig learns from image uint8 (48, 48, 3); set transforms" in line
 
 
 @pytest.mark.parametrize("spec", ["configs/vit_hug.py", "configs/vit_huge.py:small", "{tmp}/broken.py"])

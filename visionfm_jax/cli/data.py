@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from visionfm_jax.config import Config
 from visionfm_jax.data.batches import Loader
+from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.fields import Fields
 from visionfm_jax.data.loader import check_pair_ratio, train_loader
 from visionfm_jax.data.sources import Source, open_sources
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.parallel.agreement import require_same
+from visionfm_jax.tasks.task import Task
 
 
-def open_data(config: Config) -> tuple[list[Source], Fields]:
-    """The sources of `config.data.train`, and what is read of their records.
+def open_data(config: Config, task: Task) -> tuple[list[Source], Fields]:
+    """The sources of `config.data.train`, and what is read of their records for `task`.
 
     Raises:
+      ConfigError: batches will not have the arrays that the task learns from.
       DataError: they cannot be opened, lack what the task learns from, or are not of the size that the schedule counts
         on.
       StorageError: another process sees other data.
     """
     sources = open_sources(config.data.train, "data.train")
     fields = config.task.fields(config)
+    _check_rows(config, fields, task)
     for source in sources:
         fields.check(source)
     check_pair_ratio(sources, config.task.pair_ratio)
@@ -36,6 +41,18 @@ def open_data(config: Config) -> tuple[list[Source], Fields]:
             "put back the data that it began with"
         )
     return sources, fields
+
+
+def _check_rows(config: Config, fields: Fields, task: Task) -> None:
+    made = {**Chain(config.data.transforms, config.model.image_size).spec, **fields.spec}
+    made = {name: f"{name} {np.dtype(dtype).name} {shape}" for name, (shape, dtype) in made.items()}
+    wanted = {name: f"{name} {x.dtype.name} {x.shape[1:]}" for name, x in task.batch_spec(1).items()}
+    if lacking := [what for name, what in wanted.items() if made.get(name) != what]:
+        raise ConfigError(
+            f"config.data.transforms = {[type(t).__name__ for t in config.data.transforms]}: a sample is "
+            f"{', '.join(made.values())}, and {type(config.task).__name__} learns from {', '.join(lacking)}; set "
+            "transforms that make it, or another task"
+        )
 
 
 def open_loader(config: Config, sources: Sequence[Source], fields: Fields, start_step: int) -> Loader:

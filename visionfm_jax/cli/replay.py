@@ -42,7 +42,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
     with watchdog.suspended():
-        sources, fields = open_data(config)
+        sources, fields = open_data(config, trainer.task)
     say(describe(trainer))
     with Checkpoints(folder, config.checkpoint, read_only=True, until=step) as stored:
         state, _, origin, weights = starting_state(trainer, stored)

@@ -31,7 +31,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     check_best_metric(config)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
     with watchdog.suspended():
-        sources, fields = open_data(config)
+        sources, fields = open_data(config, trainer.task)
         evals = open_evals(config, host, hosts)
 
     with (

@@ -57,7 +57,7 @@ class Chain:
           DamagedImage: it cannot be.
           DamagedRecord: what lies on the image does not fit it.
         """
-        with opened(record["image"], self.max_pixels) as picture:
+        with opened(record.get("image"), self.max_pixels) as picture:
             sample = Sample.of(record, picture, height_width(self.size), self.exact)
             for transform in self.transforms or (Resize(),):
                 sample = transform(sample, rng)
@@ -85,7 +85,7 @@ class Chain:
             except ValueError as error:
                 raise ConfigError(f"config.data.transforms = {names}: {error}; mend or reorder them") from error
             for name, (shape, _) in self.spec.items():
-                if (found := out[name].shape) != shape:
+                if (found := np.shape(out.get(name))) != shape:
                     raise ConfigError(
                         f"config.data.transforms = {names}: make {name} of {found} of an image of {height} x {width} "
                         f"pixels, and the model is given {shape}; end them by RandomResizedCrop, RandomCrop or Pad"

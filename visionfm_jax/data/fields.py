@@ -58,7 +58,7 @@ class Labels:
         self.num_classes = num_classes
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
-        label = record["label"]
+        label = record.get("label")
         if not isinstance(label, int | np.integer) or not 0 <= label < self.num_classes:
             raise DamagedRecord(f"its label is {label!r}, which is no integer from 0 to {self.num_classes - 1}")
         return {"label": label}
@@ -88,9 +88,13 @@ class Objects:
         self.num_classes, self.most = num_classes, most
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
-        labels = np.asarray(record["box_labels"], np.int32)[: self.most]
-        if ((labels < 0) | (labels >= self.num_classes)).any():
-            raise DamagedRecord(f"its labels of boxes are {labels.tolist()}, not from 0 to {self.num_classes - 1}")
+        if missing := sorted({"boxes", "box_labels"} - record.keys()):
+            raise DamagedRecord(f"it has no {' and no '.join(missing)}")
+        labels = np.asarray(record["box_labels"])[: self.most]
+        whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
+        if not whole or ((labels < 0) | (labels >= self.num_classes)).any():
+            says = f"{labels.tolist()!r:.200}"
+            raise DamagedRecord(f"its labels of boxes are {says}, not integers from 0 to {self.num_classes - 1}")
         row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
         row["box_labels"][: len(labels)] = labels
         row["boxes"][: len(labels)] = record["boxes"][: self.most]
@@ -112,7 +116,7 @@ class Texts:
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         """The row; `rng` draws one of several captions, without it the first is taken."""
-        caption = record["caption"]
+        caption = record.get("caption")
         if isinstance(caption, tuple):
             if not caption:
                 raise DamagedRecord("there is no caption")
@@ -121,6 +125,8 @@ class Texts:
             caption = caption.decode() if isinstance(caption, bytes) else caption
         except UnicodeDecodeError as error:
             raise DamagedRecord("the caption is not UTF-8") from error
+        if not isinstance(caption, str):
+            raise DamagedRecord(f"the caption is of type {type(caption).__name__}, and must be str or bytes")
         if not has_text(caption):
             raise DamagedRecord("the caption is empty")
         text = self.tokenizer(caption, self.length)

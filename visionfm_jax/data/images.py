@@ -156,6 +156,8 @@ def opened(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Iterator[
     if isinstance(image, np.ndarray):
         yield Picture.of(_three_channels(image, max_pixels))
         return
+    if not isinstance(image, bytes):
+        raise DamagedImage(f"an image is of type {type(image).__name__}, and must be bytes or an array")
     if image[:3] == b"\xff\xd8\xff" and (header := _jpeg_header(image, max_pixels)):
         yield Picture(*header, None, image, max_pixels)
         return

@@ -202,18 +202,26 @@ class Sample:
         """A record and its opened image.
 
         Raises:
-          DamagedRecord: boxes, masks or maps do not fit each other or the image.
+          DamagedRecord: boxes, masks or maps are no such arrays, or do not fit each other or the image.
         """
         rest = {k: v for k, v in record.items() if k != "image"}
         boxes, masks = rest.pop("boxes", None), rest.pop("masks", None)
         objects = {k: rest.pop(k) for k in list(rest) if k.startswith("box_")}
         maps = {k: rest.pop(k) for k in list(rest) if k.endswith("_map")}
+        for name, values in objects.items():
+            if not (isinstance(values, np.ndarray) and values.ndim) and type(values) not in (list, tuple):
+                raise DamagedRecord(f"its {name} are of type {type(values).__name__}, and are one for each object")
         if boxes is not None:
-            boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+            boxes = _numbers("boxes", boxes, "(N, 4)", none=(0, 4)).astype(np.float32)
+            if boxes.shape[1] != 4 or not np.isfinite(boxes).all():
+                what = f"are of shape {boxes.shape}" if boxes.shape[1] != 4 else "are not finite"
+                raise DamagedRecord(f"its boxes {what}, and must be finite numbers (N, 4)")
             boxes = clip_boxes(upright_boxes(boxes, picture), picture.size)
         if masks is not None:
-            masks = np.moveaxis(upright(np.moveaxis(np.asarray(masks), 0, -1), picture.orientation), -1, 0)
-        maps = {k: upright(np.asarray(v), picture.orientation) for k, v in maps.items()}
+            masks = _numbers("masks", masks, "(N, H, W)", none=(0, 0, 0))
+            masks = np.moveaxis(upright(np.moveaxis(masks, 0, -1), picture.orientation), -1, 0)
+            masks = masks if len(masks) else np.zeros((0, *picture.size), masks.dtype)
+        maps = {k: upright(_numbers(k, v, "(H, W)"), picture.orientation) for k, v in maps.items()}
         counts = {k: len(v) for k, v in {"boxes": boxes, "masks": masks, **objects}.items() if v is not None}
         if len(set(counts.values())) > 1:
             raise DamagedRecord(f"its objects are {', '.join(f'{n} {k}' for k, n in counts.items())}")
@@ -352,6 +360,22 @@ class Sample:
         out = object.__new__(Sample)
         out.__dict__.update(self.__dict__, **changes)
         return out
+
+
+def _numbers(name: str, values: Any, shape: str, none: tuple[int, ...] = ()) -> np.ndarray:
+    """What a record has under `name` as an array of the rank of `shape`; of [] one of the shape `none`.
+
+    Raises:
+      DamagedRecord: it is something else.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise DamagedRecord(f"its {name} are no array, and must be {shape}") from error
+    array = np.zeros(none) if none and array.shape == (0,) else array
+    if array.ndim != shape.count(",") + 1 or array.dtype.kind not in "biuf":
+        raise DamagedRecord(f"its {name} are {array.dtype.name} of shape {array.shape}, and must be numbers {shape}")
+    return array
 
 
 def ignored(dtype: np.dtype) -> float:

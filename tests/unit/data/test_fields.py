@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.fields import Labels, OptionalTexts, Texts
+from visionfm_jax.data.fields import Labels, Objects, OptionalTexts, Texts
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.data.sources.record import DamagedRecord
@@ -49,8 +49,26 @@ def test_the_task_decides():
 
 
 @pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "it has no box_labels and no boxes"),
+        ({"boxes": np.zeros((1, 4)), "box_labels": ["cat"]}, r"are \['cat'\], not integers from 0 to 2"),
+        ({"boxes": np.zeros((1, 4)), "box_labels": [[1]]}, r"are \[\[1\]\], not integers"),
+        ({"boxes": np.zeros((1, 4)), "box_labels": [0.5]}, "not integers"),
+        ({"boxes": np.zeros((1, 4)), "box_labels": [2**40]}, "not integers"),
+    ],
+)
+def test_objects_that_are_none(record, words):
+    with pytest.raises(DamagedRecord, match=words):
+        Objects(3, 2)(record)
+
+
+@pytest.mark.parametrize(
     ("caption", "words"),
     [
+        (None, "the caption is of type NoneType, and must be str or bytes"),
+        (["a cat"], "the caption is of type list"),
+        ((3,), "the caption is of type int"),
         ("", "empty"),
         (" \n", "empty"),
         (b"", "empty"),

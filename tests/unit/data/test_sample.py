@@ -12,6 +12,7 @@ from visionfm_jax.config import DataConfig, PreprocessConfig, Transform, load
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Labels, Objects
+from visionfm_jax.data.images import DamagedImage
 from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.sample import FILL, ignored
 from visionfm_jax.data.sources import open_source
@@ -150,9 +151,10 @@ def test_boxes_without_an_area_on_the_image_are_dropped():
 def test_no_objects_are_no_special_case():
     record = {"image": np.zeros((9, 12, 3), np.uint8), "boxes": [], "box_labels": np.zeros(0, int)}
     record["masks"] = np.zeros((0, 9, 12), bool)
-    out = Chain(CHAINS["large scale jitter"], 16)(record, rng())
-    assert out["boxes"].shape == (0, 4)
-    assert out["masks"].shape == (0, 16, 16)
+    for masks in (record["masks"], []):
+        out = Chain(CHAINS["large scale jitter"], 16)({**record, "masks": masks}, rng())
+        assert out["boxes"].shape == (0, 4)
+        assert out["masks"].shape == (0, 16, 16)
 
 
 def test_what_does_not_fit_its_image_is_a_damaged_record():
@@ -161,9 +163,30 @@ def test_what_does_not_fit_its_image_is_a_damaged_record():
         ("box_labels", np.arange(2), "its objects are 3 boxes, 3 masks, 2 box_labels"),
         ("class_map", np.zeros((4, 5), np.uint8), "its class_map have 4 x 5 pixels, its image"),
         ("masks", np.zeros((3, 4, 5), bool), "its masks have 4 x 5 pixels"),
+        ("boxes", np.zeros((4, 3)), r"its boxes are of shape \(4, 3\), and must be finite numbers \(N, 4\)"),
+        ("boxes", np.zeros(12), r"its boxes are float64 of shape \(12,\), and must be numbers \(N, 4\)"),
+        ("boxes", np.full((3, 4), np.nan), "its boxes are not finite"),
+        ("boxes", [(0, 0, 1, 1), (0, 0, 1), (0, 0, 1, 1)], r"its boxes are no array, and must be \(N, 4\)"),
+        ("boxes", [["a"] * 4] * 3, r"its boxes are str32 of shape \(3, 4\)"),
+        ("boxes", 7, r"its boxes are int64 of shape \(\)"),
+        ("masks", record["masks"][0], r"its masks are bool of shape .*, and must be numbers \(N, H, W\)"),
+        ("masks", record["masks"][..., None], r"its masks are bool of shape .*, and must be numbers \(N, H, W\)"),
+        ("masks", [], "its objects are 3 boxes, 0 masks"),
+        ("masks", [b"RLE"] * 3, r"its masks are bytes24 of shape \(3,\)"),
+        ("class_map", record["class_map"][..., None], r"its class_map are uint8 of shape .* numbers \(H, W\)"),
+        ("class_map", b"PNG", r"its class_map are bytes24 of shape \(\)"),
+        ("box_labels", 3, "its box_labels are of type int, and are one for each object"),
+        ("box_texts", "abc", "its box_texts are of type str, and are one for each object"),
+        ("box_labels", None, "its box_labels are of type NoneType"),
     ):
         with pytest.raises(DamagedRecord, match=words):
             Chain((), SIZE)({**record, name: wrong}, rng())
+
+
+def test_what_is_no_image_is_damaged():
+    for record, kind in (({}, "NoneType"), ({"image": "a.jpg"}, "str"), ({"image": [[1]]}, "list")):
+        with pytest.raises(DamagedImage, match=f"an image is of type {kind}, and must be bytes or an array"):
+            Chain((), SIZE)(record, rng())
 
 
 def test_padding_is_ignored_in_maps_of_every_kind():
@@ -410,7 +433,7 @@ def test_objects_are_padded_to_one_number_and_counted():
     (few, _) = batches(Objects(3, 2), (Flip(chance=1.0), Resize(to="longer"), Pad()))
     assert few["objects"].tolist() == [3] * 8  # more than fit
     np.testing.assert_array_equal(few["boxes"], batch["boxes"][:, :2])
-    with pytest.raises(DataError, match=r"its labels of boxes are \[0, 1, 2\], not from 0 to 1"):
+    with pytest.raises(DataError, match=r"its labels of boxes are \[0, 1, 2\], not integers from 0 to 1"):
         batches(Objects(2, 5), (Resize(),))
 
 
