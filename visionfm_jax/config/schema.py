@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # the packages above this one
     from flax import linen as nn
 
 
-class Choice:
+class Choice(ABC):
     """A group of fields that is one of several classes; `kind` is its name in messages and in a run's settings."""
 
     kind: ClassVar[str]
@@ -107,9 +107,9 @@ class BackboneConfig(NetworkConfig):
     embed_width: int
     flops: float
 
+    @abstractmethod
     def make(self, dtype: jnp.dtype, gather_params: Callable[[Any], Any]) -> nn.Module:
         """The module of this configuration: see `models.backbones.Backbone`."""
-        raise NotImplementedError
 
 
 class TaskConfig(Choice):
@@ -138,21 +138,21 @@ class TaskConfig(Choice):
         """Broken rules between its fields, the model and the rest of the run."""
         return []
 
+    @abstractmethod
     def fields(self, run: Config) -> Any:
         """What a row holds beside its image: `data.fields.Fields`.
 
         Raises:
           ConfigError, DataError: the task cannot read its data.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, run: Config, dtype: jnp.dtype, gather_params: Callable[[Any], Any]) -> Any:
         """The `tasks.task.Task` of this configuration, which computes in `dtype`."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
-class SourceConfig(Choice, ABC):
+class SourceConfig(Choice):
     """A dataset that gives record i on demand; a subclass for each format: `data.sources.kinds`.
 
     Attributes:
@@ -200,12 +200,12 @@ class Transform(Choice):
         counts = {v.name: sum(w.count for w in self.views if w.name == v.name) for v in self.views}
         return {v.name: (counts[v.name], *height_width(v.size), 3) for v in self.views}
 
+    @abstractmethod
     def __call__(self, sample: Any, rng: Any) -> Any:
         """A `data.sample.Sample`, transformed.
 
         What is drawn, is drawn by `rng`, a NumPy generator of the sample's own, and as much whatever the sample.
         """
-        raise NotImplementedError
 
     def problems(self, name: str) -> list[Problem]:
         """Broken rules between its fields, where it stands as field `name`."""
@@ -396,7 +396,7 @@ class PreprocessConfig(Transform):
 
 
 @dataclass(kw_only=True)
-class EvalConfig(Choice, ABC):
+class EvalConfig(Choice):
     """A measurement on held-out data, named in the logs by `name`; a subclass for each: `evals.kinds`.
 
     Attributes:

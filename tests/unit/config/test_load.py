@@ -189,6 +189,10 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
             "returned a subclass of Config; return",
         ),
         (HEAD + "    return Config", "get_config returned type; return"),
+        (
+            HEAD + "    class Mine(TaskConfig): pass\n    config.task = Mine()\n    return config",
+            "TypeError: Can't instantiate abstract class Mine",
+        ),
         (HEAD + "    del config.optim\n    return config", "config.optim: was deleted; give it a value"),
         (HEAD + "    del config.name\n    return config", "config.name: was deleted; give it a value"),
         (HEAD + "    del config.data.augment\n    return config", "config.data.augment: was deleted; give it a value"),

@@ -2,7 +2,18 @@ import dataclasses
 
 import pytest
 
-from visionfm_jax.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig
+from visionfm_jax.config import (
+    BackboneConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    SourceConfig,
+    TaskConfig,
+    TrainConfig,
+    Transform,
+)
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.transforms import Flip, RandomResizedCrop
 from visionfm_jax.errors import ConfigError
@@ -274,3 +285,17 @@ def test_devices_name_the_nearest_batch_and_mesh():
     config.parallel.replicas = 3
     with pytest.raises(ConfigError, match=r"must divide the 8 devices; the nearest is 2"):
         config.validate_devices(8)
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        (BackboneConfig, "make"), (TaskConfig, "make"), (TaskConfig, "fields"), (SourceConfig, "make"),
+        (EvalConfig, "make"), (Transform, "__call__"),
+    ],
+)  # fmt: skip
+def test_a_class_that_lacks_a_method_cannot_be_instantiated(base, method):
+    others = {name: lambda *_: None for name in base.__abstractmethods__ - {method}}
+    lacking = dataclasses.dataclass(kw_only=True)(type("Lacking", (base,), others))
+    with pytest.raises(TypeError, match=f"abstract class Lacking .*{method}"):
+        lacking()
