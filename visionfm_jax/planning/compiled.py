@@ -10,7 +10,6 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
@@ -29,6 +28,10 @@ from visionfm_jax.errors import UserError, complain
 from visionfm_jax.parallel.cluster import is_installed
 from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
 from visionfm_jax.storage import replacing
+
+if TYPE_CHECKING:
+    from visionfm_jax.train.state import TrainState
+    from visionfm_jax.train.step import Trainer
 
 GPU, CPU = "cuda", "cpu"
 # No kernel is ever run: no time goes into optimising its code, and none into assembling it (see `ASSEMBLER`). What XLA
@@ -57,8 +60,8 @@ class CompiledStep:
 
     platform: str  # cuda, or cpu where the CUDA packages are missing
     parameters: dict[str, int]  # by part of the network
-    state: dict[str, int]  # bytes: weights, optimiser, EMA weights, batch
-    weights_in_use: int  # bytes: the 16-bit copy that products read, where it is whole all the time, and the teacher's
+    state: dict[str, int]  # bytes: weights, optimiser, EMA weights or the teacher, the task's own state, batch
+    weights_in_use: int  # bytes: the 16-bit copy that products read, where it is whole all the time
     gradients: int  # bytes, accumulated over micro-batches
     checkpoint_host_bytes: int  # that the busiest host writes
     step_flops: float  # of the model, over all GPUs, nothing recomputed counted
@@ -68,6 +71,13 @@ class CompiledStep:
     arguments: int  # bytes
     seconds: float  # that the compiler took
     hlo: str  # the scheduled program
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes by kind that are held from the beginning of a step to its end; they follow from the ZeRO stage."""
+        rest = {kind: size for kind, size in self.state.items() if kind != "weights"}
+        kinds = {"weights": self.state["weights"] + self.weights_in_use, "gradients": self.gradients, **rest}
+        return {kind: size for kind, size in kinds.items() if size}
 
 
 class CompileError(UserError):
@@ -130,15 +140,20 @@ def _key(config: Config, cluster: Cluster, platform: str) -> str:
 
 
 def _sources(config: Config) -> Iterator[tuple[str, bytes]]:
-    """The code of the package, and of models and tasks of the user's own: another version of it is another step."""
+    """The code of the package, and of the user's own models, tasks and transforms: another version is another step.
+
+    Of these the files that define the class and those it is derived from.
+    """
     package = Path(__file__).parents[1]
     for part in ("config", "data", "losses", "models", "optim", "parallel", "tasks", "train"):
         for path in sorted((package / part).rglob("*.py")):
             yield str(path.relative_to(package)), path.read_bytes()
     yield "compiled.py", Path(__file__).read_bytes()
-    for part in (config.model, *config.model.networks().values(), config.task):
-        if package not in (path := Path(inspect.getfile(type(part)))).parents:
-            yield type(part).__name__, path.read_bytes()
+    parts = (config.model, *config.model.networks().values(), config.task, *config.data.transforms)
+    modules = {sys.modules[cls.__module__] for part in parts for cls in type(part).__mro__}
+    for path in sorted({Path(file) for module in modules if (file := getattr(module, "__file__", None))}):
+        if package not in path.parents:
+            yield path.name, path.read_bytes()
 
 
 def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
@@ -184,35 +199,23 @@ def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
     import time
 
     import jax
-    from jax.sharding import NamedSharding
 
-    from visionfm_jax.parallel.mesh import BATCH, make_mesh
+    from visionfm_jax.parallel.mesh import make_mesh
     from visionfm_jax.train.step import Trainer
 
     devices = describe_devices(cluster) if platform == GPU else jax.devices("cpu")[: cluster.devices]
     trainer = Trainer(config, make_mesh(config.parallel.replicas, devices))
-    shardings = trainer.shardings
-    state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), trainer.shapes, shardings)
-    rows = NamedSharding(trainer.mesh, BATCH)
-    spec = trainer.task.batch_spec(config.train.batch_size)
-    batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in spec.items()}
+    state, batch = inputs_of(trainer, config.train.batch_size)
     began = time.perf_counter()
     compiled = trainer.step.trace(state, batch).lower(lowering_platforms=(platform,)).compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-
-    def held(tree: Any) -> int:
-        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
     in_use, gradients = trainer.zero.held_bytes(trainer.shapes.params, config.train.accumulate)
     return CompiledStep(
         platform=platform,
         parameters=parts(trainer.shapes.params),
-        state={
-            "weights": held(state.params), "optimiser": held(state.opt_state), "EMA weights": held(state.ema),
-            "batch": held(batch),
-        },
-        weights_in_use=in_use * (2 if trainer.task.momentum else 1),  # the teacher's too
+        state=state_bytes(state, batch, in_use if trainer.task.momentum else None),
+        weights_in_use=in_use,
         gradients=gradients,
         checkpoint_host_bytes=checkpoint_host_bytes(state, cluster.per_host, trainer.mesh.size),
         step_flops=trainer.task.step_flops,
@@ -223,6 +226,37 @@ def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
         seconds=seconds,
         hlo=compiled.as_text(),
     )  # fmt: skip
+
+
+def inputs_of(trainer: Trainer, batch_size: int) -> tuple[TrainState, dict[str, Any]]:
+    """Shapes of the state and the batch that a step is given, and where they lie."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from visionfm_jax.parallel.mesh import BATCH
+
+    shardings = trainer.shardings
+    state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), trainer.shapes, shardings)
+    rows, spec = NamedSharding(trainer.mesh, BATCH), trainer.task.batch_spec(batch_size)
+    return state, {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in spec.items()}
+
+
+def state_bytes(state: TrainState, batch: dict[str, Any], teacher_in_use: int | None) -> dict[str, int]:
+    """Bytes of each device, by kind, of what `inputs_of` gives.
+
+    Args:
+      teacher_in_use: the teacher's copy that products read, in bytes; None: there is no teacher.
+    """
+    import jax
+
+    def held(tree: Any) -> int:
+        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+    average = "EMA weights" if teacher_in_use is None else "teacher"
+    return {
+        "weights": held(state.params), "optimiser": held(state.opt_state),
+        average: held(state.ema) + (teacher_in_use or 0), "task state": held(state.task_state), "batch": held(batch),
+    }  # fmt: skip
 
 
 def shard_bytes(leaf: Any) -> int:

@@ -51,7 +51,7 @@ def print_without_gpus(
         highlight=False,
     )
     memory = _table("Memory of one GPU, without activations", "", "")
-    for kind, held in state_bytes(compiled).items():
+    for kind, held in compiled.held.items():
         memory.add_row(kind, size(held))
     step = _table("One step", "", "")
     step.add_row("model FLOPs of all GPUs", f"{compiled.step_flops:.4g}")
@@ -60,16 +60,6 @@ def print_without_gpus(
     for table in (_parameters(compiled), memory, step):
         console.print()
         console.print(table)
-
-
-def state_bytes(compiled: CompiledStep) -> dict[str, int]:
-    """Bytes of one GPU that follow from the ZeRO stage alone."""
-    return {
-        "weights": compiled.state["weights"] + compiled.weights_in_use,
-        "gradients": compiled.gradients,
-        "optimiser": compiled.state["optimiser"],
-        "EMA weights": compiled.state["EMA weights"],
-    }
 
 
 def _heading(name: str, compiled: CompiledStep, cluster: Cluster) -> str:
@@ -233,7 +223,7 @@ def head(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
 
 def json_without_gpus(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
     """As `as_json`, with null for what a compile for CPUs cannot show."""
-    sizes = {f"{kind.replace(' ', '_')}_bytes": held for kind, held in state_bytes(compiled).items()}
+    sizes = {f"{kind.replace(' ', '_')}_bytes": held for kind, held in compiled.held.items()}
     return {
         **head(name, compiled, cluster),
         "per_gpu": {**sizes, "peak_bytes": None, "card_bytes": cluster.target.memory_bytes, "fits": None},

@@ -278,8 +278,9 @@ def test_memory_by_kind_adds_up_to_the_peak():
         "temporary": 20_000 - 1500 - 400 - 2000 - 30 - activations,
     }  # fmt: skip
     assert sum(kinds.values()) == step.peak
-    averaged = replace(step, state=STATE | {"EMA weights": 1000})
-    assert memory_by_kind(averaged, Module(step.hlo))["EMA weights"] == 1000
+    more = {"teacher": 1500, "task state": 70}
+    taught = memory_by_kind(replace(step, state=STATE | more), Module(step.hlo))
+    assert taught == kinds | more | {"temporary": kinds["temporary"] - 1570}
 
 
 def result_of(cluster=HOST, seconds=0.5, **changes):

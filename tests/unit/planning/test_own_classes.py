@@ -1,5 +1,6 @@
-"""Plans of models whose classes the configuration file defines itself."""
+"""Plans of models and transforms whose classes the package does not know."""
 
+import importlib
 import subprocess
 import sys
 
@@ -31,5 +32,17 @@ def test_a_compile_in_another_process_gets_them_and_the_cache_knows_their_code(t
     done = subprocess.run([sys.executable, "-c", program], input=_pickled(config), capture_output=True, timeout=120)
     assert done.stdout.decode() == "MineConfig 7\n", done.stderr.decode()
     sources = dict(_sources(config))
-    assert sources["MineConfig"] == FILE.encode()
+    assert sources["mine.py"] == FILE.encode()
     assert "models/backbones/vit.py" in sources
+
+
+def test_the_cache_knows_the_code_of_a_transform_and_of_the_classes_it_is_derived_from(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    base = "from visionfm_jax.data.transforms import Flip\n\nclass Base(Flip):\n    pass\n"
+    (tmp_path / "base_of_mine.py").write_text(base)
+    (tmp_path / "flip_of_mine.py").write_text("import base_of_mine\n\nclass Mine(base_of_mine.Base):\n    pass\n")
+    config = load.load_file("configs/vit_huge.py")
+    config.data.transforms = (importlib.import_module("flip_of_mine").Mine(),)
+    sources = dict(_sources(config))
+    assert sources["base_of_mine.py"] == base.encode()
+    assert b"Mine" in sources["flip_of_mine.py"]
