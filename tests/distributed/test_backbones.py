@@ -27,6 +27,7 @@ from visionfm_jax.config.limits import ImageSize, Limits, OneOf, Range, height_w
 from visionfm_jax.data.augment import normalize
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.data.sources.kinds import TfdsConfig
+from visionfm_jax.data.transforms import MultiCrop, Views
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones import Features, Hidden, swin_v2
@@ -40,6 +41,7 @@ from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
+from visionfm_jax.tasks.self_distillation import SelfDistillationConfig
 from visionfm_jax.tasks.task import Stateless
 from visionfm_jax.train.step import Trainer
 
@@ -116,7 +118,12 @@ TASKS = {
         AuroraConfig(image=image, text=DecoderConfig(**TEXT), embed_dim=16),
         MultimodalConfig(tokenizer="emoji", pair_ratio=(1, 1), mask_unit=16),
     ),
+    "self_distillation": lambda image: (
+        image,
+        SelfDistillationConfig(prototypes=32, head_hidden=32, head_bottleneck=16, teacher_momentum=(0.9, 1.0)),
+    ),
 }  # fmt: skip
+VIEWS = MultiCrop(views=(Views(size=SIZE), Views(name="local", size=16, count=2)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -133,7 +140,9 @@ def run_of(model, task) -> Config:
         name="cell",
         model=model,
         task=task,
-        data=DataConfig(train=(TfdsConfig(path="-"),)),
+        data=DataConfig(
+            train=(TfdsConfig(path="-"),), transforms=(VIEWS,) if isinstance(task, SelfDistillationConfig) else ()
+        ),
         optim=OptimConfig(warmup_steps=1, lr=3e-3),
         train=TrainConfig(batch_size=BATCH, steps=50, precision="fp32"),
     )
@@ -146,7 +155,7 @@ def batch(trainer: Trainer) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     out = {}
     for name, spec in trainer.task.batch_spec(BATCH).items():
-        out[name] = rng.integers(0, 256 if name == "image" else 5, spec.shape).astype(spec.dtype)
+        out[name] = rng.integers(0, 256 if spec.dtype == np.uint8 else 5, spec.shape).astype(spec.dtype)
     if "text" in out:
         out["text"][:, -1] = END
     return out
@@ -164,7 +173,13 @@ def losses(trainer: Trainer, steps: int) -> tuple[list[float], Any]:
 # The other cells are the recipes', which have tests of their own.
 @pytest.mark.parametrize(
     ("backbone", "task"),
-    [("vit", "contrastive"), ("vit", "multimodal"), ("swin_v2", "classification"), ("toy", "contrastive")],
+    [
+        ("vit", "contrastive"),
+        ("vit", "multimodal"),
+        ("swin_v2", "classification"),
+        ("swin_v2", "self_distillation"),
+        ("toy", "contrastive"),
+    ],
 )
 def test_every_task_trains_on_every_backbone(backbone, task):
     trainer = Trainer(run_of(*TASKS[task](BACKBONES[backbone]())), make_mesh(1, jax.devices()[:2]))
@@ -172,7 +187,7 @@ def test_every_task_trains_on_every_backbone(backbone, task):
     assert np.mean(found[-3:]) < 0.95 * found[0]
     moved = jax.tree.map(lambda p: bool(jnp.any(p != 0)), optax.tree.get(state.opt_state, "mu"))
     assert all(jax.tree.leaves(moved)), moved  # a gradient reaches every parameter
-    if task == "contrastive":
+    if task in ("contrastive", "self_distillation"):
         return
     what, result = {"classification": ("labels", "probability"), "multimodal": ("masked_image", "pixel_error")}[task]
     for height, width in (SIZE, (SIZE[1], 2 * SIZE[0])):  # and an evaluation on images of another size
@@ -220,6 +235,19 @@ def test_hidden_patches_are_not_seen():
         run = jax.jit(lambda x, where, p=params, m=module: m.apply(p, x, None, Hidden(token_of(m), where)).pooled)
         np.testing.assert_array_equal(run(images, where), run(other, where))
         assert jnp.any(run(images, ~where) != run(other, ~where))
+
+
+def test_a_hidden_feature_hides_all_patches_that_it_stands_for():
+    model, config = TASKS["self_distillation"](BACKBONES["swin_v2"]())
+    task = Trainer(run_of(model, config), make_mesh(1, jax.devices()[:2])).task
+    stride = model.strides[-1]
+    views = jax.random.normal(jax.random.key(0), (2, 1, *SIZE, 3))
+    other = views.at[:, :, :stride, stride : 2 * stride].add(1.0)
+    hidden = jnp.zeros((2, 1, SIZE[0] // stride, SIZE[1] // stride), bool).at[:, :, 0, 1].set(True)
+    params = jax.jit(task.init)(jax.random.key(1))
+    run = jax.jit(lambda views, hidden: task._encode(params, views, hidden=hidden).normed)
+    np.testing.assert_array_equal(run(views, hidden), run(other, hidden))
+    assert jnp.any(run(views, ~hidden) != run(other, ~hidden))
 
 
 # An objective of a user's own: the mean colour of an image.

@@ -8,6 +8,9 @@ al. 2022), and to spread images evenly (KoLeo, Sablayrolles et al. 2019).
 Where this differs from the published code: of the two global views of each image one, drawn at random, is masked,
 there half of the batch's; the two heads' prototypes have length 1 from the start.
 
+"Patches" are the places of the backbone's last map: of a ViT its patches; of SwinV2, whose last stage merges 8 x 8,
+squares of as many, as SimMIM masks them (Xie et al. 2022).
+
 Shapes: B rows of this device, U = 2 global views, V views with the local ones, H W a view, h w its patches, M
 patches that may be hidden of it, D width, K prototypes.
 """
@@ -26,10 +29,10 @@ import optax
 from einops import rearrange
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig, Transform
-from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range, height_width, shortest
+from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range, height_width, multiple_of, shortest
 from visionfm_jax.data.augment import augment_views, normalize
 from visionfm_jax.data.fields import NoFields
-from visionfm_jax.losses.masked import hide_blocks
+from visionfm_jax.losses.masked import enlarge, hide_blocks
 from visionfm_jax.losses.self_distillation import centred, koleo, patches_loss, sinkhorn, views_loss
 from visionfm_jax.models.backbones import Features
 from visionfm_jax.models.layers import GatherParams
@@ -92,10 +95,6 @@ class SelfDistillationConfig(TaskConfig):
         low, high = self.mask_share
         if low > high:
             out.append(("task.mask_share", self.mask_share, "needs low <= high", f"set {high, low}"))
-        if (stride := run.model.strides[-1]) != run.model.patch_size:
-            kind, rule = type(run.model).__name__, f"has features of {stride} pixels, and patches of"
-            rule = f"{rule} {run.model.patch_size} are masked"
-            out.append(("model", kind, rule, "set a backbone of one stage, such as ViTConfig"))
         if run.optim.ema:
             rule = "averages the weights, which the teacher does by task.teacher_momentum"
             out.append(("optim.ema", run.optim.ema, rule, "set it to 0"))
@@ -107,10 +106,10 @@ class SelfDistillationConfig(TaskConfig):
             rule = f"must make views: two named global of model.image_size = {size} pixels, and others named local"
             remedy = f'end them by MultiCrop(views=(Views(size={size}), Views(name="local", …)))'
             out.append(("data.transforms", shapes, rule, remedy))
-        elif any(side % run.model.patch_size for _, *sides, _ in shapes.values() for side in sides):
-            rule = f"must make views of a size that model.patch_size = {run.model.patch_size} divides"
-            out.append(("data.transforms", shapes, rule, "set the size of the local views to a multiple"))
-        return out
+        elif "local" in shapes:
+            out += run.model.size_problems("data.transforms: size of the local views", shortest(shapes["local"][1:3]))
+        stride = run.model.strides[-1]
+        return out + multiple_of("model.image_size", size, stride, f"{stride}, the stride of the masked features")
 
     def fields(self, run: Config) -> NoFields:
         return NoFields()
@@ -277,13 +276,13 @@ class SelfDistillation:
           params: of the student or the teacher.
           views: normalised.
           keys: (B,), by which each view leaves out layers of its own; None: none is left out.
-          hidden: patches (V, B, h, w); None: all are seen.
+          hidden: (V, B, h, w); None: all are seen.
         """
         if keys is not None:
             fold = jax.vmap(jax.random.fold_in, (0, None))
             keys = jnp.concatenate([fold(keys, i) for i in range(len(views))])
         if hidden is not None:
-            hidden = rearrange(hidden, "v b h w -> (v b) h w")
+            hidden = enlarge(rearrange(hidden, "v b h w -> (v b) h w"), self._merged)
         return self._run(params, "encode", rearrange(views, "v b h w c -> (v b) h w c"), keys, hidden)
 
     def _targets(self, logits: jax.Array, chosen: jax.Array, centre: str, context: Context) -> jax.Array:
@@ -303,7 +302,12 @@ class SelfDistillation:
     @property
     def _grid(self) -> tuple[int, int]:
         height, width = height_width(self.config.model.image_size)
-        return height // self.config.model.patch_size, width // self.config.model.patch_size
+        return height // self.config.model.strides[-1], width // self.config.model.strides[-1]
+
+    @property
+    def _merged(self) -> int:
+        """Patches of the embedding along one side of a patch of the last map."""
+        return self.config.model.strides[-1] // self.config.model.patch_size
 
     @property
     def _most(self) -> int:
