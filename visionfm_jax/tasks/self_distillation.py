@@ -29,7 +29,17 @@ import optax
 from einops import rearrange
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig, Transform
-from visionfm_jax.config.limits import LOSS_WEIGHT, STEPS, Limits, OneOf, Problem, Range, height_width, multiple_of, shortest
+from visionfm_jax.config.limits import (
+    LOSS_WEIGHT,
+    STEPS,
+    Limits,
+    OneOf,
+    Problem,
+    Range,
+    height_width,
+    multiple_of,
+    shortest,
+)
 from visionfm_jax.data.augment import augment_views, normalize
 from visionfm_jax.data.fields import NoFields
 from visionfm_jax.losses.masked import enlarge, hide_blocks
