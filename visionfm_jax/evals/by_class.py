@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.data.chain import EvalTransform
-from visionfm_jax.data.sources import Source
+from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.sampling import image_of, sample
 
 # Classes up to which details hold every pair of class and guess; above, as many of the most frequent confusions: of
@@ -74,23 +73,14 @@ def by_class(labels: np.ndarray, guess: np.ndarray, classes: int) -> ByClass:
     return ByClass(images, accuracy, np.stack([pairs // classes, pairs % classes, counts], 1))
 
 
-class LabelledEval:
+class LabelledEval(OpenedEval):
     """The base of the evals of labelled images: their details and pictures.
 
     Attributes:
       classes: the names, one a class.
-      settings: what `protocol` is the digest of.
-      protocol, details, pictured: as `evals.eval.Eval` says.
     """
 
-    source: Source
-    transform: EvalTransform
-    host: int
     classes: Sequence[str]
-    settings: dict[str, Any]
-    protocol: str
-    details: dict[str, Any]
-    pictured: dict[str, Any]
 
     def by_class(self, labels: np.ndarray, guess: np.ndarray, records: np.ndarray) -> dict[str, float]:
         """Fill `details`, and on host 0 `pictured`; the metrics over classes.
@@ -100,7 +90,7 @@ class LabelledEval:
           records: (N,) their numbers in `source`.
         """
         counted = by_class(labels, guess, len(self.classes))
-        self.details = {"protocol": self.protocol, "settings": self.settings, **counted.details(self.classes)}
+        self.describe(**counted.details(self.classes))
         if self.host == 0:
             rows = sample(np.arange(len(labels)), PICTURED)
             self.pictured = {

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from visionfm_jax.config import Config
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.caption_metrics import bleu4, cider, exact
-from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.captions import CaptionedImages, captions_of, require_captions
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import CaptioningConfig
-from visionfm_jax.evals.multimodal import CaptionedImages, MultimodalEval
+from visionfm_jax.evals.protocol import texts_of
 from visionfm_jax.evals.sampling import image_of, sample
 from visionfm_jax.models.generate import Decoding
 
@@ -22,7 +23,7 @@ PICTURED = 12
 KEPT = 200  # captions in the details
 
 
-class CaptioningEval(MultimodalEval):
+class CaptioningEval(OpenedEval):
     """The `evals.eval.Eval` of captioned images: exact (a share), BLEU-4 and CIDEr of one caption written for each.
 
     All captions of an image are its references. Nucleus sampling draws from the record's number alone.
@@ -33,20 +34,18 @@ class CaptioningEval(MultimodalEval):
         right, that is one of the true ones.
     """
 
-    def more_settings(self) -> dict[str, Any]:
-        """How texts are written and read."""
-        self.tokenizer = open_tokenizer(self.run_config.task.tokenizer)
-        self.decoding = decoding_of(self.config)
-        return {
-            "tokenizer": Path(self.tokenizer.name).name,
-            "context": self.run_config.model.text.context,
-            "decoding": self.decoding._asdict(),
-        }
+    def __init__(self, config: CaptioningConfig, run: Config, host: int, hosts: int):
+        super().__init__(config, run, host, hosts)
+        require_captions(self.sources, config.kind)
+        self.tokenizer = open_tokenizer(run.task.tokenizer)
+        self.decoding = decoding_of(config)
+        self.settings |= texts_of(self.tokenizer, run.model.text.context)
+        self.settings |= {"decoding": self.decoding._asdict()}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """One caption for every image."""
         written, records = [], []
-        for batch in self.batches(CaptionedImages()):
+        for batch in self.batches(self.source, CaptionedImages()):
             out = predict(batch, self.decoding)
             keep = np.flatnonzero(out["mask"])
             written += [self.tokenizer.decode(ids) for ids in out["generated"][keep].tolist()]

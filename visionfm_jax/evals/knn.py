@@ -6,7 +6,6 @@ Shapes: B batch, Q queries, N images of the gallery, D features, C classes, k ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,13 @@ import numpy as np
 from PIL import Image
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
-from visionfm_jax.data.loader import eval_loader
-from visionfm_jax.data.sources import Source, open_source
+from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import KnnConfig
-from visionfm_jax.evals.protocol import measured_on, protocol_of
+from visionfm_jax.evals.protocol import measured_on
 from visionfm_jax.models.layers import l2_normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -29,7 +27,7 @@ PIXELS = 32  # side to which larger images are averaged for the baseline: ImageN
 QUERIES, GALLERY = 2**12, 2**15  # compared at a time: 512 MiB of similarities
 
 
-class KnnEval:
+class KnnEval(OpenedEval):
     """The `evals.eval.Eval` of features: top1, the share of images whose neighbours in the gallery vote for their
     class, and `pixels_top1`, the same by raw pixels (of images of at most 32 x 32) in place of features.
 
@@ -40,22 +38,15 @@ class KnnEval:
       details: after a run, for JSON: protocol and its settings.
     """
 
-    pictured: ClassVar = {}
-
     def __init__(self, config: KnnConfig, run: Config, host: int, hosts: int):
-        self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        self.source, self.gallery = open_source(config.source), [open_source(s) for s in config.gallery]
-        self.transform = EvalTransform.of(config, run)
+        super().__init__(config, run, host, hosts)
+        self.gallery = self.sources[1:]
         self._check()
-        self.settings = {
-            **measured_on(self.source, config.source.path, config.source.split),
-            "gallery": [measured_on(s, c.path, c.split) for s, c in zip(self.gallery, config.gallery, strict=True)],
-            **self.transform.settings,
+        self.settings |= {
+            "gallery": list(map(measured_on, self.gallery, config.gallery)),
             "neighbours": NEIGHBOURS,
             "temperature": TEMPERATURE,
         }
-        self.protocol = protocol_of(self.settings)
-        self.details: dict[str, Any] = {}
         self._of_pixels: float | None = None  # which training does not change
 
     def run(self, predict: Predict) -> dict[str, float]:
@@ -64,13 +55,13 @@ class KnnEval:
         top1 = self._top1(gallery["features"], gallery["label"], queries["features"], queries["label"])
         if self._of_pixels is None:
             self._of_pixels = self._top1(gallery["pixels"], gallery["label"], queries["pixels"], queries["label"])
-        self.details = {"protocol": self.protocol, "settings": self.settings}
+        self.describe()
         return {"top1": top1, "pixels_top1": self._of_pixels}
 
     def _check(self) -> None:
         if not self.gallery:
             raise DataError("gallery = (): a knn eval needs labelled images to compare with; add a source")
-        for source in (self.source, *self.gallery):
+        for source in self.sources:
             if not source.num_classes:
                 raise DataError(f"{source.name} has no labels, which knn needs; set label_key, or another source")
             if source.num_classes != self.source.num_classes:
@@ -87,12 +78,7 @@ class KnnEval:
         """`features` (N, D), `pixels` (N, P), uint8, and `label` (N,) of the readable records, of all hosts."""
         parts = []
         for source in sources:
-            batches = eval_loader(
-                source, Labels(source.num_classes), self.transform,
-                batch_size=self.config.batch_size or self.run_config.train.batch_size,
-                host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
-            )  # fmt: skip
-            for batch in batches:
+            for batch in self.batches(source, Labels(source.num_classes)):
                 pixels = {} if self._of_pixels is not None else {"pixels": shrunk(batch["image"])}
                 out = predict(batch | pixels, "features")
                 keep = np.flatnonzero(out["mask"])

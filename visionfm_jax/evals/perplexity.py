@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
+from visionfm_jax.config import Config
 from visionfm_jax.data.fields import Texts
 from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.evals.base import OpenedEval
+from visionfm_jax.evals.captions import require_captions
 from visionfm_jax.evals.eval import Predict
-from visionfm_jax.evals.multimodal import MultimodalEval
+from visionfm_jax.evals.kinds import PerplexityConfig
+from visionfm_jax.evals.protocol import texts_of
 
 
-class PerplexityEval(MultimodalEval):
+class PerplexityEval(OpenedEval):
     """The `evals.eval.Eval` of masked words in captions: perplexity, exp of the mean NLL per masked token.
 
     `perplexity_without_image` is that of the same words without the image, `image_gain` how many times higher it is:
@@ -21,19 +22,17 @@ class PerplexityEval(MultimodalEval):
     the record's number alone.
     """
 
-    def more_settings(self) -> dict[str, Any]:
-        """Texts, and how many of their words are masked."""
-        self.tokenizer = open_tokenizer(self.run_config.task.tokenizer)
-        return {
-            "tokenizer": Path(self.tokenizer.name).name,
-            "context": self.run_config.model.text.context,
-            "word_mask_ratio": self.run_config.task.word_mask_ratio,
-        }
+    def __init__(self, config: PerplexityConfig, run: Config, host: int, hosts: int):
+        super().__init__(config, run, host, hosts)
+        require_captions(self.sources, config.kind)
+        self.tokenizer = open_tokenizer(run.task.tokenizer)
+        self.settings |= texts_of(self.tokenizer, run.model.text.context)
+        self.settings |= {"word_mask_ratio": run.task.word_mask_ratio}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Over all masked words of the source, each text once."""
         nll = without = words = texts = np.float64(0)
-        for batch in self.batches(Texts(self.tokenizer, self.run_config.model.text.context)):
+        for batch in self.batches(self.source, Texts(self.tokenizer, self.run_config.model.text.context)):
             out = predict(batch, "masked_language")
             keep = out["mask"] > 0
             nll += out["nll"][keep].sum(dtype=np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,10 @@ import numpy as np
 import optax
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
-from visionfm_jax.data.loader import eval_loader
 from visionfm_jax.data.sources import Source, open_source
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import PixelBaselineConfig
 
@@ -26,19 +24,15 @@ ITERATIONS = 200
 PENALTY = 30.0
 
 
-class PixelBaseline:
+class PixelBaseline(OpenedEval):
     """The `evals.eval.Eval` that ignores the model: top-1 share of multinomial logistic regression (L-BFGS)."""
 
     protocol = ""
-    pictured: ClassVar = {}
-    details: ClassVar = {}
 
     def __init__(self, config: PixelBaselineConfig, run: Config, host: int, hosts: int):
-        del host, hosts  # every host computes the same
-        self.config, self.run_config = config, run
+        del host, hosts  # every host computes the same, of all rows
+        super().__init__(config, run, 0, 1)
         self.train = [open_source(s) for s in run.data.train]
-        self.source = open_source(config.source)
-        self.transform = EvalTransform.of(config, run)
         pixels = sum(map(len, self.train)) * math.prod(self.transform.spec["image"][0])
         if pixels > MAX_PIXELS:
             raise DataError(f"{pixels:,} training pixels are too many for a baseline; remove the eval")
@@ -52,11 +46,7 @@ class PixelBaseline:
         return {"top1": float((scores(weights, test_x).argmax(-1) == test_y).mean())}
 
     def _pixels(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        labels = Labels(self.run_config.task.num_classes)
-        size = self.config.batch_size or self.run_config.train.batch_size
-        batches = eval_loader(
-            source, labels, self.transform, batch_size=size, host=0, hosts=1, threads=self.run_config.data.threads
-        )
+        batches = self.batches(source, Labels(self.run_config.task.num_classes))
         rows = [(b["image"][b["mask"] > 0], b["label"][b["mask"] > 0]) for b in batches]
         images, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         return images.reshape(len(images), -1).astype(np.float32) / 255, labels

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from visionfm_jax.config import SourceConfig
 from visionfm_jax.data.sources import Source
+from visionfm_jax.data.tokenizer import Tokenizer
 
 
 def protocol_of(settings: dict[str, Any]) -> str:
@@ -15,6 +17,11 @@ def protocol_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def measured_on(source: Source, path: str, split: str) -> dict[str, Any]:
+def measured_on(source: Source, config: SourceConfig) -> dict[str, Any]:
     """A dataset's part of a protocol: its name and length, the same on every machine."""
-    return {"dataset": Path(path).name, "split": split, "records": len(source)}
+    return {"dataset": Path(config.path).name, "split": config.split, "records": len(source)}
+
+
+def texts_of(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
+    """The part of texts of `context` tokens."""
+    return {"tokenizer": Path(tokenizer.name).name, "context": context}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
+from visionfm_jax.config import Config
 from visionfm_jax.data.fields import NoFields
+from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.eval import Predict
-from visionfm_jax.evals.multimodal import MultimodalEval
+from visionfm_jax.evals.kinds import ReconstructionConfig
 from visionfm_jax.evals.sampling import image_of, sample
 
 PICTURED = 8
@@ -17,7 +17,7 @@ SAMPLE = 64  # images that are reconstructed for the pictures, and compared with
 GREY = 128
 
 
-class ReconstructionEval(MultimodalEval):
+class ReconstructionEval(OpenedEval):
     """The `evals.eval.Eval` of images with hidden units: `pixel_error`, the mean |difference| over hidden pixels.
 
     Its unit is that of the loss, a channel's standard deviation (`data.augment.std`). On up to 64 images spread over
@@ -30,21 +30,18 @@ class ReconstructionEval(MultimodalEval):
         (8, H, W, 3), and `error` (8,).
     """
 
-    needs_captions = False
-
-    def more_settings(self) -> dict[str, Any]:
-        """What is hidden, and the unit of the error."""
-        task = self.run_config.task
-        return {
-            "mask_unit": task.mask_unit,
-            "mask_ratio": task.mask_ratio,
-            "std": list(self.run_config.data.augment.std),
+    def __init__(self, config: ReconstructionConfig, run: Config, host: int, hosts: int):
+        super().__init__(config, run, host, hosts)
+        self.settings |= {
+            "mask_unit": run.task.mask_unit,
+            "mask_ratio": run.task.mask_ratio,
+            "std": list(run.data.augment.std),
         }
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Each image once, and the sample once more."""
         total, records = np.float64(0), []
-        for batch in self.batches(NoFields()):
+        for batch in self.batches(self.source, NoFields()):
             out = predict(batch, "masked_image")
             keep = out["mask"] > 0
             total += out["pixel_error"][keep].sum(dtype=np.float64)

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Row, Spec, Texts
-from visionfm_jax.data.loader import eval_loader
-from visionfm_jax.data.sources import Source, open_source, read_record
+from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
-from visionfm_jax.errors import DataError
-from visionfm_jax.evals.captions import captions_of
+from visionfm_jax.evals.base import OpenedEval
+from visionfm_jax.evals.captions import captions_of, require_captions
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import RetrievalConfig
 from visionfm_jax.evals.metrics import best, ranks, recall
-from visionfm_jax.evals.protocol import measured_on, protocol_of
+from visionfm_jax.evals.protocol import measured_on, texts_of
 from visionfm_jax.evals.sampling import image_of, sample
 
 KS = (1, 5, 10)
@@ -74,7 +71,7 @@ class Embedded(NamedTuple):
     place: np.ndarray  # (T,) among the captions of its record
 
 
-class RetrievalEval:
+class RetrievalEval(OpenedEval):
     """The `evals.eval.Eval` of captioned images and a contrastive model: R@1, 5 and 10 as shares, both ways.
 
     Queries are the source's images and captions; candidates are its captions and images and those of the gallery. Each
@@ -89,27 +86,16 @@ class RetrievalEval:
     """
 
     def __init__(self, config: RetrievalConfig, run: Config, host: int, hosts: int):
-        self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        self.sources = [open_source(s) for s in config.sources]
-        self.source = self.sources[0]
-        self.transform = EvalTransform.of(config, run)
-        for source in self.sources:
-            if not source.has_captions:
-                raise DataError(
-                    f"{source.name} has no captions, which retrieval needs; set caption_key, or another source"
-                )
+        super().__init__(config, run, host, hosts)
+        require_captions(self.sources, config.kind)
         self.tokenizer = open_tokenizer(run.task.tokenizer)
         self.settings = {
-            "sources": [measured_on(s, c.path, c.split) for s, c in zip(self.sources, config.sources, strict=True)],
+            "sources": list(map(measured_on, self.sources, config.sources)),
             **self.transform.settings,
-            "tokenizer": Path(self.tokenizer.name).name,
-            "context": run.model.text.context,
+            **texts_of(self.tokenizer, run.model.text.context),
         }
         if (most := max(s.most_captions for s in self.sources)) > 1:
             self.settings["captions"] = most
-        self.protocol = protocol_of(self.settings)
-        self.details: dict[str, Any] = {}
-        self.pictured: dict[str, Any] = {}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Recalls and median ranks over all queries, each once."""
@@ -126,20 +112,16 @@ class RetrievalEval:
         scores |= {"queries": float(images), "candidates": float(len(pairs.image))}
         if pairs.ids.shape[1] > 1:
             scores |= {"caption_queries": float(texts), "caption_candidates": float(len(pairs.text))}
-        self.details = {"protocol": self.protocol, "settings": self.settings}
+        self.describe()
         if self.host == 0:
             self.pictured = self._pictured(pairs, images, texts, places)
         return scores
 
     def _embed(self, predict: Predict, number: int, source: Source) -> Embedded:
-        size, most = self.config.batch_size or self.run_config.train.batch_size, source.most_captions
-        batches = eval_loader(
-            source, AllCaptions(self.tokenizer, self.run_config.model.text.context, most), self.transform,
-            batch_size=size, host=self.host, hosts=self.hosts,
-            threads=self.run_config.data.threads,
-        )  # fmt: skip
+        most = source.most_captions
+        fields = AllCaptions(self.tokenizer, self.run_config.model.text.context, most)
         parts, images = [], 0
-        for step, batch in enumerate(batches):
+        for batch in self.batches(source, fields):
             texts = batch.pop("text")
             out = predict({**batch, "text": texts[:, 0]})
             keep = np.flatnonzero(out["mask"])
@@ -155,7 +137,7 @@ class RetrievalEval:
                     image=out["image_embedding"][keep],
                     ids=np.where(there, ids, ids[:, :1]),
                     source=np.full(len(keep), number),
-                    record=step * size + keep,
+                    record=out["record"][keep],
                     text=text,
                     caption=ids[there],
                     owner=images + row,

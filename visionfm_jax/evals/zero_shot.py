@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.fields import Labels
-from visionfm_jax.data.loader import eval_loader
-from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import DataError
@@ -19,7 +13,7 @@ from visionfm_jax.evals.by_class import LabelledEval
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import ZeroShotConfig
 from visionfm_jax.evals.metrics import class_embeddings, classify
-from visionfm_jax.evals.protocol import measured_on, protocol_of
+from visionfm_jax.evals.protocol import texts_of
 from visionfm_jax.evals.text_embedding import embed_texts
 
 PROMPTS = "imagenet_prompts_short"
@@ -37,22 +31,11 @@ class ZeroShotEval(LabelledEval):
     """
 
     def __init__(self, config: ZeroShotConfig, run: Config, host: int, hosts: int):
-        self.config, self.run_config, self.host, self.hosts = config, run, host, hosts
-        self.source = open_source(config.source)
-        self.transform = EvalTransform.of(config, run)
+        super().__init__(config, run, host, hosts)
         self.classes, self.prompts = self._classes(), self._prompts()
         self.tokenizer = open_tokenizer(run.task.tokenizer)
-        self.settings = {
-            **measured_on(self.source, config.source.path, config.source.split),
-            **self.transform.settings,
-            "tokenizer": Path(self.tokenizer.name).name,
-            "context": run.model.text.context,
-            "prompts": self.prompts,
-            "classes": self.classes,
-        }
-        self.protocol = protocol_of(self.settings)
-        self.details: dict[str, Any] = {}
-        self.pictured: dict[str, Any] = {}
+        self.settings |= texts_of(self.tokenizer, run.model.text.context)
+        self.settings |= {"prompts": self.prompts, "classes": self.classes}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Every image once, against class embeddings of the weights that `predict` has now."""
@@ -60,17 +43,13 @@ class ZeroShotEval(LabelledEval):
         classes = class_embeddings(
             embed_texts(
                 predict, texts, self.tokenizer, context=self.run_config.model.text.context,
-                batch_size=self._batch_size, host=self.host, hosts=self.hosts,
+                batch_size=self.batch_size, host=self.host, hosts=self.hosts,
             ),
             len(self.classes),
         )  # fmt: skip
         images, labels, records = self._images(predict)
         result = classify(images, classes, labels)
         return {"top1": result.top1, "top5": result.top5, **self.by_class(labels, result.guess, records)}
-
-    @property
-    def _batch_size(self) -> int:
-        return self.config.batch_size or self.run_config.train.batch_size
 
     def _classes(self) -> tuple[str, ...]:
         """The names, one a class of the dataset."""
@@ -103,13 +82,9 @@ class ZeroShotEval(LabelledEval):
     def _images(self, predict: Predict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Embeddings (N, E), labels (N,) and numbers (N,) of the readable records, of all hosts."""
         parts = []
-        batches = eval_loader(
-            self.source, Labels(len(self.classes)), self.transform,
-            batch_size=self._batch_size, host=self.host, hosts=self.hosts, threads=self.run_config.data.threads,
-        )  # fmt: skip
-        for step, batch in enumerate(batches):
+        for batch in self.batches(self.source, Labels(len(self.classes))):
             out = predict(batch)
             keep = np.flatnonzero(out["mask"])
-            parts.append((out["image_embedding"][keep], out["label"][keep], step * self._batch_size + keep))
+            parts.append((out["image_embedding"][keep], out["label"][keep], out["record"][keep]))
         images, labels, records = (np.concatenate(p) for p in zip(*parts, strict=True))
         return images, labels, records

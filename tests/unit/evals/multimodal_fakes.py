@@ -5,7 +5,7 @@ from pair_fakes import BATCH, CONTEXT, SIDE
 
 from visionfm_jax.config import Config, DataConfig, TrainConfig
 from visionfm_jax.data.sources.kinds import TfdsConfig
-from visionfm_jax.evals import multimodal
+from visionfm_jax.evals import base
 from visionfm_jax.evals.eval import make_evals
 from visionfm_jax.models.aurora import AuroraConfig
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
@@ -27,7 +27,7 @@ def multimodal_run(kind, **evaluation):
 
 def make(monkeypatch, source, hosts=1, **settings):
     """The eval, one per host, of `source`."""
-    monkeypatch.setattr(multimodal, "open_source", lambda config: source)
+    monkeypatch.setattr(base, "open_source", lambda config: source)
     run = multimodal_run(**settings)
     return [make_evals(run, host, hosts)["held_out"] for host in range(hosts)]
 

@@ -34,7 +34,7 @@ def knowing(batch, right):
     first, second = np.where(right(label), label, wrong), np.where(right(label), wrong, label)
     others = np.stack([(label + k) % 10 for k in (2, 3, 4)], 1)
     top = np.concatenate([first[:, None], second[:, None], others], 1)
-    return {"top": top, "loss": np.ones(len(label)), "label": label, "mask": batch["mask"]}
+    return {"top": top, "loss": np.ones(len(label)), **{k: batch[k] for k in ("label", "mask", "record")}}
 
 
 def test_every_record_counts_once_and_padding_not():
@@ -136,7 +136,7 @@ def test_pictures_are_spread_over_the_source_whatever_the_hosts(tmp_path, monkey
         of_both_hosts.seen += 192
         rows = np.arange(at, at + 192)
         assert len(batch["label"]) == 96
-        there = {"label": labels[rows % 300], "mask": (rows < 300).astype(np.float32)}
+        there = {"label": labels[rows % 300], "mask": (rows < 300).astype(np.float32), "record": rows}
         return knowing(there, lambda label: label < 3)
 
     of_both_hosts.seen = 0

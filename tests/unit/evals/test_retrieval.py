@@ -11,7 +11,7 @@ from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.data.sources.kinds import BundledConfig, TfdsConfig
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError
-from visionfm_jax.evals import retrieval
+from visionfm_jax.evals import base
 from visionfm_jax.evals.eval import check_best_metric, make_evals
 from visionfm_jax.evals.kinds import RetrievalConfig
 from visionfm_jax.models.aurora import AuroraConfig
@@ -26,7 +26,7 @@ LONG = " ".join(["very"] * CONTEXT)
 
 def make(monkeypatch, sources, hosts=1, **settings):
     """The eval, one per host, of `sources` by path."""
-    monkeypatch.setattr(retrieval, "open_source", lambda config: sources[config.path])
+    monkeypatch.setattr(base, "open_source", lambda config: sources[config.path])
     gallery = tuple(TfdsConfig(path=path, split="train") for path in list(sources)[1:])
     run = contrastive_run(kind=RetrievalConfig, gallery=gallery, **settings)
     return [make_evals(run, host, hosts)["pairs"] for host in range(hosts)]
@@ -61,7 +61,9 @@ def test_numbers_are_those_of_naive_loops(monkeypatch):
     assert (got["queries"], got["candidates"]) == (COUNT, COUNT + MORE)
     assert set(RetrievalConfig.metrics) < set(got)
     assert all(shapes["text"] == (BATCH, CONTEXT) for shapes in model.seen)  # one shape: compiled once
-    assert {tuple(sorted(shapes)) for shapes in model.seen} == {("caption", "captions", "image", "mask", "text")}
+    assert {tuple(sorted(shapes)) for shapes in model.seen} == {
+        ("caption", "captions", "image", "mask", "record", "text")
+    }
 
 
 def test_two_hosts_agree_with_one(monkeypatch):
@@ -194,7 +196,7 @@ def test_any_caption_of_an_image_is_right_for_it(monkeypatch):
 
 
 def test_runs_of_the_multimodal_task_are_measured(monkeypatch):
-    monkeypatch.setattr(retrieval, "open_source", lambda config: Numbered(TEXTS))
+    monkeypatch.setattr(base, "open_source", lambda config: Numbered(TEXTS))
     run = contrastive_run(kind=RetrievalConfig)
     run.task = MultimodalConfig(tokenizer="emoji")
     run.model = AuroraConfig(image=run.model.image, text=DecoderConfig(context=9))

@@ -10,7 +10,7 @@ from pair_fakes import BATCH, CONTEXT, Model, Numbered, contrastive_run, on_host
 from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.errors import ConfigError, DataError
-from visionfm_jax.evals import zero_shot
+from visionfm_jax.evals import base
 from visionfm_jax.evals.eval import make_evals
 from visionfm_jax.evals.kinds import ZeroShotConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -31,7 +31,7 @@ def files(tmp_path):
 def make(monkeypatch, data=None, hosts=1, **settings):
     """The eval, one per host."""
     data = Numbered(None, LABELS) if data is None else data
-    monkeypatch.setattr(zero_shot, "open_source", lambda config: data)
+    monkeypatch.setattr(base, "open_source", lambda config: data)
     run = contrastive_run(kind=ZeroShotConfig, **settings)
     return [make_evals(run, host, hosts)["pairs"] for host in range(hosts)]
 
