@@ -81,9 +81,9 @@ def import_weights(
         found = _from_open_clip(state, about, towers, into, skip, left)
     else:
         tower = towers.get(into)
-        importers = _IMPORTERS.get(type(tower), {})
+        importers = _importers(tower)
         if library not in importers:
-            parts = [path for path, part in towers.items() if library in _IMPORTERS.get(type(part), {})]
+            parts = [path for path, part in towers.items() if library in _importers(part)]
             parts = f"; set it to {' or '.join(map(repr, parts))}" if parts else ""
             what = "no part" if tower is None else f"a {type(tower).__name__}"
             raise UserError(
@@ -255,7 +255,7 @@ def _vit_of_huggingface(
 def _clip_of_huggingface(
     state: State, model: ClipConfig, about: Mapping[str, Any], skip: Sequence[str], left: dict[str, list[str]]
 ) -> Params:
-    if not isinstance(model.image, ViTConfig):
+    if _importers(model.image).get("Hugging Face") is not _vit_of_huggingface:
         raise UserError(
             "config.model.image is no ViT, which the image towers of CLIP and SigLIP are; set it to a ViTConfig"
         )
@@ -294,36 +294,60 @@ def _from_open_clip(
         raise UserError("open_clip_config.json has no vision_cfg and text_cfg in its model_cfg; get the file again")
     found: dict[str, np.ndarray] = {}
     here = [path for path in towers if (path or len(towers) == 1) and (not into or path == into)]
-    texts = [path for path in here if isinstance(towers[path], TextConfig)]
-    images = [path for path in here if path not in texts]
     joined = len(towers) > 1 and not into
     visual = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     rest = {name: tensor for name, tensor in state.items() if name not in visual}
-    for path in images:
-        if not isinstance(towers[path], ViTConfig):
+    halves = {_image_of_open_clip: visual, _text_of_open_clip: rest}
+    importers = {path: _importers(towers[path]).get("OpenCLIP") for path in here}
+    for path, importer in importers.items():
+        if importer is None:
             kind = type(towers[path]).__name__
             raise UserError(
                 f"OpenCLIP's image towers are ViTs, and config.model.{path} is a {kind}; set it to a ViTConfig"
             )
-        tree = _visual_of_open_clip(visual, towers[path], theirs, skip, left)
-        projection = tree.pop("projection", None)
-        found |= _as_paths(tree, path)
-        if joined and projection is not None:
-            found[f"{path}_projection"] = projection
-        elif projection is not None:
-            left.setdefault("of the joint space", []).append("visual.proj")
-    if not images:
-        left.setdefault("of the other tower", []).extend(visual)
-    for path in texts:
-        tree = flatten(open_clip.text_from_open_clip(rest, towers[path], theirs, skip))
-        own = {name: tensor for name, tensor in tree.items() if joined or name.startswith("text/")}
-        found |= {name.replace("text", path, 1): tensor for name, tensor in own.items()}
-        if not joined:
-            names = ("text_projection", "text.text_projection", "logit_scale", "logit_bias")
-            left.setdefault("of the joint space", []).extend(n for n in names if n in rest)
-    if not texts:
-        left.setdefault("of the other tower", []).extend(rest)
+        found |= importer(halves[importer], path, towers[path], theirs, skip, left, joined)
+    for importer, half in halves.items():
+        if importer not in importers.values():
+            left.setdefault("of the other tower", []).extend(half)
     return found
+
+
+def _image_of_open_clip(
+    state: State,
+    path: str,
+    tower: ViTConfig,
+    theirs: Mapping[str, Any],
+    skip: Sequence[str],
+    left: dict[str, list[str]],
+    joined: bool,
+) -> dict[str, np.ndarray]:
+    """The image tower at `path`, and where both towers are `joined`, its projection."""
+    tree = _visual_of_open_clip(state, tower, theirs, skip, left)
+    projection = tree.pop("projection", None)
+    found = _as_paths(tree, path)
+    if joined and projection is not None:
+        found[f"{path}_projection"] = projection
+    elif projection is not None:
+        left.setdefault("of the joint space", []).append("visual.proj")
+    return found
+
+
+def _text_of_open_clip(
+    state: State,
+    path: str,
+    tower: TextConfig,
+    theirs: Mapping[str, Any],
+    skip: Sequence[str],
+    left: dict[str, list[str]],
+    joined: bool,
+) -> dict[str, np.ndarray]:
+    """The text tower at `path`, and where both towers are `joined`, what joins them."""
+    tree = flatten(open_clip.text_from_open_clip(state, tower, theirs, skip))
+    own = {name: tensor for name, tensor in tree.items() if joined or name.startswith("text/")}
+    if not joined:
+        names = ("text_projection", "text.text_projection", "logit_scale", "logit_bias")
+        left.setdefault("of the joint space", []).extend(n for n in names if n in state)
+    return {name.replace("text", path, 1): tensor for name, tensor in own.items()}
 
 
 def _visual_of_open_clip(
@@ -340,10 +364,16 @@ def _visual_of_open_clip(
 
 
 _IMPORTERS: dict[type, dict[str, Callable[..., Params]]] = {
-    ViTConfig: {"timm": _vit_of_timm, "Hugging Face": _vit_of_huggingface},
+    ViTConfig: {"timm": _vit_of_timm, "Hugging Face": _vit_of_huggingface, "OpenCLIP": _image_of_open_clip},
     SwinV2Config: {"timm": _swin_of_timm, "Hugging Face": _swin_of_huggingface},
+    TextConfig: {"OpenCLIP": _text_of_open_clip},
     ClipConfig: {"Hugging Face": _clip_of_huggingface},
 }
+
+
+def _importers(part: Any) -> dict[str, Callable[..., Params]]:
+    """By library, those of a configuration's class, or of the nearest that it is derived from."""
+    return next((_IMPORTERS[cls] for cls in type(part).__mro__ if cls in _IMPORTERS), {})
 
 
 def _kinds_of(library: str) -> str:

@@ -63,6 +63,13 @@ def test_timm_by_its_architecture(state):
     assert set(into.arrays) == {f"image/{path}" for path in found.arrays}
 
 
+def test_a_class_derived_from_a_network_gets_its_weights(state):
+    class Mine(ViTConfig):
+        pass
+
+    assert set(taken(state, towers={"": Mine(**vars(VIT))}).arrays) == set(flatten(tree(VIT, 5)))
+
+
 def test_what_config_json_changes_of_an_architecture(state):
     refused(r"global_pool is 'map', but", state, TINY | {"global_pool": "map"})
     refused(r"act_layer is 'quick_gelu'", state, TINY | {"model_args": {"act_layer": "quick_gelu"}})
