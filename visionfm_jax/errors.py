@@ -90,6 +90,11 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 step", "1,000 steps"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def one_line(error: BaseException, most: int | None = 200) -> str:
     """The beginning of what an error says, which may have hundreds of lines; None: all of it."""
     return " ".join(str(error).split())[:most] or type(error).__name__

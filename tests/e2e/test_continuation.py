@@ -50,6 +50,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole):
     folder = copy(whole, tmp_path / "run", STEPS)
     out, _ = run(folder)
     assert f"starts from      step {STEPS} of its own folder" in out
+    assert f"the run was complete already, with {STEPS} steps; to train on, raise config.train.steps" in out
     assert losses(folder) == losses(whole)
     # Also where the run was shortened meanwhile: a scheduler must not start it again and again.
     run(folder, f"--config.train.steps={STEPS - 10}")

@@ -13,7 +13,7 @@ from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.fields import Fields
 from visionfm_jax.data.loader import check_pair_ratio, train_loader
 from visionfm_jax.data.sources import Source, open_sources
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.errors import ConfigError, DataError, count
 from visionfm_jax.parallel.agreement import require_same
 from visionfm_jax.tasks.task import Task
 
@@ -37,8 +37,8 @@ def open_data(config: Config, task: Task) -> tuple[list[Source], Fields]:
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
         raise DataError(
-            f"{sources[0].name} has {records} records; set config.data.num_examples={records}, or, to continue a run, "
-            "put back the data that it began with"
+            f"{sources[0].name} has {count(records, 'record')}; set config.data.num_examples={records}, or, to continue "
+            "a run, put back the data that it began with"
         )
     return sources, fields
 

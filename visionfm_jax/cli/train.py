@@ -7,6 +7,7 @@ import jax
 from visionfm_jax.cli.data import open_data, open_loader
 from visionfm_jax.config import Config
 from visionfm_jax.data.loader import DamageLog
+from visionfm_jax.errors import count
 from visionfm_jax.evals.eval import check_best_metric
 from visionfm_jax.evals.run import due_evals, measure, open_evals
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
@@ -44,6 +45,11 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         start = int(state.step)
         changed = folder.keep(provenance_of(config, sources), start, begun_in, weights) if host == 0 else []
         say(describe_start(origin, changed))
+        if start >= config.total_steps:
+            say(
+                f"  nothing to train the run was complete already, with {count(start, 'step')}; to train on, raise "
+                "config.train.steps or epochs; for a new run, set config.workdir"
+            )
         if start == 0 and checkpoints.latest() is None and due_evals(config, start):
             checkpoints.save(start, state, record)  # to be evaluated, as a saved state whose evaluation was cut off
             checkpoints.failed(wait=True)
@@ -78,11 +84,11 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
         if damage.damaged:
             say(
-                f"  {damage.damaged} samples of the run were damaged ({damage.records} different records since this "
-                "start) and were replaced by the next readable ones"
+                f"  damaged          {count(damage.damaged, 'sample')} of the run ({count(damage.records, 'record')} "
+                "since this start), replaced by the next readable ones"
             )
         if damage.truncated:
-            say(f"  {damage.truncated} of {damage.captions} captions were too long and were truncated")
+            say(f"  truncated        {damage.truncated} of {count(damage.captions, 'caption')}, which were too long")
         if host == 0 and (metrics := read_metrics(folder.path)):
             last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
             say(summary(folder.path, config, evals, last, int(state.step), metrics))

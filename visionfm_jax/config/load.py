@@ -351,5 +351,7 @@ def _parse(text: str, kind: Any) -> Any:
 def describe(config: Config) -> str:
     """The derived quantities, a line each, for people."""
     return "\n".join(
-        f"  {k:16} {v:,.6g}" if isinstance(v, float) else f"  {k:16} {v:,}" for k, v in config.derived().items()
+        f"  {k:16} {v:,.6g}" if isinstance(v, float) else f"  {k:16} {v:,}"
+        for k, v in config.derived().items()
+        if v or k != "steps_per_epoch"  # the size of the data is not given
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionfm_jax.config.limits import STEPS, Problem, field_problems
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, count
 
 if TYPE_CHECKING:  # which checks itself by these rules
     from visionfm_jax.config.schema import Config
@@ -110,7 +110,7 @@ def _length_problems(c: Config) -> list[Problem]:
         return [("train.epochs", c.train.epochs, rule, "lower it, or raise train.batch_size")]
     if c.optim.warmup_steps >= c.total_steps:
         length = "train.steps" if c.train.steps else "train.epochs x data.num_examples / train.batch_size"
-        rule = f"must be below the run's {c.total_steps} steps ({length})"
+        rule = f"must be below the run's {count(c.total_steps, 'step')} ({length})"
         return [("optim.warmup_steps", c.optim.warmup_steps, rule, f"set {c.total_steps // 20}")]
     return []
 

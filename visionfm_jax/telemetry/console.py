@@ -13,9 +13,9 @@ from visionfm_jax.config import Config, load
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.sources import Source
 from visionfm_jax.evals.eval import Eval
-from visionfm_jax.telemetry.pictures import draw
+from visionfm_jax.telemetry.pictures import KINDS, draw
 from visionfm_jax.telemetry.report import learning_curves
-from visionfm_jax.telemetry.writers import write_details
+from visionfm_jax.telemetry.writers import keep_details, write_details
 from visionfm_jax.train.spikes import used_record
 from visionfm_jax.train.step import Trainer
 
@@ -80,7 +80,7 @@ def summary(
       step: that the run has reached; scores of others are printed with theirs.
       metrics: of the run, to draw curves of; None: none are drawn.
     """
-    files, failed = [], ""
+    files, kept, failed = [], [], ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if metrics is not None:
@@ -88,6 +88,8 @@ def summary(
             shares = [f"{e.name}/{metric}" for e in config.evals for metric in e.metrics]
             learning_curves(metrics, files[-1], shares=shares)
         for name, eval_ in evals.items():
+            if former := keep_details(folder, name, eval_.protocol, KINDS):
+                kept.append(f"  results of another protocol are kept: {former}")
             files += draw(eval_.pictured, folder, name, f"{config.name}: {name}")
             if eval_.details:
                 files.append(write_details(folder, name, eval_.details))
@@ -101,4 +103,5 @@ def summary(
         for k, (v, at) in (loss | scores).items()
     ]
     lines += [f"  {name} is measured by protocol {e.protocol}" for name, e in evals.items() if e.protocol]
+    lines += kept
     return "\n".join([*lines, failed] if failed else [*lines, *(f"  {file}" for file in files)])

@@ -26,6 +26,9 @@ PALE = "#E5E7EB"
 PALE_GREEN = "#A7DCCB"
 
 
+KINDS = ("predictions", "confusion", "retrieval", "captions", "reconstructions")  # KIND_NAME.png
+
+
 def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> list[Path]:
     """Draw what there is to see of an eval: the pictures that `pictured` has the parts of.
 

@@ -81,8 +81,10 @@ class Progress:
         speed = f"{tflops_per_device:.3g} TFLOP/s" if mfu is None else f"MFU {mfu:.1%}"
         text = (
             f"step {step}/{self._total}  loss {loss:.4g}  {_count(images_per_s)} images/s  {speed}  "
-            f"data-wait {data_wait:.0%}  ETA {self._left(step)}"
+            f"data-wait {data_wait:.0%}"
         )
+        if left := self._left(step):
+            text += f"  ETA {left}"
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -118,6 +120,7 @@ class Progress:
         self._last_line = self._clock()
 
     def _left(self, step: int) -> str:
+        """The time left; empty: not known yet."""
         now = self._clock()
         if self._first is None:
             self._first = step, now
@@ -125,7 +128,7 @@ class Progress:
         if step >= self._total:
             return "0:00"
         if done <= 0 or seconds <= 0:
-            return "?"
+            return ""
         return _duration((self._total - step) * seconds / done)
 
 

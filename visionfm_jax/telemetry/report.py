@@ -51,11 +51,12 @@ def learning_curves(
             "gradient norm": ["grad_norm"],
             "evaluation": _best_first(metrics, shares),
         }
-    figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(10, 7.2), layout="constrained", dpi=DPI)
     columns = 2
     axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
+    last = max((row["step"] for row in metrics), default=0)
     for ax, (name, keys) in zip(axes, panels.items(), strict=False):
-        _panel(ax, name, {key: _series(metrics, key) for key in keys})
+        _panel(ax, name, {key: _series(metrics, key) for key in keys}, last)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     if title:
@@ -156,7 +157,8 @@ def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
     return np.array(steps, float), np.array(values, float)
 
 
-def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarray]], last: int) -> None:
+    """One panel, over the steps 0 to `last`."""
     ax.set_title(name, loc="left", color=INK, fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
@@ -181,8 +183,12 @@ def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarra
     else:
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 5))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    ax.set_xlim(-0.03 * max(last, 1), 1.03 * max(last, 1))
     ax.set_xlabel("step", color=GREY, fontsize=9)
-    ax.legend(frameon=False, fontsize=9, labelcolor=INK)
+    columns = 1 if max(len(text) for text in ax.get_legend_handles_labels()[1]) > 30 else 2
+    # Below the axes, where nothing is drawn; the padding leaves room for the numbers and the name of the axis.
+    below = {"loc": "upper left", "bbox_to_anchor": (-0.08, 0), "borderaxespad": 3.8}
+    ax.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=columns, **below)
 
 
 def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: str, dashed: bool) -> None:
@@ -190,8 +196,9 @@ def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: st
     style = (0, (3, 3)) if dashed else "solid"
     finite = np.isfinite(values)
     label = f"{key}  (last {values[finite][-1]:.4g})"
-    if len(values) == 1:  # measured once: a level to compare the curves with
-        ax.axhline(values[0], color=colour, linewidth=1.5, linestyle=(4 * dashed, (4, 4)), label=label)
+    if len(values) == 1:  # hollow, so that it hides no other
+        side = 5 if dashed else 9
+        ax.plot(steps, values, "D", color=colour, ms=side, markerfacecolor="none", markeredgewidth=1.8, label=label)
     elif _noisy(values[finite]):
         ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
         ax.plot(steps, _running_mean(values), color=colour, linewidth=1.8, linestyle=style, label=label)

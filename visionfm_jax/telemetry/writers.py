@@ -8,13 +8,14 @@ import errno
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from visionfm_jax.errors import OutputError, complain
+from visionfm_jax.errors import OutputError, complain, count
 from visionfm_jax.storage import CHECKSUM, read_bytes, seal, unseal, unwritable, write, write_text
 
 FILE = "metrics.jsonl"
@@ -174,6 +175,34 @@ def write_details(folder: str | os.PathLike[str], name: str, details: Mapping[st
     return path
 
 
+def keep_details(folder: str | os.PathLike[str], name: str, protocol: str, kinds: Sequence[str]) -> Path | None:
+    """Rename the details and pictures of an eval that were measured by another protocol: eval_NAME.PROTOCOL.json, ….
+
+    Args:
+      folder: the run's.
+      name: the eval's.
+      protocol: by which it was measured now.
+      kinds: of pictures, KIND_NAME.png.
+
+    Returns:
+      The new name of the details; None: there are none of another protocol.
+
+    Raises:
+      OSError: one cannot be renamed.
+    """
+    path = Path(folder) / f"eval_{name}.json"
+    try:
+        former = json.loads(path.read_bytes())["protocol"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # damaged details are replaced
+        return None
+    if former == protocol or not re.fullmatch(r"[0-9a-f]{1,64}", str(former)):
+        return None
+    for file in (*(path.with_name(f"{kind}_{name}.png") for kind in kinds), path):  # the one that says so last
+        with contextlib.suppress(FileNotFoundError):
+            path = file.replace(file.with_name(f"{file.stem}.{former}{file.suffix}"))
+    return path
+
+
 def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[str, Any]) -> Path:
     """Add a line to FOLDER/evaluations.jsonl, with a checksum: what an evaluation apart from training has found.
 
@@ -217,7 +246,7 @@ def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     *lines, rest = (read_bytes(path) or b"").decode("utf-8", errors="replace").split("\n")
     found = [(line, row) for line in lines if (row := _parse(line)) is not None]
     if damaged := len(lines) + bool(rest) - len(found):
-        complain(f"{path}: {damaged} damaged lines are left out")
+        complain(f"{path}: {count(damaged, 'damaged line')} left out")
     return found
 
 

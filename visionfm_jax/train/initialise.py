@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.config.schema import to_dict
-from visionfm_jax.errors import CheckpointError, ConfigError, UserError, printable
+from visionfm_jax.errors import CheckpointError, ConfigError, UserError, count, printable
 from visionfm_jax.interop import files
 from visionfm_jax.interop.leaves import flatten, is_named, sides_of, some, unflatten
 from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
@@ -56,6 +56,11 @@ class Fit(NamedTuple):
     afresh: dict[str, list[str]]  # why -> arrays that are not from the source
     left: dict[str, list[str]]  # why -> what of the source is not taken
 
+    @property
+    def loaded(self) -> int:
+        """The number of arrays that come from the source, those that are resampled among them."""
+        return len(self.taken) + len(self.resampled)
+
 
 class Found(NamedTuple):
     """Weights that fit the model, by our paths."""
@@ -72,15 +77,15 @@ class Found(NamedTuple):
         """For the run folder."""
         resampled = {path: how.what for path, how in self.fit.resampled.items()}
         return {
-            **self.source, "taken": len(self.fit.taken), "resampled": resampled, "afresh": self.fit.afresh,
-            "not_taken": self.fit.left,
+            **self.source, "loaded": self.fit.loaded, "resampled": resampled, "newly_initialised": self.fit.afresh,
+            "not_loaded": self.fit.left,
         }  # fmt: skip
 
     @property
     def origin(self) -> str:
         """For people."""
         lines = [f"the weights of {self.name}", *self.notes]
-        lines.append(f"{len(self.fit.taken) + len(self.fit.resampled)} arrays loaded")
+        lines.append(f"{count(self.fit.loaded, 'array')} loaded")
         lines += [f"resampled: {_dots(path)}, {how.what}" for path, how in self.fit.resampled.items()]
         lines += [f"newly initialised: {some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
         lines += [f"not loaded: {some(names)} ({why})" for why, names in self.fit.left.items()]
@@ -103,8 +108,8 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> Start:
             found = other.restore(trainer.shapes, trainer.shardings)
         if found.step >= (total := trainer.config.total_steps):
             raise ConfigError(
-                f"config.checkpoint.resume = {config.resume!r}: is at step {found.step}, and config.train sets {total} "
-                "steps; set more, or evaluate it by visionfm evaluate"
+                f"config.checkpoint.resume = {config.resume!r}: is at step {found.step}, and config.train sets "
+                f"{count(total, 'step')}; set more, or evaluate it by visionfm evaluate"
             )
         return Start(found.what, found.record, origin_of(found, f"step {found.step} of {config.resume}"))
     if not config.weights:
@@ -222,7 +227,7 @@ def _of_file(trainer: Trainer) -> Found:
     shapes = {path: value.shape for path, value in found.arrays.items()}
     fit = match(shapes, here, trainer.config, left, str(file), found.grids)
     digests = some([f"{name} {digest[:16]}…" for name, digest in weights.digests.items()], 2)
-    notes = [f"{found.what}, {len(weights.tensors)} tensors, sha256 {digests}"]
+    notes = [f"{found.what}, {count(len(weights.tensors), 'tensor')}, sha256 {digests}"]
     kept = {"source": str(file), "names": found.what, "sha256": weights.digests}
     return Found(found.arrays, str(file), 0, fit, kept, notes)
 

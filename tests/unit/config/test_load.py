@@ -37,6 +37,16 @@ def test_overrides_are_typed():
     assert config.workdir == "/tmp/a=b"
 
 
+def test_steps_per_epoch_are_printed_where_the_size_of_the_data_is_given():
+    short = ["--config.train.epochs=0", "--config.optim.warmup_steps=1"]
+    for size, said in ((4000, True), (0, False)):
+        words = [f"--config={QUICK}", *short, f"--config.data.num_examples={size}", "--config.train.steps=1"]
+        config, _ = load.from_arguments([*words, "--config.optim.warmup_steps=0"])
+        assert ("steps_per_epoch" in load.describe(config)) == said
+    with pytest.raises(ConfigError, match=r"must be below the run's 1 step \(train\.steps\)"):
+        load.from_arguments(words)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("56", 56), ("(14, 28)", (14, 28)), ("'(14, 28)'", None), ("14,28", (14, 28)), ("[14, 28]", (14, 28)),

@@ -44,7 +44,7 @@ def test_without_a_known_peak_it_shows_flops():
     bar.update(1, **(VALUES | {"mfu": None, "images_per_s": 3.14159}))
     bar.close()
     assert out.getvalue().splitlines(True)[1:] == [
-        "step 1/10  loss 0.5321  3.14 images/s  0.0421 TFLOP/s  data-wait 3%  ETA ?\n"
+        "step 1/10  loss 0.5321  3.14 images/s  0.0421 TFLOP/s  data-wait 3%\n"
     ]
 
 

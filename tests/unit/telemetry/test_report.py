@@ -52,6 +52,19 @@ def test_no_curve_hides_another(tmp_path):
     assert few > many / 5 > 50
 
 
+def test_what_was_measured_once_is_a_point_at_its_step_and_no_legend_covers_it(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    report.learning_curves([*lines(), {"step": 200, "base/top1": 0.9}], "x.png", shares=["val/top1", "base/top1"])
+    figure = figures[0]
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert not ax.get_legend().get_window_extent().overlaps(ax.bbox)
+        assert ax.get_xlim() == figure.axes[0].get_xlim()
+    once = next(line for line in figure.axes[3].get_lines() if "base" in line.get_label())
+    assert (once.get_xdata().tolist(), once.get_ydata().tolist()) == ([200], [0.9])
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -116,3 +129,23 @@ def test_a_summary_says_of_which_step_a_score_is(tmp_path):
     text = summary(tmp_path, config, evals, scores, 30, lines())
     assert text.splitlines()[:2] == ["  training loss        0.5000", "  val/top1             0.2500  after step 20"]
     assert summary(tmp_path, config, evals, scores, 20) == "  val/top1             0.2500"
+
+
+def test_results_of_another_protocol_are_kept(tmp_path):
+    config = Config(name="run", model=ViTConfig(), task=ClassificationConfig())
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    pictured = {"image": image, "label": [0], "guess": [0], "class_names": ["a"]}
+
+    def measured(protocol):
+        details = {"protocol": protocol, "step": 1}
+        return {"val": types.SimpleNamespace(metrics=(), pictured=pictured, details=details, protocol=protocol)}
+
+    for protocol in ("0a0a0a0a", "0a0a0a0a", "1b1b1b1b"):
+        text = summary(tmp_path, config, measured(protocol), {}, 1)
+        assert ("are kept" in text) == (protocol == "1b1b1b1b")
+    assert f"results of another protocol are kept: {tmp_path}/eval_val.0a0a0a0a.json" in text
+    names = ["eval_val.0a0a0a0a.json", "eval_val.json", "predictions_val.0a0a0a0a.png", "predictions_val.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert '"1b1b1b1b"' in (tmp_path / "eval_val.json").read_text()
+    (tmp_path / "eval_val.json").write_text('{"protocol": "../x"}')
+    assert "are kept" not in summary(tmp_path, config, measured("0a0a0a0a"), {}, 1)

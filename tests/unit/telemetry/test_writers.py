@@ -43,9 +43,9 @@ def test_a_line_that_holds_something_else_than_was_written_is_left_out_and_count
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join([first, *damaged, third, former, ""]))
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3, 4]
-    assert "metrics.jsonl: 4 damaged lines are left out" in capsys.readouterr().err
+    assert "metrics.jsonl: 4 damaged lines left out" in capsys.readouterr().err
     with MetricWriter(tmp_path, start_step=4, tensorboard=False):
-        assert "metrics.jsonl: 4 damaged lines are left out" in capsys.readouterr().err
+        assert "metrics.jsonl: 4 damaged lines left out" in capsys.readouterr().err
     assert read_metrics(tmp_path)[0] == {"step": 1, "loss": 0.5}
     assert capsys.readouterr().err == ""
 

@@ -127,6 +127,9 @@ def test_features_are_the_sources_at_another_resolution_with_other_classes(sourc
         "resampled: pos_embed, 4 x 4 to 8 x 8 positions (bicubic_antialias)",
         "newly initialised: head.bias, head.kernel (10 classes there, 7 here)",
     ]
+    kept = found.about
+    assert (kept["loaded"], list(kept["resampled"])) == (18, ["pos_embed"])
+    assert kept["newly_initialised"] == {"10 classes there, 7 here": ["head/bias", "head/kernel"]}
 
 
 def test_another_patch_size_too(source, other):
