@@ -10,7 +10,7 @@ import numpy as np
 from visionfm_jax.config import Config
 from visionfm_jax.data.batches import Loader
 from visionfm_jax.data.chain import Chain
-from visionfm_jax.data.fields import Fields
+from visionfm_jax.data.fields import Fields, check_classes, class_names
 from visionfm_jax.data.loader import check_pair_ratio, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import ConfigError, DataError, count
@@ -32,13 +32,16 @@ def open_data(config: Config, task: Task) -> tuple[list[Source], Fields]:
     _check_rows(config, fields, task)
     for source in sources:
         fields.check(source)
+    if "label" in fields.spec:
+        for i, source in enumerate(sources):
+            check_classes(f"config.data.train[{i}]", source, class_names(sources))
     check_pair_ratio(sources, config.task.pair_ratio)
     require_same([[len(source), list(source.class_names or ())] for source in sources], "data.train")
     records = sum(map(len, sources))
     if len(sources) == 1 and config.train.epochs and records != config.data.num_examples:
         raise DataError(
-            f"{sources[0].name} has {count(records, 'record')}; set config.data.num_examples={records}, or, to continue "
-            "a run, put back the data that it began with"
+            f"{sources[0].name} has {count(records, 'record')}; set config.data.num_examples={records}, or, to "
+            "continue a run, put back the data that it began with"
         )
     return sources, fields
 

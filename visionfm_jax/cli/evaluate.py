@@ -9,13 +9,15 @@ from tqdm import tqdm
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.evals.run import measure, open_evals
+from visionfm_jax.evals.run import check_labels, measure, open_evals
+from visionfm_jax.parallel.agreement import from_first
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.telemetry.console import describe, describe_start, say, summary
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import append_evaluation
 from visionfm_jax.train.folder import refuse_links
 from visionfm_jax.train.initialise import weights_to_evaluate
+from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
 
@@ -31,6 +33,7 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
     refuse_links(config.folder)  # where pictures and scores will be written
     say(describe(trainer))
     found = weights_to_evaluate(trainer)
+    check_labels(config, evals, from_first(lambda: classes_of(Path(found.name))))
     say(describe_start(found.origin, []))
     with tqdm(
         desc="evaluating; compiling comes first", unit=" batches", disable=host > 0 or not config.telemetry.progress

@@ -6,10 +6,11 @@ import jax
 
 from visionfm_jax.cli.data import open_data, open_loader
 from visionfm_jax.config import Config
+from visionfm_jax.data.fields import class_names
 from visionfm_jax.data.loader import DamageLog
 from visionfm_jax.errors import count
 from visionfm_jax.evals.eval import check_best_metric
-from visionfm_jax.evals.run import due_evals, measure, open_evals
+from visionfm_jax.evals.run import check_labels, due_evals, measure, open_evals
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
 from visionfm_jax.telemetry.console import describe, describe_rows, describe_start, say, summary
 from visionfm_jax.telemetry.monitor import RunMonitor
@@ -34,6 +35,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     with watchdog.suspended():
         sources, fields = open_data(config, trainer.task)
         evals = open_evals(config, host, hosts)
+    check_labels(config, evals, class_names(sources))
 
     with (
         RunFolder(config, owner=host == 0) as folder,

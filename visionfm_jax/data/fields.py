@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.sources.record import DamagedRecord, has_text
 from visionfm_jax.data.tokenizer import Tokenizer
-from visionfm_jax.errors import ConfigError, DataError
+from visionfm_jax.errors import ConfigError, DataError, printable
 
 Row = Mapping[str, Any]
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row: key -> shape, dtype
@@ -72,6 +72,32 @@ class Labels:
             raise DataError(
                 f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "
                 f"{self.num_classes}; set it to {source.num_classes}"
+            )
+
+
+def class_names(sources: Sequence[Source]) -> Sequence[str]:
+    """Those of the first source that has names; empty: none has."""
+    return next((source.class_names for source in sources if source.class_names), ())
+
+
+def check_classes(field: str, source: Source, names: Sequence[str], of: str = "data.train") -> None:
+    """Refuse a source of which a label means another class than elsewhere; one may have fewer classes.
+
+    Args:
+      field: that names the source, for errors.
+      source: labelled; it may have no names of classes.
+      names: of the classes elsewhere; empty: not known.
+      of: where that is, for errors.
+
+    Raises:
+      DataError: with the first label that differs.
+    """
+    for label, (here, there) in enumerate(zip(source.class_names or (), names, strict=False)):
+        if here != there:
+            raise DataError(
+                f"{field}: {source.name}: label {label} is the class {printable(here)!r}, but {printable(there)!r} in "
+                f"{of}; give both the same classes in the same order (class folders: add an empty folder for a class "
+                "that is missing, or make both splits of one path)"
             )
 
 

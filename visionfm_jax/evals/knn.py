@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.fields import Labels
+from visionfm_jax.data.fields import Labels, check_classes
 from visionfm_jax.data.sources import Source
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.base import OpenedEval
@@ -69,6 +69,7 @@ class KnnEval(OpenedEval):
                     f"{source.name} has {source.num_classes} classes, and {self.source.name} has "
                     f"{self.source.num_classes}; set sources of the same classes"
                 )
+            check_classes("gallery", source, self.source.class_names or (), "source")
 
     def _top1(self, gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray, right: np.ndarray) -> float:
         guess = vote(gallery, labels, queries, self.source.num_classes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
+from visionfm_jax.data.fields import check_classes
 from visionfm_jax.evals.eval import Eval, make_evals
 from visionfm_jax.parallel.agreement import require_same
 from visionfm_jax.parallel.mesh import to_global
@@ -26,6 +27,17 @@ def open_evals(config: Config, host: int, hosts: int) -> dict[str, Eval]:
     evals = make_evals(config, host, hosts)
     require_same([[e.protocol, len(e.source)] for e in evals.values()], "evals")
     return evals
+
+
+def check_labels(config: Config, evals: dict[str, Eval], trained: Sequence[str]) -> None:
+    """Refuse evals of a classifier on data whose labels mean other classes than `trained`, those of its training.
+
+    Raises:
+      DataError: as `check_classes`.
+    """
+    for i, e in enumerate(config.evals):
+        if e.measures == "labels":
+            check_classes(f"config.evals[{i}].source", evals[e.name].source, trained)
 
 
 def due_evals(config: Config, step: int) -> list[EvalConfig]:

@@ -85,6 +85,17 @@ def read_provenance(folder: Path, settings: Path | None = None) -> Provenance:
     return Provenance(settings, _read(folder / DATA, parts, _anew(folder)))
 
 
+def classes_of(folder: Path) -> list[str]:
+    """Names of the classes that the run in `folder` was trained on; []: not known.
+
+    Raises:
+      ConfigError, DataError, StorageError: as `read_provenance`.
+    """
+    kept = read_provenance(folder).data.get("sources", []) if folder.is_dir() else []
+    names = next((source["classes"] for source in kept if isinstance(source, dict) and source.get("classes")), [])
+    return list(map(str, names)) if isinstance(names, list) else []
+
+
 def former_settings(folder: Path) -> dict[int, Path]:
     """The files with settings that the run in `folder` had until a step, by that step, in order."""
     found = {path: re.fullmatch(r"config-until-(\d+)\.json", path.name) for path in folder.glob("config-until-*.json")}

@@ -1,23 +1,31 @@
 """Evals against predictions whose score is known."""
 
+import contextlib
 import json
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from visionfm_jax.cli import evaluate, train
+from visionfm_jax.cli.data import open_data
 from visionfm_jax.config import load
 from visionfm_jax.data.chain import EvalTransform
+from visionfm_jax.data.sources.kinds import FolderConfig
 from visionfm_jax.data.transforms import CenterCrop, MultiCrop, Resize, Views
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import kinds
 from visionfm_jax.evals.eval import check_best_metric, make_evals
 from visionfm_jax.evals.kinds import AccuracyConfig, PixelBaselineConfig
 from visionfm_jax.evals.pixel_baseline import fit, scores
+from visionfm_jax.evals.run import check_labels
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
+from visionfm_jax.train import initialise
 
 QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.py")
 PAIRS = str(Path(__file__).parents[3] / "configs" / "swinv2_g_clip.py")
@@ -161,6 +169,44 @@ def test_pictures_are_those_of_the_last_run():
 def test_more_classes_than_the_head_are_refused():
     with pytest.raises(DataError, match=r"bundled digits/test has labels up to 9.*num_classes = 9; set it to 10"):
         make_evals(quickstart("--config.task.num_classes=9"), 0, 1)
+
+
+def class_folders(root, *classes):
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(root / name / "0.png")
+
+
+def test_labels_that_mean_other_classes_than_in_training_are_refused(tmp_path, monkeypatch):
+    """Before a run begins, and where its folder says which classes it was trained on."""
+    class_folders(tmp_path / "train", "ant", "bee", "cow")
+    class_folders(tmp_path / "held_out", "ant", "cow")
+    words = ["--config.data.train[0].kind=folder", f"--config.data.train[0].path={tmp_path}/train",
+             "--config.data.train[0].split=", "--config.data.num_examples=0", "--config.task.num_classes=3",
+             "--config.train.epochs=0", "--config.train.steps=100", "--config.evals[0].source.kind=folder",
+             f"--config.evals[0].source.path={tmp_path}/held_out", "--config.evals[0].source.split=",
+             f"--config.workdir={tmp_path}/run"]  # fmt: skip
+    config = quickstart(*words)
+    config.evals = config.evals[:1]
+    watchdog = types.SimpleNamespace(suspended=contextlib.nullcontext)
+    says = r"config\.evals\[0\]\.source: .*/held_out: label 1 is the class 'cow', but 'bee' in data\.train; give both"
+    with pytest.raises(DataError, match=says):
+        train.run(config, None, watchdog)
+    (tmp_path / "run").mkdir()
+    kept = {"order": [], "grain": "", "tokenizer": "", "sources": [{"classes": ["ant", "bee", "cow"]}]}
+    (tmp_path / "run" / "data.json").write_text(json.dumps(kept))
+    weights = initialise.ToEvaluate({}, str(tmp_path / "run"), 1, "")
+    monkeypatch.setattr(evaluate, "weights_to_evaluate", lambda trainer: weights)
+    with pytest.raises(DataError, match=says):
+        evaluate.evaluate(config, watchdog)
+    (tmp_path / "held_out" / "bee").mkdir()  # a class of which there are no images
+    check_labels(config, make_evals(config, 0, 1), ["ant", "bee", "cow"])
+    check_labels(config, make_evals(config, 0, 1), ["ant", "bee"])
+    check_labels(config, make_evals(config, 0, 1), ())
+    class_folders(tmp_path / "more", "ant", "cow")
+    config.data.train += (FolderConfig(path=str(tmp_path / "more"), split=""),)
+    with pytest.raises(DataError, match=r"config\.data\.train\[1\]: .*/more: label 1 is the class 'cow', but 'bee'"):
+        open_data(config)
 
 
 @pytest.mark.parametrize(

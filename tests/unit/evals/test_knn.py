@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.config.load import from_arguments
-from visionfm_jax.data.sources.kinds import BundledConfig
+from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals import knn
 from visionfm_jax.evals.kinds import KnnConfig
@@ -82,3 +83,13 @@ def test_sources_that_cannot_serve_are_refused():
         eval_of(gallery=())
     with pytest.raises(DataError, match="9 classes"):
         eval_of(gallery=(BundledConfig(path="noto", split="test"),))
+
+
+def test_a_gallery_whose_labels_mean_other_classes_is_refused(tmp_path):
+    for folder, classes in (("a", ("cat", "dog")), ("b", ("cat", "eel"))):
+        for name in classes:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / folder / name / "0.png")
+    sources = [FolderConfig(path=str(tmp_path / name), split="") for name in "ab"]
+    with pytest.raises(DataError, match=r"^gallery: .*/b: label 1 is the class 'eel', but 'dog' in source; give both"):
+        eval_of(source=sources[0], gallery=sources[1:])
