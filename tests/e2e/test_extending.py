@@ -44,7 +44,8 @@ def own(tmp_path) -> Iterator[Path]:
 
 def test_the_configuration_of_the_page_trains(own, tmp_path):
     train, held_out = write_table(tmp_path / "train.csv", 64, 0), write_table(tmp_path / "held_out.csv", 64, 1)
-    arguments = [f"--config={own}", f"--config.data.train[0].path={train}", f"--config.evals[0].source.path={held_out}"]
+    arguments = [f"--config={own}", f"--config.data.train[0].path={train}"]
+    arguments += [f"--config.evals[{i}].source.path={held_out}" for i in (0, 1)]
     short = ["--config.train.steps=20", "--config.evals[0].every_steps=10", "--config.telemetry.log_every=1"]
     process = start(tmp_path / "run", *arguments, *short, base=())
     finish(process, tmp_path / "run")
@@ -54,6 +55,8 @@ def test_the_configuration_of_the_page_trains(own, tmp_path):
     ranks = {line["step"]: line["held_out/rank"] for line in lines if "held_out/rank" in line}
     assert list(ranks) == [10, 20]
     assert all(1 < rank < 64 for rank in ranks.values())
+    [between] = [line["classes/between_classes"] for line in lines if "classes/between_classes" in line]
+    assert 0 < between < 0.3  # the labels have nothing to do with the images
 
 
 def test_its_fields_are_flags_with_bounds_and_rules(own):
