@@ -253,7 +253,11 @@ def test_state_of_another_library() -> None:
     ("pool", "changed", "says"),
     [
         # The names are those of global_pool="token": a mean of all tokens, taken for the class token, was off by 0.93.
-        ("cls", {"global_pool": "avg"}, r"global_pool is 'norm_gap', but ViTConfig.pool makes it 'cls'"),
+        (
+            "cls",
+            {"global_pool": "avg"},
+            r"is 'avg', which is ViTConfig.pool = 'norm_gap', but ViTConfig.pool makes",
+        ),
         ("gap", {"global_pool": "max"}, r'global_pool="max" without a class token is not supported'),
         ("gap", {"global_pool": "token"}, r'global_pool="token" without a class token is not supported'),
         ("cls", {"norm_eps": 1e-5}, r"norm_eps is 1e-05, but ViTConfig.norm_eps makes it 1e-06"),

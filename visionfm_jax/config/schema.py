@@ -259,7 +259,7 @@ class DataConfig:
     workers: int = 0  # loader processes per host; 0: threads in the training process
     threads: int = 8  # reader threads per process
     prefetch: int = 2  # batches prepared in advance per worker
-    max_damaged: float = 0.001  # the run stops if a larger share of the samples is unreadable
+    max_damaged: float = 0.001  # share of unreadable samples past which the run stops; 0: at the first
     max_pixels: int = 2**26  # larger images count as damaged; decoding uses at most 24 bytes times this per process
 
     limits: ClassVar[Limits] = {
@@ -346,7 +346,7 @@ class CheckpointConfig:
     weights_config: str = ""  # config.json of the weights if elsewhere, a timm architecture, or "model"
     weights_from: str = ""  # load only the names with this prefix, e.g. "backbone"
     weights_into: str = ""  # part of the model to load into, e.g. "image"; empty: all of it
-    skip: tuple[str, ...] = ()  # names or prefixes, of file or model, that are not loaded but initialised
+    skip: tuple[str, ...] = ()  # names or prefixes, of file or model, not to be loaded; *: any one part of a name
     on_damage: str = "stop"  # if the newest checkpoint is damaged: stop | older: use the newest intact one
 
     limits: ClassVar[Limits] = {
@@ -362,8 +362,8 @@ class CheckpointConfig:
 class PreprocessConfig(Transform):
     """The preprocessing of an evaluation's images: resized once, antialiased, to the size that the model is given."""
 
-    crop: float = 0.875  # side of the centre square relative to the shorter side, e.g. 224 / 256; 1: no crop
-    resize: str = "crop"  # crop: centre square | squash: to a square, changing the aspect ratio | pad: keep all
+    crop: float = 0.875  # share of each side that is kept, e.g. 224 / 256; 1: all that fits the model's aspect ratio
+    resize: str = "crop"  # crop: centre in the model's aspect ratio | squash: to that aspect ratio | pad: grey borders
     interpolation: str = "bicubic"  # bicubic | bilinear
 
     limits: ClassVar[Limits] = {

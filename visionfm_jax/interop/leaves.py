@@ -71,32 +71,51 @@ def layer_norm(ours: str, theirs: str, width: Dim = "D") -> tuple[Leaf, Leaf]:
     )
 
 
-def require_same(what: str, **facts: tuple[Any, str, Any]) -> None:
+class OtherSettings(UserError):
+    """Weights of a model that the configuration would compute otherwise.
+
+    Attributes:
+      fields: "ViTConfig.pool" -> the value that the weights need.
+    """
+
+    def __init__(self, text: str, fields: dict[str, Any]):
+        super().__init__(text)
+        self.fields = fields
+
+
+def require_same(what: str, **facts: tuple[Any, str, Any] | tuple[Any, str, Any, str]) -> None:
     """Refuse weights of a model that the configuration would compute otherwise.
 
     Args:
       what: the model, for errors.
-      facts: of each property in the library's words: its value there, our field, and its value here.
+      facts: of each property in the library's words: its value there, our field, and its value here; and, where the
+        library has other words for the value, those.
 
     Raises:
-      UserError: all that differ, in one line.
+      OtherSettings: all that differ, in one line.
     """
-    wrong = [
-        f"{name} is {theirs!r}, but {field} makes it {ours!r}"
-        for name, (theirs, field, ours) in facts.items()
-        if theirs != ours
-    ]
+    wrong, fields = [], {}
+    for name, (theirs, field, ours, *words) in facts.items():
+        if theirs != ours:
+            there = f"{words[0]!r}, which is {field} = {theirs!r}" if words and words != [theirs] else repr(theirs)
+            wrong.append(f"{name} is {there}, but {field} makes it {ours!r}")
+            fields[field] = theirs
     if wrong:
-        raise UserError(
+        raise OtherSettings(
             f"the {what} and the configuration compute different things: {'; '.join(wrong)}. Set the fields to what "
-            "the weights were trained with"
+            "the weights were trained with",
+            fields,
         )
 
 
 def is_named(name: str, by: Sequence[str]) -> bool:
-    """Whether a name, "blocks.0.mlp" or "blocks/mlp", is one of `by` or lies below it; whole words count."""
-    name = name.replace("/", ".")
-    return any(f"{name}.".startswith(f"{one.replace('/', '.').rstrip('.')}.") for one in by)
+    """Whether a name, "blocks.0.mlp" or "blocks/mlp", is one of `by` or lies below it; whole words count, * is any."""
+    parts = name.replace("/", ".").split(".")
+    wanted = (one.replace("/", ".").rstrip(".").split(".") for one in by)
+    return any(
+        len(one) <= len(parts) and all(want in ("*", part) for want, part in zip(one, parts, strict=False))
+        for one in wanted
+    )
 
 
 def import_state(
@@ -195,7 +214,25 @@ def without_prefix(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np
     return out
 
 
-def some(names: Iterable[str], most: int = 8) -> str:
+def grouped(names: Iterable[str], most: int = 8) -> str:
+    """The names; of more than `most` the prefixes, as long as they can be, as `checkpoint.skip` takes them.
+
+    Numbers of layers are `*`, and behind each prefix is how many names have it: "blocks.*.attn (48)".
+    """
+    names = sorted(set(names))
+    if len(names) <= most:
+        return ", ".join(names)
+    parts = {name: ["*" if part.isdecimal() else part for part in name.split(".")] for name in names}
+    for length in range(max(map(len, parts.values())), 0, -1):
+        groups: dict[str, list[str]] = {}
+        for name, of in parts.items():
+            groups.setdefault(".".join(of[:length]).removesuffix(".*"), []).append(name)
+        if len(groups) <= most:
+            break
+    return some(of[0] if len(of) == 1 else f"{prefix} ({len(of)})" for prefix, of in groups.items())
+
+
+def some(names: Iterable[str], most: int = 24) -> str:
     """The first of the names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -220,7 +257,7 @@ def _depth(state: Mapping[str, np.ndarray], leaves: tuple[Leaf, ...]) -> int:
 
 def _differences(got: set[str], wanted: set[str]) -> list[str]:
     pairs = (("missing", wanted - got), ("unknown", got - wanted))
-    return [f"{what} {some(sorted(names))}" for what, names in pairs if names]
+    return [f"{what} {grouped(names)}" for what, names in pairs if names]
 
 
 def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -> list[str]:
@@ -236,7 +273,7 @@ def _wrong_shapes(state: Mapping[str, np.ndarray], wanted: Mapping[str, Leaf]) -
         expected = tuple(_number(size, letters) for size in leaf.shape)
         if shape != expected:
             wrong.append(f"{name} {shape} instead of {expected}".replace("'", ""))
-    return [f"wrong shapes {some(wrong)}"] if wrong else []
+    return [f"wrong shapes {some(wrong, 8)}"] if wrong else []
 
 
 def _number(size: Dim, letters: Mapping[str, int]) -> Dim:

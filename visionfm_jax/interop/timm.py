@@ -125,7 +125,7 @@ def vit_from_timm(
     require_same(
         "timm ViT",
         num_heads=(num_heads, "ViTConfig.heads", size_of(config).heads),
-        global_pool=(pool, "ViTConfig.pool", config.pool),
+        global_pool=(pool, "ViTConfig.pool", config.pool, global_pool),
         norm_eps=(norm_eps, "ViTConfig.norm_eps", config.norm_eps),
         act_layer=(act_layer, "ViTConfig.activation", config.activation),
         pos_embed=(table, "ViTConfig.pos_embed", ours),

@@ -7,6 +7,7 @@ does not fit is refused, unless `config.checkpoint.skip` lists it, and all of it
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -16,14 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import CheckpointError, ConfigError, UserError, count, printable
 from visionfm_jax.interop import files
-from visionfm_jax.interop.leaves import flatten, is_named, sides_of, some, unflatten
+from visionfm_jax.interop.leaves import OtherSettings, flatten, grouped, is_named, sides_of, some, unflatten
 from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
 from visionfm_jax.interop.resample import Way, way
 from visionfm_jax.parallel.agreement import from_first, require_same
@@ -87,8 +88,8 @@ class Found(NamedTuple):
         lines = [f"the weights of {self.name}", *self.notes]
         lines.append(f"{count(self.fit.loaded, 'array')} loaded")
         lines += [f"resampled: {_dots(path)}, {how.what}" for path, how in self.fit.resampled.items()]
-        lines += [f"newly initialised: {some(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
-        lines += [f"not loaded: {some(names)} ({why})" for why, names in self.fit.left.items()]
+        lines += [f"newly initialised: {grouped(map(_dots, paths))} ({why})" for why, paths in self.fit.afresh.items()]
+        lines += [f"not loaded: {grouped(names)} ({why})" for why, names in self.fit.left.items()]
         return _below([printable(line) for line in lines])
 
 
@@ -214,33 +215,65 @@ def _of_file(trainer: Trainer) -> Found:
             f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} has this prefix; there are "
             f"{some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
         )
-    try:
-        found = import_weights(state, about, _networks(trainer.config), config.weights_into, config.skip)
-    except UserError as error:
-        if type(error) is not UserError:
-            raise
-        raise ConfigError(f"{file}: {_with_fields(str(error), trainer.config)}") from error
-    if any(path.endswith("embed/kernel") for path in found.arrays):  # of pixels
-        _check_normalization(trainer.config, from_first(lambda: files.normalization(file, about)), file)
-    left = {**found.left, **_outside(weights.tensors, below)}
-    here = _shapes(trainer.shapes.params)
-    shapes = {path: value.shape for path, value in found.arrays.items()}
-    fit = match(shapes, here, trainer.config, left, str(file), found.grids)
+    needed, problems = copy.deepcopy(trainer.config), []
+    found = fit = None
+    while found is None:  # under the settings that the weights need, to find all that does not fit
+        try:
+            found = import_weights(state, about, _networks(needed), config.weights_into, config.skip)
+        except UserError as error:
+            if type(error) not in (UserError, OtherSettings):
+                raise
+            problems.append(f"{file}: {_with_fields(str(error), trainer.config)}")
+            if not (isinstance(error, OtherSettings) and _set(needed, error.fields)):
+                break
+    if found is None or any(path.endswith("embed/kernel") for path in found.arrays):  # of pixels
+        said = from_first(lambda: files.normalization(file, about))
+        problems += _normalization_problems(trainer.config, said, file)
+    as_needed = trainer if needed == trainer.config else _trainer(needed, trainer.mesh)
+    if found is not None and as_needed is not None:
+        left = {**found.left, **_outside(weights.tensors, below)}
+        shapes = {path: value.shape for path, value in found.arrays.items()}
+        try:
+            fit = match(shapes, _shapes(as_needed.shapes.params), needed, left, str(file), found.grids)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
     digests = some([f"{name} {digest[:16]}…" for name, digest in weights.digests.items()], 2)
     notes = [f"{found.what}, {count(len(weights.tensors), 'tensor')}, sha256 {digests}"]
     kept = {"source": str(file), "names": found.what, "sha256": weights.digests}
     return Found(found.arrays, str(file), 0, fit, kept, notes)
 
 
-def _check_normalization(config: Config, said: Mapping[str, tuple[float, ...]], file: Path) -> None:
-    """Refuse to give pixels of another scale to the weights than they were trained on."""
-    for name, wanted in said.items():
-        given = getattr(config.data.augment, name)
-        if not np.allclose(given, wanted, rtol=0, atol=1e-3):
-            raise ConfigError(
-                f"config.data.augment.{name} = {given}: {file} was trained with {wanted}; set "
-                + " and ".join(f"config.data.augment.{key}={value}" for key, value in said.items())
-            )
+def _set(config: Config, fields: Mapping[str, Any]) -> bool:
+    """Set fields of networks by names such as "ViTConfig.pool"; whether any had another value."""
+    changed = False
+    for network in _networks(config).values():
+        for name, value in fields.items():
+            kind, _, field = name.partition(".")
+            if kind == type(network).__name__ and getattr(network, field, value) != value:
+                setattr(network, field, value)
+                changed = True
+    return changed
+
+
+def _trainer(config: Config, mesh: Mesh) -> Trainer | None:
+    """None: the configuration breaks a rule."""
+    try:
+        config.validate()
+    except ConfigError:
+        return None
+    return Trainer(config, mesh)
+
+
+def _normalization_problems(config: Config, said: Mapping[str, tuple[float, ...]], file: Path) -> list[str]:
+    """Where pixels would have another scale for the weights than they were trained on."""
+    ours = {name: getattr(config.data.augment, name) for name in said}
+    if all(np.allclose(ours[name], wanted, rtol=0, atol=1e-3) for name, wanted in said.items()):
+        return []
+    given = ", ".join(f"config.data.augment.{name} = {value}" for name, value in ours.items())
+    remedy = " and ".join(f"config.data.augment.{name}={value}" for name, value in said.items())
+    return [f"{given}: {file} was trained with {' and '.join(map(str, said.values()))}; set {remedy}"]
 
 
 def _about(config: CheckpointConfig, file: Path) -> dict[str, Any] | str:
@@ -320,7 +353,7 @@ def match(
       ConfigError: what does not fit, all of it in one line.
     """
     networks, into, skip = _networks(config), config.checkpoint.weights_into, config.checkpoint.skip
-    fit, problems = Fit([], {}, {}, {why: [*names] for why, names in left.items()}), {}
+    fit, problems, sizes = Fit([], {}, {}, {why: [*names] for why, names in left.items()}), {}, []
 
     def skipped(path: str) -> bool:
         return is_named(path, skip) or is_named(path.removeprefix(f"{into}/"), skip)
@@ -338,7 +371,8 @@ def match(
             classes = f"{there[path][-1]} classes" if path in there else "none"
             fit.afresh.setdefault(f"{classes} there, {shape[-1]} here", []).append(path)
         elif path in there:
-            problems.setdefault("other shapes", []).append(f"{_dots(path)} {there[path]} there, {shape} here")
+            problems.setdefault("other shapes", []).append(_dots(path))
+            sizes.append(f"{_dots(path)} {there[path]} there, {shape} here")
         else:
             problems.setdefault("only here", []).append(_dots(path))
     for path in there:
@@ -349,7 +383,11 @@ def match(
         elif path not in here:
             problems.setdefault("only there", []).append(_dots(path))
     if problems or not (fit.taken or fit.resampled):
-        what = "; ".join(f"{why}: {some(names)}" for why, names in problems.items()) or "nothing is loaded"
+        listed = {why: grouped(names) for why, names in problems.items()}
+        if sizes:
+            few = len(sizes) <= 8
+            listed["other shapes"] = ", ".join(sizes) if few else f"{listed['other shapes']}, such as {sizes[0]}"
+        what = "; ".join(f"{why}: {names}" for why, names in listed.items()) or "nothing is loaded"
         raise ConfigError(
             f"config.checkpoint.weights = {source}: do not fit the model: {what}; set the fields of config.model or "
             "config.checkpoint.weights_into, or list in config.checkpoint.skip what should not be loaded"
@@ -400,7 +438,7 @@ def placed(trainer: Trainer, found: Found, fresh: Any | None) -> Any:
     if fresh is None and fit.afresh:
         untrained = [_dots(path) for paths in fit.afresh.values() for path in paths]
         raise ConfigError(
-            f"config.checkpoint.weights = {trainer.config.checkpoint.weights!r}: leave {some(untrained)} untrained, "
+            f"config.checkpoint.weights = {trainer.config.checkpoint.weights!r}: leave {grouped(untrained)} untrained, "
             "which an evaluation would measure; train first"
         )
     params = {} if fresh is None else flatten(fresh)

@@ -25,6 +25,7 @@ from visionfm_jax.evals.run import check_labels
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
+from visionfm_jax.tasks.task import make_task
 from visionfm_jax.train import initialise
 
 QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.py")
@@ -206,7 +207,7 @@ def test_labels_that_mean_other_classes_than_in_training_are_refused(tmp_path, m
     class_folders(tmp_path / "more", "ant", "cow")
     config.data.train += (FolderConfig(path=str(tmp_path / "more"), split=""),)
     with pytest.raises(DataError, match=r"config\.data\.train\[1\]: .*/more: label 1 is the class 'cow', but 'bee'"):
-        open_data(config)
+        open_data(config, make_task(config, lambda params: params))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_to_huggingface
 from visionfm_jax.interop.huggingface_clip import clip_to_huggingface
-from visionfm_jax.interop.leaves import flatten, is_named
+from visionfm_jax.interop.leaves import flatten, grouped, is_named
 from visionfm_jax.interop.open_clip import text_to_open_clip, visual_to_open_clip
 from visionfm_jax.interop.pretrained import Imported, import_weights, timm_architectures
 from visionfm_jax.interop.swin_v2 import swin_v2_to_timm
@@ -134,7 +134,8 @@ def test_names_with_and_without_their_prefix_are_refused():
 
 def test_another_pooling_on_purpose(state):
     mean = ViTConfig(**{**vars(VIT), "pool": "gap", "class_token": True})
-    refused(r"global_pool is 'cls', but ViTConfig.pool makes it 'gap'", state, towers={"": mean})
+    says = r"global_pool is 'token', which is ViTConfig.pool = 'cls', but ViTConfig.pool makes it 'gap'"
+    refused(says, state, towers={"": mean})
     assert set(taken(state, towers={"": mean}, skip=("pool",)).arrays) == set(flatten(tree(mean, 5)))
     probe = ViTConfig(**{**vars(VIT), "pool": "map"})
     with_probe = vit_to_timm(tree(probe), probe)
@@ -148,11 +149,25 @@ def test_another_pooling_on_purpose(state):
     ("name", "by", "named"),
     [
         ("blocks.0.mlp", "blocks", True), ("blocks/mlp", "blocks.mlp", True), ("blocks2.a", "blocks", False),
-        ("head", "head.", True), ("a.head", "head", False),
+        ("head", "head.", True), ("a.head", "head", False), ("blocks.10.ls1.gamma", "blocks.*.ls1", True),
+        ("blocks.1.ls1", "blocks.*.ls1.gamma", False), ("blocks.1.ls2", "blocks.*.ls1", False), ("a", "", False),
     ],
 )  # fmt: skip
 def test_whole_words_are_named(name, by, named):
     assert is_named(name, [by]) == named
+
+
+def test_many_names_are_grouped_by_the_prefixes_that_skip_takes():
+    blocks = [f"blocks.{i}.{name}.{leaf}" for i in range(12) for name in ("ln1", "mlp") for leaf in ("a", "b")]
+    assert grouped(blocks[::2]) == "blocks.*.ln1.a (12), blocks.*.mlp.a (12)"
+    more = [*blocks, "cls", "norm.a", "norm.b", *(f"head.{i}" for i in "abcd")]
+    assert grouped(more) == "blocks (48), cls, head.a, head.b, head.c, head.d, norm.a, norm.b"
+    for names in (blocks, more):
+        prefixes = [prefix.partition(" ")[0] for prefix in grouped(names).split(", ")]
+        assert all(is_named(name, prefixes) for name in names)
+        assert all(any(is_named(name, [prefix]) for name in names) for prefix in prefixes)
+    assert grouped(["b.1", "a"]) == "a, b.1"
+    assert grouped(f"x{i}" for i in range(99)).endswith(" and 75 more")
 
 
 def test_a_backbone_of_a_larger_huggingface_model():

@@ -190,6 +190,33 @@ def test_pixels_normalised_otherwise_are_refused(source, other, tmp_path, name, 
         other.config.data.augment = before
 
 
+def test_all_that_is_wrong_is_said_at_once(source, tmp_path):
+    """Settings, pixels, and what would still not fit if the settings were those of the weights."""
+    tensors = load_file(source[0] / "model.safetensors")
+    about = {"architecture": "vit_tiny_patch16_224", "global_pool": "token",
+             "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    settings = ("model.pool=gap", "model.norm_eps=1e-5", "model.mlp=32", f"checkpoint.weights={tmp_path}")
+    with pytest.raises(ConfigError) as error:
+        find_weights(trainer_of(*settings))
+    facts, pixels, rest = str(error.value).splitlines()
+    assert "global_pool is 'token', which is config.model.pool = 'cls', but config.model.pool makes it 'gap'" in facts
+    assert "norm_eps is 1e-06, but config.model.norm_eps makes it 1e-05" in facts
+    assert "set config.data.augment.mean=(0.5, 0.5, 0.5)" in pixels
+    assert "other shapes: blocks.mlp.fc1.bias (2, 64) there, (2, 32) here, " in rest
+    assert "only" not in rest  # the class token, which `pool` brings with it
+    save_file(tensors | {f"blocks.{i}.ls{k}.gamma": np.ones(48, np.float32) for i in (0, 1) for k in range(1, 6)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        find_weights(trainer_of(*settings))
+    assert len(str(error.value).splitlines()) == 3
+    assert "unknown blocks.*.ls1.gamma (2), blocks.*.ls2.gamma (2), " in str(error.value)
+    skip = 'checkpoint.skip=("blocks.*.ls1","blocks.*.ls2","blocks.*.ls3","blocks.*.ls4","blocks.*.ls5","head")'
+    fits = ("model.mlp=64", "data.augment.mean=(.5,.5,.5)", "data.augment.std=(.5,.5,.5)", skip)
+    assert len(find_weights(trainer_of(f"checkpoint.weights={tmp_path}", *fits)).fit.left["listed in checkpoint.skip"])
+
+
 def test_names_of_tensors_do_not_reach_the_terminal_as_they_are(source, other, tmp_path):
     tensors = load_file(source[0] / "model.safetensors") | {"extra.\x1b[2J\nfalse": np.zeros(3, np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
