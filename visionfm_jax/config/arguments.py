@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from visionfm_jax.config import load
 from visionfm_jax.config.limits import OneOf, limits_of, types_of
 from visionfm_jax.config.rules import shown
-from visionfm_jax.config.schema import Config, SourceConfig
+from visionfm_jax.config.schema import Choice, Config
 from visionfm_jax.errors import ConfigError
 
 
@@ -111,8 +111,8 @@ def field_help(config: Config) -> str:
     for prefix, holder in _holders(config):
         about = (type(holder).__doc__ or "").partition("\n")[0]
         lines += ["", f"{prefix.rstrip('.') or 'config'} ({type(holder).__name__}): {about}"]
-        if isinstance(holder, SourceConfig):
-            lines.append(f"  {prefix + 'kind':32} {holder.kind!r:24} format: {' | '.join(SourceConfig.kinds)}")
+        if isinstance(holder, Choice) and holder.kinds:
+            lines.append(f"  {prefix + 'kind':32} {holder.kind!r:24} one of {' | '.join(holder.kinds)}")
         for field in dataclasses.fields(holder):
             value = getattr(holder, field.name)
             if dataclasses.is_dataclass(value):

@@ -23,7 +23,7 @@ from types import UnionType
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
-from visionfm_jax.config.schema import Config, SourceConfig
+from visionfm_jax.config.schema import Choice, Config
 from visionfm_jax.errors import ConfigError
 
 MODULE = "visionfm_jax_config_file"  # by which a configuration file is imported
@@ -209,7 +209,7 @@ def with_fields(config: Config, overrides: Sequence[Override]) -> Config:
 
 def fields(config: Any, prefix: str = "") -> Iterator[str]:
     """Every name that an override can set, such as optim.lr or data.train[0].path."""
-    if isinstance(config, SourceConfig):
+    if isinstance(config, Choice) and config.kinds:
         yield f"{prefix}kind"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -235,7 +235,7 @@ def _set(config: Config, name: str, text: str | None) -> None:
         raise ConfigError(f"--config.{_beginning(name)}: no such field{hint}")
     *parents, leaf = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
     holder = _at(config, parents)
-    if leaf == "kind" and isinstance(holder, SourceConfig):
+    if leaf == "kind" and isinstance(holder, Choice) and holder.kinds:
         _put(config, parents, _of_kind(holder, name, text or ""))
         return
     kind, now = types_of(type(holder))[leaf], getattr(holder, leaf)
@@ -273,21 +273,21 @@ def _put(config: Config, parts: Sequence[str], value: Any) -> None:
     _put(config, parents, tuple(groups))
 
 
-def _of_kind(source: SourceConfig, name: str, kind: str) -> SourceConfig:
-    """`source` as one of another kind, with what has been set of it.
+def _of_kind(group: Choice, name: str, kind: str) -> Choice:
+    """`group` as one of another kind, with what has been set of it.
 
     Raises:
       ConfigError: there is no such kind, or it has no field for something that has been set.
     """
-    if kind == source.kind:
-        return source
-    if kind not in SourceConfig.kinds:
-        near = difflib.get_close_matches(kind, SourceConfig.kinds, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(SourceConfig.kinds)}"
-        raise ConfigError(f"--config.{name}={_beginning(kind)}: no such kind of source; {hint}")
-    cls, values = SourceConfig.kinds[kind], {}
-    for field in dataclasses.fields(source):
-        value = getattr(source, field.name)
+    if kind == group.kind:
+        return group
+    if kind not in group.kinds:
+        near = difflib.get_close_matches(kind, group.kinds, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(group.kinds)}"
+        raise ConfigError(f"--config.{name}={_beginning(kind)}: no such kind; {hint}")
+    cls, values = group.kinds[kind], {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
         if value == field.default:
             continue
         if field.name not in types_of(cls):

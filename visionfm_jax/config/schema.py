@@ -36,9 +36,14 @@ if TYPE_CHECKING:  # the packages above this one
 
 
 class Choice(ABC):
-    """A group of fields that is one of several classes; `kind` is its name in messages and in a run's settings."""
+    """A group of fields that is one of several classes; `kind` is its name in messages and in a run's settings.
+
+    Attributes:
+      kinds: the classes by their `kind` among which a flag can choose; {}: only the file chooses.
+    """
 
     kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[Choice]]] = {}
 
     def __init_subclass__(cls, **more: Any):
         super().__init_subclass__(**more)
@@ -161,7 +166,7 @@ class SourceConfig(Choice):
       kinds: the classes by their `kind`, for the command line; add a line for one of your own.
     """
 
-    kinds: ClassVar[dict[str, type[SourceConfig]]] = {}
+    kinds: ClassVar[dict[str, type[Choice]]] = {}
     loose_files: ClassVar[bool] = False
 
     path: str = ""  # a directory, a file or the name of a bundled set
