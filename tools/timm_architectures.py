@@ -14,6 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
 import timm
 import torch
 from timm.layers import GELU, GELUTanh, GluMlp, Mlp, QuickGELU, SwiGLU
@@ -94,7 +97,6 @@ def facts_of(name: str) -> dict[str, Any] | None:
 
 def main() -> None:
     """Write the table: each set of facts with the architectures that have it."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     groups: dict[str, list[str]] = {}
     failed = []
     for name in sorted({n for module in MODULES for n in timm.list_models(module=module)}):

@@ -17,6 +17,7 @@ position table and at another one, which is not square and larger along one side
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import platform
@@ -24,6 +25,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import open_clip

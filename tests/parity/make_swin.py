@@ -17,12 +17,16 @@ All that is computed is computed in double precision and kept in float32.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import safetensors

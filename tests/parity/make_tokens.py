@@ -7,11 +7,15 @@ needs what `make_clip.py` needs. `clip_tokens.json` holds "about" and "ids": tex
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import unicodedata
 from importlib.metadata import version
 from pathlib import Path
+
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES

@@ -15,8 +15,12 @@ needs what `make_dialects.py` needs. Each `towers_*.npz` holds
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
+
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import torch

@@ -16,11 +16,15 @@ versions give the same bytes. Each `vit_*.npz` holds
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import platform
 import tempfile
 from pathlib import Path
+
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import safetensors

@@ -312,3 +312,11 @@ def test_an_old_python_is_refused_in_one_line(tmp_path):
     assert result.returncode == 2
     assert "is not a Python >= 3.11" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_programs_that_need_torch_give_help_without_it():
+    programs = [*(ROOT / "tests" / "parity").glob("make_*.py"), ROOT / "tools" / "timm_architectures.py"]
+    assert len(programs) > 8
+    for program in programs:
+        done = subprocess.run([sys.executable, "-IS", program, "--help"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout[:6]) == (0, "usage:"), done.stderr
