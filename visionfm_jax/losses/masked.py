@@ -10,6 +10,7 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 BLOCKS, BLOCK_RATIO = 40, 1 / 0.3  # of `hide_blocks`: rectangles that are tried, and the largest ratio of their sides
 
@@ -21,7 +22,7 @@ def hide_units(keys: jax.Array, grid: tuple[int, int], ratio: float) -> jax.Arra
     """
     units = math.prod(grid)
     draws = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
-    return (_places(draws) < math.ceil(ratio * units)).reshape(-1, *grid)
+    return rearrange(_places(draws) < math.ceil(ratio * units), "b (h w) -> b h w", h=grid[0])
 
 
 def hide_blocks(keys: jax.Array, grid: tuple[int, int], share: tuple[float, float]) -> jax.Array:

@@ -8,6 +8,7 @@ M masked patches of an image.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +30,8 @@ def sinkhorn(
       axes: of the mesh, over which the rows are spread; none: these are all.
       iterations: how often.
     """
+    chex.assert_rank(logits, 2)
+    chex.assert_shape(chosen, logits.shape[:1])
     logits = jnp.where(chosen[:, None], logits.astype(jnp.float32), -jnp.inf)
     rows = jax.lax.psum(chosen.sum(dtype=jnp.float32), axes)
     q = jnp.exp((logits - jax.lax.pmax(logits.max(), axes)) / temperature)
@@ -56,6 +59,8 @@ def views_loss(student: jax.Array, targets: jax.Array, temperature: float) -> ja
       targets: (U, B, K), U > 1 or V > U.
       temperature: of the student.
     """
+    chex.assert_rank([student, targets], 3)
+    chex.assert_equal_shape_suffix([student, targets], 2)
     (V, U), log_p = (len(student), len(targets)), _log_softmax(student, temperature)
     others = targets.sum(0) - jnp.concatenate([targets, jnp.zeros((V - U, *targets.shape[1:]))])
     return -(others * log_p).sum((0, 2)) / (U * V - U)
@@ -70,6 +75,9 @@ def patches_loss(student: jax.Array, targets: jax.Array, masked: jax.Array, temp
       masked: (B, M) bool; the other rows do not count.
       temperature: of the student.
     """
+    chex.assert_rank(student, 3)
+    chex.assert_equal_shape([student, targets])
+    chex.assert_shape(masked, student.shape[:2])
     losses = -(targets * _log_softmax(student, temperature)).sum(2)
     return jnp.where(masked, losses, 0).sum(1) / jnp.maximum(masked.sum(1), 1)
 
@@ -84,6 +92,7 @@ def koleo(features: jax.Array) -> jax.Array:
     Args:
       features: (B, D), of any length; B > 1.
     """
+    chex.assert_rank(features, 2)
     x = l2_normalize(features)
     scores = jnp.dot(x, x.T, precision=jax.lax.Precision.HIGHEST)
     nearest = jnp.where(jnp.eye(len(x), dtype=bool), -1, scores).argmax(1)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from visionfm_jax.parallel.context import Context
 
@@ -31,12 +32,12 @@ class GradCache(NamedTuple):
 
 def to_micro_batches(batch: Tree, accumulate: int) -> Tree:
     """Rows (B, …) to (n, b, …), in order."""
-    return jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+    return jax.tree.map(lambda a: rearrange(a, "(n b) ... -> n b ...", n=accumulate), batch)
 
 
 def from_micro_batches(batches: Tree) -> Tree:
     """The reverse of `to_micro_batches`."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
+    return jax.tree.map(lambda a: rearrange(a, "n b ... -> (n b) ..."), batches)
 
 
 def accumulate_gradients(micro: Callable[[dict], tuple[dict, Tree]], batch: dict, accumulate: int) -> tuple[dict, Tree]:

@@ -331,6 +331,6 @@ class SelfDistillation:
 
 def _first(hidden: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     """Numbers (B, M) of the patches that are hidden (B, h, w), the others behind them; and whether each is."""
-    flat = hidden.reshape(len(hidden), -1)
+    flat = rearrange(hidden, "b h w -> b (h w)")
     order = jnp.argsort(~flat, axis=1, stable=True)[:, :most]
     return order, jnp.take_along_axis(flat, order, 1)

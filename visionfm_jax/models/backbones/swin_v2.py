@@ -310,7 +310,7 @@ class PositionBias(nn.Module):
         coordinates = log_coordinates(windows.window, windows.pretrained).reshape(-1, 2)
         x = nn.relu(nn.Dense(BIAS_HIDDEN, kernel_init=_init, name="fc1")(coordinates))
         x = 16 * nn.sigmoid(nn.Dense(self.heads, use_bias=False, kernel_init=_init, name="fc2")(x))
-        return x[offset_index(windows.window)].transpose(2, 0, 1)
+        return rearrange(x[offset_index(windows.window)], "q k n -> n q k")
 
 
 class WindowAttention(nn.Module):
