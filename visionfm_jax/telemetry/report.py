@@ -197,7 +197,7 @@ def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: st
     finite = np.isfinite(values)
     label = f"{key}  (last {values[finite][-1]:.4g})"
     if len(values) == 1:  # hollow, so that it hides no other
-        side = 5 if dashed else 9
+        side = 4 if dashed else 7
         ax.plot(steps, values, "D", color=colour, ms=side, markerfacecolor="none", markeredgewidth=1.8, label=label)
     elif _noisy(values[finite]):
         ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
