@@ -42,6 +42,7 @@ def hide_blocks(keys: jax.Array, grid: tuple[int, int], share: tuple[float, floa
     def one(key: jax.Array) -> jax.Array:
         first, last, key = jax.random.split(key, 3)
         number = jnp.floor(jax.random.uniform(first, minval=low, maxval=high) * h * w)
+        number = jnp.minimum(number, math.floor(high * math.prod(grid)))  # fp32 may round up
 
         def add(i: int, hidden: jax.Array) -> jax.Array:
             area, ratio, top, left = jax.random.uniform(jax.random.fold_in(key, i), (4,))

@@ -76,3 +76,8 @@ def test_blocks_are_as_many_patches_as_drawn_and_hang_together():
     assert beside > 0.65  # of patches drawn one by one: 0.35
     order = np.array([5, 0, 3])
     np.testing.assert_array_equal(hide_blocks(KEYS[order], (16, 12), (0.1, 0.5)), hidden[order])
+
+
+def test_no_more_blocks_than_the_largest_share():
+    hidden = hide_blocks(KEYS[:2], (10, 10), (0.57, 0.57))  # 57 patches in fp32, 56.99999999999999 in fp64
+    assert hidden.sum((1, 2)).tolist() == [math.floor(0.57 * 100)] * 2
