@@ -81,8 +81,13 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
 def complain(text: str) -> None:
     """Write a line for people on stderr, behind the name that the program was called by."""
     program = "visionfm" if os.path.basename((sys.argv or [""])[0]) == "visionfm" else "visionfm_jax"
-    lines = printable(text, kept="\n")
-    print(f"{program}: {lines}", file=sys.stderr, flush=True)
+    lines = map(shortened, printable(text, kept="\n").split("\n"))
+    print(f"{program}: " + "\n".join(lines), file=sys.stderr, flush=True)
+
+
+def shortened(line: str, most: int = 4000) -> str:
+    """The beginning of a line of more than `most` characters, which names of others may fill, and its end."""
+    return line if len(line) <= most else f"{line[: most - 1000]} … ({len(line):,} characters) … {line[-1000:]}"
 
 
 def printable(text: str, kept: str = "") -> str:

@@ -12,7 +12,8 @@ from hatchling.builders.wheel import WheelBuilder
 
 from visionfm_jax import __main__ as console
 from visionfm_jax.config import load
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, complain
+from visionfm_jax.interop.leaves import some
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,3 +102,15 @@ def test_the_script_is_installed_under_its_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["visionfm"].partition(":")
     assert (module, getattr(console, name)) == (console.__name__, console.main)
+
+
+def test_an_error_with_names_without_end_is_cut(capsys):
+    """What to set comes last, and stays."""
+    complain(f"error: one\ntwo: {some(['x' * 100_000, 'short'])}\nthree: {'y' * 100_000}; set z")
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.endswith(": error: one")
+    assert second == f"two: {'x' * 150}… (100,000 characters), short"
+    assert len(third) < 4100
+    assert third.startswith("three: yyy")
+    assert third.endswith("yyy; set z")
+    assert " … (100,014 characters) … " in third

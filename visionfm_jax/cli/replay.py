@@ -13,6 +13,7 @@ from visionfm_jax.config import Config
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.parallel.agreement import require_same
 from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.storage import read
 from visionfm_jax.telemetry.console import describe, describe_start, say
 from visionfm_jax.telemetry.replay import write as write_replay
 from visionfm_jax.telemetry.watchdog import Watchdog
@@ -31,7 +32,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     """
     host, hosts = jax.process_index(), jax.process_count()
     folder = Path(config.folder)
-    if not (folder / SUBFOLDER).is_dir():
+    if not read((folder / SUBFOLDER).is_dir, lambda: "config.workdir"):
         raise ConfigError(f"config.workdir = {config.folder!r}: contains no run; name the folder of the run")
     refuse_links(folder)
     settings = settings_files(folder, 0, max(step, 0))[-1]

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from visionfm_jax.errors import UserError, one_line
+from visionfm_jax.interop.leaves import some
 from visionfm_jax.storage import read, read_bytes
 
 # Names of weights in a folder, the preferred first, and of what is said beside them.
@@ -50,11 +51,11 @@ def file_in(where: Path, field: str) -> Path:
         known = ", ".join(SUFFIXES)
         raise UserError(f"config.{field} = {str(where)!r}: is not a weights file by its name ({known}); name one")
     found = [next((where / name for name in names if (where / name).is_file()), None) for names in NAMES.values()]
-    some = [path for path in found if path]
-    if len(some) == 1:
-        return some[0]
-    if some:
-        both = " and ".join(path.name for path in some)
+    there = [path for path in found if path]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        both = " and ".join(path.name for path in there)
         raise UserError(f"config.{field} = {str(where)!r}: holds {both}; name the file")
     others = sorted(path.name for path in where.iterdir() if path.name.endswith(SUFFIXES))
     hint = f"name the file: {', '.join(others[:5])}" if others else "name another folder"
@@ -99,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: it is none.
       DataError, StorageError: it cannot be read.
     """
-    if path.stat().st_size > _LARGEST:
+    if read(path.stat, lambda: str(path)).st_size > _LARGEST:
         raise UserError(f"{path}: is larger than {_LARGEST} bytes; name another file")
     try:
         value = json.loads(read_bytes(path) or b"")
@@ -124,6 +125,8 @@ def read_weights(file: Path) -> Weights:
         if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
             raise UserError(f"{file}: its weight_map lists no safetensors files of its folder; get the folder again")
         files = [file.parent / name for name in names]
+        if missing := [part.name for part in files if not read(part.is_file, lambda: str(file))]:
+            raise UserError(f"{file}: names {some(missing, 3)}, which is no file of its folder; get the folder again")
     tensors: dict[str, np.ndarray] = {}
     for part in files:
         read_part = _torch_tensors if part.name.endswith(TORCH) else _safetensors

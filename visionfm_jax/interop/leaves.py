@@ -221,9 +221,9 @@ def grouped(names: Iterable[str], most: int = 8) -> str:
     """
     names = sorted(set(names))
     if len(names) <= most:
-        return ", ".join(names)
+        return some(names)
     parts = {name: ["*" if part.isdecimal() else part for part in name.split(".")] for name in names}
-    for length in range(max(map(len, parts.values())), 0, -1):
+    for length in range(min(16, max(map(len, parts.values()))), 0, -1):  # a hostile name has thousands of parts
         groups: dict[str, list[str]] = {}
         for name, of in parts.items():
             groups.setdefault(".".join(of[:length]).removesuffix(".*"), []).append(name)
@@ -233,8 +233,8 @@ def grouped(names: Iterable[str], most: int = 8) -> str:
 
 
 def some(names: Iterable[str], most: int = 24) -> str:
-    """The first of the names, and how many more there are."""
-    names = list(names)
+    """The first of the names, shortened, and how many more there are."""
+    names = [name if len(name) <= 200 else f"{name[:150]}… ({len(name):,} characters)" for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -15,6 +15,8 @@ from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.models.backbones.vit import table_first, table_grid
 from visionfm_jax.models.positions import resize_table
 
+LARGEST = 64  # pixels, side of patches that are resampled: time grows by its sixth power, memory by its fourth
+
 
 class Way(NamedTuple):
     """A way from an array to one of another shape."""
@@ -39,7 +41,8 @@ def way(
         return None
     if name == "embed/kernel" and hasattr(network, "patch_size"):
         old, new = (math.isqrt(shape[0] // 3) for shape in (there, here))
-        if (3 * old**2, 3 * new**2) == (there[0], here[0]) and 0 < old != new:
+        fits = (3 * old**2, 3 * new**2) == (there[0], here[0]) and 0 < old != new
+        if fits and max(old, new) <= LARGEST:
             return Way(lambda kernel: resize_patches(kernel, new), f"patches of {old} to {new} pixels (pseudo-inverse)")
     if name == "pos_embed" and hasattr(network, "pos_resize"):
         first, how = table_first(network), network.pos_resize

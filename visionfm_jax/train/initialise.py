@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -134,7 +134,7 @@ def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
       ConfigError: there is no such folder.
       CheckpointError: there are none.
     """
-    if not Path(folder).exists():
+    if not _there(Path(folder).exists, f"config.{field}"):
         raise ConfigError(f"config.{field} = {folder!r}: there is no such folder; name that of a run")
     if (other := saved_run(config, folder)) is not None:
         return other
@@ -143,12 +143,17 @@ def other_run(config: CheckpointConfig, folder: str, field: str) -> Checkpoints:
 
 def saved_run(config: CheckpointConfig, folder: str) -> Checkpoints | None:
     """The checkpoints in a run folder, to be read; None: it has none. Process 0 looks for all."""
-    if from_first(lambda: Path(folder, SUBFOLDER).is_dir()):
+    if from_first(lambda: _there(Path(folder, SUBFOLDER).is_dir, "the run folder")):
         found = Checkpoints(folder, config, read_only=True)
         if found.latest() is not None:
             return found
         found.close()
     return None
+
+
+def _there(look: Callable[[], bool], name: str) -> bool:
+    """Whether something is there; a name that is too long for the file system, say, is an error of `storage.read`."""
+    return read(look, lambda: name)
 
 
 class ToEvaluate(NamedTuple):
@@ -186,7 +191,7 @@ def find_weights(trainer: Trainer) -> Found:
       CheckpointError: the run's checkpoint is damaged, or there is none.
     """
     where = trainer.config.checkpoint.weights
-    if not Path(where).exists():
+    if not _there(Path(where).exists, "config.checkpoint.weights"):
         raise ConfigError(
             f"config.checkpoint.weights = {where!r}: there is no such folder or file; name that of a run, or weights "
             "of timm, Hugging Face or OpenCLIP"
@@ -282,7 +287,7 @@ def _about(config: CheckpointConfig, file: Path) -> dict[str, Any] | str:
     if given == AS_MODEL or given in timm_architectures():
         return given
     if given:
-        if not Path(given).is_file():
+        if not _there(Path(given).is_file, "config.checkpoint.weights_config"):
             raise ConfigError(
                 f"config.checkpoint.weights_config = {given!r}: is neither a file nor a timm architecture known here; "
                 f'name the config.json of the weights, or set "{AS_MODEL}" if config.model is their network'
@@ -354,6 +359,7 @@ def match(
     """
     networks, into, skip = _networks(config), config.checkpoint.weights_into, config.checkpoint.skip
     fit, problems, sizes = Fit([], {}, {}, {why: [*names] for why, names in left.items()}), {}, []
+    other_heads = {_holder(path) for path, shape in here.items() if _is_head(path) and there.get(path) != shape}
 
     def skipped(path: str) -> bool:
         return is_named(path, skip) or is_named(path.removeprefix(f"{into}/"), skip)
@@ -365,11 +371,13 @@ def match(
             fit.afresh.setdefault("listed in checkpoint.skip", []).append(path)
         elif path in there and (how := _way(path, there[path], shape, networks, grids.get(path))):
             fit.resampled[path] = how
+        elif _is_head(path) and _holder(path) in other_heads:  # whole or not at all
+            classes = f"{there[path][-1]} classes" if path in there else "none"
+            same = path in there and there[path][-1] == shape[-1]
+            why = "the head there is of other features" if same else f"{classes} there, {shape[-1]} here"
+            fit.afresh.setdefault(why, []).append(path)
         elif there.get(path) == shape:
             fit.taken.append(path)
-        elif _is_head(path):
-            classes = f"{there[path][-1]} classes" if path in there else "none"
-            fit.afresh.setdefault(f"{classes} there, {shape[-1]} here", []).append(path)
         elif path in there:
             problems.setdefault("other shapes", []).append(_dots(path))
             sizes.append(f"{_dots(path)} {there[path]} there, {shape} here")
@@ -420,7 +428,11 @@ def table_grids(model: Any, path: str = "") -> dict[str, HeightWidth]:
 
 def _is_head(path: str) -> bool:
     """Whether an array is of a classifier: it has a number for each class."""
-    return path.rpartition("/")[0].rpartition("/")[2] == "head"
+    return _holder(path).rpartition("/")[2] == "head"
+
+
+def _holder(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def placed(trainer: Trainer, found: Found, fresh: Any | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import DataError, UserError
 from visionfm_jax.interop import files
 
 ONE = np.float32([[1, 2], [3, 4]])
@@ -86,6 +87,15 @@ def test_parts_that_an_index_lists(tmp_path):
         index.write_text(json.dumps({"weight_map": {"a": listed}}))
         with pytest.raises(UserError, match="lists no safetensors files of its folder"):
             files.read_weights(index)
+    os.mkfifo(tmp_path / "pipe.safetensors")  # for whose writer nobody waits
+    (tmp_path / "folder.safetensors").mkdir()
+    for listed in ("pipe", "folder", "missing"):
+        index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": f"{listed}.safetensors"}}))
+        with pytest.raises(UserError, match=f"names {listed}.safetensors, which is no file of its folder; get"):
+            files.read_weights(index)
+    index.write_text(json.dumps({"weight_map": {"a": f"{'x' * 300}.safetensors"}}))
+    with pytest.raises(DataError, match="File name too long"):
+        files.read_weights(index)
     save_file({"a": ONE}, tmp_path / "model-2.safetensors")
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
     with pytest.raises(UserError, match="'a' is in another file, too"):

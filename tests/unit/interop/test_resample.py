@@ -74,6 +74,8 @@ def test_only_sizes_of_images_and_patches_have_a_way():
         assert way("pos_embed", there, here, vit) is None
     assert way("embed/kernel", (48, 8), (75, 8), vit).what == "patches of 4 to 5 pixels (pseudo-inverse)"
     assert way("embed/kernel", (47, 8), (75, 8), vit) is None
+    assert way("embed/kernel", (3 * 64**2, 8), (75, 8), vit).what == "patches of 64 to 5 pixels (pseudo-inverse)"
+    assert way("embed/kernel", (3 * 65**2, 8), (75, 8), vit) is None  # more would take minutes, and gigabytes
     assert way("norm/scale", (8, 8), (9, 8), vit) is None
     text = TextConfig()
     assert way("pos_embed", (77, 8), (24, 8), text).apply(np.zeros((77, 8))).shape == (24, 8)

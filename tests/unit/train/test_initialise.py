@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from visionfm_jax.config import AugmentConfig, CheckpointConfig, Config, OptimConfig, load
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_to_timm
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
@@ -234,6 +234,24 @@ def test_a_file_alone_asks_for_what_names_do_not_tell(source, other, tmp_path):
         assert find_weights(on(other, weights=str(file), weights_config=given)).fit.taken
     with pytest.raises(ConfigError, match="there is no such folder or file"):
         find_weights(on(other, weights=str(tmp_path / "mistyped")))
+
+
+def test_names_too_long_for_the_file_system(source, other, tmp_path):
+    name, says = str(tmp_path / ("x" * 256)), r"^config\.checkpoint\.{} cannot be read: .*too long"
+    with pytest.raises(DataError, match=says.format("weights")):
+        find_weights(on(other, weights=name))
+    with pytest.raises(DataError, match=says.format("weights_config")):
+        find_weights(on(other, weights=str(source[0]), weights_config=name))
+    with pytest.raises(DataError, match=says.format("resume")):
+        starting_state(on(other, resume=name), no_run(tmp_path))
+
+
+def test_a_head_is_taken_whole_or_not_at_all(other):
+    """Of as many classes, and of other features: another pooling, say."""
+    there = {path: leaf.shape for path, leaf in flatten(other.shapes.params).items()}
+    fit = match({**there, "head/kernel": (96, 7)}, there, other.config, {}, "w")
+    assert fit.afresh == {"the head there is of other features": ["head/bias", "head/kernel"]}
+    assert "head/bias" in match(there, there, other.config, {}, "w").taken
 
 
 def test_a_run_of_another_resolution_and_other_classes(source, other, tmp_path):

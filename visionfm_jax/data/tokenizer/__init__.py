@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from visionfm_jax.errors import ConfigError, DataError, one_line
+from visionfm_jax.storage import read
 
 if TYPE_CHECKING:  # imported where they are used: bare GPU images, which train on no captions, lack them
     import tokenizers
@@ -114,7 +115,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     opener = {".json": _huggingface, ".model": _sentencepiece}.get(Path(name).suffix)
     if opener is None:
         raise ConfigError(f"tokenizer {name!r}: neither {_NAMES} nor a file .json or .model; give one of them")
-    if not Path(name).is_file():
+    if not read(Path(name).is_file, lambda: f"tokenizer {name}"):
         raise DataError(f"tokenizer {name}: no such file; give {_NAMES}, or the path of a .json or .model file")
     return Tokenizer(name, opener(name))
 
