@@ -23,7 +23,7 @@ from types import UnionType
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
-from visionfm_jax.config.schema import Choice, Config
+from visionfm_jax.config.schema import Choice, Config, ModelConfig
 from visionfm_jax.errors import ConfigError
 
 MODULE = "visionfm_jax_config_file"  # by which a configuration file is imported
@@ -95,8 +95,17 @@ def _shipped_as(path: str) -> Path | None:
 def _check_groups(holder: Any, prefix: str = "") -> None:
     """Refuse a configuration whose fields cannot be named, as one was deleted or a group of them is something else.
 
-    A group that stands in two places becomes two, so that a flag sets the one field that it names.
+    A group that stands in two places becomes two, so that a flag sets the one field that it names. A class of the
+    user's must set what its base declares and leaves open, such as `EvalConfig.measures`.
     """
+    own_fields = {field.name for field in dataclasses.fields(holder)}
+    for base in (base for base in type(holder).__mro__ if base is not ModelConfig):  # networks of texts have no images
+        for leaf in inspect.get_annotations(base).keys() - own_fields:
+            if not hasattr(type(holder), leaf) and leaf not in vars(holder):
+                where, name = f"config.{prefix}".rstrip("."), type(holder).__name__
+                raise ConfigError(
+                    f"{where}: {name} sets no {leaf}, which {base.__name__} declares; set it in the class"
+                )
     for field in dataclasses.fields(holder):
         name = f"config.{prefix}{field.name}"
         if not hasattr(holder, field.name):

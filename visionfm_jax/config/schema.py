@@ -105,6 +105,7 @@ class BackboneConfig(NetworkConfig):
       flops: FLOPs of one image's forward pass at `image_size`: matrix products alone, two per multiply-add.
     """
 
+    image_size: ImageSize
     patch_size: int
     strides: tuple[int, ...]
     widths: tuple[int, ...]

@@ -245,3 +245,58 @@ def test_an_error_names_the_program_and_nothing_in_it_is_obeyed_by_a_terminal(ca
     monkeypatch.setattr("sys.argv", [called])
     assert fails() == 2
     assert capsys.readouterr().err == f"{name}: error: red \\x1b[31m, wide \\x9b, é\nnext line\n"
+
+
+INCOMPLETE = """
+from dataclasses import dataclass
+from typing import ClassVar
+from visionfm_jax.config import *
+from visionfm_jax.data.sources.kinds import BundledConfig
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.classification import ClassificationConfig
+
+@dataclass(kw_only=True)
+class Net(BackboneConfig):
+    image_size: int = 28
+    patch_size: int = 7
+    attention: str = "xla"
+    remat: str = "none"
+    strides, widths, features, embed_width = (7,), (8,), 8, 8
+
+    def make(self, dtype, gather_params): ...
+
+@dataclass(kw_only=True)
+class Objective(TaskConfig):
+    model_class: ClassVar[type] = BackboneConfig
+
+    def fields(self, run): ...
+    def make(self, run, dtype, gather_params): ...
+
+@dataclass(kw_only=True)
+class Metric(EvalConfig):
+    metrics: ClassVar[tuple[str, ...]] = ("x",)
+
+    def make(self, run, host, hosts): ...
+
+def get_config(variant):
+    config = Config(name="own", model=ViTConfig(), task=ClassificationConfig())
+    config.model = Net() if variant == "model" else config.model
+    config.task = Objective() if variant == "task" else config.task
+    config.evals = (Metric(source=BundledConfig(path="digits")),) if variant == "eval" else ()
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "says"),
+    [
+        ("model", "config.model: Net sets no flops, which BackboneConfig declares; set it in the class"),
+        ("task", "config.task: Objective sets no predictions, which TaskConfig declares; set it"),
+        ("eval", r"config.evals\[0\]: Metric sets no measures, which EvalConfig declares; set it"),
+    ],
+)
+def test_a_class_of_the_users_that_leaves_something_out(tmp_path, variant, says):
+    (tmp_path / "own.py").write_text(INCOMPLETE)
+    with pytest.raises(ConfigError, match=says):
+        load.load_file(f"{tmp_path}/own.py:{variant}")
+    assert load.load_file(f"{tmp_path}/own.py").name == "own"
