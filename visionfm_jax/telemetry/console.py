@@ -88,7 +88,7 @@ def summary(
             shares = [f"{e.name}/{metric}" for e in config.evals for metric in e.metrics]
             learning_curves(metrics, files[-1], shares=shares)
         for name, eval_ in evals.items():
-            if former := keep_details(folder, name, eval_.protocol, KINDS):
+            if eval_.details and (former := keep_details(folder, name, eval_.protocol, KINDS)):
                 kept.append(f"  results of another protocol are kept: {former}")
             files += draw(eval_.pictured, folder, name, f"{config.name}: {name}")
             if eval_.details:

@@ -147,5 +147,7 @@ def test_results_of_another_protocol_are_kept(tmp_path):
     names = ["eval_val.0a0a0a0a.json", "eval_val.json", "predictions_val.0a0a0a0a.png", "predictions_val.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert '"1b1b1b1b"' in (tmp_path / "eval_val.json").read_text()
+    not_measured = types.SimpleNamespace(metrics=(), pictured={}, details={}, protocol="0a0a0a0a")
+    assert "are kept" not in summary(tmp_path, config, {"val": not_measured}, {}, 1)
     (tmp_path / "eval_val.json").write_text('{"protocol": "../x"}')
     assert "are kept" not in summary(tmp_path, config, measured("0a0a0a0a"), {}, 1)
