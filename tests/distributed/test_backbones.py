@@ -38,6 +38,7 @@ from visionfm_jax.models.decoder import DecoderConfig
 from visionfm_jax.models.layers import dense
 from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.planning.compiled import inputs_of
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
@@ -135,13 +136,13 @@ def _small() -> Iterator[None]:
     del swin_v2.SIZES["small"]
 
 
-def run_of(model, task) -> Config:
+def run_of(model, task, views=VIEWS) -> Config:
     config = Config(
         name="cell",
         model=model,
         task=task,
         data=DataConfig(
-            train=(TfdsConfig(path="-"),), transforms=(VIEWS,) if isinstance(task, SelfDistillationConfig) else ()
+            train=(TfdsConfig(path="-"),), transforms=(views,) if isinstance(task, SelfDistillationConfig) else ()
         ),
         optim=OptimConfig(warmup_steps=1, lr=3e-3),
         train=TrainConfig(batch_size=BATCH, steps=50, precision="fp32"),
@@ -204,6 +205,25 @@ def test_full_size_classifiers(backbone, size, classes, total):
     config = run_of(backbone(**size), ClassificationConfig(num_classes=classes))
     shapes = Trainer(config, make_mesh(1, jax.devices()[:2])).shapes.params
     assert sum(p.size for p in jax.tree.leaves(shapes)) == total
+
+
+FULL_SIZE = {
+    "contrastive": lambda image: (ClipConfig(image=image), ContrastiveConfig()),
+    "self_distillation": lambda image: (image, SelfDistillationConfig()),
+}
+
+
+# Of SwinV2 this takes minutes; the steps of vit_huge and swinv2_g_clip are compiled by tests of their own.
+@pytest.mark.full_size
+@pytest.mark.parametrize("task", FULL_SIZE)
+def test_full_size_steps_are_traced(task):
+    """All that `plan` does before it compiles."""
+    model, objective = FULL_SIZE[task](ViTConfig())
+    views = MultiCrop(views=(Views(size=224), Views(name="local", size=112, count=8)))
+    trainer = Trainer(run_of(model, objective, views), make_mesh(1, jax.devices()[:2]))
+    state, metrics = trainer.step.trace(*inputs_of(trainer, BATCH)).out_info
+    assert sum(p.size for p in jax.tree.leaves(state.params)) > 6e8
+    assert metrics["loss"].shape == ()
 
 
 def test_the_features_of_backbones_have_the_shapes_that_their_configurations_say():
