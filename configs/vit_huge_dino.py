@@ -134,7 +134,8 @@ def tiny() -> Config:
         model=ViTConfig(size="P", depth=4, patch_size=8, image_size=32, pool="cls", registers=2),
         task=SelfDistillationConfig(
             # Views in other colours are little alike at first. What they share grows if the student's temperature over
-            # the teacher's exceeds 1 / their correlation, else the targets become uniform: here 20, at full size 2.5 to 1.4.
+            # the teacher's exceeds 1 / their correlation, else the targets become uniform: here the ratio is 20, at
+            # full size 2.5, then 1.4.
             prototypes=256, head_hidden=256, head_bottleneck=64, koleo=0.5,
             student_temperature=0.2, teacher_temperature=(0.01, 0.01), teacher_momentum=(0.9, 1.0),
         ),
