@@ -1,4 +1,4 @@
-"""Pictures of what an eval found: retrieved, written and reconstructed things, and which classes are taken for which.
+"""Pictures of what an eval found: retrieved, written, reconstructed and detected things, maps, confused classes.
 
 Shapes: H W image, C classes, K answers to a query.
 """
@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from visionfm_jax.telemetry.report import BLUE, DPI, GREEN, GREY, INK, RED, drawable, predictions, save
+from visionfm_jax.telemetry.report import BLUE, DPI, GREEN, GREY, INK, ORANGE, RED, drawable, predictions, save
 
 MATRIX = 40  # classes up to which a confusion matrix is drawn; above, the largest confusions
 NUMBERS = 20  # classes up to which its cells hold numbers
 LISTED = 30  # confusions
+PANEL = 2.6  # inches, the side of an image with its boxes, or of a map
+LEGEND = 35  # classes whose colours are named
 CELL, PICTURE, LINE, HEAD, GAP = 6.6, 0.94, 0.25, 0.5, 0.2  # inches; a cell holds one query, two cells lie side by side
 PALE = "#E5E7EB"
 PALE_GREEN = "#A7DCCB"
 
 
-KINDS = ("predictions", "confusion", "retrieval", "captions", "reconstructions")  # KIND_NAME.png
+KINDS = (  # KIND_NAME.png
+    "predictions", "confusion", "retrieval", "captions", "reconstructions",
+    "boxes", "worst_boxes", "precision", "maps", "worst_maps",
+)  # fmt: skip
 
 
 def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> list[Path]:
@@ -35,14 +41,14 @@ def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> li
     Args:
       pictured: an eval's: `image`, `label`, `guess` and `class_names` as `report.predictions` takes them; `captions`
         and `images` as `retrieval` takes them; `generated` as `captions` does; `reconstructed` as `reconstructions`
-        does; `confusion` and `class_names` as `confusion` does.
+        does; `confusion` and `class_names` as `confusion` does; `boxes`, `worst_boxes` and `least_score` as `boxes`
+        does; `precision` as `precision_recall` does; `maps` and `worst_maps` as `maps` does.
       folder: the run's.
       name: the eval's.
       title: above every picture.
 
     Returns:
-      The files: predictions_NAME.png, confusion_NAME.png, retrieval_NAME.png, captions_NAME.png,
-      reconstructions_NAME.png.
+      The files, KIND_NAME.png for each of `KINDS` that there is something of.
 
     Raises:
       OSError: one cannot be written.
@@ -64,6 +70,15 @@ def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> li
     if "reconstructed" in pictured:
         drawn.append(folder / f"reconstructions_{name}.png")
         reconstructions(pictured["reconstructed"], drawn[-1], title)
+    for kind, function in (("boxes", boxes), ("worst_boxes", boxes), ("maps", maps), ("worst_maps", maps)):
+        if kind in pictured:
+            drawn.append(folder / f"{kind}_{name}.png")
+            which = f"{title}, the worst images" if kind.startswith("worst") else title
+            least = (pictured["least_score"],) if function is boxes else ()
+            function(pictured[kind], pictured["class_names"], *least, drawn[-1], which)
+    if "precision" in pictured:
+        drawn.append(folder / f"precision_{name}.png")
+        precision_recall(pictured["precision"], drawn[-1], title)
     return drawn
 
 
@@ -178,6 +193,151 @@ def confusion(cells: np.ndarray, class_names: Sequence[str], path: str | os.Path
     save((_matrix if len(names) <= MATRIX else _largest)(cells, names, title), path)
 
 
+def boxes(
+    shown: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    least_score: float,
+    path: str | os.PathLike[str],
+    title: str = "",
+) -> None:
+    """Draw images with their objects, beside them with the predicted boxes.
+
+    Args:
+      shown: of each, `image`, uint8 (H, W, 3); `key`; `share`, its F1; `truth`: `boxes` (N, 4), left, top, right,
+        bottom, pixels of the image, `labels`, `crowd` and `found` (N,); `found`: `boxes` (D, 4), `labels`, `scores` and
+        `matched` (D,), the object, -1 where there is none, -2 where the box lies on a crowd.
+      class_names: by label.
+      least_score: of the predicted boxes that are shown.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    says = f"left: objects, red if missed; right: boxes of score {least_score:.2f} or more, red if wrong (IoU < 0.5)"
+
+    def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
+        truth, found = entry["truth"], entry["found"]
+        scale = _picture(ax, entry["image"], x, y, PANEL, PALE, 1.0)
+        for box, label, crowd, hit in zip(truth["boxes"], truth["labels"], truth["crowd"], truth["found"], strict=True):
+            name = _short(class_names[label], 16) + " (crowd)" * bool(crowd)
+            _box(ax, box, name, GREY if crowd else GREEN if hit else RED, scale, x + PANEL, "-" if hit else "--")
+        x += PANEL + GAP / 2
+        scale = _picture(ax, entry["image"], x, y, PANEL, PALE, 1.0)
+        for i in np.argsort(found["scores"], kind="stable"):  # the highest on top
+            name = f"{_short(class_names[found['labels'][i]], 16)} {found['scores'][i]:.2f}"
+            match = found["matched"][i]
+            _box(ax, found["boxes"][i], name, GREY if match == -2 else GREEN if match >= 0 else RED, scale, x + PANEL)
+
+    _side_by_side(shown, 2, one, says, "F1", path, title)
+
+
+def maps(
+    shown: Sequence[Mapping[str, Any]], class_names: Sequence[str], path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw images, beside them their class maps, and beside these the predicted ones.
+
+    Args:
+      shown: of each, `image`, uint8 (H, W, 3); `key`; `share`, of its pixels that is right; `truth` and `guess`,
+        integers (H, W), black where they are no class.
+      class_names: by number.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    classes = len(class_names)
+    areas = np.zeros(classes + 1, np.int64)
+    for entry in shown:
+        for one in (entry["truth"], entry["guess"]):
+            areas += np.bincount(np.where((one < 0) | (one >= classes), classes, one).ravel(), minlength=classes + 1)
+    largest = [c for c in np.argsort(-areas[:classes], kind="stable") if areas[c]]
+    colours = _colours(classes, largest)
+
+    def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
+        _picture(ax, entry["image"], x, y, PANEL, PALE, 1.0)
+        for i, which in enumerate((entry["truth"], entry["guess"]), 1):
+            known = np.where((which < 0) | (which >= classes), classes, which)
+            _picture(ax, colours[known], x + i * (PANEL + GAP / 2), y, PANEL, PALE, 1.0, smooth=False)
+
+    legend = [(_short(class_names[c], 22), colours[c] / 255) for c in largest[:LEGEND]]
+    if (more := len(largest) - len(legend)) > 0:
+        legend.append((f"and {more} more", np.ones(3)))
+    _side_by_side(shown, 3, one, "image, its map, the predicted map; black: no class", "right", path, title, legend)
+
+
+def precision_recall(curves: Mapping[str, np.ndarray], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw precision over recall.
+
+    Args:
+      curves: by name, precision at levels of recall evenly spaced from 0 to 1; NaN: there is no object.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    figure = Figure(figsize=(6, 5), layout="constrained", dpi=DPI)
+    ax = figure.subplots()
+    for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, GREEN), strict=False):
+        recall = np.linspace(0, 1, len(curve))
+        ax.plot(recall, curve, color=colour, linewidth=1.8, label=f"{name}  {np.mean(curve):.3f}")
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    ax.set_xlabel("recall", color=GREY, fontsize=10)
+    ax.set_ylabel("precision, mean over classes", color=GREY, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(GREY)
+    ax.tick_params(colors=GREY, labelsize=9)
+    ax.grid(color=PALE, linewidth=0.8)
+    ax.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    figure.suptitle(drawable(title), color=INK, fontsize=12, fontweight="bold")
+    save(figure, path)
+
+
+def _side_by_side(
+    shown: Sequence[Mapping[str, Any]],
+    panels: int,
+    one: Callable[[Axes, Mapping[str, Any], float, float], None],
+    says: str,
+    measure: str,
+    path: str | os.PathLike[str],
+    title: str,
+    legend: Sequence[tuple[str, Any]] = (),
+) -> None:
+    """Images of several panels each, two side by side, which `one` draws at (x, y), each below its name and `share`."""
+    columns, width, top = 2, panels * (PANEL + GAP / 2) + GAP, 0.85
+    rows, lines = max(1, -(-len(shown) // columns)), -(-len(legend) // 6)
+    step = PANEL + LINE + GAP
+    figure = Figure(figsize=(columns * width + GAP, top + rows * step + lines * LINE + GAP), dpi=DPI)
+    ax = _canvas(figure)
+    _heading(ax, drawable(title), says)
+    for i, entry in enumerate(shown):
+        x, y = GAP + i % columns * width, top + i // columns * step
+        name = f"{_short(str(entry['key']), 40)}   {measure} {entry['share']:.2f}"
+        ax.text(x, y + LINE / 2, name, color=GREY, fontsize=9, va="center")
+        one(ax, entry, x, y + LINE)
+    wide = (columns * width - GAP) / 6
+    for i, (name, colour) in enumerate(legend):
+        x, y = GAP + i % 6 * wide, top + rows * step + i // 6 * LINE
+        ax.add_patch(Rectangle((x, y), 0.16, 0.16, color=colour, linewidth=0))
+        ax.text(x + 0.24, y + 0.08, name, color=INK, fontsize=9, va="center")
+    save(figure, path)
+
+
+def _box(
+    ax: Axes, box: np.ndarray, name: str, colour: str, place: tuple[float, float, float], right: float, style: str = "-"
+) -> None:
+    """A box with its name within, at its upper left; `place` as `_picture` returns it."""
+    x, y, scale = place
+    left, top, width, height = x + box[0] * scale, y + box[1] * scale, *((box[2:] - box[:2]) * scale)
+    ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=1.4, linestyle=style))
+    ax.text(
+        min(left, right - 0.055 * len(name) - 0.05), top, name, color="white", fontsize=6, va="top", ha="left",
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+    )  # fmt: skip
+
+
+def _colours(classes: int, largest: Sequence[int]) -> np.ndarray:
+    """uint8 (C + 1, 3): those of the largest classes far apart, black for none."""
+    out = np.zeros((classes + 1, 3))
+    for i, c in enumerate(largest):
+        hue, turn = i * 0.618034 % 1, i // 8 % 3  # the golden ratio keeps hues that follow each other apart
+        out[c] = hsv_to_rgb((hue, (0.75, 0.45, 0.9)[turn], (0.95, 0.8, 0.55)[turn]))
+    return np.round(out * 255).astype(np.uint8)
+
+
 def _canvas(figure: Figure) -> Axes:
     """The whole figure as one plane, whose unit is an inch, with y downwards."""
     width, height = figure.get_size_inches()
@@ -261,17 +421,30 @@ def _below(ax: Axes, text: str, colour: str, x: float, y: float, bold: bool) -> 
 
 
 def _picture(
-    ax: Axes, image: np.ndarray, x: float, y: float, side: float, colour: str, line: float, style: str = "-"
-) -> None:
-    """An image in the middle of a square of `side` inches, which it fills along its longer side."""
+    ax: Axes,
+    image: np.ndarray,
+    x: float,
+    y: float,
+    side: float,
+    colour: str,
+    line: float,
+    style: str = "-",
+    smooth: bool = True,
+) -> tuple[float, float, float]:
+    """An image in the middle of a square of `side` inches, which it fills along its longer side.
+
+    Returns:
+      The left and upper edge of the image, and the inches of a pixel.
+    """
     limits, longest = (ax.get_xlim(), ax.get_ylim()), max(image.shape[:2])
     height, width = (side * pixels / longest for pixels in image.shape[:2])
     left, top = x + (side - width) / 2, y + (side - height) / 2
-    how = "nearest" if longest < side * DPI / 2 else "antialiased"
+    how = "nearest" if longest < side * DPI / 2 or not smooth else "antialiased"
     ax.imshow(image, extent=(left, left + width, top + height, top), interpolation=how, aspect="auto", vmin=0, vmax=255)
     ax.set(xlim=limits[0], ylim=limits[1])  # which imshow has set to the image
     frame = Rectangle((x, y), side, side, fill=False, edgecolor=colour, linewidth=line, linestyle=style, clip_on=False)
     ax.add_patch(frame)
+    return left, top, side / longest
 
 
 def _matrix(cells: np.ndarray, names: Sequence[str], title: str) -> Figure:

@@ -136,6 +136,70 @@ def test_reconstructions_stand_in_three_rows(tmp_path):
             assert found > 30_000 * count
 
 
+def scene(found=(), wrong=0, missed=0, crowd=0, height=60, width=100):
+    """Boxes that are right at 10 pixels from each other, wrong ones and missed objects."""
+    count = len(found) + missed + crowd
+    boxes = np.array([[10.0 * i, 5, 10 * i + 8, 30] for i in range(count)]).reshape(-1, 4)
+    matched = np.array([*range(len(found)), *[-1] * wrong], int)
+    wrong_boxes = np.array([[10.0 * i, 35, 10 * i + 8, 58] for i in range(wrong)]).reshape(-1, 4)
+    return {
+        "key": "a $name$ of a file",
+        "image": np.full((height, width, 3), 120, np.uint8),
+        "share": 0.5,
+        "truth": {
+            "boxes": boxes,
+            "labels": np.zeros(count, int),
+            "crowd": np.arange(count) >= len(found) + missed,
+            "found": np.arange(count) < len(found),
+        },
+        "found": {
+            "boxes": np.concatenate([boxes[: len(found)], wrong_boxes]),
+            "labels": np.ones(len(matched), int),
+            "scores": np.array([*found, *[0.4] * wrong]),
+            "matched": matched,
+        },
+    }
+
+
+def test_right_boxes_are_green_and_wrong_or_missed_ones_red(tmp_path):
+    path = tmp_path / "b.png"
+    for shown, green, red in (
+        ([scene((0.9, 0.5))], True, False),
+        ([scene(wrong=2)], False, True),
+        ([scene(missed=1, height=100, width=40)], False, True),
+        ([scene(crowd=1)], False, False),
+        ([scene(), scene((0.9,), 1, 1, 1), scene((0.2,))], True, True),
+        ([], False, False),
+    ):
+        pictures.boxes(shown, ("a cat", "a dog with a very long name"), 0.25, path, "run: boxes")
+        assert (pixels_of(path, GREEN) > 100, pixels_of(path, RED) > 100) == (green, red)
+
+
+def test_maps_have_the_same_colours_beside_each_other_and_in_the_legend(tmp_path):
+    truth = np.zeros((40, 60), int)
+    truth[:, 30:], truth[:5] = 1, -1
+    entry = {"key": "k", "image": np.full((40, 60, 3), 255, np.uint8), "share": 0.9, "truth": truth}
+    colours = pictures._colours(3, [0, 1])
+    assert len(np.unique(colours, axis=0)) == 3  # two classes and black
+    path = tmp_path / "m.png"
+    counts = []
+    for guess in (truth, np.where(truth == 1, 3, truth)):  # 3: none
+        pictures.maps([{**entry, "guess": guess}], ("sky", "sea", "sand"), path, "t")
+        counts.append([pixels_of(path, colour / 255) for colour in colours[[0, 1, 3]]])
+    (sky, sea, black), (sky_again, half, more_black) = counts
+    assert sky == pytest.approx(sky_again, rel=0.05)
+    assert sea == pytest.approx(2 * half, rel=0.1)
+    assert more_black > black + 5000
+    pictures.maps([], ("sky",), path)
+    names = [f"class {i}" for i in range(300)]
+    pictures.maps([{**entry, "truth": np.arange(2400).reshape(40, 60) % 300, "guess": truth}], names, path, "t")
+
+
+def test_precision_is_drawn_also_where_there_is_none(tmp_path):
+    pictures.precision_recall({"AP50": np.linspace(1, 0, 101), "AP": np.full(101, np.nan)}, tmp_path / "p.png", "t")
+    assert pixels_of(tmp_path / "p.png", pictures.BLUE) > 300
+
+
 def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
     predicted = {"image": np.stack([grey()] * 4), "label": np.array([0, 1, 1, 0]), "guess": np.array([0, 1, 0, -1])}
     predicted["class_names"] = ("cat", "dog")
@@ -153,13 +217,19 @@ def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
     reconstructed = {k: np.stack([grey()] * 2) for k in ("image", "seen", "reconstruction")} | {"error": [0.1, 0.2]}
     got = pictures.draw({"reconstructed": reconstructed}, tmp_path, "bare", "t")
     assert got == [tmp_path / "reconstructions_bare.png"]
+    detected = {"boxes": [scene()], "worst_boxes": [scene()], "least_score": 0.1, "precision": {"AP": np.zeros(11)}}
+    got = pictures.draw({**detected, "class_names": ("cat", "dog")}, tmp_path, "coco", "t")
+    assert got == [tmp_path / f"{kind}_coco.png" for kind in ("boxes", "worst_boxes", "precision")]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "boxes_coco.png",
         "captions_pairs.png",
         "confusion_groups.png",
+        "precision_coco.png",
         "predictions_groups.png",
         "predictions_val.png",
         "reconstructions_bare.png",
         "retrieval_pairs.png",
+        "worst_boxes_coco.png",
     ]
 
 
