@@ -15,8 +15,8 @@ import numpy as np
 from visionfm_jax.config import Config, EvalConfig, PreprocessConfig, Transform
 from visionfm_jax.config.limits import ImageSize, height_width, shortest
 from visionfm_jax.data.fields import Spec
-from visionfm_jax.data.images import MAX_PIXELS, opened
-from visionfm_jax.data.sample import Sample
+from visionfm_jax.data.images import MAX_PIXELS, Picture, opened
+from visionfm_jax.data.sample import Placement, Sample
 from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import ConfigError
 
@@ -142,6 +142,11 @@ class EvalTransform:
         """As `Chain`, the same at every call."""
         chain = Chain((self.preprocess,), self.size, self.max_pixels, exact=True)
         return chain(record, np.random.default_rng(0))
+
+    def placement(self, picture: Picture) -> Placement:
+        """Which part of an image is seen, and where on the canvas."""
+        sample = Sample.of({}, picture, height_width(self.size), exact=True)
+        return self.preprocess(sample, np.random.default_rng(0)).placement
 
     @property
     def spec(self) -> Spec:

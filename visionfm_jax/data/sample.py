@@ -64,7 +64,7 @@ class Axis(NamedTuple):
         low, high = min(max(self.at[0], begin), end), min(max(self.at[1], begin), end)
         seen, ends = self.seen, (high, low) if self.flipped else (low, high)
         if (low, high) != self.at:
-            first, last = self._on_image(ends[0]), self._on_image(ends[1])
+            first, last = self.on_image(ends[0]), self.on_image(ends[1])
             seen = min(max(first, seen[0]), seen[1]), min(max(last, seen[0]), seen[1])
         return Axis(length, seen, (low - begin, high - begin), self.flipped)
 
@@ -96,12 +96,12 @@ class Axis(NamedTuple):
     def nearest(self) -> tuple[slice, np.ndarray]:
         """The pixels of the canvas whose centres lie on the image, and on which of its pixels each lies."""
         pixels = self.part(exact=True).pixels
-        places = self._on_image(np.arange(pixels.start, pixels.stop) + 0.5)
+        places = self.on_image(np.arange(pixels.start, pixels.stop) + 0.5)
         last = max(self.seen[0], math.ceil(self.seen[1]) - 1)
         return pixels, np.clip(places, self.seen[0], last).astype(int)
 
-    def _on_image(self, place: Any) -> Any:
-        """The place in the image of one on the canvas."""
+    def on_image(self, place: Any) -> Any:
+        """The place in the image of one on the canvas, pixels; arrays of them as well."""
         (low, high), (begin, end) = self.seen, self.at
         ratio = (high - low) / (end - begin) if end > begin else 0.0
         return high - (place - begin) * ratio if self.flipped else low + (place - begin) * ratio

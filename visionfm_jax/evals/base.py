@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,3 +58,9 @@ class OpenedEval:
     def describe(self, **more: Any) -> None:
         """Fill `details`."""
         self.details = {"protocol": self.protocol, "settings": self.settings, **more}
+
+
+def names_of(source: Source, classes: int) -> Sequence[str]:
+    """A name for each class of a task: the source's, and beyond these the number."""
+    names = tuple(source.class_names or ())
+    return names + tuple(map(str, range(len(names), classes)))

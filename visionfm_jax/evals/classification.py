@@ -6,6 +6,7 @@ import numpy as np
 
 from visionfm_jax.config import Config
 from visionfm_jax.data.fields import Labels
+from visionfm_jax.evals.base import names_of
 from visionfm_jax.evals.by_class import LabelledEval
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import AccuracyConfig
@@ -27,8 +28,7 @@ class ClassificationEval(LabelledEval):
         super().__init__(config, run, host, hosts)
         self.labels = Labels(run.task.num_classes)
         self.labels.check(self.source)
-        names = tuple(self.source.class_names or ())
-        self.classes = names + tuple(map(str, range(len(names), run.task.num_classes)))
+        self.classes = names_of(self.source, run.task.num_classes)
         self.settings |= {"classes": run.task.num_classes}
 
     def run(self, predict: Predict) -> dict[str, float]:

@@ -6,10 +6,10 @@ The modules that measure are imported when an eval is made, so that a configurat
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from visionfm_jax.config import Config, EvalConfig, SourceConfig
+from visionfm_jax.config import Config, EvalConfig, PreprocessConfig, SourceConfig, Transform
 from visionfm_jax.config.limits import Limits, OneOf, Range
 
 if TYPE_CHECKING:
@@ -132,3 +132,41 @@ class ReconstructionConfig(Measurement):
     measured_by: ClassVar[str] = "reconstruction:ReconstructionEval"
     measures: ClassVar[str] = "masked_image"
     metrics: ClassVar[tuple[str, ...]] = ("colour_gain",)
+
+
+def _whole() -> PreprocessConfig:
+    return PreprocessConfig(crop=1.0, resize="pad")
+
+
+@dataclass(kw_only=True)
+class BoxesConfig(Measurement):
+    """Average precision of predicted boxes, as COCO counts it."""
+
+    kind: ClassVar[str] = "boxes"
+    measured_by: ClassVar[str] = "detection:BoxesEval"
+    measures: ClassVar[str] = "boxes"
+    metrics: ClassVar[tuple[str, ...]] = ("ap", "ap50", "ap75", "ar100")
+
+    preprocess: Transform = field(default_factory=_whole)
+
+
+@dataclass(kw_only=True)
+class SegmentationConfig(Measurement):
+    """Mean IoU and accuracy of class maps, at the size of each map."""
+
+    kind: ClassVar[str] = "segmentation"
+    measured_by: ClassVar[str] = "segmentation:SegmentationEval"
+    measures: ClassVar[str] = "class_map"
+    metrics: ClassVar[tuple[str, ...]] = ("miou", "mean_accuracy", "pixel_accuracy")
+
+    preprocess: Transform = field(default_factory=_whole)
+    inference: str = "whole"  # whole: the image fits into the model's size | slide: windows, its shorter side fills one
+    stride: float = 2 / 3  # step from window to window, of a window's side
+    scales: tuple[float, ...] = (1.0,)  # of the image; logits are averaged over them
+    flip: bool = False  # also average with those of the mirrored image
+
+    limits: ClassVar[Limits] = {
+        "inference": OneOf(("whole", "slide")),
+        "stride": Range(0.1, 1),
+        "scales": Range(0.1, 8),
+    }

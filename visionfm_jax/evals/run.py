@@ -30,13 +30,13 @@ def open_evals(config: Config, host: int, hosts: int) -> dict[str, Eval]:
 
 
 def check_labels(config: Config, evals: dict[str, Eval], trained: Sequence[str]) -> None:
-    """Refuse evals of a classifier on data whose labels mean other classes than `trained`, those of its training.
+    """Refuse evals on data whose labels mean other classes than `trained`, those of the task's training.
 
     Raises:
       DataError: as `check_classes`.
     """
     for i, e in enumerate(config.evals):
-        if e.measures == "labels":
+        if e.measures in ("labels", "boxes", "class_map"):
             check_classes(f"config.evals[{i}].source", evals[e.name].source, trained)
 
 
