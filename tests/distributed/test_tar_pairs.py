@@ -8,10 +8,18 @@ from test_processes import finish_two, start_two
 from visionfm_jax.data import select
 
 STEPS = 5
+CONFIG = """
+from visionfm_jax.config import load
+from visionfm_jax.models.backbones.vit import ViTConfig
+
+
+def get_config(variant=""):
+    config = load.load_file("configs/swinv2_g_clip.py:tiny")
+    config.model.image = ViTConfig(size="P", depth=1, patch_size=8, image_size=16)  # compiled in a moment
+    return config
+"""
 SMALL = [
-    "--config=configs/swinv2_g_clip.py:tiny",
-    "--config.model.image.image_size=16",
-    "--config.model.image.window=2",
+    "--config.model.text.depth=1",
     "--config.model.text.context=16",
     "--config.data.train[0].kind=tars",
     "--config.data.transforms[1].operations=2",
@@ -30,7 +38,9 @@ def test_two_processes_train_on_tars_as_one_does(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes nearly all the time
     tars, pairs = unpack(tmp_path / "tars"), tmp_path / "good.pairs"
     assert select.select(str(tars), "similarity >= 0.25", pairs)["selected"] > 100
-    data = [f"--config.data.train[0].path={tars}", f"--config.data.train[0].selection={pairs}"]
+    config = tmp_path / "pairs.py"
+    config.write_text(CONFIG)
+    data = [f"--config={config}", f"--config.data.train[0].path={tars}", f"--config.data.train[0].selection={pairs}"]
     one, two = tmp_path / "one", tmp_path / "two"
     _, err = finish(start(one, *data, base=SMALL), one, seconds=400)
     assert "left out: 3 images with an empty caption: 0000" in err

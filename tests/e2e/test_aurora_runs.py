@@ -16,6 +16,7 @@ SMALL = [
     "--config=configs/aurora_xl.py:tiny",
     "--config.model.image.image_size=32",
     "--config.model.image.window=4",
+    "--config.model.image.depths=(1, 1, 1, 1)",
     "--config.train.batch_size=16",
     f"--config.train.steps={STEPS}",
     "--config.optim.warmup_steps=2",

@@ -12,6 +12,7 @@ from visionfm_jax.telemetry.writers import read_metrics
 STEPS, EVERY, BATCH = 120, 60, 64
 CHANCE = np.log(BATCH)  # the loss of a model that knows nothing
 COMMON = [
+    "--config.model.image.depths=(1, 1, 1, 1)",
     f"--config.train.batch_size={BATCH}",
     "--config.optim.warmup_steps=3",
     "--config.telemetry.log_every=1",
