@@ -105,12 +105,13 @@ class Objects:
     """The objects on an image, after the transforms: at most `most` of them, then zeros, and their number.
 
     `boxes`, float32 (N, 4): left, top, right and bottom edge, pixels of the image that the model is given;
-    `box_labels`, int32 (N,), below `num_classes`; `objects`, int32: how many the image has, also where more than N.
+    `box_labels`, int32 (N,), below `num_classes`; `objects`, int32: how many the image has, also where more than N;
+    `size`, int32 (2,): height and width of what the image covers, the rest to its right and below is padding.
     """
 
     def __init__(self, num_classes: int, most: int):
         arrays = {"boxes": ((most, 4), np.float32), "box_labels": ((most,), np.int32)}
-        self.spec: Spec = {**arrays, "objects": ((), np.int32)}
+        self.spec: Spec = {**arrays, "objects": ((), np.int32), "size": ((2,), np.int32)}
         self.num_classes, self.most = num_classes, most
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
@@ -124,7 +125,7 @@ class Objects:
         row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
         row["box_labels"][: len(labels)] = labels
         row["boxes"][: len(labels)] = record["boxes"][: self.most]
-        return {**row, "objects": len(record["boxes"])}
+        return {**row, "objects": len(record["boxes"]), "size": record["size"]}
 
     def check(self, source: Source) -> None:
         """Sources do not say whether they have objects: `data.sources.Source`."""

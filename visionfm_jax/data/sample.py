@@ -340,9 +340,14 @@ class Sample:
         )
 
     def record(self) -> dict[str, Any]:
-        """What `of` has taken, as it lies on the canvas, with the views, if there are any, in place of the image."""
+        """What `of` has taken, as it lies on the canvas, with the views, if there are any, in place of the image.
+
+        With boxes comes `size`: up to which row and column of the canvas there is image.
+        """
         out = {**self.fields, **self.objects, **self.maps, **(self.views or {"image": self.image})}
-        out |= {} if self.boxes is None else {"boxes": self.boxes}
+        if self.boxes is not None:
+            size = [axis.part(exact=True).pixels.stop for axis in (self.placement.rows, self.placement.columns)]
+            out |= {"boxes": self.boxes, "size": np.array(size, np.int32)}
         return out | ({} if self._masks is None else {"masks": self.masks})
 
     def _place(self, pixels: np.ndarray, canvas: np.ndarray) -> None:

@@ -89,6 +89,7 @@ def check_objects(out: dict) -> None:
     padding = out["class_map"] == 255
     assert (out["image"][padding] == FILL).all()
     assert not out["masks"][:, padding].any()
+    np.testing.assert_array_equal(out["size"], np.argwhere(~padding).max(0) + 1)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -427,6 +428,8 @@ def test_objects_are_padded_to_one_number_and_counted():
     assert batch["image"].shape == (8, 16, 24, 3)
     assert batch["boxes"].shape == (8, 5, 4)
     assert batch["objects"].tolist() == [3] * 8
+    assert (batch["size"].max(1) > 15).all()
+    assert (batch["size"] <= (16, 24)).all()
     assert batch["box_labels"][:, :3].tolist() == [[0, 1, 2]] * 8
     assert not batch["boxes"][:, 3:].any()
     assert (batch["boxes"][:, :3, 2:] > batch["boxes"][:, :3, :2]).all()
