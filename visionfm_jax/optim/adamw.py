@@ -29,7 +29,8 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 # and all below "bias", which in SwinV2 is also a network: as in the authors' lists (`no_weight_decay` of timm's ViT and
 # of Swin-Transformer, where it is `cpb_mlp`; the kernels alone in big_vision, whose attention pooling has the probe).
 _NOT_DECAYED = {"bias", "pos_embed", "probe", "registers"}
-_ABOVE_BLOCKS = {"norm", "pool", "head", "vocabulary", "image_head", "patch_head"}  # of a network
+HEAD = "head"  # whose layers, if it has some, all get factor 1
+_ABOVE_BLOCKS = {"norm", "pool", HEAD, "vocabulary", "image_head", "patch_head"}  # of a network
 _STAGE, _MERGING = re.compile(r"stage(\d+)"), re.compile(r"merging(\d+)")
 
 
@@ -91,9 +92,9 @@ def layer_scales(params: Any, decay: float) -> Any:
 
 def _place(path: tuple) -> tuple[tuple[str, ...], int, int] | None:
     """Of a scanned parameter: its network, the stage, and its number in the group that is scanned; else None."""
-    if not is_scanned(path):
-        return None
     keys = tuple(key.key for key in path)
+    if not is_scanned(path) or HEAD in keys[: keys.index(SCANNED)]:
+        return None
     at = keys.index(SCANNED)
     number = int(keys[at + 1]) if keys[at + 1].isdigit() else 0
     stage = _STAGE.fullmatch(keys[at - 1]) if at else None

@@ -90,6 +90,13 @@ def test_layer_scales_fall_towards_the_embedding():
     assert scales["embed"]["bias"] == scales["pos_embed"] == 0.125
 
 
+def test_layers_of_a_head_are_above_those_of_the_network():
+    head = {"decoder": {"blocks": {"kernel": jnp.ones((5, 6, 6))}}, "queries": jnp.ones((4, 6))}
+    scales = layer_scales(PARAMS | {"head": head}, 0.5)
+    assert set(map(float, jax.tree.leaves(scales["head"]))) == {1}
+    assert scales["blocks"] == layer_scales(PARAMS, 0.5)["blocks"]
+
+
 def test_layers_of_stages_are_numbered_through_and_every_network_by_itself():
     image = SwinV2Config(size="P", image_size=64, patch_size=8)  # 1, 1, 4 and 1 layers
     own = jax.eval_shape(SwinV2(image).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
