@@ -130,6 +130,7 @@ class TaskConfig(Choice):
       rows: how many rows a device must be given at a time, and why, for people.
       pair_ratio: samples in turn with caption and without; (0, 0): it does not tell them apart.
       reads_captions: whether it has a `tokenizer`.
+      trained: names at the top of the parameters that the optimiser changes; (): of all.
     """
 
     limits: ClassVar[Limits] = {}
@@ -139,6 +140,7 @@ class TaskConfig(Choice):
     rows: tuple[int, str] = (1, "")
     pair_ratio: tuple[int, int] = (0, 0)
     reads_captions: ClassVar[bool] = False
+    trained: tuple[str, ...] = ()
 
     def problems(self, run: Config) -> list[Problem]:
         """Broken rules between its fields, the model and the rest of the run."""

@@ -41,7 +41,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.task = make_task(config, gather_params)
-        self.tx = make_optimizer(config.optim, config.total_steps)
+        self.tx = make_optimizer(config.optim, config.total_steps, config.task.trained)
         self.shapes = jax.eval_shape(lambda: init_state(self.task, self.tx, config))
         self.zero = Zero(mesh, config.parallel.stage, self.shapes.params, DTYPES[config.train.precision])
         self.shardings = state_shardings(self.shapes, self.tx, self.zero)
