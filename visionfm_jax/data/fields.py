@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from visionfm_jax.data.sample import ignored
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.sources.record import DamagedRecord, has_text
 from visionfm_jax.data.tokenizer import Tokenizer
@@ -129,6 +130,36 @@ class Objects:
 
     def check(self, source: Source) -> None:
         """Sources do not say whether they have objects: `data.sources.Source`."""
+
+
+class ClassMap:
+    """`class_map` (H, W): the class of each pixel, below `num_classes`, or the dtype's `data.sample.ignored` for none.
+
+    uint8 for up to 255 classes, else int32.
+    """
+
+    def __init__(self, num_classes: int, size: tuple[int, int]):
+        self.spec: Spec = {"class_map": (size, np.uint8 if num_classes <= 255 else np.int32)}
+        self.num_classes = num_classes
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        if "class_map" not in record:
+            raise DamagedRecord("it has no class_map")
+        _, dtype = self.spec["class_map"]
+        found = record["class_map"]
+        none = found == ignored(found.dtype)
+        if (wrong := ((found < 0) | (found >= self.num_classes)) & ~none).any():
+            raise DamagedRecord(
+                f"its class_map has class {found[wrong][0]}, which is no integer from 0 to {self.num_classes - 1}"
+            )
+        return {"class_map": np.where(none, ignored(dtype), found).astype(dtype)}
+
+    def check(self, source: Source) -> None:
+        if source.num_classes and source.num_classes > self.num_classes:
+            raise DataError(
+                f"{source.name} has classes up to {source.num_classes - 1}, but config.task.num_classes = "
+                f"{self.num_classes}; set it to {source.num_classes}"
+            )
 
 
 class Texts:
