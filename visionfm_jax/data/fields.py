@@ -69,11 +69,35 @@ class Labels:
             raise DataError(
                 f"{source.name} has no labels, which this task learns from; set label_key, or another source"
             )
-        if source.num_classes > self.num_classes:
-            raise DataError(
-                f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "
-                f"{self.num_classes}; set it to {source.num_classes}"
-            )
+        _check_kind(source, "label", "labels of images")
+        _check_count(source, self.num_classes)
+
+
+def _check_kind(source: Source, wanted: str, what: str) -> None:
+    """Refuse a source whose classes are of something else; where it does not say it, they are of images.
+
+    Raises:
+      DataError: they are.
+    """
+    kinds = getattr(source, "classes_of", ("label",))
+    if wanted not in kinds:
+        raise DataError(
+            f"{source.name} has no {what} ({wanted}), which this task learns from, but {' and '.join(kinds)}; set "
+            "another source (one of your own says what it has by classes_of)"
+        )
+
+
+def _check_count(source: Source, num_classes: int) -> None:
+    """Refuse a source with more classes than the task.
+
+    Raises:
+      DataError: it has.
+    """
+    if source.num_classes > num_classes:
+        raise DataError(
+            f"{source.name} has labels up to {source.num_classes - 1}, but config.task.num_classes = "
+            f"{num_classes}; set it to {source.num_classes}"
+        )
 
 
 def class_names(sources: Sequence[Source]) -> Sequence[str]:
@@ -107,7 +131,9 @@ class Objects:
 
     `boxes`, float32 (N, 4): left, top, right and bottom edge, pixels of the image that the model is given;
     `box_labels`, int32 (N,), below `num_classes`; `objects`, int32: how many the image has, also where more than N;
-    `size`, int32 (2,): height and width of what the image covers, the rest to its right and below is padding.
+    `size`, int32 (2,): height and width of what the image covers, padding is to the right and below.
+
+    Areas of many objects, `box_crowd`, are left out.
     """
 
     def __init__(self, num_classes: int, most: int):
@@ -118,18 +144,23 @@ class Objects:
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
         if missing := sorted({"boxes", "box_labels"} - record.keys()):
             raise DamagedRecord(f"it has no {' and no '.join(missing)}")
-        labels = np.asarray(record["box_labels"])[: self.most]
+        labels, boxes = np.asarray(record["box_labels"]), record["boxes"]
+        if "box_crowd" in record:
+            single = np.flatnonzero(~np.asarray(record["box_crowd"], bool))
+            labels, boxes = labels[single], boxes[single]
+        objects, labels = len(labels), labels[: self.most]
         whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
         if not whole or ((labels < 0) | (labels >= self.num_classes)).any():
             says = f"{labels.tolist()!r:.200}"
             raise DamagedRecord(f"its labels of boxes are {says}, not integers from 0 to {self.num_classes - 1}")
         row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
         row["box_labels"][: len(labels)] = labels
-        row["boxes"][: len(labels)] = record["boxes"][: self.most]
-        return {**row, "objects": len(record["boxes"]), "size": record["size"]}
+        row["boxes"][: len(labels)] = boxes[: self.most]
+        return {**row, "objects": objects, "size": np.array(record["size"], np.int32)}
 
     def check(self, source: Source) -> None:
-        """Sources do not say whether they have objects: `data.sources.Source`."""
+        _check_kind(source, "box_labels", "boxes of objects")
+        _check_count(source, self.num_classes)
 
 
 class ClassMap:
@@ -155,11 +186,8 @@ class ClassMap:
         return {"class_map": np.where(none, ignored(dtype), found).astype(dtype)}
 
     def check(self, source: Source) -> None:
-        if source.num_classes and source.num_classes > self.num_classes:
-            raise DataError(
-                f"{source.name} has classes up to {source.num_classes - 1}, but config.task.num_classes = "
-                f"{self.num_classes}; set it to {source.num_classes}"
-            )
+        _check_kind(source, "class_map", "class maps")
+        _check_count(source, self.num_classes)
 
 
 class Texts:

@@ -166,6 +166,48 @@ def opened(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Iterator[
         yield Picture(pixels.shape[:2], orientation, pixels, b"", max_pixels)
 
 
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(H, W) of an encoded image as it is stored, by its header.
+
+    Raises:
+      DamagedImage: it is none.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception as error:  # as many kinds as in `_decoded`
+        what = _unknown(data) if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DamagedImage(f"{what or type(error).__name__} ({len(data)} bytes)") from error
+
+
+def decode_map(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The values of a picture of one channel as they are stored, uint8 or uint16 (H, W): no colours are made of them.
+
+    Raises:
+      DamagedImage: it cannot be decoded, has several channels, or loses values (JPEG).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF")) as image:
+            _pixels_in_memory(image, max_pixels)
+            if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+                raise DamagedImage(
+                    f"a class map has the channels {image.mode}, and must have one, the class of each pixel: colours "
+                    "stand for instances or a palette; convert it"
+                )
+            if image.format == "PNG":
+                _check_sums(data)
+            values = np.asarray(image)
+    except DamagedImage:
+        raise
+    except Exception as error:  # as many kinds as in `_decoded`
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        what = "a class map is none of PNG, BMP, TIFF" if unknown else str(error)
+        raise DamagedImage(f"{what or type(error).__name__} ({len(data)} bytes)") from error
+    if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
+        raise DamagedImage(f"a class map has values from {values.min()} to {values.max()}, beyond 16 bits")
+    return values.astype(np.uint8 if values.dtype in (np.uint8, np.bool_) else np.uint16)
+
+
 def decode(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The whole image at its own size.
 

@@ -240,6 +240,11 @@ class Sample:
         return self.placement.size
 
     @property
+    def covered(self) -> HeightWidth:
+        """(H, W) of the canvas that the image covers, counted from the top and the left: what is beyond is padding."""
+        return self.placement.rows.part(exact=True).pixels.stop, self.placement.columns.part(exact=True).pixels.stop
+
+    @property
     def image(self) -> np.ndarray:
         """The canvas, uint8 (H, W, 3).
 
@@ -342,12 +347,10 @@ class Sample:
     def record(self) -> dict[str, Any]:
         """What `of` has taken, as it lies on the canvas, with the views, if there are any, in place of the image.
 
-        With boxes comes `size`: up to which row and column of the canvas there is image.
+        Beside boxes there is `size`, which is `covered`.
         """
         out = {**self.fields, **self.objects, **self.maps, **(self.views or {"image": self.image})}
-        if self.boxes is not None:
-            size = [axis.part(exact=True).pixels.stop for axis in (self.placement.rows, self.placement.columns)]
-            out |= {"boxes": self.boxes, "size": np.array(size, np.int32)}
+        out |= {} if self.boxes is None else {"boxes": self.boxes, "size": self.covered}
         return out | ({} if self._masks is None else {"masks": self.masks})
 
     def _place(self, pixels: np.ndarray, canvas: np.ndarray) -> None:

@@ -11,28 +11,23 @@ PATH/VG_100K_2/ID.jpg. The captions of an image are the phrases of its regions, 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data.sources import checksums
-from visionfm_jax.data.sources.fingerprint import digest, of_files
+from visionfm_jax.data.sources.files import ListedFiles, read_json
+from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.kinds import CocoCaptionsConfig, VisualGenomeConfig
-from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, describe, misfit, no_split
-from visionfm_jax.data.sources.record import has_text, left_out
-from visionfm_jax.errors import DataError, printable
+from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, misfit, no_split
+from visionfm_jax.data.sources.record import has_text
 
-_NAMED = 5  # files in a line of the log
 _FOLDERS = ("VG_100K", "VG_100K_2")
 
 
-class CaptionedFiles:
+class CaptionedFiles(ListedFiles):
     """Image files of a folder with their captions, in the order of the JSON file: shuffle them.
 
     The captions are UTF-8 end to end, not a str each: 5.4 million region phrases take 200 MB, and travel to worker
@@ -46,16 +41,12 @@ class CaptionedFiles:
       DataError: an image is not there.
     """
 
-    num_classes = 0
-    class_names: tuple[str, ...] | None = None
-
     def __init__(self, config: CocoCaptionsConfig | VisualGenomeConfig, images: Iterable[tuple[str, Iterable[str]]]):
-        self.name, self.root = describe(config), str(Path(config.path).expanduser())
         self.has_captions = bool(config.caption_key)
         self.most_captions = 0
         without: list[str] = []
         empty: list[str] = []
-        files: list[bytes] = []
+        files: list[str] = []
         text, ends = bytearray(), [0]
         for file, captions in images:
             texts = list(captions) if self.has_captions else []
@@ -64,80 +55,26 @@ class CaptionedFiles:
                 without.append(file)
                 continue
             empty += [file] * (len(texts) - len(lines))
-            if os.path.isabs(file) or ".." in file.split("/") or "\0" in file or not _encodable(file):
-                raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; fix the list of images")
-            files.append(os.fsencode(file))
+            files.append(file)
             text += "\n".join(lines).encode("utf-8", "surrogatepass")
             ends.append(len(text))
             self.most_captions = max(self.most_captions, len(lines))
-        for what, names in (("images without a caption", without), ("empty captions", empty)):
-            if names:
-                first = list(map(printable, names[:_NAMED]))
-                logging.warning("%s: %s", self.name, left_out(what, len(names), first))
-        self._files, self._text, self._ends = np.array(files, np.bytes_), bytes(text), np.array(ends, np.int64)
-        self._check_files()
-        self._checksums = checksums.find(config, self)
-
-    def __len__(self) -> int:
-        return len(self._files)
+        self._text, self._ends = bytes(text), np.array(ends, np.int64)
+        super().__init__(config, Path(config.path).expanduser(), files)
+        self.log({"images without a caption": without, "empty captions": empty})
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes, and its captions, a tuple of str."""
-        record: dict[str, Any] = {"image": checksums.read_file(self.root, self.file(index), self._checksums)}
+        record: dict[str, Any] = {"image": self.image(index)}
         if self.has_captions:
             lines = self._text[self._ends[index] : self._ends[index + 1]]
             record["caption"] = tuple(lines.decode("utf-8", "surrogatepass").split("\n"))
         return record
 
-    def key(self, index: int) -> str:
-        """FOLDER/FILE."""
-        return printable(self.file(index))
-
-    def file(self, index: int) -> str:
-        """Path of a record's file below `root`."""
-        if not 0 <= index < len(self._files):
-            raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
-        return os.fsdecode(bytes(self._files[index]))
-
-    def listing(self) -> str:
-        """Digest of the files' names."""
-        return digest(self._files)
-
     def fingerprint(self) -> dict[str, str]:
         """Of the captions, and of each thousand images."""
-        starts = range(0, len(self), 1000)
-        files = {f"images from {i:,} on": ("", self._files[i : i + 1000].tolist()) for i in starts}
         captions = {"captions": f"{len(self._text):,} bytes, {digest(self._text, self._ends)}"}
-        return (captions if self.has_captions else {}) | of_files(self.root, files)
-
-    def _check_files(self) -> None:
-        """Folders are listed, for asking after each file takes minutes where these are on a network."""
-        keys = [os.fsdecode(bytes(file)) for file in self._files]
-        there = {
-            os.path.join(folder, name)
-            for folder in {os.path.dirname(key) for key in keys}
-            if os.path.isdir(path := os.path.join(self.root, folder))
-            for name in _files(path)
-        }
-        if missing := [key for key in keys if key not in there]:
-            raise DataError(
-                f"{self.name}: {len(missing)} of {len(keys)} images are missing, the first is "
-                f"{os.path.join(self.root, missing[0])}; unpack the images there"
-            )
-
-
-def _encodable(name: str) -> bool:
-    """Whether it holds no lone surrogate, which JSON may and names of files may not."""
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _files(folder: str) -> list[str]:
-    """Names in a folder, without broken links."""
-    with os.scandir(folder) as entries:
-        return [e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)]
+        return (captions if self.has_captions else {}) | super().fingerprint()
 
 
 def open_coco(config: CocoCaptionsConfig) -> CaptionedFiles:
@@ -163,7 +100,7 @@ def open_coco(config: CocoCaptionsConfig) -> CaptionedFiles:
         return [(os.path.join(config.split, i["file_name"]), captions[int(i["id"])]) for i in content["images"]]
 
     needed = f"images with id and file_name, and annotations with id, image_id and {key}"
-    return CaptionedFiles(config, _read(config, file, images, needed))
+    return CaptionedFiles(config, read_json(config, file, images, needed))
 
 
 def open_visual_genome(config: VisualGenomeConfig) -> CaptionedFiles:
@@ -191,32 +128,7 @@ def open_visual_genome(config: VisualGenomeConfig) -> CaptionedFiles:
         return out
 
     needed = f"entries with id and regions, and regions with {key}"
-    return CaptionedFiles(config, _read(config, path / VISUAL_GENOME, images, needed, slim))
-
-
-def _read(
-    config: SourceConfig,
-    path: Path,
-    images: Callable[[Any], list[tuple[str, Any]]],
-    needed: str,
-    slim: Callable[[dict[str, Any]], Any] | None = None,
-) -> list[tuple[str, Any]]:
-    """What `images` makes of a JSON file, each of whose objects `slim` replaces.
-
-    Raises:
-      DataError: the file is no JSON, or `images` does not find in it what is needed.
-      OSError: it cannot be read.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file, object_hook=slim)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{describe(config)}: {path} is not valid JSON ({error}); copy or unpack it again") from error
-    try:
-        return images(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"has another layout ({error})"
-        raise DataError(f"{describe(config)}: {path} {what}; it needs {needed}") from error
+    return CaptionedFiles(config, read_json(config, path / VISUAL_GENOME, images, needed, slim))
 
 
 def _string(value: Any, key: str) -> str:

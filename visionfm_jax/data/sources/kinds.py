@@ -10,6 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from visionfm_jax.config.limits import Limits, OneOf, Range
 from visionfm_jax.config.schema import SourceConfig
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class TfdsConfig(Format):
     image_key: str = "image"  # feature with the image
     label_key: str = "label"  # feature with the label
     caption_key: str = "caption"  # feature with the caption; empty: no captions, and no label is needed
+    objects_key: str = "objects"  # feature with the objects, read where there is no label; empty: none
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,30 @@ class BundledConfig(Format):
 
 
 @dataclass(kw_only=True)
+class ScenesConfig(Format):
+    """Scenes of bundled emoji, made when they are read; `path` is the set that they are drawn from: noto or twemoji."""
+
+    kind: ClassVar[str] = "scenes"
+    reader: ClassVar[str] = "scenes:ScenesSource"
+
+    split: str = "train"  # train | test: whose pictures are in no scene of train
+    truth: str = "boxes"  # what is known: boxes | masks (and boxes) | class_map, where the background is a class too
+    scenes: int = 4096  # number of them
+    size: int = 128  # pixels, side of the square
+    most: int = 8  # number of objects in a scene
+    seed: int = 0  # of all that is drawn
+
+    limits: ClassVar[Limits] = {
+        **Format.limits,
+        "truth": OneOf(("boxes", "masks", "class_map")),
+        "scenes": Range(1, 2**31),
+        "size": Range(32, 2048),  # pixels
+        "most": Range(1, 1000),
+        "seed": Range(0, 2**63),
+    }
+
+
+@dataclass(kw_only=True)
 class TarsConfig(Format):
     """A folder of tars of images with captions, as img2dataset and WebDataset write them."""
 
@@ -97,6 +123,82 @@ class CocoCaptionsConfig(Format):
 
 
 @dataclass(kw_only=True)
+class CocoConfig(Format):
+    """Images with objects: PATH/annotations/instances_SPLIT.json beside PATH/SPLIT/FILE."""
+
+    kind: ClassVar[str] = "coco"
+    reader: ClassVar[str] = "coco:CocoSource"
+    loose_files: ClassVar[bool] = True
+
+    split: str = "train2017"  # what stands for {split} in the next two
+    annotations: str = "annotations/instances_{split}.json"  # JSON file, below the path
+    images: str = "{split}"  # folder of the images, below the path
+    masks: bool = False  # also draw the objects' masks
+
+
+@dataclass(kw_only=True)
+class VocConfig(Format):
+    """Images with objects, as Pascal VOC has them: PATH/JPEGImages, PATH/Annotations, PATH/ImageSets/Main/SPLIT.txt."""
+
+    kind: ClassVar[str] = "voc"
+    reader: ClassVar[str] = "voc:open_voc"
+    loose_files: ClassVar[bool] = True
+
+    split: str = "train"  # name of the list of images; empty: all that have annotations
+
+
+@dataclass(kw_only=True)
+class YoloConfig(Format):
+    """Images with objects, as YOLO has them: PATH/data.yaml, images/…/FILE.jpg beside labels/…/FILE.txt."""
+
+    kind: ClassVar[str] = "yolo"
+    reader: ClassVar[str] = "yolo:open_yolo"
+    loose_files: ClassVar[bool] = True
+
+    split: str = "train"  # key of the split in the file
+    file: str = "data.yaml"  # that names splits and classes, below the path
+
+
+@dataclass(kw_only=True)
+class ClassMapsConfig(Format):
+    """Images with a class for each pixel: for each image of a folder a map in another, a picture of one channel."""
+
+    kind: ClassVar[str] = "class_maps"
+    reader: ClassVar[str] = "class_maps:ClassMapsSource"
+    loose_files: ClassVar[bool] = True
+
+    split: str = "train"  # what stands for {split} in the next two
+    images: str = "images/{split}"  # folder of the images, below the path; folders within are read too
+    maps: str = "annotations/{split}"  # folder of the maps, below the path
+    image_suffix: str = ""  # end of the images' names; empty: any of an image
+    map_suffix: str = ".png"  # what stands in its place in the name of a map
+    num_classes: int = 0  # 0: as many as `names` has
+    names: str = ""  # file of the names of classes, one on each line, below the path; empty: none
+    first: int = 0  # value of class 0 in a map
+    ignore: tuple[int, ...] = (255,)  # values of no class
+
+    limits: ClassVar[Limits] = {
+        **Format.limits,
+        "num_classes": Range(0, 65_535),
+        "first": Range(0, 65_535),
+        "ignore": Range(0, 65_535),
+    }
+
+
+@dataclass(kw_only=True)
+class Ade20kConfig(ClassMapsConfig):
+    """ADE20K's 150 classes: the folder ADEChallengeData2016."""
+
+    kind: ClassVar[str] = "ade20k"
+
+    split: str = "training"  # training | validation
+    num_classes: int = 150
+    names: str = "objectInfo150.txt"  # left out where it is not there
+    first: int = 1  # 0 is no class
+    ignore: tuple[int, ...] = (0,)
+
+
+@dataclass(kw_only=True)
 class VisualGenomeConfig(Format):
     """Images with the phrases of their regions: PATH/region_descriptions.json beside PATH/VG_100K."""
 
@@ -112,5 +214,6 @@ KINDS |= {
     cls.kind: cls
     for cls in (
         TfdsConfig, FolderConfig, NumpyConfig, BundledConfig, TarsConfig, CocoCaptionsConfig, VisualGenomeConfig,
+        CocoConfig, VocConfig, YoloConfig, ClassMapsConfig, Ade20kConfig, ScenesConfig,
     )
 }  # fmt: skip

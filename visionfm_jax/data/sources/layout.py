@@ -8,12 +8,16 @@ from pathlib import Path
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.kinds import (
+    Ade20kConfig,
     CocoCaptionsConfig,
+    CocoConfig,
     FolderConfig,
     NumpyConfig,
     TarsConfig,
     TfdsConfig,
     VisualGenomeConfig,
+    VocConfig,
+    YoloConfig,
 )
 from visionfm_jax.errors import DataError, printable
 
@@ -68,9 +72,9 @@ def tfds_versions(path: Path) -> list[Path]:
     return []
 
 
-def coco_splits(path: Path) -> list[str]:
-    """Splits of which `path` holds captions as COCO's annotations/captions_SPLIT.json, sorted."""
-    return sorted(p.stem.removeprefix("captions_") for p in path.glob("annotations/captions_*.json"))
+def coco_splits(path: Path, of: str = "captions") -> list[str]:
+    """Splits of which `path` holds captions, or instances, as COCO's annotations/captions_SPLIT.json, sorted."""
+    return sorted(p.stem.removeprefix(f"{of}_") for p in path.glob(f"annotations/{of}_*.json"))
 
 
 def class_splits(path: Path) -> list[str]:
@@ -93,8 +97,16 @@ def _guess(path: Path) -> tuple[str, str]:
         return "a TFDS directory", _use(TfdsConfig)
     if splits := coco_splits(path):
         return "COCO's captions", _use(CocoCaptionsConfig, _one_of(splits))
+    if splits := coco_splits(path, "instances"):
+        return "COCO's objects", _use(CocoConfig, _one_of(splits))
     if (path / VISUAL_GENOME).is_file():
         return "Visual Genome", _use(VisualGenomeConfig)
+    if (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir():
+        return "Pascal VOC", _use(VocConfig)
+    if (path / "data.yaml").is_file():
+        return "YOLO's files", _use(YoloConfig)
+    if (path / "annotations" / "training").is_dir() and (path / "images" / "training").is_dir():
+        return "ADE20K", _use(Ade20kConfig)
     if any(_has_image(e) for e in entries):
         return "class folders of images", _use(FolderConfig, "split=''")
     if splits := class_splits(path):

@@ -4,6 +4,9 @@ PATH is the version directory, or a directory above it that holds one version on
 language: "train[:90%]". A record has a label, a caption, or both: what the dataset has under `label_key` (a ClassLabel)
 and `caption_key` (a Text, or a Sequence of Text: several captions of an image). A key that is not the default's must be
 there; with `caption_key` "" there are no captions, and there need not be a label.
+
+Where there is no label, `objects_key` may name objects, as in `coco` and `voc`: a Sequence of BBoxFeature `bbox` and
+ClassLabel `label`, with `is_crowd` or `is_difficult`, which both mean that an object is not trained on, and `area`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from visionfm_jax.data.images import stored_size
+from visionfm_jax.data.sample import areas
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split, tfds_versions
 from visionfm_jax.data.sources.record import DamagedRecord
@@ -62,15 +67,18 @@ class TfdsSource:
         if not _has(features, config.image_key, tfds.features.Image):
             raise self._lacks(features, image_key=config.image_key)
         self._image, (self._label, self._caption) = config.image_key, self._label_and_caption(config, features)
+        self._objects = config.objects_key if self._label is None and _has_objects(features, config) else None
         self.has_captions = self._caption is not None
         self._several = self.has_captions and isinstance(features[self._caption], tfds.features.Sequence)
         self.num_classes = 0
         self.class_names: tuple[str, ...] | None = None
-        if self._label is not None:
-            label = features[self._label]
+        self.classes_of = ("label",) if self._objects is None else ("box_labels",)
+        if self._label is not None or self._objects is not None:
+            label = features[self._objects].feature["label"] if self._objects else features[self._label]
             if not label.num_classes:
                 raise DataError(
-                    f"{self.name}: the dataset does not say how many classes {self._label!r} has; rebuild it"
+                    f"{self.name}: the dataset does not say how many classes {self._objects or self._label!r} has; "
+                    "rebuild it"
                 )
             self.num_classes = int(label.num_classes)
             self.class_names = tuple(label.names)  # without names TFDS makes up "0", "1", …
@@ -105,7 +113,24 @@ class TfdsSource:
                 raise DamagedRecord(f"its label is {record['label']}, but there are {self.num_classes} classes")
         if self._several:
             record["caption"] = tuple(record["caption"])
-        return record
+        return record if self._objects is None else record | self._on_image(stored[self._objects], record["image"])
+
+    def _on_image(self, objects: Any, image: bytes) -> dict[str, Any]:
+        """Boxes in pixels, and what belongs to them."""
+        height, width = stored_size(image)
+        top, left, bottom, right = np.asarray(objects["bbox"], np.float64).reshape(-1, 4).T
+        boxes = np.stack([left * width, top * height, right * width, bottom * height], 1)
+        labels = np.asarray(objects["label"]).reshape(-1)
+        if not ((labels >= 0) & (labels < self.num_classes)).all():
+            raise DamagedRecord(f"its objects have labels beyond the {self.num_classes} classes")
+        aside = next((objects[k] for k in ("is_crowd", "is_difficult") if k in objects), np.zeros(len(boxes)))
+        box_areas = objects["area"] if "area" in objects else areas(boxes)
+        return {
+            "boxes": boxes,
+            "box_labels": labels.astype(np.int32),
+            "box_crowd": np.asarray(aside, bool).reshape(-1),
+            "box_areas": np.asarray(box_areas, np.float64).reshape(-1),
+        }
 
     @functools.cached_property
     def most_captions(self) -> int:
@@ -144,7 +169,7 @@ class TfdsSource:
         for field, key in lacking.items():
             if key and key != getattr(TfdsConfig, field):
                 raise self._lacks(features, **{field: key})
-        if lacking == keys and config.caption_key:
+        if lacking == keys and config.caption_key and not _has_objects(features, config):
             raise self._lacks(features, **keys)
         return tuple(None if field in lacking else key for field, key in keys.items())
 
@@ -158,6 +183,15 @@ class TfdsSource:
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self._records):
             raise IndexError(f"{self.name}: record {index} of {len(self._records)}")
+
+
+def _has_objects(features: Any, config: TfdsConfig) -> bool:
+    feature = features.get(config.objects_key) if config.objects_key else None
+    parts = getattr(feature, "feature", None)
+    wanted = {"bbox": tfds.features.BBoxFeature, "label": tfds.features.ClassLabel}
+    return isinstance(parts, tfds.features.FeaturesDict) and all(
+        k in parts and isinstance(parts[k], kind) for k, kind in wanted.items()
+    )
 
 
 def _has(features: Any, key: str, kind: type) -> bool:

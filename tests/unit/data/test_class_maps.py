@@ -1,0 +1,131 @@
+"""Images with a class for each pixel: ADE20K's folders and others, and maps that cannot serve."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import logging
+from caption_sets import write_pictures
+from PIL import Image
+
+from visionfm_jax.data.chain import Chain
+from visionfm_jax.data.images import DamagedImage
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import Ade20kConfig, ClassMapsConfig, VocConfig
+from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.transforms import Flip, RandomCrop, Resize
+from visionfm_jax.errors import DataError
+
+
+def png(values: np.ndarray, kind: str = "PNG", **more) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(values)
+    if more.get("palette"):
+        image.putpalette(list(range(256)) * 3)
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def ade(folder: Path, maps: list[bytes], split: str = "training") -> Path:
+    write_pictures(folder / "images" / split, {f"ADE_{i}.jpg": i for i in range(len(maps))})
+    (folder / "annotations" / split).mkdir(parents=True)
+    for i, content in enumerate(maps):
+        (folder / f"annotations/{split}/ADE_{i}.png").write_bytes(content)
+    return folder
+
+
+def counted() -> np.ndarray:
+    return (np.arange(64 * 64).reshape(64, 64) % 151).astype(np.uint8)
+
+
+def test_ade20k(tmp_path, caplog):
+    logging.use_python_logging(quiet=True)
+    values = counted()
+    folder = ade(tmp_path, [png(values), png(values, palette=True)])
+    (folder / "images/training/alone.jpg").write_bytes(b"")
+    (folder / "annotations/training/alone_too.png").write_bytes(b"")
+    source = open_source(Ade20kConfig(path=str(folder)))
+    assert (len(source), source.num_classes, source.class_names) == (2, 150, None)
+    for i in range(2):
+        found = source[i]["class_map"]
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, np.where(values == 0, 255, values.astype(int) - 1))
+    assert [r.message.partition("left out: ")[2] for r in caplog.records if "left out" in r.message] == [
+        "1 images without a map: alone.jpg", "1 maps without an image: alone_too.png",
+    ]  # fmt: skip
+    (folder / "objectInfo150.txt").write_text(
+        "Idx\tRatio\tTrain\tVal\tStuff\tName\n" + "".join(f"{i}\t0\t1\t1\t1\tname {i}, other\n" for i in range(1, 151))
+    )
+    assert open_source(Ade20kConfig(path=str(folder))).class_names[:2] == ("name 1, other", "name 2, other")
+    with pytest.raises(DataError, match=r"found ADE20K; use Ade20kConfig"):
+        open_source(VocConfig(path=str(folder)))
+
+
+def test_a_map_follows_its_image(tmp_path):
+    values = np.zeros((64, 64), np.uint8)
+    values[:, :16] = 3
+    source = open_source(Ade20kConfig(path=str(ade(tmp_path, [png(values)]))))
+    chain = Chain((Resize(to="longer", scale=(0.5, 0.5)), Flip(chance=1.0), RandomCrop()), 64)
+    out = chain(source[0], np.random.default_rng(0))["class_map"]
+    assert (out[:32, 24:32] == 2).all()
+    assert (np.delete(out, range(24, 32), 1) == 255).all()
+
+
+def test_other_folders_of_maps(tmp_path):
+    """As Cityscapes has them, with 300 classes in 16 bits."""
+    write_pictures(tmp_path / "left/val/ulm", {"a_left.png": 0})
+    values = np.full((64, 64), 299, np.uint16)
+    values[0], values[1] = 65_535, 0
+    (tmp_path / "fine/val/ulm").mkdir(parents=True)
+    (tmp_path / "fine/val/ulm/a_fine.png").write_bytes(png(values))
+    (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(300)))
+    config = ClassMapsConfig(
+        path=str(tmp_path), split="val", images="left/{split}", maps="fine/{split}", image_suffix="_left.png",
+        map_suffix="_fine.png", names="names.txt", ignore=(65_535,),
+    )  # fmt: skip
+    source = open_source(config)
+    assert (source.num_classes, source.class_names[299], source.key(0)) == (300, "class 299", "ulm/a_left.png")
+    found = source[0]["class_map"]
+    assert (found.dtype, found[0, 0], found[1, 0], found[2, 0]) == (np.uint16, 65_535, 0, 299)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (png(np.zeros((64, 64, 3), np.uint8)), "channels RGB, and must have one.*instances"),
+        (png(np.full((64, 64), 200, np.uint8)), "value 200, which is neither one of 150 classes nor of ignore"),
+        (png(np.zeros((64, 64), np.uint8), "JPEG"), "none of PNG, BMP, TIFF"),
+        (b"", "none of PNG"),
+        (png(counted())[:150], "."),
+    ],
+)
+def test_maps_that_cannot_serve(tmp_path, content, words):
+    folder = ade(tmp_path, [png(counted()), content])
+    with pytest.raises((DamagedImage, DamagedRecord), match=words):
+        open_source(Ade20kConfig(path=str(folder)))[1]
+    (folder / "images/training/ADE_0.jpg").unlink()
+    with pytest.raises(DataError, match=words) as error:  # the first one is looked at when the set is opened
+        open_source(Ade20kConfig(path=str(folder)))
+    assert "ADE_1.png" in str(error.value)
+
+
+def test_a_map_of_another_size_is_damaged(tmp_path):
+    source = open_source(Ade20kConfig(path=str(ade(tmp_path, [png(np.ones((60, 64), np.uint8))]))))
+    with pytest.raises(DamagedRecord, match="class_map have 60 x 64 pixels, its image 64 x 64"):
+        Chain((), 64)(source[0], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_classes": 0, "names": ""}, "set num_classes, or names"),
+        ({"names": "lost.txt"}, "lost.txt is missing; set names"),
+        ({"ignore": (5,)}, r"ignore = \(5,\) has values of classes"),
+        ({"split": "test"}, "expected PATH/images/test and PATH/annotations/test, found ADE20K"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, change, words):
+    folder = ade(tmp_path, [png(counted())])
+    with pytest.raises(DataError, match=words):
+        open_source(Ade20kConfig(path=str(folder), **change))

@@ -1,0 +1,123 @@
+"""COCO's objects (Lin et al. 2014): PATH/annotations/instances_SPLIT.json beside PATH/SPLIT/FILE.
+
+Datasets that others made in this format keep their files elsewhere: `annotations` and `images` say where. Labels count
+the file's categories in the order of their ids, which may have gaps; `category_ids` has these. Images without an object
+are records too. An object of an area of many (`iscrowd`) is marked: `data.fields.Objects` keeps it out of training.
+
+Beside what `sources.annotated` leaves out, objects of unknown categories or images are left out and counted. With
+`masks`, those of a record are drawn when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
+from visionfm_jax.data.sources.files import read_json
+from visionfm_jax.data.sources.kinds import CocoConfig
+from visionfm_jax.data.sources.layout import check_path, misfit, no_split
+from visionfm_jax.data.sources.outlines import mask_of
+
+_NEEDED = (
+    "images with id and file_name, annotations with image_id, category_id and bbox, and categories with id and name"
+)
+
+
+class CocoSource(AnnotatedFiles):
+    """Images of a COCO file with their objects; `category_ids` are the file's, by label.
+
+    Raises:
+      DataError: another layout, no such split, images that are missing, or a file that is no such JSON.
+    """
+
+    def __init__(self, config: CocoConfig):
+        self._masks = config.masks
+        path = _annotations(config)
+
+        def slim(entry: dict[str, Any]) -> dict[str, Any]:  # called for each object: 450 MB of outlines stay text
+            if "segmentation" in entry:
+                entry["segmentation"] = _outline(entry["segmentation"]) if config.masks else b""
+            return entry
+
+        def parse(content: Any) -> tuple:
+            return _parse(content, config.masks)
+
+        files, sizes, names, self.category_ids, objects = read_json(config, path, parse, _NEEDED, slim)
+        folder = Path(config.path).expanduser() / config.images.replace("{split}", config.split)
+        super().__init__(config, folder, files, objects, names, sizes=sizes)
+
+    def annotated(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
+        """With masks, bool (N, H, W), where they are asked for."""
+        record, size = super().annotated(index)
+        if self._masks:
+            masks = [mask_of(outline, *size) for outline in self.outlines(index)]
+            record["masks"] = np.stack(masks) if masks else np.zeros((0, *size), bool)
+        return record, size
+
+
+def _outline(segmentation: Any) -> bytes:
+    """As JSON; polygons of fewer than three points are left out, as elsewhere; empty: nothing is left."""
+    if isinstance(segmentation, list):
+        segmentation = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    return json.dumps(segmentation).encode() if segmentation else b""
+
+
+def _parse(content: Any, masks: bool) -> tuple:
+    """Files, their sizes, class names, category ids and objects."""
+    categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
+    labels = {number: label for label, (number, _) in enumerate(categories)}
+    images = {image["id"]: i for i, image in enumerate(content["images"])}
+    if not categories or len(labels) < len(categories) or len(images) < len(content["images"]):
+        raise ValueError("no category, or ids of images or categories that are not unique")
+    files = [str(image["file_name"]) for image in content["images"]]
+    sizes = [(_side(image.get("height")), _side(image.get("width"))) for image in content["images"]]
+    objects = Objects()
+    for i, note in enumerate(content["annotations"]):
+        number, label = images.get(note["image_id"]), labels.get(note["category_id"])
+        name = f"annotation {note.get('id', f'number {i}')}"
+        if number is None:
+            objects.leave("objects of images that are not listed", name)
+        elif label is None:
+            objects.leave("objects of unknown categories", f"{name} (category {note['category_id']})")
+        elif masks and not note.get("segmentation"):
+            objects.leave("objects without a mask", name)
+        else:
+            size = tuple(side or math.inf for side in sizes[number])
+            outline = note.get("segmentation", b"")
+            box = _corners(note["bbox"])
+            objects.add(number, label, box, name, size, note.get("iscrowd", 0) == 1, note.get("area"), outline)
+    return files, sizes, [name for _, name in categories], tuple(labels), objects
+
+
+def _corners(box: Any) -> Any:
+    """Left, top, right, bottom of left, top, width, height; what is no such box stays as it is."""
+    try:
+        left, top, width, height = box
+        return left, top, left + width, top + height
+    except (TypeError, ValueError):
+        return box
+
+
+def _side(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _annotations(config: CocoConfig) -> Path:
+    """The file of the split.
+
+    Raises:
+      DataError: there is none.
+    """
+    path = check_path(config)
+    file = path / config.annotations.replace("{split}", config.split)
+    if file.is_file():
+        return file
+    before, _, after = config.annotations.partition("{split}")
+    found = (p.relative_to(path).as_posix() for p in path.glob(config.annotations.replace("{split}", "*")))
+    splits = sorted(f[len(before) : len(f) - len(after)] for f in found) if "{split}" in config.annotations else []
+    raise no_split(config, splits) if splits else misfit(config, f"PATH/{config.annotations}")

@@ -1,0 +1,124 @@
+"""YOLO's objects: a text file for each image, images/…/NAME.jpg beside labels/…/NAME.txt, and data.yaml at PATH.
+
+A line is `class x y width height`, centre and size, or `class x1 y1 x2 y2 x3 y3 …`, a polygon, of which the box that
+encloses it is taken; all relative to the image's width and height. data.yaml has `names` and, for each split, a folder,
+a text file of images or a list of these, below PATH; its `path` does not count. An image without a text file has no
+object.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
+from visionfm_jax.data.sources.kinds import YoloConfig
+from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit, no_split
+from visionfm_jax.errors import DataError, one_line, printable
+
+MAX_BYTES = 2**24  # of data.yaml
+
+
+def open_yolo(config: YoloConfig) -> AnnotatedFiles:
+    """The images of a split with their objects.
+
+    Raises:
+      DataError: another layout, no such split, or images that are missing.
+    """
+    path = check_path(config)
+    if not (path / config.file).is_file():
+        raise misfit(config, f"PATH/{config.file}")
+    content = _yaml(config, path / config.file)
+    splits = [k for k in ("train", "val", "test") if content.get(k)]
+    if not content.get(config.split):
+        raise no_split(config, splits)
+    names, found = content.get("names"), content[config.split]
+    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(n, str | int) for n in names):
+        raise DataError(f"{describe(config)}: {config.file} lacks names, of the classes from 0 on; add them")
+    files = [file for entry in (found if isinstance(found, list) else [found]) for file in _files(config, path, entry)]
+    if not files:
+        raise DataError(f"{describe(config)}: {printable(str(found))} holds no image; set another split")
+    objects = Objects()
+    for i, file in enumerate(files):
+        _read(path / _labels(file), file, i, len(names), objects)
+    return AnnotatedFiles(config, path, files, objects, [str(n) for n in names], relative=True)
+
+
+def _yaml(config: YoloConfig, path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{describe(config)}: {path} is no YAML ({one_line(error)}); copy it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{describe(config)}: {path} is no table of names and splits; copy it again")
+    return content
+
+
+def _files(config: YoloConfig, root: Path, entry: Any) -> list[str]:
+    """Images of an entry of a split, below `root`, sorted; or as a text file lists them.
+
+    Raises:
+      DataError: it is no folder or text file below `root`.
+    """
+    text = str(entry)
+    # Exports of Roboflow write ../train/images for what lies beside the file.
+    tried = [text, text.removeprefix("../")]
+    for candidate in tried:
+        place = Path(os.path.normpath(root / candidate))
+        if place.is_relative_to(os.path.normpath(root)) and "\0" not in candidate and place.exists():
+            break
+    else:
+        raise DataError(
+            f"{describe(config)}: {config.file} names {printable(text)!r} for {config.split}, which is no folder or "
+            "file below the path; mend it"
+        )
+    if place.is_dir():
+        below = (Path(folder, f) for folder, _, files in os.walk(place) for f in files if not f.startswith("."))
+        return sorted(str(p.relative_to(os.path.normpath(root))) for p in below if p.suffix.lower() in IMAGE_SUFFIXES)
+    lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+    base = place.parent.relative_to(os.path.normpath(root))
+    listed = (line.strip() for line in lines if line.strip())
+    return [os.path.normpath(base / f if f.startswith("./") else f) for f in listed]
+
+
+def _labels(file: str) -> str:
+    """images/…/NAME.jpg -> labels/…/NAME.txt, by the last folder of that name."""
+    parts = file.split("/")
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return os.path.splitext("/".join(parts))[0] + ".txt"
+
+
+def _read(path: Path, file: str, image: int, classes: int, objects: Objects) -> None:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for k, line in enumerate(lines):
+        if not (words := line.split()):
+            continue
+        where = f"{file} line {k + 1}"
+        try:
+            label, *numbers = float(words[0]), *map(float, words[1:])
+        except ValueError:
+            objects.leave("lines that are not numbers", where)
+            continue
+        if not label.is_integer() or not 0 <= label < classes:
+            objects.leave("objects of unknown classes", f"{where} (class {words[0]})")
+        elif len(numbers) == 4:
+            x, y, w, h = numbers
+            objects.add(image, int(label), (x - w / 2, y - h / 2, x + w / 2, y + h / 2), where, (1.0, 1.0))
+        elif len(numbers) >= 6 and len(numbers) % 2 == 0:
+            xs, ys = numbers[::2], numbers[1::2]
+            objects.add(image, int(label), (min(xs), min(ys), max(xs), max(ys)), where, (1.0, 1.0))
+        else:
+            objects.leave("lines that are neither a box nor a polygon", where)
