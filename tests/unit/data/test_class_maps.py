@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import logging
-from caption_sets import write_pictures
+from caption_sets import write_json, write_pictures
 from PIL import Image
 
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.images import DamagedImage
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.data.sources.kinds import Ade20kConfig, ClassMapsConfig, VocConfig
+from visionfm_jax.data.sources.kinds import Ade20kConfig, ClassMapsConfig, CocoPanopticConfig, VocConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import Flip, RandomCrop, Resize
 from visionfm_jax.errors import DataError
@@ -129,3 +129,33 @@ def test_settings_that_do_not_fit(tmp_path, change, words):
     folder = ade(tmp_path, [png(counted())])
     with pytest.raises(DataError, match=words):
         open_source(Ade20kConfig(path=str(folder), **change))
+
+
+def test_coco_panoptic(tmp_path):
+    numbers = np.zeros((64, 64), np.int64)
+    numbers[:8], numbers[8:16], numbers[16:24, :4] = 70_000, 300, 5
+    png_of = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65_536], -1).astype(np.uint8)
+    (tmp_path / "annotations/panoptic_val").mkdir(parents=True)
+    (tmp_path / "annotations/panoptic_val/0.png").write_bytes(png(png_of))
+    segments = [(300, 9, [0, 8, 64, 8], 0), (70_000, 2, [0, 0, 64, 8], 1), (5, 77, [0, 16, 4, 8], 0)]
+    info = [{"id": i, "category_id": c, "bbox": box, "iscrowd": crowd} for i, c, box, crowd in segments]
+    content = {
+        "images": [{"id": 4, "file_name": "0.jpg", "height": 64, "width": 64}],
+        "annotations": [{"image_id": 4, "file_name": "0.png", "segments_info": info}],
+        "categories": [{"id": 9, "name": "sky", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}],
+    }
+    write_json(tmp_path / "annotations/panoptic_val.json", content)
+    write_pictures(tmp_path / "val", {"0.jpg": 0})
+    source = open_source(CocoPanopticConfig(path=str(tmp_path), split="val"))
+    classes = source[0]["class_map"]
+    assert (source.class_names, source.category_ids) == (("car", "sky"), (2, 9))
+    np.testing.assert_array_equal(classes, np.where(numbers == 300, 1, np.where(numbers == 70_000, 0, 255)))
+    record = open_source(CocoPanopticConfig(path=str(tmp_path), split="val", truth="masks"))[0]
+    np.testing.assert_array_equal(record["masks"], [numbers == 300, numbers == 70_000])
+    assert record["boxes"].tolist() == [[0, 8, 64, 16], [0, 0, 64, 8]]
+    assert (record["box_labels"].tolist(), record["box_crowd"].tolist()) == ([1, 0], [False, True])
+    assert "maps from 0 on" in source.fingerprint()
+    content["annotations"] = []
+    write_json(tmp_path / "annotations/panoptic_val.json", content)
+    with pytest.raises(DataError, match=r"1 images have no map, the first is 0.jpg"):
+        open_source(CocoPanopticConfig(path=str(tmp_path), split="val"))

@@ -35,7 +35,7 @@ from visionfm_jax.errors import ConfigError, DataError
 SIZE = 48, 64
 CHAINS = {
     "classification": (RandomResizedCrop(scale=(0.2, 1.0)), Flip()),
-    "large scale jitter": (Resize(to="longer", scale=(0.3, 2.0)), Flip(), RandomCrop()),
+    "large scale jitter": (Resize(to="longer", scale=(0.1, 2.0)), Flip(), RandomCrop()),
     "covers": (Resize(to="shorter", scale=(1.0, 1.6)), RandomCrop(), Flip()),
     "fits": (Flip(chance=1.0), Resize(to="longer"), Pad()),
     "padded crop": (Resize(), RandomCrop(padding=9)),
@@ -101,6 +101,8 @@ def test_boxes_masks_maps_and_pixels_stay_together(name):
             assert out["masks"].shape[1:] == out["class_map"].shape == SIZE
             assert out["caption"] == "rectangles"
             check_objects(out)
+            seen = out["class_map"] != 255
+            assert out["size"] == tuple(int(np.flatnonzero(seen.any(axis))[-1]) + 1 for axis in (1, 0))
 
 
 @pytest.mark.parametrize("preprocess", EVALS, ids=lambda p: p.resize)

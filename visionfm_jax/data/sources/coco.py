@@ -19,7 +19,7 @@ import numpy as np
 
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
 from visionfm_jax.data.sources.files import read_json
-from visionfm_jax.data.sources.kinds import CocoConfig
+from visionfm_jax.data.sources.kinds import CocoConfig, CocoPanopticConfig
 from visionfm_jax.data.sources.layout import check_path, misfit, no_split
 from visionfm_jax.data.sources.outlines import mask_of
 
@@ -37,7 +37,7 @@ class CocoSource(AnnotatedFiles):
 
     def __init__(self, config: CocoConfig):
         self._masks = config.masks
-        path = _annotations(config)
+        path = annotations_of(config)
 
         def slim(entry: dict[str, Any]) -> dict[str, Any]:  # called for each object: 450 MB of outlines stay text
             if "segmentation" in entry:
@@ -69,13 +69,7 @@ def _outline(segmentation: Any) -> bytes:
 
 def _parse(content: Any, masks: bool) -> tuple:
     """Files, their sizes, class names, category ids and objects."""
-    categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
-    labels = {number: label for label, (number, _) in enumerate(categories)}
-    images = {image["id"]: i for i, image in enumerate(content["images"])}
-    if not categories or len(labels) < len(categories) or len(images) < len(content["images"]):
-        raise ValueError("no category, or ids of images or categories that are not unique")
-    files = [str(image["file_name"]) for image in content["images"]]
-    sizes = [(_side(image.get("height")), _side(image.get("width"))) for image in content["images"]]
+    files, sizes, images, names, labels = listed(content)
     objects = Objects()
     for i, note in enumerate(content["annotations"]):
         number, label = images.get(note["image_id"]), labels.get(note["category_id"])
@@ -89,12 +83,24 @@ def _parse(content: Any, masks: bool) -> tuple:
         else:
             size = tuple(side or math.inf for side in sizes[number])
             outline = note.get("segmentation", b"")
-            box = _corners(note["bbox"])
+            box = corners_of(note["bbox"])
             objects.add(number, label, box, name, size, note.get("iscrowd", 0) == 1, note.get("area"), outline)
-    return files, sizes, [name for _, name in categories], tuple(labels), objects
+    return files, sizes, names, tuple(labels), objects
 
 
-def _corners(box: Any) -> Any:
+def listed(content: Any) -> tuple[list[str], list[tuple[int, int]], dict[Any, int], list[str], dict[int, int]]:
+    """Files, their sizes (0: not known), number of an image by its id, class names, label of a category by its id."""
+    categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
+    labels = {number: label for label, (number, _) in enumerate(categories)}
+    images = {image["id"]: i for i, image in enumerate(content["images"])}
+    if not categories or len(labels) < len(categories) or len(images) < len(content["images"]):
+        raise ValueError("no category, or ids of images or categories that are not unique")
+    files = [str(image["file_name"]) for image in content["images"]]
+    sizes = [(_length(image.get("height")), _length(image.get("width"))) for image in content["images"]]
+    return files, sizes, images, [name for _, name in categories], labels
+
+
+def corners_of(box: Any) -> Any:
     """Left, top, right, bottom of left, top, width, height; what is no such box stays as it is."""
     try:
         left, top, width, height = box
@@ -103,11 +109,11 @@ def _corners(box: Any) -> Any:
         return box
 
 
-def _side(value: Any) -> int:
+def _length(value: Any) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def _annotations(config: CocoConfig) -> Path:
+def annotations_of(config: CocoConfig | CocoPanopticConfig) -> Path:
     """The file of the split.
 
     Raises:

@@ -137,6 +137,23 @@ class CocoConfig(Format):
 
 
 @dataclass(kw_only=True)
+class CocoPanopticConfig(Format):
+    """Images of which each pixel has a class and a segment: PATH/annotations/panoptic_SPLIT.json, PATH/SPLIT/FILE."""
+
+    kind: ClassVar[str] = "coco_panoptic"
+    reader: ClassVar[str] = "panoptic:PanopticSource"
+    loose_files: ClassVar[bool] = True
+
+    split: str = "train2017"  # what stands for {split} in the next three
+    annotations: str = "annotations/panoptic_{split}.json"  # JSON file, below the path
+    maps: str = "annotations/panoptic_{split}"  # folder of the PNG files, below the path
+    images: str = "{split}"  # folder of the images, below the path
+    truth: str = "class_map"  # what is known: class_map | masks (of segments, and boxes)
+
+    limits: ClassVar[Limits] = {**Format.limits, "truth": OneOf(("class_map", "masks"))}
+
+
+@dataclass(kw_only=True)
 class VocConfig(Format):
     """Images with objects, as Pascal VOC has them: PATH/JPEGImages, PATH/Annotations, PATH/ImageSets/Main/SPLIT.txt."""
 
@@ -214,6 +231,6 @@ KINDS |= {
     cls.kind: cls
     for cls in (
         TfdsConfig, FolderConfig, NumpyConfig, BundledConfig, TarsConfig, CocoCaptionsConfig, VisualGenomeConfig,
-        CocoConfig, VocConfig, YoloConfig, ClassMapsConfig, Ade20kConfig, ScenesConfig,
+        CocoConfig, CocoPanopticConfig, VocConfig, YoloConfig, ClassMapsConfig, Ade20kConfig, ScenesConfig,
     )
 }  # fmt: skip

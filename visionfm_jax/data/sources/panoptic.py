@@ -1,0 +1,97 @@
+"""COCO's panoptic segmentation (Kirillov et al. 2019): every pixel has a class and belongs to one segment.
+
+PATH/annotations/panoptic_SPLIT.json beside PATH/annotations/panoptic_SPLIT/NAME.png and PATH/SPLIT/FILE, or as
+`annotations`, `maps` and `images` say. The colour of a pixel is the number of its segment, R + 256 G + 65536 B; 0, and
+numbers of segments that are left out, are none. Labels count the categories, things and stuff, by their ids.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionfm_jax.data.images import decode
+from visionfm_jax.data.sample import ignored
+from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
+from visionfm_jax.data.sources.coco import annotations_of, corners_of, listed
+from visionfm_jax.data.sources.files import read_json
+from visionfm_jax.data.sources.fingerprint import of_files
+from visionfm_jax.data.sources.kinds import CocoPanopticConfig
+from visionfm_jax.data.sources.record import DamagedRecord
+
+_NEEDED = (
+    "images with id and file_name, annotations with image_id, file_name and segments_info, of which each has id, "
+    "category_id and bbox, and categories with id and name"
+)
+
+
+class PanopticSource(AnnotatedFiles):
+    """Images with the class of each pixel, or the mask of each segment; `category_ids` are the file's, by label.
+
+    Raises:
+      DataError: another layout, no such split, images that are missing, or a file that is no such JSON.
+    """
+
+    def __init__(self, config: CocoPanopticConfig):
+        path = Path(config.path).expanduser()
+        folder, maps = (path / part.replace("{split}", config.split) for part in (config.images, config.maps))
+        files, sizes, names, self.category_ids, objects, pngs = read_json(
+            config, annotations_of(config), _parse, _NEEDED
+        )
+        super().__init__(config, folder, files, objects, names, sizes=sizes)
+        self._maps, self._pngs = str(maps), np.array([os.fsencode(png) for png in pngs], np.bytes_)
+        self._masks = config.truth == "masks"
+        self.classes_of = ("box_labels",) if self._masks else ("class_map",)
+
+    def annotated(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
+        """With masks, bool (N, H, W), or in place of objects `class_map`, (H, W)."""
+        record, size = super().annotated(index)
+        with open(os.path.join(self._maps, os.fsdecode(bytes(self._pngs[index]))), "rb") as file:
+            numbers = decode(file.read()).astype(np.int32) @ np.array([1, 256, 65_536], np.int32)
+        if numbers.shape != size:
+            raise DamagedRecord(f"its map has {' x '.join(map(str, numbers.shape))} pixels, its image {size}")
+        segments = [int(number) for number in self.outlines(index)]
+        if self._masks:
+            record["masks"] = numbers == np.array(segments, np.int32).reshape(-1, 1, 1)
+            return record, size
+        kind = np.uint8 if self.num_classes <= 255 else np.uint16
+        classes = np.full(size, ignored(np.dtype(kind)), kind)
+        for segment, label in zip(segments, record["box_labels"], strict=True):
+            classes[numbers == segment] = label
+        return {"image": record["image"], "class_map": classes}, size
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of the segments, and of each thousand images and maps."""
+        starts = range(0, len(self), 1000)
+        groups = {f"maps from {i:,} on": ("", self._pngs[i : i + 1000].tolist()) for i in starts}
+        return super().fingerprint() | of_files(self._maps, groups)
+
+
+def _parse(content: Any) -> tuple:
+    """Files, their sizes, class names, category ids, segments and names of maps."""
+    files, sizes, images, names, labels = listed(content)
+    pngs: dict[int, str] = {}
+    objects = Objects()
+    for note in content["annotations"]:
+        if (image := images.get(note["image_id"])) is None:
+            objects.leave("maps of images that are not listed", str(note["file_name"]))
+            continue
+        png = str(note["file_name"])
+        if os.path.isabs(png) or ".." in png.split("/") or "\0" in png:
+            raise ValueError(f"a map is named {png!r}, which is no file of its folder")
+        pngs[image] = png
+        size = tuple(side or math.inf for side in sizes[image])
+        for segment in note["segments_info"]:
+            name = f"segment {segment['id']} of {png}"
+            if (label := labels.get(segment["category_id"])) is None:
+                objects.leave("segments of unknown categories", f"{name} (category {segment['category_id']})")
+                continue
+            crowd, number = segment.get("iscrowd", 0) == 1, str(int(segment["id"])).encode()
+            objects.add(image, label, corners_of(segment["bbox"]), name, size, crowd, segment.get("area"), number)
+    if missing := [file for i, file in enumerate(files) if i not in pngs]:
+        raise ValueError(f"{len(missing)} images have no map, the first is {missing[0]}")
+    return files, sizes, names, tuple(labels), objects, [pngs[i] for i in range(len(files))]
