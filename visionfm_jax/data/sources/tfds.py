@@ -186,8 +186,9 @@ class TfdsSource:
 
 
 def _has_objects(features: Any, config: TfdsConfig) -> bool:
-    feature = features.get(config.objects_key) if config.objects_key else None
-    parts = getattr(feature, "feature", None)
+    if config.objects_key not in features or not isinstance(features[config.objects_key], tfds.features.Sequence):
+        return False
+    parts = features[config.objects_key].feature
     wanted = {"bbox": tfds.features.BBoxFeature, "label": tfds.features.ClassLabel}
     return isinstance(parts, tfds.features.FeaturesDict) and all(
         k in parts and isinstance(parts[k], kind) for k, kind in wanted.items()
