@@ -24,7 +24,9 @@ from visionfm_jax.evals.pixel_baseline import fit, scores
 from visionfm_jax.evals.run import check_labels
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.detection import DetectionConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
+from visionfm_jax.tasks.segmentation import SegmentationConfig
 from visionfm_jax.tasks.task import make_task
 from visionfm_jax.train import initialise
 
@@ -242,8 +244,8 @@ def test_evals_of_classification_refuse_a_contrastive_run(kind):
 
 
 def test_evals_name_what_some_task_predicts():
-    tasks = (ClassificationConfig, ContrastiveConfig, MultimodalConfig)
+    tasks = (ClassificationConfig, ContrastiveConfig, DetectionConfig, MultimodalConfig, SegmentationConfig)
     there = frozenset.union(*(task.predictions for task in tasks))
     evals = kinds.Measurement.__subclasses__()
-    assert len(evals) == 8
+    assert len(evals) == 10
     assert all(cls.measures in there for cls in evals)
