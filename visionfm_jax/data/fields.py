@@ -183,7 +183,7 @@ class ClassMap:
             raise DamagedRecord(
                 f"its class_map has class {found[wrong][0]}, which is no integer from 0 to {self.num_classes - 1}"
             )
-        return {"class_map": np.where(none, ignored(dtype), found).astype(dtype)}
+        return {"class_map": np.where(none, ignored(dtype), found.astype(dtype))}
 
     def check(self, source: Source) -> None:
         _check_kind(source, "class_map", "class maps")
