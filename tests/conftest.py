@@ -42,6 +42,8 @@ SLOW = (
     "distributed/test_processes.py",
     "distributed/test_compiled_aurora.py",
     "distributed/test_stages.py",
+    "distributed/test_detection_step.py",
+    "distributed/test_segmentation.py",
     "distributed/test_context.py",
     "distributed/test_self_distillation.py",
     "parity/test_swin_parity.py",
