@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +95,7 @@ def test_layers_of_a_head_are_above_those_of_the_network():
     head = {"decoder": {"blocks": {"kernel": jnp.ones((5, 6, 6))}}, "queries": jnp.ones((4, 6))}
     scales = layer_scales(PARAMS | {"head": head}, 0.5)
     assert set(map(float, jax.tree.leaves(scales["head"]))) == {1}
-    assert scales["blocks"] == layer_scales(PARAMS, 0.5)["blocks"]
+    chex.assert_trees_all_equal(scales["blocks"], layer_scales(PARAMS, 0.5)["blocks"])
 
 
 def test_layers_of_stages_are_numbered_through_and_every_network_by_itself():
