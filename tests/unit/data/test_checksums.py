@@ -5,6 +5,7 @@ import os
 import pickle
 from pathlib import Path
 
+import annotated_sets
 import numpy as np
 import pytest
 from absl import logging
@@ -78,6 +79,9 @@ def test_a_turned_bit_is_a_damaged_record(kind, folder, tmp_path):
     elif kind == "coco_captions":
         config = source_config(kind, write_coco(tmp_path / "coco", [["a"], ["b"], ["c"]]), "train2017")
         file = tmp_path / "coco/train2017/000000000001.jpg"
+    elif kind != "visual_genome":
+        config = annotated_sets.write(kind, tmp_path / kind)
+        (file,) = (tmp_path / kind).rglob("b.jpg")
     else:
         config = source_config(kind, write_visual_genome(tmp_path / "vg", [["a"], ["b"]]), "")
         file = tmp_path / "vg/VG_100K_2/2.jpg"
@@ -88,7 +92,7 @@ def test_a_turned_bit_is_a_damaged_record(kind, folder, tmp_path):
     assert damaged(config) == []
     turn_a_bit(file)
     (key,) = damaged(config)
-    assert key.endswith(("ff.png", "1.jpg", "2.jpg"))
+    assert key.endswith(("ff.png", "1.jpg", "2.jpg", "b.jpg"))
     command.make(config)  # takes what is not new as it was
     assert damaged(config) == [key]
 

@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import annotated_sets
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -25,7 +26,7 @@ from visionfm_jax import storage
 from visionfm_jax.config.limits import types_of
 from visionfm_jax.data import images
 from visionfm_jax.data.sources import open_source, read_record
-from visionfm_jax.data.sources.kinds import KINDS, BundledConfig
+from visionfm_jax.data.sources.kinds import KINDS, BundledConfig, ScenesConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
@@ -534,6 +535,9 @@ def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_p
     sources.append(opened("tars", write_tars(tmp_path / "tars")))
     sources.append(opened("coco_captions", write_coco(tmp_path / "coco", [["a"], ["b", "c"]], "train")))
     sources.append(opened("visual_genome", write_visual_genome(tmp_path / "genome", [["a"], ["b", "c"]])))
+    for kind in ("coco", "coco_panoptic", "voc", "yolo", "class_maps", "ade20k"):
+        sources.append(open_source(annotated_sets.write(kind, tmp_path / kind)))
+    sources.append(open_source(ScenesConfig(path="noto")))
     assert len(sources) == len(KINDS)
     expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel
     with multiprocessing.get_context("spawn").Pool(1) as pool:
