@@ -19,7 +19,7 @@ from visionfm_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-BATCH, SIDE, STEPS = 8, 32, 160
+BATCH, SIDE, STEPS = 8, 32, 420
 
 
 def config_of(stage: int = 0, accumulate: int = 1, **task) -> Config:
@@ -31,7 +31,7 @@ def config_of(stage: int = 0, accumulate: int = 1, **task) -> Config:
             num_classes=2, width=48, heads=4, mlp=96, encoder_depth=1, decoder_depth=2, **settings
         ),
         data=DataConfig(train=(TfdsConfig(path="-"),)),
-        optim=OptimConfig(lr=2e-3, warmup_steps=10, weight_decay=0.0),
+        optim=OptimConfig(lr=1e-3, warmup_steps=10, weight_decay=0.0),
         parallel=ParallelConfig(stage=stage),
         train=TrainConfig(batch_size=BATCH, steps=STEPS, accumulate=accumulate, precision="fp32"),
     )  # fmt: skip
@@ -98,7 +98,7 @@ def test_rectangles_are_found():
     state, rows = trainer.init(), to_global(trainer.mesh, batch)
     for _ in range(STEPS):
         state, metrics = trainer.step(state, rows)
-    assert metrics["loss"] < 4
+    assert metrics["box_loss"] < 0.05  # of the last layer; the loss has all layers and copies
     out = jax.device_get(trainer.predict(state.params, rows, "boxes"))
     assert out["boxes"].shape == (BATCH, 20, 4)
     assert (np.diff(out["scores"]) <= 0).all()
