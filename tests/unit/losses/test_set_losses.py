@@ -156,4 +156,4 @@ def test_several_queries_for_an_object():
     several = jax.tree.map(lambda a: jnp.concatenate([a, a]), truth)
     found, expected = set_losses(predicted, truth, weights, copies=2), set_losses(predicted, several, weights)
     for name in expected:
-        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
