@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from visionfm_jax.data.sample import ignored
 from visionfm_jax.data.sources import Source
-from visionfm_jax.data.sources.record import DamagedRecord, has_text
+from visionfm_jax.data.sources.record import DamagedRecord, has_text, ignored
 from visionfm_jax.data.tokenizer import Tokenizer
 from visionfm_jax.errors import ConfigError, DataError, printable
 
@@ -164,7 +163,7 @@ class Objects:
 
 
 class ClassMap:
-    """`class_map` (H, W): the class of each pixel, below `num_classes`, or the dtype's `data.sample.ignored` for none.
+    """`class_map` (H, W): the class of each pixel, below `num_classes`, or `sources.record.ignored` of its type.
 
     uint8 for up to 255 classes, else int32.
     """

@@ -19,7 +19,7 @@ import numpy as np
 
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.data.images import UPRIGHT, Picture, upright
-from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.sources.record import DamagedRecord, ignored
 
 FILL = 128  # grey level of what lies outside the image
 
@@ -384,11 +384,6 @@ def _numbers(name: str, values: Any, shape: str, none: tuple[int, ...] = ()) -> 
     if array.ndim != shape.count(",") + 1 or array.dtype.kind not in "biuf":
         raise DamagedRecord(f"its {name} are {array.dtype.name} of shape {array.shape}, and must be numbers {shape}")
     return array
-
-
-def ignored(dtype: np.dtype) -> float:
-    """What stands in a map where there is no image: the largest value of unsigned integers (255), else -1."""
-    return np.iinfo(dtype).max if np.issubdtype(dtype, np.unsignedinteger) else -1
 
 
 def areas(boxes: np.ndarray) -> np.ndarray:

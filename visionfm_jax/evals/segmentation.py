@@ -23,9 +23,9 @@ from absl import logging
 from visionfm_jax.config import Config
 from visionfm_jax.config.limits import height_width
 from visionfm_jax.data.images import DamagedImage, opened
-from visionfm_jax.data.sample import Axis, Placement, Sample, ignored
+from visionfm_jax.data.sample import Axis, Placement, Sample
 from visionfm_jax.data.sources import read_record
-from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.base import OpenedEval, names_of
@@ -274,7 +274,7 @@ def confusion_of(truth: np.ndarray, guess: np.ndarray, classes: int) -> np.ndarr
     """Pixels by class and guess, int64 (C, C + 1).
 
     Args:
-      truth: (H, W) classes, or what `data.sample.ignored` says of its type.
+      truth: (H, W) classes, or what `sources.record.ignored` says of its type.
       guess: (H, W) classes; C: none.
       classes: C.
     """

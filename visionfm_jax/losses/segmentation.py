@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def labelled(class_map: jax.Array, num_classes: int) -> jax.Array:
-    """Which pixels (B, H, W) have a class: those that have none hold 255, 65535 or -1, as `data.sample.ignored`."""
+    """Which pixels (B, H, W) have a class: those that have none hold 255, 65535 or -1, as `sources.record.ignored`."""
     return (class_map >= 0) & (class_map < num_classes)
 
 

@@ -14,10 +14,10 @@ from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Labels, Objects
 from visionfm_jax.data.images import DamagedImage
 from visionfm_jax.data.loader import train_loader
-from visionfm_jax.data.sample import FILL, ignored
+from visionfm_jax.data.sample import FILL
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.kinds import TfdsConfig
-from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.data.transforms import (
     CenterCrop,
     Flip,

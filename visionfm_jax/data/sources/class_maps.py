@@ -4,7 +4,7 @@ PATH/images/SPLIT/NAME.jpg and PATH/annotations/SPLIT/NAME.png, or as `images`, 
 picture of one channel (or with a palette, whose colours do not count); class c has the value `first` + c, and the
 values of `ignore` are no class. In ADEChallengeData2016 0 is no class, and classes are 1 to 150.
 
-A record's `class_map` has classes from 0 on and, for no class, what `data.sample.ignored` says: uint8 (255) up to 255
+A record's `class_map` has classes from 0 on and, for no class, what `sources.record.ignored` says: uint8 (255) up to 255
 classes, else uint16 (65,535). A map with another value, of another size than its image or of several channels is
 damaged; images without a map and maps without an image are left out, counted and logged.
 """
@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.data.images import DamagedImage, decode_map
-from visionfm_jax.data.sample import ignored
 from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import ClassMapsConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit
-from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.errors import DataError
 
 _UNKNOWN = -1  # in a table of values: neither a class nor ignored

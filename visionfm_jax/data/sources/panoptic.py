@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.data.images import decode
-from visionfm_jax.data.sample import ignored
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
 from visionfm_jax.data.sources.coco import annotations_of, corners_of, listed
 from visionfm_jax.data.sources.files import read_json
 from visionfm_jax.data.sources.fingerprint import of_files
 from visionfm_jax.data.sources.kinds import CocoPanopticConfig
-from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.sources.record import DamagedRecord, ignored
 
 _NEEDED = (
     "images with id and file_name, annotations with image_id, file_name and segments_info, of which each has id, "
