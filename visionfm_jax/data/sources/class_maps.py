@@ -4,8 +4,8 @@ PATH/images/SPLIT/NAME.jpg and PATH/annotations/SPLIT/NAME.png, or as `images`, 
 picture of one channel (or with a palette, whose colours do not count); class c has the value `first` + c, and the
 values of `ignore` are no class. In ADEChallengeData2016 0 is no class, and classes are 1 to 150.
 
-A record's `class_map` has classes from 0 on and, for no class, what `sources.record.ignored` says: uint8 (255) up to 255
-classes, else uint16 (65,535). A map with another value, of another size than its image or of several channels is
+A record's `class_map` has classes from 0 on and, for no class, what `sources.record.ignored` says: uint8 (255) up to
+255 classes, else uint16 (65,535). A map with another value, of another size than its image or of several channels is
 damaged; images without a map and maps without an image are left out, counted and logged.
 """
 
