@@ -44,6 +44,7 @@ SLOW = (
     "distributed/test_stages.py",
     "distributed/test_detection_step.py",
     "distributed/test_segmentation.py",
+    "distributed/test_eomt_step.py",
     "distributed/test_context.py",
     "distributed/test_self_distillation.py",
     "parity/test_swin_parity.py",

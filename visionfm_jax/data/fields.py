@@ -148,10 +148,7 @@ class Objects:
             single = np.flatnonzero(~np.asarray(record["box_crowd"], bool))
             labels, boxes = labels[single], boxes[single]
         objects, labels = len(labels), labels[: self.most]
-        whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
-        if not whole or ((labels < 0) | (labels >= self.num_classes)).any():
-            says = f"{labels.tolist()!r:.200}"
-            raise DamagedRecord(f"its labels of boxes are {says}, not integers from 0 to {self.num_classes - 1}")
+        _check_box_labels(labels, self.num_classes)
         row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
         row["box_labels"][: len(labels)] = labels
         row["boxes"][: len(labels)] = boxes[: self.most]
@@ -159,6 +156,68 @@ class Objects:
 
     def check(self, source: Source) -> None:
         _check_kind(source, "box_labels", "boxes of objects")
+        _check_count(source, self.num_classes)
+
+
+def _check_box_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Refuse what is no list of integers below `num_classes`.
+
+    Raises:
+      DamagedRecord: it is none.
+    """
+    whole = labels.ndim == 1 and (labels.dtype.kind in "iu" or not len(labels))
+    if not whole or ((labels < 0) | (labels >= num_classes)).any():
+        says = f"{labels.tolist()!r:.200}"
+        raise DamagedRecord(f"its labels of boxes are {says}, not integers from 0 to {num_classes - 1}")
+
+
+class Masks:
+    """The masks of the objects on an image, after the transforms: at most `most` of them, then zeros, and their number.
+
+    Of places of `stride` x `stride` pixels, h w of them:
+    `masks` (N, h, w): how many pixels of each place lie in the mask; `mask_labels`, int32 (N,), below `num_classes`;
+    `counted` (h, w): how many of its pixels count; `objects`, int32: how many masks the image has, also where more
+    than N.
+
+    What the image does not cover does not count, nor do areas of many objects, `box_crowd`; if the masks are of the
+    `whole` image, nor do pixels without a mask. Masks without a pixel that counts are left out.
+    """
+
+    def __init__(self, num_classes: int, most: int, size: tuple[int, int], stride: int, whole: bool):
+        grid, kind = tuple(side // stride for side in size), np.min_scalar_type(stride**2)
+        arrays = {"masks": ((most, *grid), kind), "counted": (grid, kind), "mask_labels": ((most,), np.int32)}
+        self.spec: Spec = {**arrays, "objects": ((), np.int32)}
+        self.num_classes, self.most, self.size, self.stride, self.whole = num_classes, most, size, stride, whole
+
+    def __call__(self, record: Mapping[str, Any], rng: np.random.Generator | None = None) -> Row:
+        if missing := sorted({"boxes", "box_labels", "masks"} - record.keys()):
+            raise DamagedRecord(f"it has no {' and no '.join(missing)}")
+        labels, masks = np.asarray(record["box_labels"]), np.asarray(record["masks"], bool)
+        _check_box_labels(labels, self.num_classes)
+        counted, (height, width) = np.zeros(self.size, bool), record["size"]
+        counted[:height, :width] = True
+        if "box_crowd" in record:
+            crowd = np.asarray(record["box_crowd"], bool)
+            counted &= ~masks[crowd].any(0)
+            labels, masks = labels[~crowd], masks[~crowd]
+        masks = masks & counted
+        seen = masks.any((1, 2))
+        labels, masks = labels[seen], masks[seen]
+        if self.whole:
+            counted = masks.any(0)
+        row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
+        row["mask_labels"][: len(labels)] = labels[: self.most]
+        row["masks"][: len(masks)] = self._pixels(masks[: self.most])
+        return {**row, "counted": self._pixels(counted), "objects": len(masks)}
+
+    def _pixels(self, masks: np.ndarray) -> np.ndarray:
+        """(…, H, W) bool to (…, h, w), how many of a place are true."""
+        *more, height, width = masks.shape
+        s = self.stride
+        return masks.reshape(*more, height // s, s, width // s, s).sum((-3, -1), dtype=np.min_scalar_type(s * s))
+
+    def check(self, source: Source) -> None:
+        _check_kind(source, "masks", "masks of objects")
         _check_count(source, self.num_classes)
 
 

@@ -22,6 +22,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale q kᵀ + bias) v with fp32 logits and softmax (Vaswani et al. 2017).
 
@@ -34,13 +35,14 @@ def attention(
       scale: None: 1 / √K.
       causal: a token sees itself and those before it.
       lengths: (B,), at least 1: only the first of the S tokens are seen; None: all.
+      mask: (B, 1, T, S) bool, which tokens see which, for xla alone; None: all see all.
 
     Returns:
       (B, T, N, K) in the dtype of q.
     """
     T, S = q.shape[1], k.shape[1]
     attend = functools.partial(
-        jax.nn.dot_product_attention, scale=scale, is_causal=causal, implementation=implementation
+        jax.nn.dot_product_attention, mask=mask, scale=scale, is_causal=causal, implementation=implementation
     )
     if implementation == "xla" or (T % 2 == 0 and S % 2 == 0):
         attend = functools.partial(attend, key_value_seq_lengths=lengths)

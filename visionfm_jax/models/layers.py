@@ -158,10 +158,11 @@ class Attention(nn.Module):
         lengths: jax.Array | None = None,
         cache: KVCache | None = None,
         position: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> Any:
         """With `cache`, x (B, 1, D) is the token at `position`, and the second result the cache with it.
 
-        `lengths` (B,): only the first tokens of a sequence are seen; None: all.
+        `lengths` (B,): only the first tokens of a sequence are seen; None: all. `mask` as `attention` takes it.
         """
         B, D = len(x), x.shape[-1]
         heads = functools.partial(rearrange, pattern="b t (n k) -> b t n k", n=self.heads)
@@ -176,7 +177,8 @@ class Attention(nn.Module):
         else:
             causal = self.causal if isinstance(self.causal, tuple) else (self.causal,)
             parts = zip(*(jnp.split(a, len(causal), axis=1) for a in qkv), causal, strict=True)
-            each = [attention(*part, self.implementation, causal=c, lengths=lengths) for *part, c in parts]
+            implementation = self.implementation if mask is None else "xla"
+            each = [attention(*part, implementation, causal=c, lengths=lengths, mask=mask) for *part, c in parts]
             y = jnp.concatenate(each, axis=1)
         y = checkpoint_name(rearrange(y, "b t n k -> b t (n k)"), "attention")
         y = checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
@@ -221,6 +223,7 @@ class Block(nn.Module):
       biases, qk_norm, rotation: of `Attention`.
       layer_scale: where the factors of each branch's channels start (Touvron et al. 2021, "CaiT"); 0: no factors.
       keys: (B,), draw which branches a sample leaves out; None: nothing is left out.
+      mask: (B, 1, T, T) bool, which tokens see which; None: all see all.
     """
 
     heads: int
@@ -235,6 +238,7 @@ class Block(nn.Module):
     rotation: Rotation | None = None
     layer_scale: float = 0.0
     keys: jax.Array | None = None
+    mask: jax.Array | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, own: dict[str, jax.Array] | None = None) -> jax.Array:
@@ -249,7 +253,7 @@ class Block(nn.Module):
         attend = Attention(
             self.heads, self.dtype, self.attention, self.causal, self.biases, self.qk_norm, self.rotation, name="attn"
         )
-        x = x + branch(attend(layer_norm(self.dtype, "ln1", self.epsilon)(x)), 1)
+        x = x + branch(attend(layer_norm(self.dtype, "ln1", self.epsilon)(x), mask=self.mask), 1)
         y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
         return x + branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2)
 
@@ -289,6 +293,7 @@ def scan_blocks(
     remat: str,
     each: Any = None,
     outputs: bool = False,
+    part: slice = slice(None),
 ) -> Any:
     """Apply the blocks of `group` in turn, `repeats` times, as one loop, with parameters stacked under "blocks".
 
@@ -304,6 +309,7 @@ def scan_blocks(
       remat: a key of `POLICIES`.
       each: arrays (L * len(group), …) of which each block gets its own as a second argument; None: no such argument.
       outputs: the one block of `group` returns a pair: x, and what is to be kept of it.
+      part: of the L passes, those that are made; calls one after another may make them all.
 
     Returns:
       x, or with `outputs` a pair: x, and all that was kept, (L, …).
@@ -315,7 +321,7 @@ def scan_blocks(
         stacks = [b.init(k, x, *e)["params"] for b, k, e in zip(group, keys, own, strict=True)]
         return stacks[0] if len(group) == 1 else {str(i): p for i, p in enumerate(stacks)}
 
-    if module.is_initializing():
+    if module.is_initializing() and not module.has_variable("params", "blocks"):
         params = module.param("blocks", lambda key: jax.vmap(init_one)(jax.random.split(key, repeats)))
     else:  # not `module.param`: that would compare the shapes of shards with those of whole weights
         params = module.get_variable("params", "blocks")
@@ -330,13 +336,15 @@ def scan_blocks(
 
             # The body of a loop is a computation of its own. XLA inlines that of a loop of one pass, finds its products
             # in the forward pass and, unless that is forbidden, keeps those instead of recomputing.
-            step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=repeats == 1)
+            step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=len(range(repeats)[part]) == 1)
             arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
             x = step(x, p if len(group) == 1 else p[str(i)], *arguments)
             x, kept = x if outputs else (x, None)
         return x, kept
 
     own = jax.tree.map(lambda a: rearrange(a, "(l g) ... -> l g ...", g=len(group)), each)
+    if part != slice(None):
+        params, own = jax.tree.map(lambda a: a[part], (params, own))
     x, kept = jax.lax.scan(body, x, (params, own))
     return (x, kept) if outputs else x
 

@@ -20,7 +20,8 @@ class Source(Protocol):
     has_captions: bool
     most_captions: int  # that one image has; 0: no captions
     # And where the classes are not those of whole images (`label`):
-    # classes_of: tuple[str, ...], the fields of a record that hold them: "box_labels", "class_map".
+    # classes_of: tuple[str, ...], the fields of a record that hold them: "box_labels", with "masks" where these have
+    # them, too; "class_map".
 
     def __len__(self) -> int:
         """Number of records."""

@@ -37,6 +37,7 @@ class CocoSource(AnnotatedFiles):
 
     def __init__(self, config: CocoConfig):
         self._masks = config.masks
+        self.classes_of = ("box_labels", "masks") if config.masks else ("box_labels",)
         path = annotations_of(config)
 
         def slim(entry: dict[str, Any]) -> dict[str, Any]:  # called for each object: 450 MB of outlines stay text

@@ -44,7 +44,7 @@ class PanopticSource(AnnotatedFiles):
         super().__init__(config, folder, files, objects, names, sizes=sizes)
         self._maps, self._pngs = str(maps), np.array([os.fsencode(png) for png in pngs], np.bytes_)
         self._masks = config.truth == "masks"
-        self.classes_of = ("box_labels",) if self._masks else ("class_map",)
+        self.classes_of = ("box_labels", "masks") if self._masks else ("class_map",)
 
     def annotated(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
         """With masks, bool (N, H, W), or in place of objects `class_map`, (H, W)."""

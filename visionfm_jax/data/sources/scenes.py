@@ -57,7 +57,8 @@ class ScenesSource:
         maps = config.truth == "class_map"
         self.class_names: tuple[str, ...] | None = (*meta["class_names"], *(["background"] if maps else []))
         self.num_classes = len(self.class_names)
-        self.classes_of = ("class_map",) if maps else ("box_labels",)
+        kinds = {"boxes": ("box_labels",), "masks": ("box_labels", "masks"), "class_map": ("class_map",)}
+        self.classes_of = kinds[config.truth]
 
     def __len__(self) -> int:
         return self._config.scenes

@@ -200,13 +200,10 @@ class ViT(nn.Module):
         config = self.config
         chex.assert_shape(images, (None, None, None, 3))
         grid = grid_of(config, images.shape[1:3])
-        x = self.tokens(images, grid, hidden)
-        if config.pre_norm:
-            x = layer_norm(self.dtype, "norm_pre", config.norm_eps)(x)
-        return self.features(self.encode(x, grid, keys), grid)
+        return self.features(self.encode(self.tokens(images, grid, hidden), grid, keys), grid)
 
     def tokens(self, images: jax.Array, grid: HeightWidth, hidden: Hidden | None) -> jax.Array:
-        """(B, H, W, 3) to (B, T, D): the class token, registers and patches, and their positions."""
+        """(B, H, W, 3) to (B, T, D): the class token, registers and patches with their positions."""
         config, width, P = self.config, size_of(self.config).width, self.config.patch_size
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=P, q=P)
         x = dense(patches, width, self.dtype, "embed", use_bias=config.patch_bias)
@@ -218,7 +215,9 @@ class ViT(nn.Module):
         if first:
             own = jnp.concatenate(first).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(own, (len(x), *own.shape)), x], 1)
-        return x if config.pos_embed == "none" else x + self.positions(grid).astype(x.dtype)
+        if config.pos_embed != "none":
+            x = x + self.positions(grid).astype(x.dtype)
+        return layer_norm(self.dtype, "norm_pre", config.norm_eps)(x) if config.pre_norm else x
 
     def positions(self, grid: HeightWidth) -> jax.Array:
         """(T, D) for an image of (h, w) patches; zeros for tokens that have no row in the table."""
@@ -234,22 +233,33 @@ class ViT(nn.Module):
         rows = table[:first], jnp.zeros((missing, width), table.dtype), table[first:]
         return jnp.concatenate(rows) if missing else table
 
-    def encode(self, x: jax.Array, grid: HeightWidth, keys: jax.Array | None) -> jax.Array:
-        """The blocks; (B, T, D) to (B, T, D)."""
+    def encode(
+        self,
+        x: jax.Array,
+        grid: HeightWidth,
+        keys: jax.Array | None,
+        part: slice = slice(None),
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """The blocks, or a part of them; (B, T, D) to (B, T, D).
+
+        Tokens beside those of `tokens` stand before them, without a position. `mask` as `Block` has it.
+        """
         config, size = self.config, size_of(self.config)
         turn, each = None, None
         if config.rope_theta:
-            turn = rotation(grid, first_tokens(config), size.width // size.heads, config.rope_theta)
+            first = x.shape[1] - math.prod(grid)
+            turn = rotation(grid, first, size.width // size.heads, config.rope_theta)
         if keys is not None and config.drop_path:
             layer = jnp.arange(size.depth)
             each = {"layer": layer, "rate": config.drop_path * layer / max(size.depth - 1, 1)}
         block = Block(
             size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
             biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
-            layer_scale=config.layer_scale, keys=keys, parent=None,
+            layer_scale=config.layer_scale, keys=keys, mask=mask, parent=None,
         )  # fmt: skip
         return scan_blocks(
-            self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat, each=each
+            self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat, each=each, part=part
         )
 
     def features(self, x: jax.Array, grid: HeightWidth) -> Features:
