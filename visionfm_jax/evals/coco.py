@@ -1,16 +1,17 @@
 """Average precision as COCO counts it (Lin et al. 2014), by hotcoco, which gives pycocotools' numbers.
 
-Shapes: N objects of an image, D boxes predicted for it, C classes, T thresholds of IoU (0.5 to 0.95), R levels of
-recall (0 to 1 by 0.01).
+Of boxes or, where objects have them, of masks. Shapes: N objects of an image, D predictions for it, C classes, T
+thresholds of IoU (0.5 to 0.95), R levels of recall (0 to 1 by 0.01).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from hotcoco import COCO, COCOeval
+from hotcoco import mask as rle
 from hotcoco.primitives import bbox_iou
 
 # COCO's 12 numbers, in its order. By size: an object's area below 32^2, up to 96^2, above, pixels.
@@ -28,12 +29,14 @@ class Truth(NamedTuple):
       labels: (N,) integers below C.
       crowd: (N,) bool: an area of many objects. What is found there is neither right nor wrong.
       areas: (N,) float64, pixels, by which COCO calls an object small, medium or large.
+      masks: N, as runs of pixels (`hotcoco.mask.encode`); None: boxes are compared.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     crowd: np.ndarray
     areas: np.ndarray
+    masks: Sequence[dict[str, Any]] | None = None
 
 
 class Found(NamedTuple):
@@ -43,11 +46,13 @@ class Found(NamedTuple):
       boxes: (D, 4) float64, as of `Truth`.
       labels: (D,) integers below C.
       scores: (D,) finite.
+      masks: D, where those of `Truth` are.
     """
 
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+    masks: Sequence[dict[str, Any]] | None = None
 
 
 class Coco(NamedTuple):
@@ -72,20 +77,27 @@ def coco(truths: Sequence[Truth], found: Sequence[Found], classes: int) -> Coco:
       found: of each image.
       classes: C.
     """
-    boxes, labels, crowd, areas = (np.concatenate(parts) for parts in zip(*truths, strict=True))
+    boxes, labels, crowd, areas = (np.concatenate(parts) for parts in zip(*(t[:4] for t in truths), strict=True))
+    masks = None if truths[0].masks is None else [mask for t in truths for mask in t.masks]
     truth = COCO.from_arrays(
-        [{"id": i, "width": 0, "height": 0} for i in range(len(truths))],  # boxes do not depend on them
+        [{"id": i, "width": 0, "height": 0} for i in range(len(truths))],  # nothing depends on them
         [{"id": c, "name": str(c)} for c in range(classes)],
         np.repeat(np.arange(len(truths)), [len(t.labels) for t in truths]),
         labels.astype(np.int64),
         corner_and_size(boxes),
         area=areas,
         iscrowd=crowd,
+        segmentation=masks,
     )
     image = np.repeat(np.arange(len(found)), [len(f.labels) for f in found])
-    boxes, labels, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    rows = np.column_stack([image, corner_and_size(boxes), scores, labels]).astype(np.float64)
-    counted = COCOeval(truth, truth.load_res(rows), "bbox")
+    boxes, labels, scores = (np.concatenate(parts) for parts in zip(*(f[:3] for f in found), strict=True))
+    if masks is None:
+        results = np.column_stack([image, corner_and_size(boxes), scores, labels]).astype(np.float64)
+    else:  # without boxes, so that the area of a prediction is that of its mask
+        names = "image_id", "category_id", "score", "segmentation"
+        columns = image.tolist(), labels.tolist(), scores.tolist(), (mask for f in found for mask in f.masks)
+        results = [dict(zip(names, one, strict=True)) for one in zip(*columns, strict=True)]
+    counted = COCOeval(truth, truth.load_res(results), "bbox" if masks is None else "segm")
     counted.evaluate()
     counted.accumulate()
     counted.summary_lines()  # fills `stats`; `summarize` would print as well
@@ -98,7 +110,7 @@ def coco(truths: Sequence[Truth], found: Sequence[Found], classes: int) -> Coco:
 
 
 def match(truth: Truth, found: Found, least: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Each predicted box, by descending score, and the free object of its class on which it lies best.
+    """Each prediction, by descending score, and the free object of its class on which it lies best.
 
     Args:
       least: IoU from which a box is right.
@@ -110,7 +122,10 @@ def match(truth: Truth, found: Found, least: float = 0.5) -> tuple[np.ndarray, n
     of_box, of_object = np.full(len(found.labels), -1), np.full(len(truth.labels), -1)
     if not len(of_object):
         return of_box, of_object
-    iou = bbox_iou(corner_and_size(found.boxes), corner_and_size(truth.boxes), truth.crowd)
+    if truth.masks is None:
+        iou = bbox_iou(corner_and_size(found.boxes), corner_and_size(truth.boxes), truth.crowd)
+    else:
+        iou = np.reshape(rle.iou(found.masks, truth.masks, truth.crowd.tolist()), (len(of_box), len(of_object)))
     iou = np.where((iou >= least) & (found.labels[:, None] == truth.labels), iou, 0)
     for box in np.argsort(-found.scores, kind="stable"):
         free = np.where((of_object < 0) & ~truth.crowd, iou[box], 0)

@@ -42,6 +42,8 @@ class BoxesEval(OpenedEval):
       pictured: after a run, on host 0: images with objects and predictions, the worst ones, precision over recall.
     """
 
+    drawn_as = "boxes"  # of `telemetry.pictures.KINDS`
+
     def __init__(self, config: BoxesConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
         self.fields = run.task.fields(run)
@@ -60,7 +62,9 @@ class BoxesEval(OpenedEval):
         arrays = [np.concatenate(part) for part in zip(*parts, strict=True)]
         return from_first(lambda: self._count(*arrays))
 
-    def _count(self, records: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> dict:
+    def _count(
+        self, records: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray
+    ) -> dict[str, float]:
         finite = np.isfinite(scores) & np.isfinite(boxes).all(-1)
         if lost := int((~finite).sum()):
             logging.warning("%s: %d of %d predicted boxes are not finite", self.config.name, lost, finite.size)
@@ -69,7 +73,9 @@ class BoxesEval(OpenedEval):
             Found(on_image(box[use], k.placement, k.size), label[use], score[use].astype(np.float64))
             for k, box, label, score, use in zip(known, boxes, labels, scores, finite, strict=True)
         ]
-        truths = [k.truth for k in known]
+        return self._scores(records, [k.truth for k in known], found, lost)
+
+    def _scores(self, records: np.ndarray, truths: list[Truth], found: list[Found], lost: int) -> dict[str, float]:
         counted = coco(truths, found, len(self.classes))
         objects = np.bincount(np.concatenate([t.labels[~t.crowd] for t in truths]), minlength=len(self.classes))
         self.describe(
@@ -115,18 +121,15 @@ class BoxesEval(OpenedEval):
         spread = sample(np.arange(len(records)), PICTURED)
         worst = np.argsort(share, kind="stable")[:PICTURED]
         return {
-            "boxes": [drawn(i) for i in spread],
-            "worst_boxes": [drawn(i) for i in worst],
+            self.drawn_as: [drawn(i) for i in spread],
+            f"worst_{self.drawn_as}": [drawn(i) for i in worst],
             "least_score": least,
             "class_names": self.classes,
             "precision": {"AP50": counted.curves[0], "AP75": counted.curves[5], "AP": counted.curves.mean(0)},
         }
 
     def _drawn(self, record: int, truth: Truth, found: Found, matched: tuple, least: float, share: float) -> dict:
-        with opened(read_record(self.source, record)["image"], self.transform.max_pixels) as picture:
-            scale = min(1.0, SIDE / max(picture.size))
-            small = tuple(max(1, round(side * scale)) for side in picture.size)
-            (image,) = picture.parts([((0, 0, *picture.size), small)], exact=True)
+        image, scale = small_image(self, record)
         (of_box, of_object), shown = matched, found.scores >= least
         return {
             "key": self.source.key(record),
@@ -145,6 +148,15 @@ class BoxesEval(OpenedEval):
                 "matched": of_box[shown],
             },
         }
+
+
+def small_image(opened_eval: OpenedEval, record: int) -> tuple[np.ndarray, float]:
+    """The image of a record, uint8 (H, W, 3), with at most `SIDE` pixels along its longer side, and its scale."""
+    with opened(read_record(opened_eval.source, record)["image"], opened_eval.transform.max_pixels) as picture:
+        scale = min(1.0, SIDE / max(picture.size))
+        size = tuple(max(1, round(side * scale)) for side in picture.size)
+        (image,) = picture.parts([((0, 0, *picture.size), size)], exact=True)
+    return image, scale
 
 
 def on_image(boxes: np.ndarray, placement: Placement, size: tuple[int, int]) -> np.ndarray:

@@ -151,6 +151,31 @@ class BoxesConfig(Measurement):
 
 
 @dataclass(kw_only=True)
+class InstancesConfig(BoxesConfig):
+    """Average precision of predicted masks, as COCO counts it."""
+
+    kind: ClassVar[str] = "instances"
+    measured_by: ClassVar[str] = "instances:InstancesEval"
+    measures: ClassVar[str] = "masks"
+
+
+@dataclass(kw_only=True)
+class PanopticConfig(Measurement):
+    """Panoptic quality of predicted segments, as panopticapi counts it."""
+
+    kind: ClassVar[str] = "panoptic"
+    measured_by: ClassVar[str] = "segments:PanopticEval"
+    measures: ClassVar[str] = "segments"
+    metrics: ClassVar[tuple[str, ...]] = ("pq", "sq", "rq")
+
+    preprocess: Transform = field(default_factory=_whole)
+    least_score: float = 0.8  # masks of a lower chance of their class are left out
+    least_visible: float = 0.8  # masks of which others leave a smaller share are left out
+
+    limits: ClassVar[Limits] = {"least_score": Range(0, 1), "least_visible": Range(0, 1)}
+
+
+@dataclass(kw_only=True)
 class SegmentationConfig(Measurement):
     """Mean IoU and accuracy of class maps, at the size of each map."""
 

@@ -36,7 +36,7 @@ def check_labels(config: Config, evals: dict[str, Eval], trained: Sequence[str])
       DataError: as `check_classes`.
     """
     for i, e in enumerate(config.evals):
-        if e.measures in ("labels", "boxes", "class_map"):
+        if e.measures in ("labels", "boxes", "masks", "segments", "class_map"):
             check_classes(f"config.evals[{i}].source", evals[e.name].source, trained)
 
 

@@ -231,7 +231,7 @@ def guess_of(grids: Sequence[Grid], logits: np.ndarray, size: tuple[int, int]) -
         return out
     parts, first = [], 0
     for grid in grids:
-        rows, columns = _weights(grid.rows, height, h), _weights(grid.columns, width, w)
+        rows, columns = axis_weights(grid.rows, height, h), axis_weights(grid.columns, width, w)
         views = logits[first : first + len(rows) * len(columns)].reshape(len(rows), len(columns), h, w, classes)
         parts += [(r, c, views[i, j]) for i, r in enumerate(rows) for j, c in enumerate(columns)]
         first += len(rows) * len(columns)
@@ -250,7 +250,7 @@ def guess_of(grids: Sequence[Grid], logits: np.ndarray, size: tuple[int, int]) -
     return out
 
 
-def _weights(axes: Sequence[Axis], length: int, places: int) -> list[tuple[slice, np.ndarray]]:
+def axis_weights(axes: Sequence[Axis], length: int, places: int) -> list[tuple[slice, np.ndarray]]:
     """Along a dimension of `length` pixels: which of them each axis shows, and (pixels, places) by which its places are
     weighed: linearly, over the number of axes that show the pixel.
     """

@@ -31,7 +31,7 @@ PALE_GREEN = "#A7DCCB"
 
 KINDS = (  # KIND_NAME.png
     "predictions", "confusion", "retrieval", "captions", "reconstructions",
-    "boxes", "worst_boxes", "precision", "maps", "worst_maps",
+    "boxes", "worst_boxes", "precision", "maps", "worst_maps", "segments", "worst_segments",
 )  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> li
       pictured: an eval's: `image`, `label`, `guess` and `class_names` as `report.predictions` takes them; `captions`
         and `images` as `retrieval` takes them; `generated` as `captions` does; `reconstructed` as `reconstructions`
         does; `confusion` and `class_names` as `confusion` does; `boxes`, `worst_boxes` and `least_score` as `boxes`
-        does; `precision` as `precision_recall` does; `maps` and `worst_maps` as `maps` does.
+        does; `precision` as `precision_recall` does; `maps` and `worst_maps` as `maps` does; `segments` and
+        `worst_segments` as `segments` does.
       folder: the run's.
       name: the eval's.
       title: above every picture.
@@ -70,8 +71,9 @@ def draw(pictured: Mapping[str, Any], folder: Path, name: str, title: str) -> li
     if "reconstructed" in pictured:
         drawn.append(folder / f"reconstructions_{name}.png")
         reconstructions(pictured["reconstructed"], drawn[-1], title)
-    for kind, function in (("boxes", boxes), ("worst_boxes", boxes), ("maps", maps), ("worst_maps", maps)):
+    for kind in ("boxes", "worst_boxes", "maps", "worst_maps", "segments", "worst_segments"):
         if kind in pictured:
+            function = {"boxes": boxes, "maps": maps, "segments": segments}[kind.removeprefix("worst_")]
             drawn.append(folder / f"{kind}_{name}.png")
             which = f"{title}, the worst images" if kind.startswith("worst") else title
             least = (pictured["least_score"],) if function is boxes else ()
@@ -246,8 +248,7 @@ def maps(
     for entry in shown:
         for one in (entry["truth"], entry["guess"]):
             areas += np.bincount(np.where((one < 0) | (one >= classes), classes, one).ravel(), minlength=classes + 1)
-    largest = [c for c in np.argsort(-areas[:classes], kind="stable") if areas[c]]
-    colours = _colours(classes, largest)
+    colours, legend = _legend(areas, class_names)
 
     def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
         _picture(ax, entry["image"], x, y, PANEL, PALE, 1.0)
@@ -255,10 +256,38 @@ def maps(
             known = np.where((which < 0) | (which >= classes), classes, which)
             _picture(ax, colours[known], x + i * (PANEL + GAP / 2), y, PANEL, PALE, 1.0, smooth=False)
 
-    legend = [(_short(class_names[c], 22), colours[c] / 255) for c in largest[:LEGEND]]
-    if (more := len(largest) - len(legend)) > 0:
-        legend.append((f"and {more} more", np.ones(3)))
     _side_by_side(shown, 3, one, "image, its map, the predicted map; black: no class", "right", path, title, legend)
+
+
+def segments(
+    shown: Sequence[Mapping[str, Any]], class_names: Sequence[str], path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw images below the colours of their segments' classes, beside them below those of the predicted ones.
+
+    Args:
+      shown: of each, `image`, uint8 (H, W, 3); `key`; `share`, its quality; `truth` and `found`: `map`, integers
+        (H, W), 0 where there is no segment, else 1 + the number of the segment in `labels`.
+      class_names: by label.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    classes = len(class_names)
+    areas = np.zeros(classes + 1, np.int64)
+    for part in (entry[which] for entry in shown for which in ("truth", "found")):
+        areas += np.bincount(_classes(part, classes).ravel(), minlength=classes + 1)
+    colours, legend = _legend(areas, class_names)
+
+    def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
+        for i, part in enumerate((entry["truth"], entry["found"])):
+            number, of_class = part["map"], _classes(part, classes)
+            tinted = np.where(number[..., None] > 0, entry["image"] * 0.4 + colours[of_class] * 0.6, entry["image"])
+            edge = np.zeros(number.shape, bool)
+            edge[1:] |= number[1:] != number[:-1]
+            edge[:, 1:] |= number[:, 1:] != number[:, :-1]
+            tinted[edge] = 255
+            _picture(ax, tinted.astype(np.uint8), x + i * (PANEL + GAP / 2), y, PANEL, PALE, 1.0)
+
+    _side_by_side(shown, 2, one, "left: the segments; right: those that are predicted", "quality", path, title, legend)
 
 
 def precision_recall(curves: Mapping[str, np.ndarray], path: str | os.PathLike[str], title: str = "") -> None:
@@ -327,6 +356,22 @@ def _box(
         min(left, right - 0.055 * len(name) - 0.05), top, name, color="white", fontsize=6, va="top", ha="left",
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
     )  # fmt: skip
+
+
+def _classes(part: Mapping[str, np.ndarray], classes: int) -> np.ndarray:
+    """The class (H, W) of each pixel of `segments`; C: none."""
+    return np.array([classes, *part["labels"]])[part["map"]]
+
+
+def _legend(areas: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
+    """Colours uint8 (C + 1, 3) of classes by the pixels (C + 1,) that are drawn of them, and those that are named."""
+    classes = len(class_names)
+    largest = [c for c in np.argsort(-areas[:classes], kind="stable") if areas[c]]
+    colours = _colours(classes, largest)
+    legend = [(_short(class_names[c], 22), colours[c] / 255) for c in largest[:LEGEND]]
+    if (more := len(largest) - len(legend)) > 0:
+        legend.append((f"and {more} more", np.ones(3)))
+    return colours, legend
 
 
 def _colours(classes: int, largest: Sequence[int]) -> np.ndarray:

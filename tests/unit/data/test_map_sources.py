@@ -148,7 +148,7 @@ def test_coco_panoptic(tmp_path):
     write_pictures(tmp_path / "val", {"0.jpg": 0})
     source = open_source(CocoPanopticConfig(path=str(tmp_path), split="val"))
     classes = source[0]["class_map"]
-    assert (source.class_names, source.category_ids) == (("car", "sky"), (2, 9))
+    assert (source.class_names, source.category_ids, source.things) == (("car", "sky"), (2, 9), (True, False))
     np.testing.assert_array_equal(classes, np.where(numbers == 300, 1, np.where(numbers == 70_000, 0, 255)))
     record = open_source(CocoPanopticConfig(path=str(tmp_path), split="val", truth="masks"))[0]
     np.testing.assert_array_equal(record["masks"], [numbers == 300, numbers == 70_000])

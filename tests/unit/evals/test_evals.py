@@ -25,6 +25,7 @@ from visionfm_jax.evals.run import check_labels
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.detection import DetectionConfig
+from visionfm_jax.tasks.eomt import EomtConfig
 from visionfm_jax.tasks.multimodal import MultimodalConfig
 from visionfm_jax.tasks.segmentation import SegmentationConfig
 from visionfm_jax.tasks.task import make_task
@@ -244,8 +245,9 @@ def test_evals_of_classification_refuse_a_contrastive_run(kind):
 
 
 def test_evals_name_what_some_task_predicts():
-    tasks = (ClassificationConfig, ContrastiveConfig, DetectionConfig, MultimodalConfig, SegmentationConfig)
+    tasks = [ClassificationConfig, ContrastiveConfig, DetectionConfig, MultimodalConfig, SegmentationConfig]
+    tasks += [EomtConfig(truth=truth) for truth in ("instance", "panoptic")]
     there = frozenset.union(*(task.predictions for task in tasks))
-    evals = kinds.Measurement.__subclasses__()
-    assert len(evals) == 10
+    evals = [*kinds.Measurement.__subclasses__(), kinds.InstancesConfig]
+    assert len(evals) == 12
     assert all(cls.measures in there for cls in evals)

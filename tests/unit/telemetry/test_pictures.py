@@ -195,6 +195,24 @@ def test_maps_have_the_same_colours_beside_each_other_and_in_the_legend(tmp_path
     pictures.maps([{**entry, "truth": np.arange(2400).reshape(40, 60) % 300, "guess": truth}], names, path, "t")
 
 
+def test_segments_have_the_colours_of_their_classes(tmp_path):
+    number = np.zeros((40, 60), int)
+    number[:20], number[20:, 30:] = 1, 2
+    image, path = np.zeros((40, 60, 3), np.uint8), tmp_path / "s.png"
+    colours = np.round(pictures._colours(3, [0, 1])[:2] * 0.6)
+    truth = {"map": number, "labels": np.array([0, 1])}
+    counts = []
+    for found in (truth, {"map": number * (number == 1), "labels": np.array([0])}):
+        entry = {"key": "k", "image": image, "share": 0.5, "truth": truth, "found": found}
+        pictures.segments([entry], ("sky", "sea", "sand"), path, "t")
+        counts.append([pixels_of(path, colour / 255) for colour in colours])
+    assert counts[0][0] == pytest.approx(counts[1][0], rel=0.1)
+    assert counts[0][1] == pytest.approx(2 * counts[1][1], rel=0.1)
+    nothing = {"map": np.zeros((40, 60), int), "labels": np.zeros(0, int)}
+    pictures.segments([{**entry, "truth": nothing, "found": nothing}], ("sky",), path)
+    pictures.segments([], ("sky",), path)
+
+
 def test_precision_is_drawn_also_where_there_is_none(tmp_path):
     pictures.precision_recall({"AP50": np.linspace(1, 0, 101), "AP": np.full(101, np.nan)}, tmp_path / "p.png", "t")
     assert pixels_of(tmp_path / "p.png", pictures.BLUE) > 300
@@ -220,6 +238,10 @@ def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
     detected = {"boxes": [scene()], "worst_boxes": [scene()], "least_score": 0.1, "precision": {"AP": np.zeros(11)}}
     got = pictures.draw({**detected, "class_names": ("cat", "dog")}, tmp_path, "coco", "t")
     assert got == [tmp_path / f"{kind}_coco.png" for kind in ("boxes", "worst_boxes", "precision")]
+    cut = {"map": np.zeros((8, 8), int), "labels": np.zeros(0, int)}
+    cut = {"key": "k", "image": np.zeros((8, 8, 3), np.uint8), "share": 1.0, "truth": cut, "found": cut}
+    got = pictures.draw({"segments": [cut], "worst_segments": [cut], "class_names": ("cat",)}, tmp_path, "cut", "t")
+    assert got == [tmp_path / f"{kind}_cut.png" for kind in ("segments", "worst_segments")]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "boxes_coco.png",
         "captions_pairs.png",
@@ -229,7 +251,9 @@ def test_draw_picks_the_pictures_by_what_there_is(tmp_path):
         "predictions_val.png",
         "reconstructions_bare.png",
         "retrieval_pairs.png",
+        "segments_cut.png",
         "worst_boxes_coco.png",
+        "worst_segments_cut.png",
     ]
 
 

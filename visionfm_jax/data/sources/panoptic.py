@@ -29,7 +29,8 @@ _NEEDED = (
 
 
 class PanopticSource(AnnotatedFiles):
-    """Images with the class of each pixel, or the mask of each segment; `category_ids` are the file's, by label.
+    """Images with the class of each pixel, or the mask of each segment; by label, `category_ids` are the file's
+    and `things` says which are things (else stuff).
 
     Raises:
       DataError: another layout, no such split, images that are missing, or a file that is no such JSON.
@@ -38,7 +39,7 @@ class PanopticSource(AnnotatedFiles):
     def __init__(self, config: CocoPanopticConfig):
         path = Path(config.path).expanduser()
         folder, maps = (path / part.replace("{split}", config.split) for part in (config.images, config.maps))
-        files, sizes, names, self.category_ids, objects, pngs = read_json(
+        files, sizes, names, self.category_ids, self.things, objects, pngs = read_json(
             config, annotations_of(config), _parse, _NEEDED
         )
         super().__init__(config, folder, files, objects, names, sizes=sizes)
@@ -71,7 +72,7 @@ class PanopticSource(AnnotatedFiles):
 
 
 def _parse(content: Any) -> tuple:
-    """Files, their sizes, class names, category ids, segments and names of maps."""
+    """Files, their sizes, class names, category ids, which are things, segments and names of maps."""
     files, sizes, images, names, labels = listed(content)
     pngs: dict[int, str] = {}
     objects = Objects()
@@ -93,4 +94,6 @@ def _parse(content: Any) -> tuple:
             objects.add(image, label, corners_of(segment["bbox"]), name, size, crowd, segment.get("area"), number)
     if missing := [file for i, file in enumerate(files) if i not in pngs]:
         raise ValueError(f"{len(missing)} images have no map, the first is {missing[0]}")
-    return files, sizes, names, tuple(labels), objects, [pngs[i] for i in range(len(files))]
+    things = {labels[int(category["id"])]: category.get("isthing", 1) == 1 for category in content["categories"]}
+    of_label = tuple(things[label] for label in range(len(names)))
+    return files, sizes, names, tuple(labels), of_label, objects, [pngs[i] for i in range(len(files))]
