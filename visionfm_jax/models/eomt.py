@@ -99,7 +99,7 @@ class EomtHead(nn.Module):
     def setup(self) -> None:
         D, layer = self.width, functools.partial(nn.Dense, dtype=self.dtype)
         self.queries = self.param("queries", nn.initializers.normal(1.0), (self.num_queries, D))
-        self.classes = nn.Dense(self.num_classes + 1)
+        self.classes = nn.Dense(self.num_classes + 1, dtype=jnp.float32)
         self.mask = [layer(D) for _ in range(3)]
         self.up = [Upsample(self.dtype) for _ in range(self.upsamplings)]
 
@@ -140,11 +140,6 @@ def upsamplings(patch_size: int) -> int:
     while stride > 4 and stride % 2 == 0:
         count, stride = count + 1, stride // 2
     return count
-
-
-def mask_grid(config: ViTConfig, image: HeightWidth) -> HeightWidth:
-    """Places (h, w) of masks on images of (H, W) pixels."""
-    return tuple(side << upsamplings(config.patch_size) for side in grid_of(config, image))
 
 
 def mask_shares(step: jax.Array, total_steps: int, blocks: int) -> jax.Array:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 
 from visionfm_jax.config import Config, TaskConfig
 from visionfm_jax.config.limits import LOSS_WEIGHT, Limits, OneOf, Problem, Range, height_width
@@ -26,7 +26,7 @@ from visionfm_jax.data.fields import ClassMap, Fields, Masks
 from visionfm_jax.losses.masks import Truth, Weights, set_losses
 from visionfm_jax.losses.segmentation import labelled
 from visionfm_jax.models.backbones.vit import ViT, ViTConfig, size_of
-from visionfm_jax.models.eomt import Eomt, Masked, Predicted, extra_flops, mask_grid, mask_shares, upsamplings
+from visionfm_jax.models.eomt import Eomt, Masked, Predicted, extra_flops, mask_shares, upsamplings
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.segmenter import resize
 from visionfm_jax.parallel.context import Context
@@ -224,17 +224,18 @@ class EomtTask(Stateless):
 
     def _of_classes(self, class_map: jax.Array) -> tuple[Truth, jax.Array]:
         """A mask for each class that an image (B, H, W) shows."""
-        classes = self.task.num_classes
-        there = (class_map[..., None] == jnp.arange(classes)).any((1, 2))
+        classes, side = self.task.num_classes, stride_of(self.config)
+        pixels = rearrange(class_map, "b (h p) (w q) -> (p q) b (h w)", p=side, q=side)
+
+        def shares(labels: jax.Array) -> jax.Array:
+            # Term by term, which is fused: a sum over a dim would first write all masks at the size of the image.
+            return sum((labels[..., None] == one[:, None]).astype(jnp.float32) for one in pixels) / len(pixels)
+
+        there = (shares(jnp.arange(classes)[None]) > 0).any(-1)
         labels = jnp.argsort(~there, axis=1, stable=True)[:, : self.task.most_masks]  # those that are there first
         present = jnp.take_along_axis(there, labels, 1)
-        h, w = mask_grid(self.config.model, class_map.shape[1:])
-
-        def shares(pixels: jax.Array) -> jax.Array:
-            return reduce(pixels.astype(jnp.float32), "b ... (h p) (w q) -> b ... (h w)", "mean", h=h, w=w)
-
-        masks = shares(class_map[:, None] == labels[..., None, None])
-        truth = Truth(masks, shares(labelled(class_map, classes)), labels, present)
+        counted = labelled(pixels, classes).mean(0, dtype=jnp.float32)
+        truth = Truth(shares(labels), counted, labels, present)
         return truth, there.sum(1) - present.sum(1)
 
 

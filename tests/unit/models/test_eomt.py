@@ -15,7 +15,7 @@ from visionfm_jax.data.fields import Masks
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.losses.masks import Truth, Weights, mask_losses, set_losses
 from visionfm_jax.models.backbones.vit import ViTConfig
-from visionfm_jax.models.eomt import attention_mask, extra_flops, mask_grid, mask_shares, upsamplings
+from visionfm_jax.models.eomt import attention_mask, extra_flops, mask_shares, upsamplings
 from visionfm_jax.models.layers import no_gather
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.tasks.eomt import EomtConfig
@@ -36,7 +36,6 @@ def test_masks_have_the_authors_stride():
     assert {side: side >> upsamplings(side) for side in (2, 4, 8, 14, 16, 28, 32)} == {
         2: 1, 4: 2, 8: 4, 14: 7, 16: 4, 28: 7, 32: 4
     }  # fmt: skip
-    assert mask_grid(ViTConfig(patch_size=14), (28, 42)) == (4, 6)
 
 
 def test_masked_attention_is_given_up_block_by_block():
@@ -210,3 +209,12 @@ def test_flops_are_those_that_XLA_counts():
 def test_what_does_not_fit_is_refused(field, changes):
     run = run_of(**changes)
     assert {name for name, *_ in run.task.problems(run)} == {field}
+
+
+def test_predictions_are_fp32_of_16_bit_weights():
+    task = make_task(run_of(), no_gather)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+    model = task.model.clone(dtype=jnp.bfloat16)
+    out = jax.eval_shape(lambda p: model.apply({"params": p}, jnp.zeros((1, 32, 48, 3))), params)
+    assert {a.dtype for a in out} == {jnp.dtype("float32")}
