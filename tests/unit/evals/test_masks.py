@@ -8,21 +8,25 @@ import threading
 
 import numpy as np
 import pytest
-from dense_fakes import SIDE, make
+from dense_fakes import SIDE, DenseConfig, make
 from hotcoco import mask as rle
 from pair_fakes import on_hosts
+from PIL import Image
 from pycocotools import mask as coco_rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from visionfm_jax.config import Config, DataConfig, TrainConfig
 from visionfm_jax.data.images import Picture
 from visionfm_jax.data.sample import Placement, Sample
+from visionfm_jax.data.sources.kinds import CocoConfig, CocoPanopticConfig
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals import segments
 from visionfm_jax.evals.coco import METRICS, Found, Truth, coco, match
 from visionfm_jax.evals.kinds import InstancesConfig, PanopticConfig
 from visionfm_jax.evals.masks import layers, on_image
 from visionfm_jax.evals.segments import segments_of
+from visionfm_jax.models.backbones.vit import ViTConfig
 
 CLASSES = ("ant", "bee", "cow", "none of these")
 QUERIES = 9
@@ -240,6 +244,47 @@ def test_things_and_stuff_have_numbers_of_their_own(monkeypatch):
     got = evaluation.run(knowing(records))
     assert got["pq_things"] == 1
     assert got["pq_stuff"] < 1  # several segments of a class of stuff become one
+
+
+def on_disk(folder, numbers):
+    """The same picture of 32 x 32 pixels in COCO's panoptic format, and its things in that of objects."""
+    drawn = np.stack([numbers, 0 * numbers, 0 * numbers], -1).astype(np.uint8)
+    for part in ("annotations/panoptic_val", "val"):
+        (folder / part).mkdir(parents=True)
+        Image.fromarray(drawn).save(folder / part / "0.png")
+    categories = [{"id": 7, "name": "sky", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}]
+    notes, info = [], []
+    for number in np.setdiff1d(numbers, [0]).tolist():
+        rows, columns = np.nonzero(numbers == number)
+        left, top, width, height = columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1
+        box = [int(v) for v in (left, top, width, height)]
+        info.append({"id": number, "category_id": 7 if number == 1 else 2, "bbox": box, "iscrowd": 0})
+        edges = [box[0], box[1], box[0] + box[2], box[1], box[0] + box[2], box[1] + box[3], box[0], box[1] + box[3]]
+        if number > 1:
+            notes.append({**info[-1], "image_id": 4, "segmentation": [edges], "area": box[2] * box[3]})
+    shared = {"images": [{"id": 4, "file_name": "0.png", "height": 32, "width": 32}], "categories": categories}
+    panoptic = {"annotations": [{"image_id": 4, "file_name": "0.png", "segments_info": info}]}
+    for name, content in (("panoptic", panoptic), ("instances", {"annotations": notes})):
+        (folder / f"annotations/{name}_val.json").write_text(json.dumps(shared | content))
+
+
+def test_the_truth_is_right_in_cocos_formats(tmp_path):
+    numbers = np.ones((SIDE, SIDE), int)
+    numbers[4:12, 3:20], numbers[20:30, 10:31], numbers[0] = 2, 3, 0
+    on_disk(tmp_path, numbers)
+    sources = (
+        (InstancesConfig, CocoConfig(path=str(tmp_path), split="val", masks=True), ("ap", "ar100")),
+        (PanopticConfig, CocoPanopticConfig(path=str(tmp_path), split="val", truth="masks"), ("pq", "pq_stuff")),
+    )
+    for kind, source, metrics in sources:
+        config = kind(name="own", source=source)
+        run = Config(
+            name="own", model=ViTConfig(image_size=SIDE, patch_size=16), task=DenseConfig(num_classes=2),
+            data=DataConfig(threads=1), train=TrainConfig(batch_size=2), evals=(config,),
+        )  # fmt: skip
+        evaluation = config.make(run, 0, 1)
+        got = evaluation.run(knowing(list(evaluation.source)))
+        assert [got[name] for name in metrics] == [pytest.approx(1)] * 2, got
 
 
 def test_masks_are_cut_into_segments_by_hand():
