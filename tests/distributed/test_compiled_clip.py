@@ -55,6 +55,14 @@ def compiled(devices: int) -> Compiled:
     return Compiled(compile_step(small(devices), cluster, GPU), cluster)
 
 
+def test_fp16_compiles_where_a_map_is_a_single_place():
+    config, _ = from_arguments([f"--config={CONFIGS / 'swinv2_g_clip.py'}:tiny"])
+    config.model.image.depths = (1, 1, 1, 1)  # the last has one place, whose attention is a product with a vector
+    assert config.train.precision == "fp16"
+    step = compile_step(config, find_cluster("h100:1x1"), GPU)
+    assert Compiled(step, find_cluster("h100:1x1")).arrays()
+
+
 def shapes(devices: int) -> set[tuple[int, ...]]:
     return {tuple(d for d in a.shape if d > 1) for a in compiled(devices).arrays()}
 

@@ -176,7 +176,7 @@ class PanopticConfig(Measurement):
 
 
 @dataclass(kw_only=True)
-class SegmentationConfig(Measurement):
+class MeanIouConfig(Measurement):
     """Mean IoU and accuracy of class maps, at the size of each map."""
 
     kind: ClassVar[str] = "segmentation"

@@ -30,7 +30,7 @@ from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.base import OpenedEval, names_of
 from visionfm_jax.evals.eval import Predict
-from visionfm_jax.evals.kinds import SegmentationConfig
+from visionfm_jax.evals.kinds import MeanIouConfig
 from visionfm_jax.evals.sampling import sample
 from visionfm_jax.parallel.mesh import of_all_hosts
 
@@ -74,9 +74,9 @@ class SegmentationEval(OpenedEval):
       pictured: after a run, on host 0: images with their map and the predicted one, and the worst ones, of this host's.
     """
 
-    config: SegmentationConfig
+    config: MeanIouConfig
 
-    def __init__(self, config: SegmentationConfig, run: Config, host: int, hosts: int):
+    def __init__(self, config: MeanIouConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
         run.task.fields(run).check(self.source)
         self.classes = names_of(self.source, run.task.num_classes)

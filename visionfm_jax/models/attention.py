@@ -46,6 +46,9 @@ def attention(
     )
     if implementation == "xla" or (T % 2 == 0 and S % 2 == 0):
         attend = functools.partial(attend, key_value_seq_lengths=lengths)
+    if implementation == "xla" and q.dtype == jnp.float16 and 1 in (T, S):
+        # XLA's GPU compiler turns a product with a vector into sums, and refuses those of fp16 in fp32.
+        return _widened(attend, q, k, v, bias)
     if implementation == "xla" and q.dtype == jnp.float16:
         # XLA's CPU compiler has no products of fp16 that add up in fp32.
         return jax.lax.platform_dependent(q, k, v, bias, cpu=functools.partial(_widened, attend), default=attend)

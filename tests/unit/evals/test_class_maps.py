@@ -14,7 +14,7 @@ from visionfm_jax.data.sample import Axis
 from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals import segmentation
-from visionfm_jax.evals.kinds import SegmentationConfig
+from visionfm_jax.evals.kinds import MeanIouConfig
 from visionfm_jax.evals.segmentation import Grid, by_class, confusion_of, guess_of, score, windows
 
 CLASSES = ("sky", "sea", "sand", "ship")
@@ -56,7 +56,7 @@ SIZES = [(32, 32), (32, 75), (50, 32), (32, 33), (32, 32), (32, 64), (32, 40), (
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_truth_itself_is_right_in_windows_mirrored_or_not(monkeypatch, flip):
     (evaluation,) = make(
-        monkeypatch, SegmentationConfig, scenes(SIZES), CLASSES, inference="slide", stride=0.6, flip=flip
+        monkeypatch, MeanIouConfig, scenes(SIZES), CLASSES, inference="slide", stride=0.6, flip=flip
     )
     calls = []
     got = evaluation.run(reading(calls))
@@ -74,7 +74,7 @@ def test_the_truth_itself_is_right_in_windows_mirrored_or_not(monkeypatch, flip)
 def test_whole_images_and_other_scales_are_right_but_for_edges(monkeypatch):
     records = scenes([(64, 64), (60, 48), (16, 16)])
     for settings in ({}, {"scales": (1.0, 2.0), "flip": True}, {"preprocess": Resize()}):
-        (evaluation,) = make(monkeypatch, SegmentationConfig, records, CLASSES, **settings)
+        (evaluation,) = make(monkeypatch, MeanIouConfig, records, CLASSES, **settings)
         assert 0.75 < evaluation.run(reading())["miou"] < 1, settings
 
 
@@ -82,7 +82,7 @@ def test_each_image_counts_once_over_two_hosts(monkeypatch):
     records = scenes(SIZES)
     for record in records[::3]:
         record["class_map"] = np.roll(record["class_map"], 5, 1)
-    (alone,) = make(monkeypatch, SegmentationConfig, records, CLASSES, inference="slide")
+    (alone,) = make(monkeypatch, MeanIouConfig, records, CLASSES, inference="slide")
     wanted = alone.run(reading())
     assert 0 < wanted["miou"] < 1
     barrier, given = threading.Barrier(2, timeout=60), {}
@@ -97,7 +97,7 @@ def test_each_image_counts_once_over_two_hosts(monkeypatch):
         return out
 
     monkeypatch.setattr(segmentation, "of_all_hosts", of_both)
-    two = make(monkeypatch, SegmentationConfig, records, CLASSES, hosts=2, inference="slide")
+    two = make(monkeypatch, MeanIouConfig, records, CLASSES, hosts=2, inference="slide")
     assert on_hosts(two, reading()) == [wanted, wanted]
     assert two[0].details == two[1].details == alone.details
     assert two[1].pictured == {}
@@ -107,7 +107,7 @@ def test_damaged_records_are_left_out_and_logits_that_are_not_finite_never_right
     records = scenes([(32, 32)] * 4)
     records[1]["image"] = b"?"
     records[2]["class_map"] = np.full((32, 32), 4, np.uint8)
-    (evaluation,) = make(monkeypatch, SegmentationConfig, records, CLASSES)
+    (evaluation,) = make(monkeypatch, MeanIouConfig, records, CLASSES)
     right = dict.fromkeys(evaluation.config.metrics, 1)
     assert evaluation.run(reading()) == right | {"images": 2, "not_finite": 0}
     got = evaluation.run(reading(spoil=3))
@@ -115,7 +115,7 @@ def test_damaged_records_are_left_out_and_logits_that_are_not_finite_never_right
     assert got["pixel_accuracy"] == pytest.approx(labelled[0] / sum(labelled))
     assert got["not_finite"] == 1
     assert [e["key"] for e in evaluation.pictured["worst_maps"]] == ["image 3", "image 0"]
-    (none,) = make(monkeypatch, SegmentationConfig, records[1:3], CLASSES)
+    (none,) = make(monkeypatch, MeanIouConfig, records[1:3], CLASSES)
     with pytest.raises(DataError, match="none of its records could be read"):
         none.run(reading())
 
