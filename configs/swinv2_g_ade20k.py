@@ -1,0 +1,95 @@
+"""SwinV2-G on ADE20K segmentation: UPerNet on the image tower of `configs/swinv2_g_clip_640.py`, at 640 px.
+
+    python -m visionfm_jax.main --config=configs/swinv2_g_ade20k.py
+    python -m visionfm_jax.main --config=configs/swinv2_g_ade20k.py:tiny
+
+It starts from the image tower of that run's last checkpoint, whose windows of 20 it keeps. For 64 GPUs of 80 GB with
+one image each, 40,000 steps, fp16 with a dynamic loss scale; evaluated in windows. Other datasets and heads: see
+`configs/vit_huge_ade20k.py`.
+
+`tiny` is the same recipe on scenes of bundled emoji, small enough for two CPU cores. It continues the tiny run of
+`configs/swinv2_g_clip.py`, which must be run first.
+"""
+
+from visionfm_jax.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import Ade20kConfig, ScenesConfig
+from visionfm_jax.data.transforms import Flip, RandomCrop, Resize
+from visionfm_jax.evals.kinds import MeanIouConfig
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.tasks.segmentation import SegmentationConfig
+
+ADE20K = "/data/ADEChallengeData2016"
+
+
+def get_config(variant: str = "") -> Config:
+    return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
+
+
+def full() -> Config:
+    return Config(
+        name="swinv2_g_ade20k",
+        model=SwinV2Config(
+            size="G", image_size=640, window=20, pretrained_window=20, pretrained_image_size=640, drop_path=0.3,
+            attention="cudnn", remat="full",
+        ),
+        task=SegmentationConfig(num_classes=150, head="upernet"),
+        data=DataConfig(
+            train=(Ade20kConfig(path=ADE20K, split="training"),),
+            num_examples=20_210,
+            transforms=(Resize(to="shorter", scale=(0.5, 2.0)), Flip(), RandomCrop()),
+            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.07)),  # as mmsegmentation
+            workers=12,
+        ),
+        optim=OptimConfig(lr=6e-5, warmup_steps=1500, b2=0.999, weight_decay=0.05, clip_norm=1.0, layer_decay=0.95),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=64, steps=40_000, precision="fp16"),
+        checkpoint=CheckpointConfig(
+            every_steps=2000, every_minutes=60, keep_last=2, weights="runs/swinv2_g_clip_640", weights_from="image",
+            skip=("head",),
+        ),
+        evals=(
+            MeanIouConfig(
+                name="ade20k", source=Ade20kConfig(path=ADE20K, split="validation"), every_steps=5000,
+                inference="slide",
+            ),
+        ),
+    )  # fmt: skip
+
+
+def scenes(style: str, split: str) -> ScenesConfig:
+    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=256 if split == "test" else 4096)
+
+
+def tiny() -> Config:
+    return Config(
+        name="swinv2_g_ade20k_tiny",
+        model=SwinV2Config(
+            size="P", image_size=96, patch_size=8, window=8, pretrained_window=8, pretrained_image_size=64,
+            drop_path=0.05,
+        ),
+        task=SegmentationConfig(num_classes=10, head="upernet", channels=64, auxiliary_channels=32),
+        data=DataConfig(
+            train=(scenes("twemoji", "train"), scenes("noto", "train")),
+            transforms=(Resize(to="shorter", scale=(0.75, 1.5)), Flip(), RandomCrop()),
+            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.07)),
+            threads=2,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.999, weight_decay=0.05, clip_norm=1.0, layer_decay=0.9),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=32, steps=800, precision="fp16"),
+        checkpoint=CheckpointConfig(
+            every_steps=400, keep_last=2, weights="runs/swinv2_g_clip_tiny", weights_from="image", skip=("head",)
+        ),
+        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=400),),
+        telemetry=TelemetryConfig(log_every=10),
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""SwinV2-G on COCO detection: Plain-DETR on the image tower of `configs/swinv2_g_clip_640.py`, at 1024 px.
+
+    python -m visionfm_jax.main --config=configs/swinv2_g_coco.py
+    python -m visionfm_jax.main --config=configs/swinv2_g_coco.py:tiny
+
+It starts from the image tower of that run's last checkpoint, with windows of 32. For 64 GPUs of 80 GB with
+one image each, 36 epochs, large-scale jitter (Ghiasi et al. 2021); fp16 with a dynamic loss scale. Other datasets: see
+`configs/vit_huge_coco.py`.
+
+`tiny` is the same recipe on scenes of bundled emoji, small enough for two CPU cores. It continues the tiny run of
+`configs/swinv2_g_clip.py`, which must be run first.
+"""
+
+from visionfm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import CocoConfig, ScenesConfig
+from visionfm_jax.data.transforms import Flip, RandomCrop, Resize
+from visionfm_jax.evals.kinds import BoxesConfig
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.tasks.detection import DetectionConfig
+
+
+def get_config(variant: str = "") -> Config:
+    return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
+
+
+def full() -> Config:
+    return Config(
+        name="swinv2_g_coco",
+        model=SwinV2Config(
+            size="G", image_size=1024, window=32, pretrained_window=20, pretrained_image_size=640, drop_path=0.3,
+            attention="cudnn", remat="full",
+        ),
+        task=DetectionConfig(num_classes=80),
+        data=DataConfig(
+            train=(CocoConfig(path="/data/coco", split="train2017"),),
+            num_examples=118_287,
+            transforms=(Resize(to="longer", scale=(0.1, 2.0)), Flip(), RandomCrop()),
+            workers=12,
+        ),
+        optim=OptimConfig(lr=2e-4, warmup_steps=1000, b2=0.999, weight_decay=0.05, clip_norm=0.1, layer_decay=0.94),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=64, epochs=36, precision="fp16"),
+        checkpoint=CheckpointConfig(
+            every_steps=2000, every_minutes=60, keep_last=2, weights="runs/swinv2_g_clip_640", weights_from="image",
+            skip=("head",),
+        ),
+        evals=(
+            BoxesConfig(name="coco", source=CocoConfig(path="/data/coco", split="val2017"), every_steps=10_000),
+        ),
+    )  # fmt: skip
+
+
+def scenes(style: str, split: str) -> ScenesConfig:
+    return ScenesConfig(path=style, split=split, size=96, scenes=512 if split == "test" else 4096)
+
+
+def tiny() -> Config:
+    return Config(
+        name="swinv2_g_coco_tiny",
+        model=SwinV2Config(
+            size="P", image_size=96, patch_size=8, window=8, pretrained_window=8, pretrained_image_size=64,
+            drop_path=0.05,
+        ),
+        task=DetectionConfig(
+            num_classes=9, most_objects=8, width=96, heads=4, mlp=192, encoder_depth=1, decoder_depth=3, stride=8,
+            queries=30, many_queries=48, copies=4, detections=30,
+        ),
+        data=DataConfig(
+            train=(scenes("twemoji", "train"), scenes("noto", "train")),
+            transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
+            threads=2,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.999, weight_decay=0.05, clip_norm=0.1, layer_decay=0.9),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=32, steps=1500, precision="fp16"),
+        checkpoint=CheckpointConfig(
+            every_steps=500, keep_last=2, weights="runs/swinv2_g_clip_tiny", weights_from="image", skip=("head",)
+        ),
+        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=500),),
+        telemetry=TelemetryConfig(log_every=10),
+    )  # fmt: skip

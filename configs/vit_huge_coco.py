@@ -1,0 +1,87 @@
+"""ViT-H on COCO detection: Plain-DETR on the backbone of `configs/vit_huge.py`, all of it trained, at 1024 px.
+
+    python -m visionfm_jax.main --config=configs/vit_huge_coco.py
+    python -m visionfm_jax.main --config=configs/vit_huge_coco.py:tiny
+
+It starts from the last checkpoint of that run, or from the weights that config.checkpoint.weights names: patches of 14
+pixels are resampled to 16, positions to the larger images. For 32 GPUs of 80 GB with two images each, 36 epochs,
+large-scale jitter (Ghiasi et al. 2021). Any dataset in the formats of COCO, Pascal VOC, YOLO or TFDS takes COCO's
+place: set kind, path and split in config.data.train[0] and config.evals[0].source, config.data.num_examples and
+config.task.num_classes.
+
+`tiny` is the same recipe on scenes of bundled emoji, small enough for two CPU cores. It continues the tiny run of
+`configs/vit_huge.py`, which must be run first.
+"""
+
+from visionfm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+from visionfm_jax.config.load import variant_of
+from visionfm_jax.data.sources.kinds import CocoConfig, ScenesConfig
+from visionfm_jax.data.transforms import Flip, RandomCrop, Resize
+from visionfm_jax.evals.kinds import BoxesConfig
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.tasks.detection import DetectionConfig
+
+
+def get_config(variant: str = "") -> Config:
+    return {"": full, "tiny": tiny}[variant_of(("tiny",), variant)]()
+
+
+def full() -> Config:
+    return Config(
+        name="vit_huge_coco",
+        model=ViTConfig(
+            size="H", patch_size=16, image_size=1024, pool="gap", drop_path=0.4, attention="cudnn", remat="dots"
+        ),
+        task=DetectionConfig(num_classes=80),
+        data=DataConfig(
+            train=(CocoConfig(path="/data/coco", split="train2017"),),
+            num_examples=118_287,
+            transforms=(Resize(to="longer", scale=(0.1, 2.0)), Flip(), RandomCrop()),
+            workers=12,
+        ),
+        optim=OptimConfig(lr=2e-4, warmup_steps=1000, b2=0.999, weight_decay=0.05, clip_norm=0.1, layer_decay=0.9),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=64, epochs=36, precision="bf16"),
+        checkpoint=CheckpointConfig(
+            every_steps=2000, every_minutes=60, keep_last=2, weights="runs/vit_huge", skip=("head",)
+        ),
+        evals=(
+            BoxesConfig(name="coco", source=CocoConfig(path="/data/coco", split="val2017"), every_steps=10_000),
+        ),
+    )  # fmt: skip
+
+
+def scenes(style: str, split: str) -> ScenesConfig:
+    return ScenesConfig(path=style, split=split, size=96, scenes=512 if split == "test" else 4096)
+
+
+def tiny() -> Config:
+    return Config(
+        name="vit_huge_coco_tiny",
+        model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="dots"),
+        task=DetectionConfig(
+            num_classes=9, most_objects=8, width=96, heads=4, mlp=192, encoder_depth=1, decoder_depth=3, stride=8,
+            queries=30, many_queries=48, copies=4, detections=30,
+        ),
+        data=DataConfig(
+            train=(scenes("twemoji", "train"), scenes("noto", "train")),
+            transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
+            threads=2,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.999, weight_decay=0.05, clip_norm=0.1, layer_decay=0.9),
+        parallel=ParallelConfig(stage=3),
+        train=TrainConfig(batch_size=32, steps=1500, precision="bf16"),
+        checkpoint=CheckpointConfig(
+            every_steps=500, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
+        ),
+        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=500),),
+        telemetry=TelemetryConfig(log_every=10),
+    )  # fmt: skip
