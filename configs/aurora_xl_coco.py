@@ -59,7 +59,7 @@ def full() -> Config:
 
 
 def scenes(style: str, split: str) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, size=96, scenes=512 if split == "test" else 4096)
+    return ScenesConfig(path=style, split=split, size=96, scenes=512)
 
 
 def tiny() -> Config:

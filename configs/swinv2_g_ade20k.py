@@ -67,17 +67,17 @@ def full() -> Config:
 
 
 def scenes(style: str, split: str) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=256 if split == "test" else 4096)
+    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=512)
 
 
 def tiny() -> Config:
     return Config(
         name="swinv2_g_ade20k_tiny",
         model=SwinV2Config(
-            size="P", image_size=96, patch_size=8, window=8, pretrained_window=8, pretrained_image_size=64,
+            size="P", image_size=96, patch_size=4, window=8, pretrained_window=8, pretrained_image_size=64,
             drop_path=0.05,
         ),
-        task=SegmentationConfig(num_classes=10, head="upernet", channels=64, auxiliary_channels=32),
+        task=SegmentationConfig(num_classes=10, head="upernet", channels=32, auxiliary_channels=16),
         data=DataConfig(
             train=(scenes("twemoji", "train"), scenes("noto", "train")),
             transforms=(Resize(to="shorter", scale=(0.75, 1.5)), Flip(), RandomCrop()),

@@ -60,14 +60,14 @@ def full() -> Config:
 
 
 def scenes(style: str, split: str) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, size=96, scenes=512 if split == "test" else 4096)
+    return ScenesConfig(path=style, split=split, size=96, scenes=512)
 
 
 def tiny() -> Config:
     return Config(
         name="swinv2_g_coco_tiny",
         model=SwinV2Config(
-            size="P", image_size=96, patch_size=8, window=8, pretrained_window=8, pretrained_image_size=64,
+            size="P", image_size=96, patch_size=4, window=8, pretrained_window=8, pretrained_image_size=64,
             drop_path=0.05,
         ),
         task=DetectionConfig(

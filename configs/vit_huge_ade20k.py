@@ -67,14 +67,14 @@ def full() -> Config:
 
 
 def scenes(style: str, split: str) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=256 if split == "test" else 4096)
+    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=512)
 
 
 def tiny() -> Config:
     return Config(
         name="vit_huge_ade20k_tiny",
         model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="dots"),
-        task=SegmentationConfig(num_classes=10, head="upernet", channels=64, auxiliary_channels=32),
+        task=SegmentationConfig(num_classes=10, head="upernet", channels=32, auxiliary_channels=16),
         data=DataConfig(
             train=(scenes("twemoji", "train"), scenes("noto", "train")),
             transforms=(Resize(to="shorter", scale=(0.75, 1.5)), Flip(), RandomCrop()),

@@ -36,6 +36,7 @@ LEAST_PIXELS = 30  # that are seen of an object
 ANGLES = 64  # of a full turn, between which a rotation is drawn
 SMALLEST, LARGEST = 16, 60  # hundredths of the scene's side that an object's picture takes
 UNIT = 16  # bits of a fraction
+KEPT = 2**28  # bytes of scenes that are kept in memory
 
 
 class ScenesSource:
@@ -59,6 +60,7 @@ class ScenesSource:
         self.num_classes = len(self.class_names)
         kinds = {"boxes": ("box_labels",), "masks": ("box_labels", "masks"), "class_map": ("class_map",)}
         self.classes_of = kinds[config.truth]
+        self._made: dict[int, dict[str, Any]] = {}  # kept, up to `KEPT`: drawing one takes milliseconds
 
     def __len__(self) -> int:
         return self._config.scenes
@@ -67,6 +69,17 @@ class ScenesSource:
         """The scene, uint8 (S, S, 3), and what is known of it (`data.sources.Source`)."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: scene {index} of {len(self)}")
+        if index not in self._made:
+            made = self._draw(index)
+            if KEPT // sum(array.nbytes for array in made.values()) <= len(self._made):
+                return made
+            self._made[index] = made
+        return {name: array.copy() for name, array in self._made[index].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
+
+    def _draw(self, index: int) -> dict[str, Any]:
         config, side = self._config, self._config.size
         draws = Draws(config.seed, SPLITS.index(config.split), index)
         scene = background(draws, side)
