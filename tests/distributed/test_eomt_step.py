@@ -10,7 +10,7 @@ from test_context import weights
 from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.kinds import ScenesConfig
-from visionfm_jax.evals.kinds import InstancesConfig, PanopticConfig, SegmentationConfig
+from visionfm_jax.evals.kinds import InstancesConfig, MeanIouConfig, PanopticConfig
 from visionfm_jax.evals.run import measure, open_evals
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
@@ -77,7 +77,7 @@ def test_devices_and_micro_batches_change_nothing(truth, mesh):
 @pytest.mark.parametrize(
     ("truth", "eval_config", "metrics"),
     [
-        ("semantic", SegmentationConfig, ("miou", "pixel_accuracy")),
+        ("semantic", MeanIouConfig, ("miou", "pixel_accuracy")),
         ("instance", InstancesConfig, ("ap", "ap50")),
         ("panoptic", PanopticConfig, ("pq", "rq")),
     ],

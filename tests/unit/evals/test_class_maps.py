@@ -55,9 +55,7 @@ SIZES = [(32, 32), (32, 75), (50, 32), (32, 33), (32, 32), (32, 64), (32, 40), (
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_truth_itself_is_right_in_windows_mirrored_or_not(monkeypatch, flip):
-    (evaluation,) = make(
-        monkeypatch, MeanIouConfig, scenes(SIZES), CLASSES, inference="slide", stride=0.6, flip=flip
-    )
+    (evaluation,) = make(monkeypatch, MeanIouConfig, scenes(SIZES), CLASSES, inference="slide", stride=0.6, flip=flip)
     calls = []
     got = evaluation.run(reading(calls))
     assert {k: got[k] for k in evaluation.config.metrics} == {"miou": 1, "mean_accuracy": 1, "pixel_accuracy": 1}
