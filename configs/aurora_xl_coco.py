@@ -3,8 +3,9 @@
     python -m visionfm_jax.main --config=configs/aurora_xl_coco.py
     python -m visionfm_jax.main --config=configs/aurora_xl_coco.py:tiny
 
-It starts from the encoder of that run's last checkpoint, with windows twice as wide, as the images. For 64 GPUs of 80 GB with one
-image each, 36 epochs, large-scale jitter (Ghiasi et al. 2021). Other datasets: see `configs/vit_huge_coco.py`.
+It starts from the encoder of that run's last checkpoint, with windows twice as wide, as the images. For 64 GPUs of
+80 GB with one image each, 36 epochs, large-scale jitter (Ghiasi et al. 2021). Other datasets: see
+`configs/vit_huge_coco.py`.
 
 `tiny` is the same recipe on scenes of bundled emoji, small enough for two CPU cores. It continues the tiny run of
 `configs/aurora_xl.py`, which must be run first.

@@ -3,8 +3,8 @@
     python -m visionfm_jax.main --config=configs/swinv2_g_coco.py
     python -m visionfm_jax.main --config=configs/swinv2_g_coco.py:tiny
 
-It starts from the image tower of that run's last checkpoint, with windows of 32. For 64 GPUs of 80 GB with
-one image each, 36 epochs, large-scale jitter (Ghiasi et al. 2021); fp16 with a dynamic loss scale. Other datasets: see
+It starts from the image tower of that run's last checkpoint, with windows of 32. For 64 GPUs of 80 GB with one image
+each, 36 epochs, large-scale jitter (Ghiasi et al. 2021); fp16 with a dynamic loss scale. Other datasets: see
 `configs/vit_huge_coco.py`.
 
 `tiny` is the same recipe on scenes of bundled emoji, small enough for two CPU cores. It continues the tiny run of

@@ -22,6 +22,7 @@ from visionfm_jax.planning.estimate import estimate
 PAGE = Path(__file__).with_name("plan.md")
 BEGIN, END = "<!-- tables: written by docs/plan_tables.py -->\n", "<!-- end of tables -->"
 CLUSTERS = ("h100:1x8", "h100:4x8", "a100-80gb:8x8", "a100-80gb:16x8")
+DENSE = ("h100:4x8", "a100-80gb:8x8")
 RUNS = {  # the words of a command, and the clusters to plan it for
     "configs/vit_huge.py": CLUSTERS,
     "configs/vit_huge.py --config.model.attention=cudnn": CLUSTERS,
@@ -29,8 +30,11 @@ RUNS = {  # the words of a command, and the clusters to plan it for
     "configs/swinv2_g_clip.py": ("a100-80gb:16x8",),
     "configs/swinv2_g_clip_640.py": ("a100-80gb:16x8",),
     "configs/aurora_xl.py": ("a100-80gb:8x8",),
+    **{f"configs/{name}.py": DENSE for name in (
+        "vit_huge_coco", "swinv2_g_coco", "aurora_xl_coco", "vit_huge_ade20k", "swinv2_g_ade20k", "aurora_xl_ade20k",
+    )},
     "configs/quickstart.py": ("h100:1x1",),
-}
+}  # fmt: skip
 HEAD = "| cluster | peak GiB | of it activations | step ms | waits ms | images/s | MFU | days | GPU-hours |"
 
 

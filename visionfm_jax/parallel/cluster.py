@@ -65,9 +65,6 @@ def initialize(
         jax.config.update("jax_platforms", "cpu")
     # CPU processes talk through gloo; read when the backend starts, so it is set before anything else.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if jax.config.jax_platforms == "cpu":
-        # A step of several CPU devices that jax 0.10 loads from its cache of compiled programs gives wrong losses.
-        jax.config.update("jax_enable_compilation_cache", False)
     coordinator = coordinator or os.environ.get("VISIONFM_COORDINATOR") or None
     processes = _integer("VISIONFM_PROCESSES") if processes is None else processes
     process = _integer("VISIONFM_PROCESS") if process is None else process

@@ -21,6 +21,10 @@ def make_mesh(replicas: int = 1, devices: Sequence[jax.Device] | None = None) ->
     Neighbours come first, so that with as many replicas as hosts each weight is gathered inside a host.
     """
     devices = jax.devices() if devices is None else devices
+    if devices[0].platform == "cpu":
+        # jax 0.10 reads steps of several CPU devices back from its compilation cache as programs that compute other
+        # losses, and others from run to run.
+        jax.config.update("jax_enable_compilation_cache", False)
     return Mesh(np.asarray(devices).reshape(replicas, -1), (REPLICA, FSDP), axis_types=(AxisType.Auto,) * 2)
 
 
