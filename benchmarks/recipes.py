@@ -26,7 +26,15 @@ RECIPES = {  # name -> configuration, and the recipe whose weights it starts fro
     "swinv2_g_clip": ("configs/swinv2_g_clip.py:tiny", ""),
     "swinv2_g_clip_640": ("configs/swinv2_g_clip_640.py:tiny", "swinv2_g_clip"),
     "aurora_xl": ("configs/aurora_xl.py:tiny", ""),
+    **{
+        f"{backbone}_{data}": (f"configs/{backbone}_{data}.py:tiny", before)
+        for backbone, before in (("vit_huge", "vit_huge"), ("swinv2_g", "swinv2_g_clip"), ("aurora_xl", "aurora_xl"))
+        for data in ("coco", "ade20k")
+    },
 }
+SCRATCH = "_from_scratch"  # behind the name of a recipe that starts from another's weights: without them
+NO_WEIGHTS = ("--config.checkpoint.weights=", "--config.checkpoint.weights_from=", "--config.checkpoint.skip=()")
+RECIPES |= {name + SCRATCH: (config, "") for name, (config, before) in RECIPES.items() if before}
 
 
 def train(name: str, seed: int, folder: Path) -> float:
@@ -35,6 +43,8 @@ def train(name: str, seed: int, folder: Path) -> float:
     words = [f"--config={config}", f"--config.seed={seed}", f"--config.workdir={folder / f'{name}_{seed}'}"]
     if before:
         words.append(f"--config.checkpoint.weights={folder / f'{before}_{seed}'}")
+    elif name.endswith(SCRATCH):
+        words += NO_WEIGHTS
     began = time.monotonic()
     with open(folder / f"{name}_{seed}.log", "a") as log:
         command = [sys.executable, "-m", "visionfm_jax.main", *words]
@@ -56,7 +66,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="where the runs go (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas (%(default)s)")
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="separated by commas (%(default)s)")
+    parser.add_argument(
+        "--recipes",
+        default=",".join(name for name in RECIPES if not name.endswith(SCRATCH)),
+        help="separated by commas (%(default)s)",
+    )
     args = parser.parse_args()
     names, seeds = args.recipes.split(","), [int(s) for s in args.seeds.split(",")]
     if unknown := set(names) - set(RECIPES):
