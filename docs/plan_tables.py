@@ -33,6 +33,8 @@ RUNS = {  # the words of a command, and the clusters to plan it for
     **{f"configs/{name}.py": DENSE for name in (
         "vit_huge_coco", "swinv2_g_coco", "aurora_xl_coco", "vit_huge_ade20k", "swinv2_g_ade20k", "aurora_xl_ade20k",
     )},
+    "configs/vit_huge_ade20k.py:eomt": ("h100:2x8",),
+    "configs/vit_huge_coco.py:panoptic": ("h100:2x8",),
     "configs/quickstart.py": ("h100:1x1",),
 }  # fmt: skip
 HEAD = "| cluster | peak GiB | of it activations | step ms | waits ms | images/s | MFU | days | GPU-hours |"
