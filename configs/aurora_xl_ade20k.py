@@ -84,12 +84,12 @@ def tiny() -> Config:
             augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.07)),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.999, weight_decay=0.05, clip_norm=1.0, layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.05, clip_norm=1.0, layer_decay=0.9),
         parallel=ParallelConfig(stage=2),
-        train=TrainConfig(batch_size=32, steps=800, precision="bf16"),
+        train=TrainConfig(batch_size=8, steps=3000, precision="bf16"),
         checkpoint=CheckpointConfig(
-            every_steps=400, keep_last=2, weights="runs/aurora_xl_tiny", weights_from="image", skip=("head",)
+            every_steps=1000, keep_last=2, weights="runs/aurora_xl_tiny", weights_from="image", skip=("head",)
         ),
-        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=400),),
-        telemetry=TelemetryConfig(log_every=10),
+        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=1000),),
+        telemetry=TelemetryConfig(log_every=20),
     )  # fmt: skip

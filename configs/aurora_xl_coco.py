@@ -79,12 +79,12 @@ def tiny() -> Config:
             transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.999, weight_decay=0.05, clip_norm=0.1, layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.05, clip_norm=0.1, layer_decay=0.9),
         parallel=ParallelConfig(stage=2),
-        train=TrainConfig(batch_size=32, steps=1500, precision="bf16"),
+        train=TrainConfig(batch_size=8, steps=3500, precision="bf16"),
         checkpoint=CheckpointConfig(
-            every_steps=500, keep_last=2, weights="runs/aurora_xl_tiny", weights_from="image", skip=("head",)
+            every_steps=1000, keep_last=2, weights="runs/aurora_xl_tiny", weights_from="image", skip=("head",)
         ),
-        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=500),),
-        telemetry=TelemetryConfig(log_every=10),
+        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=1000),),
+        telemetry=TelemetryConfig(log_every=20),
     )  # fmt: skip
