@@ -152,10 +152,10 @@ class EomtTask(Stateless):
         masks = rearrange(out.masks, "n b h w q -> n b (h w) q")
         parts = jax.vmap(of_image, (0, 0, None))(out.logits, masks, truth)  # (N + 1, B) each
 
-        # A row's share of the whole batch's sum over masks, of which there is at least one, or over queries.
-        found = context.counts["masks"]
-        of_masks = rows / jnp.maximum(found, rows / self.config.train.batch_size)
-        of_queries = rows / (found + task.no_object_weight * (rows * task.queries - found))
+        # A row's share of the whole batch's sum over masks, or over queries: at least one of either.
+        found, least = context.counts["masks"], rows / self.config.train.batch_size
+        of_masks = rows / jnp.maximum(found, least)
+        of_queries = rows / jnp.maximum(found + task.no_object_weight * (rows * task.queries - found), least)
         parts = {name: (of_queries if name == "class" else of_masks) * part for name, part in parts.items()}
         w = self.weights
         total = w.classes * parts["class"] + w.masks * parts["mask"] + w.dice * parts["dice"]

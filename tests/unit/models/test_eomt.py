@@ -179,6 +179,15 @@ def test_images_without_a_mask_teach_that_there_is_nothing():
     assert np.abs(gradient["head"]["queries"]).max() > 0
 
 
+def test_images_without_a_mask_have_no_loss_where_their_queries_weigh_nothing():
+    task = make_task(run_of("panoptic", no_object_weight=0.0), no_gather)
+    batch = {k: np.zeros(s.shape, s.dtype) for k, s in task.batch_spec(2).items()}
+    keys = jax.random.split(jax.random.key(0), 2)
+    context = Context(jnp.int32(0), counts=task.counts(batch, keys))
+    value, *_ = jax.jit(task.loss)(task.init(jax.random.key(0)), batch, keys, context)
+    assert value == 0
+
+
 def test_flops_are_those_that_XLA_counts():
     """Of one prediction without masked attention, beside the backbone's; XLA also counts sums and norms."""
     run = run_of(model={"width": 64, "mlp": 256}, queries=20)
