@@ -238,6 +238,8 @@ def test_voc_objects(tmp_path, caplog):
     ]
     assert len(open_source(VocConfig(path=str(folder), split=""))) == 3
     assert "no split 'val'; the splits are train" in error_of(VocConfig(path=str(folder), split="val"))
+    (folder / "ImageSets/Main/train.txt").write_bytes(b"\xff\n")
+    assert "1 of 1 annotations are missing" in error_of(VocConfig(path=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +271,7 @@ def yolo(folder: Path, labels: dict[str, str], yaml: str = "train: images/train\
 def test_yolo_objects(tmp_path, caplog):
     logging.use_python_logging(quiet=True)
     bad = "2 .5 .5 .1 .1\n0 .5 .5 nan .1\n0 .5 .5 0 .1\n0 2 2 .1 .1\n0 .5 .5 .1\na b\n0.5 .5 .5 .1 .1\n\n"
+    bad += "0 .1 .1 nan .9 .9 .5"
     folder = yolo(tmp_path, {"a": "1 0.5 0.5 0.5 0.25\n0 .25 .5 .75 .5 .5 1\n", "b": "", "c": bad})
     source = open_source(YoloConfig(path=str(folder)))
     assert (len(source), source.class_names) == (3, ("cat", "dog"))
@@ -278,7 +281,7 @@ def test_yolo_objects(tmp_path, caplog):
     file = "images/train/c.jpg line"
     assert left_out(caplog) == [
         f"2 objects of unknown classes: {file} 1 (class 2), {file} 7 (class 0.5)",
-        f"1 objects whose box is not finite: {file} 2",
+        f"2 objects whose box is not finite: {file} 2, {file} 9",
         f"1 objects whose box is empty or inverted: {file} 3",
         f"1 objects whose box lies outside the image: {file} 4",
         f"1 lines that are neither a box nor a polygon: {file} 5",

@@ -122,6 +122,7 @@ def test_a_map_of_another_size_is_damaged(tmp_path):
         ({"num_classes": 0, "names": ""}, "set num_classes, or names"),
         ({"names": "lost.txt"}, "lost.txt is missing; set names"),
         ({"ignore": (5,)}, r"ignore = \(5,\) has values of classes"),
+        ({"first": 65_530}, r"num_classes = 150 from first = 65530 on, .* values to 65,535; set"),
         ({"split": "test"}, "expected PATH/images/test and PATH/annotations/test, found ADE20K"),
     ],
 )
@@ -131,13 +132,15 @@ def test_settings_that_do_not_fit(tmp_path, change, words):
         open_source(Ade20kConfig(path=str(folder), **change))
 
 
-def test_coco_panoptic(tmp_path):
+def test_coco_panoptic(tmp_path, caplog):
+    logging.use_python_logging(quiet=True)
     numbers = np.zeros((64, 64), np.int64)
     numbers[:8], numbers[8:16], numbers[16:24, :4] = 70_000, 300, 5
     png_of = np.stack([numbers % 256, numbers // 256 % 256, numbers // 65_536], -1).astype(np.uint8)
     (tmp_path / "annotations/panoptic_val").mkdir(parents=True)
     (tmp_path / "annotations/panoptic_val/0.png").write_bytes(png(png_of))
     segments = [(300, 9, [0, 8, 64, 8], 0), (70_000, 2, [0, 0, 64, 8], 1), (5, 77, [0, 16, 4, 8], 0)]
+    segments += [(0, 9, [0, 0, 64, 64], 0), (2**24, 9, [0, 0, 64, 64], 0), (2**40, 9, [0, 0, 64, 64], 0)]
     info = [{"id": i, "category_id": c, "bbox": box, "iscrowd": crowd} for i, c, box, crowd in segments]
     content = {
         "images": [{"id": 4, "file_name": "0.jpg", "height": 64, "width": 64}],
@@ -147,6 +150,7 @@ def test_coco_panoptic(tmp_path):
     write_json(tmp_path / "annotations/panoptic_val.json", content)
     write_pictures(tmp_path / "val", {"0.jpg": 0})
     source = open_source(CocoPanopticConfig(path=str(tmp_path), split="val"))
+    assert "left out: 3 segments whose id is no colour" in caplog.text
     classes = source[0]["class_map"]
     assert (source.class_names, source.category_ids, source.things) == (("car", "sky"), (2, 9), (True, False))
     np.testing.assert_array_equal(classes, np.where(numbers == 300, 1, np.where(numbers == 70_000, 0, 255)))

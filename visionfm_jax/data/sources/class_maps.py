@@ -49,6 +49,11 @@ class ClassMapsSource(ListedFiles):
         dtype = np.dtype(np.uint8 if self.num_classes <= 255 else np.uint16)
         self._none = int(ignored(dtype))
         self._table = np.full(65_536, _UNKNOWN, np.int32)
+        if config.first + self.num_classes > len(self._table):
+            raise DataError(
+                f"{name}: num_classes = {self.num_classes} from first = {config.first} on, but a map has values to "
+                "65,535; set first or num_classes"
+            )
         self._table[config.first : config.first + self.num_classes] = np.arange(self.num_classes)
         if set(config.ignore) & set(range(config.first, config.first + self.num_classes)):
             raise DataError(f"{name}: ignore = {config.ignore} has values of classes, which begin at first; mend one")

@@ -86,12 +86,16 @@ def _parse(content: Any) -> tuple:
         pngs[image] = png
         size = tuple(side or math.inf for side in sizes[image])
         for segment in note["segments_info"]:
-            name = f"segment {segment['id']} of {png}"
+            number = int(segment["id"])
+            name = f"segment {number} of {png}"
+            if not 0 < number < 2**24:
+                objects.leave("segments whose id is no colour", name)
+                continue
             if (label := labels.get(segment["category_id"])) is None:
                 objects.leave("segments of unknown categories", f"{name} (category {segment['category_id']})")
                 continue
-            crowd, number = segment.get("iscrowd", 0) == 1, str(int(segment["id"])).encode()
-            objects.add(image, label, corners_of(segment["bbox"]), name, size, crowd, segment.get("area"), number)
+            crowd, box = segment.get("iscrowd", 0) == 1, corners_of(segment["bbox"])
+            objects.add(image, label, box, name, size, crowd, segment.get("area"), str(number).encode())
     if missing := [file for i, file in enumerate(files) if i not in pngs]:
         raise ValueError(f"{len(missing)} images have no map, the first is {missing[0]}")
     things = {labels[int(category["id"])]: category.get("isthing", 1) == 1 for category in content["categories"]}

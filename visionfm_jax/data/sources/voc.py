@@ -43,7 +43,7 @@ def open_voc(config: VocConfig) -> AnnotatedFiles:
         if not file.is_file():
             splits = sorted(p.stem for p in lists.glob("*.txt"))
             raise no_split(config, splits) if splits else misfit(config, f"PATH/ImageSets/Main/{config.split}.txt")
-        wanted = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        wanted = [line.split()[0] for line in file.read_text("utf-8", "replace").splitlines() if line.strip()]
     if missing := sorted(set(wanted) - trees.keys()):
         raise DataError(
             f"{describe(config)}: {len(missing)} of {len(wanted)} annotations are missing, the first is "

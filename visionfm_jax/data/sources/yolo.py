@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
@@ -118,7 +119,7 @@ def _read(path: Path, file: str, image: int, classes: int, objects: Objects) -> 
             x, y, w, h = numbers
             objects.add(image, int(label), (x - w / 2, y - h / 2, x + w / 2, y + h / 2), where, (1.0, 1.0))
         elif len(numbers) >= 6 and len(numbers) % 2 == 0:
-            xs, ys = numbers[::2], numbers[1::2]
-            objects.add(image, int(label), (min(xs), min(ys), max(xs), max(ys)), where, (1.0, 1.0))
+            points = np.reshape(numbers, (-1, 2))
+            objects.add(image, int(label), (*points.min(0), *points.max(0)), where, (1.0, 1.0))  # NaN stays NaN
         else:
             objects.leave("lines that are neither a box nor a polygon", where)
