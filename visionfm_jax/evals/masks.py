@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from visionfm_jax.data.images import DamagedImage, opened
-from visionfm_jax.data.sample import Placement, Sample, areas
+from visionfm_jax.data.sample import Placement, Sample
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.evals.base import OpenedEval
@@ -23,7 +23,7 @@ class Known(NamedTuple):
     boxes: np.ndarray  # (N, 4)
     labels: np.ndarray  # (N,)
     crowd: np.ndarray  # (N,) bool
-    areas: np.ndarray  # (N,), as annotated
+    areas: np.ndarray  # (N,), as annotated, else of the masks
     placement: Placement
 
 
@@ -43,8 +43,9 @@ def known_of(opened_eval: OpenedEval, record: int) -> Known | None:
     objects = sample.objects
     labels = np.asarray(objects["box_labels"], int)
     crowd = np.asarray(objects.get("box_crowd", np.zeros(len(labels))), bool)
-    area = np.asarray(objects.get("box_areas", areas(sample.boxes)), np.float64)
-    return Known(sample.masks.astype(bool), sample.boxes.astype(np.float64), labels, crowd, area, placement)
+    masks = sample.masks.astype(bool)
+    area = np.asarray(objects.get("box_areas", masks.sum((1, 2))), np.float64)
+    return Known(masks, sample.boxes.astype(np.float64), labels, crowd, area, placement)
 
 
 def on_image(masks: np.ndarray, placement: Placement, size: tuple[int, int]) -> Iterator[np.ndarray]:

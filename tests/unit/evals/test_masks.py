@@ -24,7 +24,7 @@ from visionfm_jax.errors import DataError
 from visionfm_jax.evals import segments
 from visionfm_jax.evals.coco import METRICS, Found, Truth, coco, match
 from visionfm_jax.evals.kinds import InstancesConfig, PanopticConfig
-from visionfm_jax.evals.masks import layers, on_image
+from visionfm_jax.evals.masks import known_of, layers, on_image
 from visionfm_jax.evals.segments import segments_of
 from visionfm_jax.models.backbones.vit import ViTConfig
 
@@ -100,6 +100,15 @@ def test_the_truth_itself_has_ap_1_on_one_host_or_two(monkeypatch):
     two[1]._count_all = lambda made: got  # as `from_first` gives it to the other process
     assert json.dumps(on_hosts(two, knowing(records))) == json.dumps([got, got])
     assert two[1].pictured == {}
+
+
+def test_objects_without_an_area_have_that_of_their_mask(monkeypatch):
+    records = scenes()
+    for record in records:
+        del record["box_areas"]
+    (evaluation,) = make(monkeypatch, InstancesConfig, records, CLASSES)
+    for i, record in enumerate(records):
+        assert known_of(evaluation, i).areas.tolist() == record["masks"].sum((1, 2)).tolist()
 
 
 def test_masks_that_are_not_finite_and_damaged_records(monkeypatch, caplog):
