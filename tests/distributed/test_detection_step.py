@@ -12,6 +12,7 @@ from test_context import weights
 from visionfm_jax.config import Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.evals.kinds import BoxesConfig
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.detection import DetectionConfig
@@ -137,3 +138,12 @@ def test_settings_that_do_not_fit_are_refused(task, says):
     with pytest.raises(ConfigError) as caught:
         config_of(**task).validate()
     assert says in str(caught.value)
+
+
+def test_evals_on_images_of_too_few_proposals_are_refused():
+    config = config_of()
+    config.evals = (BoxesConfig(source=TfdsConfig(path="-"), image_size=16),)
+    config.validate()
+    config.evals = (BoxesConfig(source=TfdsConfig(path="-"), image_size=8),)
+    with pytest.raises(ConfigError, match=r"config.evals\[0\].image_size = 8: has 7 proposals, and task.queries = 12"):
+        config.validate()

@@ -129,7 +129,9 @@ def _eval_problems(c: Config) -> list[Problem]:
             rule = f"measures the {e.measures} of a task, and {type(c.task).__name__} predicts {there}"
             out.append((f"evals[{i}]", e.kind, rule, "set another eval, or remove it"))
         if e.image_size:
-            out += c.model.size_problems(f"evals[{i}].image_size", e.image_size)
+            field = f"evals[{i}].image_size"
+            out += c.model.size_problems(field, e.image_size)
+            out += c.task.size_problems(c, field, e.image_size) if isinstance(c.model, c.task.model_class) else []
     return out
 
 

@@ -146,6 +146,10 @@ class TaskConfig(Choice):
         """Broken rules between its fields, the model and the rest of the run."""
         return []
 
+    def size_problems(self, run: Config, field: str, size: ImageSize) -> list[Problem]:
+        """Why it cannot be evaluated on images of `size`, the value of `field`."""
+        return []
+
     @abstractmethod
     def fields(self, run: Config) -> Any:
         """What a row holds beside its image: `data.fields.Fields`.

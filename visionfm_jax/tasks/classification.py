@@ -20,7 +20,7 @@ from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cr
 from visionfm_jax.models.heads import Classifier
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless
+from visionfm_jax.tasks.task import Stateless, loaded
 
 LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
@@ -59,11 +59,7 @@ class Classification(Stateless):
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3) and int32 labels (B,)."""
-        size = height_width(self.config.model.image_size)
-        return {
-            "image": jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        }
+        return loaded(self.config, batch_size)
 
     def loss(
         self, params: Any, batch: dict, keys: jax.Array, context: Context

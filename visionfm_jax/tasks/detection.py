@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig
-from visionfm_jax.config.limits import LOSS_WEIGHT, Limits, Problem, Range, height_width
+from visionfm_jax.config.limits import LOSS_WEIGHT, ImageSize, Limits, Problem, Range, height_width
 from visionfm_jax.data.augment import augment, normalize
 from visionfm_jax.data.fields import Objects
 from visionfm_jax.losses.detection import Truth, Weights, set_losses
@@ -32,7 +32,7 @@ from visionfm_jax.models.detector import (
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.sizes import heads_problems
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless
+from visionfm_jax.tasks.task import Stateless, loaded
 
 COUNT = Range(1, 2**14)
 DEPTH = Range(0, 1024)
@@ -88,12 +88,18 @@ class DetectionConfig(TaskConfig):
             rule = f"must be at least task.copies x task.most_objects = {self.copies * self.most_objects}"
             out.append(("task.many_queries", self.many_queries, rule, "set that, or 0"))
         settings, size = settings_of(run), run.model.image_size
-        proposals = proposal_count(map_grid(settings, height_width(size)))
+        proposals = _proposals(settings, size)
         if (wanted := self.queries + self.many_queries) > proposals:
             rule = f"with task.many_queries = {self.many_queries}, is more than the {proposals} proposals of an image"
             remedy = f"set queries and many_queries to {proposals} or less together, or a smaller stride"
             out.append(("task.queries", self.queries, f"{rule} of model.image_size = {size}: {wanted}", remedy))
         return out
+
+    def size_problems(self, run: Config, field: str, size: ImageSize) -> list[Problem]:
+        if self.queries <= (proposals := _proposals(settings_of(run), size)):
+            return []
+        rule = f"has {proposals} proposals, and task.queries = {self.queries} takes as many"
+        return [(field, size, rule, "set a larger one, or fewer queries")]
 
     def fields(self, run: Config) -> Objects:
         return Objects(self.num_classes, self.most_objects)
@@ -113,6 +119,11 @@ def settings_of(run: Config) -> DetectorSettings:
     )  # fmt: skip
 
 
+def _proposals(settings: DetectorSettings, size: ImageSize) -> int:
+    """Of an image of `size`."""
+    return proposal_count(map_grid(settings, height_width(size)))
+
+
 class Detection(Stateless):
     """The `tasks.task.Task` of detection."""
 
@@ -128,9 +139,7 @@ class Detection(Stateless):
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3), and what `data.fields.Objects` makes."""
-        size = height_width(self.config.model.image_size)
-        spec = {"image": ((*size, 3), jnp.uint8), **self.task.fields(self.config).spec}
-        return {k: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for k, (shape, dtype) in spec.items()}
+        return loaded(self.config, batch_size)
 
     def counts(self, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """`objects`, without those that are left out."""

@@ -30,7 +30,7 @@ from visionfm_jax.models.eomt import Eomt, Masked, Predicted, extra_flops, mask_
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.segmenter import resize
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless
+from visionfm_jax.tasks.task import Stateless, loaded
 
 COUNT = Range(1, 2**12)
 PREDICTED = {"semantic": ("class_map", "logits"), "instance": ("masks",), "panoptic": ("segments",)}
@@ -118,8 +118,7 @@ class EomtTask(Stateless):
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3), and what `data.fields.ClassMap` or `Masks` makes."""
-        spec = {"image": ((*self._size, 3), jnp.uint8), **self.task.fields(self.config).spec}
-        return {k: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for k, (shape, dtype) in spec.items()}
+        return loaded(self.config, batch_size)
 
     def counts(self, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """`masks`, without those that are left out."""

@@ -22,7 +22,7 @@ from visionfm_jax.losses.segmentation import labelled, pixel_cross_entropy
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.segmenter import LinearProbe, Segmenter, UPerNet, probe_flops, resize, upernet_flops
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless
+from visionfm_jax.tasks.task import Stateless, loaded
 
 
 @dataclass(kw_only=True)
@@ -87,11 +87,7 @@ class Segmentation(Stateless):
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loader gives: uint8 images (B, H, W, 3) and the classes of pixels (B, H, W)."""
-        fields = self.task.fields(self.config).spec
-        return {
-            "image": jax.ShapeDtypeStruct((batch_size, *self._size, 3), jnp.uint8),
-            **{name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in fields.items()},
-        }
+        return loaded(self.config, batch_size)
 
     def counts(self, batch: dict, keys: jax.Array) -> dict[str, jax.Array]:
         """`labelled`: pixels, by which the losses' sum divides."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from visionfm_jax.config import Config
+from visionfm_jax.config.limits import height_width
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.context import Context
 
@@ -65,6 +66,12 @@ class Stateless:
         """What there was."""
         del means
         return state
+
+
+def loaded(run: Config, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the loader gives a task that sees one image a row: uint8 images (B, H, W, 3), and the task's fields."""
+    spec = {"image": ((*height_width(run.model.image_size), 3), jnp.uint8), **run.task.fields(run).spec}
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in spec.items()}
 
 
 class ContrastTask(Task, Protocol):
