@@ -427,8 +427,8 @@ def table_grids(model: Any, path: str = "") -> dict[str, HeightWidth]:
 
 
 def _is_head(path: str) -> bool:
-    """Whether an array is of a classifier: it has a number for each class."""
-    return _holder(path).rpartition("/")[2] == "head"
+    """Whether an array is of a classifier, a layer: it has a number for each class."""
+    return path.rpartition("/")[2] in ("kernel", "bias") and _holder(path).rpartition("/")[2] == "head"
 
 
 def _holder(path: str) -> str:

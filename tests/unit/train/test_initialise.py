@@ -254,6 +254,12 @@ def test_a_head_is_taken_whole_or_not_at_all(other):
     assert "head/bias" in match(there, there, other.config, {}, "w").taken
 
 
+def test_a_head_of_other_queries_has_no_other_classes(other):
+    there = {"norm/scale": (96,), "head/queries": (9, 96)}
+    with pytest.raises(ConfigError, match=r"other shapes: head.queries \(9, 96\) there, \(4, 96\) here; .*skip"):
+        match(there, {**there, "head/queries": (4, 96)}, other.config, {}, "w")
+
+
 def test_a_run_of_another_resolution_and_other_classes(source, other, tmp_path):
     """Weights of a run fit as those of a file; a part of them, below a name of theirs, into a part of ours."""
     params = source[1]
