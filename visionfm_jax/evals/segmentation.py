@@ -27,7 +27,7 @@ from visionfm_jax.data.sample import Axis, Placement, Sample
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.data.transforms import Resize
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals.base import OpenedEval, names_of
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import MeanIouConfig
@@ -78,6 +78,8 @@ class SegmentationEval(OpenedEval):
 
     def __init__(self, config: MeanIouConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
+        if not config.scales:
+            raise ConfigError(f"config.evals[name={config.name}].scales = (): names no scale; set (1.0,)")
         run.task.fields(run).check(self.source)
         self.classes = names_of(self.source, run.task.num_classes)
         self.size = height_width(config.image_size or run.model.image_size)

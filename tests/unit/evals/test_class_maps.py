@@ -12,7 +12,7 @@ from pair_fakes import on_hosts
 
 from visionfm_jax.data.sample import Axis
 from visionfm_jax.data.transforms import Resize
-from visionfm_jax.errors import DataError
+from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import segmentation
 from visionfm_jax.evals.kinds import MeanIouConfig
 from visionfm_jax.evals.segmentation import Grid, by_class, confusion_of, guess_of, score, windows
@@ -51,6 +51,11 @@ def reading(calls=None, spoil=None):
 
 
 SIZES = [(32, 32), (32, 75), (50, 32), (32, 33), (32, 32), (32, 64), (32, 40), (32, 32), (32, 32), (90, 32), (32, 32)]
+
+
+def test_no_scale_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"config.evals\[name=held_out\].scales = \(\): names no scale; set \(1.0,\)"):
+        make(monkeypatch, MeanIouConfig, scenes([(32, 32)]), CLASSES, scales=())
 
 
 @pytest.mark.parametrize("flip", [False, True])
