@@ -148,7 +148,7 @@ class Objects:
             single = np.flatnonzero(~np.asarray(record["box_crowd"], bool))
             labels, boxes = labels[single], boxes[single]
         objects, labels = len(labels), labels[: self.most]
-        _check_box_labels(labels, self.num_classes)
+        check_box_labels(labels, self.num_classes)
         row = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()}
         row["box_labels"][: len(labels)] = labels
         row["boxes"][: len(labels)] = boxes[: self.most]
@@ -159,7 +159,7 @@ class Objects:
         _check_count(source, self.num_classes)
 
 
-def _check_box_labels(labels: np.ndarray, num_classes: int) -> None:
+def check_box_labels(labels: np.ndarray, num_classes: int) -> None:
     """Refuse what is no list of integers below `num_classes`.
 
     Raises:
@@ -193,7 +193,7 @@ class Masks:
         if missing := sorted({"boxes", "box_labels", "masks"} - record.keys()):
             raise DamagedRecord(f"it has no {' and no '.join(missing)}")
         labels, masks = np.asarray(record["box_labels"]), np.asarray(record["masks"], bool)
-        _check_box_labels(labels, self.num_classes)
+        check_box_labels(labels, self.num_classes)
         counted, (height, width) = np.zeros(self.size, bool), record["size"]
         counted[:height, :width] = True
         if "box_crowd" in record:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from visionfm_jax.data.fields import check_box_labels
 from visionfm_jax.data.images import DamagedImage, opened
 from visionfm_jax.data.sample import Placement, Sample
 from visionfm_jax.data.sources import read_record
@@ -35,17 +36,18 @@ def known_of(opened_eval: OpenedEval, record: int) -> Known | None:
         with opened(entry.get("image"), opened_eval.transform.max_pixels) as picture:
             sample = Sample.of(entry, picture, picture.size, exact=True)
             placement = opened_eval.transform.placement(picture)
-        if sample.masks is None or sample.boxes is None:
-            raise DamagedRecord("it has no masks, or no boxes")
+        masks, objects = sample.masks, sample.objects
+        if masks is None or sample.boxes is None or "box_labels" not in objects:
+            raise DamagedRecord("it has no masks, no boxes or no box_labels")
+        labels = np.asarray(objects["box_labels"])
+        check_box_labels(labels, opened_eval.run_config.task.num_classes)
     except (DamagedImage, DamagedRecord) as error:
         logging.warning("%s: record %s is damaged and left out: %s", source.name, source.key(record), error)
         return None
-    objects = sample.objects
-    labels = np.asarray(objects["box_labels"], int)
+    masks = masks.astype(bool)
     crowd = np.asarray(objects.get("box_crowd", np.zeros(len(labels))), bool)
-    masks = sample.masks.astype(bool)
     area = np.asarray(objects.get("box_areas", masks.sum((1, 2))), np.float64)
-    return Known(masks, sample.boxes.astype(np.float64), labels, crowd, area, placement)
+    return Known(masks, sample.boxes.astype(np.float64), labels.astype(int), crowd, area, placement)
 
 
 def on_image(masks: np.ndarray, placement: Placement, size: tuple[int, int]) -> Iterator[np.ndarray]:
