@@ -213,7 +213,8 @@ def boxes(
       path: PNG to write; its folder is made.
       title: above the picture.
     """
-    says = f"left: objects, red if missed; right: boxes of score {least_score:.2f} or more, red if wrong (IoU < 0.5)"
+    shown_from = f"{least_score:.2f} or more (the best F1)"
+    says = f"left: objects, red if missed; right: boxes of score {shown_from}, red if wrong (IoU < 0.5)"
 
     def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
         truth, found = entry["truth"], entry["found"]
@@ -256,7 +257,8 @@ def maps(
             known = np.where((which < 0) | (which >= classes), classes, which)
             _picture(ax, colours[known], x + i * (PANEL + GAP / 2), y, PANEL, PALE, 1.0, smooth=False)
 
-    _side_by_side(shown, 3, one, "image, its map, the predicted map; black: no class", "right", path, title, legend)
+    says = "image, its map, the predicted map; black: no class, which does not count"
+    _side_by_side(shown, 3, one, says, "right", path, title, legend)
 
 
 def segments(

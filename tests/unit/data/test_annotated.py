@@ -190,6 +190,17 @@ def test_coco_elsewhere_and_other_splits(tmp_path):
     (tmp_path / COCO).rename(tmp_path / "val/_annotations.coco.json")
     config = CocoConfig(path=str(tmp_path), split="val", annotations="{split}/_annotations.coco.json")
     assert len(open_source(config)) == 3
+    error = error_of(CocoConfig(path=str(tmp_path), split="val"))
+    assert "expected PATH/annotations/instances_val.json, found JSON files of annotations; use CocoConfig (by" in error
+    assert error.endswith("such as annotations='val/_annotations.coco.json'")
+
+
+def test_folders_that_another_kind_reads(tmp_path):
+    write_pictures(tmp_path / "images/val", {"0.jpg": 0})
+    (tmp_path / "annotations/val").mkdir(parents=True)
+    assert "found images and annotations; use ClassMapsConfig" in error_of(CocoConfig(path=str(tmp_path), split="val"))
+    write_json(tmp_path / "annotations/panoptic_val.json", {})
+    assert "found COCO's segments; use CocoPanopticConfig" in error_of(CocoConfig(path=str(tmp_path), split="val"))
 
 
 def test_objects_and_labels_are_told_apart(tmp_path):

@@ -123,7 +123,8 @@ def test_a_map_of_another_size_is_damaged(tmp_path):
         ({"names": "lost.txt"}, "lost.txt is missing; set names"),
         ({"ignore": (5,)}, r"ignore = \(5,\) has values of classes"),
         ({"first": 65_530}, r"num_classes = 150 from first = 65530 on, .* values to 65,535; set"),
-        ({"split": "test"}, "expected PATH/images/test and PATH/annotations/test, found ADE20K"),
+        ({"split": "test"}, "no split 'test'; the splits are training"),
+        ({"maps": "masks/{split}"}, "expected PATH/images/training and PATH/masks/training, found ADE20K"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, change, words):

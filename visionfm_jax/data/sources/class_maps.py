@@ -21,7 +21,7 @@ from visionfm_jax.data.images import DamagedImage, decode_map
 from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import ClassMapsConfig
-from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit
+from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit, no_split, splits_of
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.errors import DataError
 
@@ -37,7 +37,9 @@ class ClassMapsSource(ListedFiles):
         path, name = check_path(config), describe(config)
         folders = [getattr(config, field).replace("{split}", config.split) for field in ("images", "maps")]
         if not all((path / folder).is_dir() for folder in folders):
-            raise misfit(config, " and ".join(f"PATH/{folder}" for folder in folders))
+            splits = sorted(set(splits_of(path, config.images)) & set(splits_of(path, config.maps)))
+            expected = " and ".join(f"PATH/{folder}" for folder in folders)
+            raise no_split(config, splits) if splits else misfit(config, expected)
         names = _names(config, path)
         self.num_classes = config.num_classes or len(names)
         if not self.num_classes:

@@ -20,7 +20,7 @@ import numpy as np
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
 from visionfm_jax.data.sources.files import read_json
 from visionfm_jax.data.sources.kinds import CocoConfig, CocoPanopticConfig
-from visionfm_jax.data.sources.layout import check_path, misfit, no_split
+from visionfm_jax.data.sources.layout import check_path, misfit, no_split, splits_of
 from visionfm_jax.data.sources.outlines import mask_of
 
 _NEEDED = (
@@ -124,7 +124,5 @@ def annotations_of(config: CocoConfig | CocoPanopticConfig) -> Path:
     file = path / config.annotations.replace("{split}", config.split)
     if file.is_file():
         return file
-    before, _, after = config.annotations.partition("{split}")
-    found = (p.relative_to(path).as_posix() for p in path.glob(config.annotations.replace("{split}", "*")))
-    splits = sorted(f[len(before) : len(f) - len(after)] for f in found) if "{split}" in config.annotations else []
-    raise no_split(config, splits) if splits else misfit(config, f"PATH/{config.annotations}")
+    splits = splits_of(path, config.annotations)
+    raise no_split(config, splits) if splits else misfit(config, f"PATH/{file.relative_to(path).as_posix()}")

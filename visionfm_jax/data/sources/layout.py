@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.kinds import (
     Ade20kConfig,
+    ClassMapsConfig,
     CocoCaptionsConfig,
     CocoConfig,
+    CocoPanopticConfig,
     FolderConfig,
     NumpyConfig,
     TarsConfig,
@@ -72,9 +74,24 @@ def tfds_versions(path: Path) -> list[Path]:
     return []
 
 
+def splits_of(path: Path, place: str) -> list[str]:
+    """What stands for {split} in the files or folders `place` below `path`, sorted."""
+    before, split, after = place.partition("{split}")
+    if not split:
+        return []
+    found = (file.relative_to(path).as_posix() for file in path.glob(place.replace("{split}", "*")))
+    return sorted(file[len(before) : len(file) - len(after)] for file in found)
+
+
 def coco_splits(path: Path, of: str = "captions") -> list[str]:
     """Splits of which `path` holds captions, or instances, as COCO's annotations/captions_SPLIT.json, sorted."""
     return sorted(p.stem.removeprefix(f"{of}_") for p in path.glob(f"annotations/{of}_*.json"))
+
+
+def _coco_elsewhere(path: Path) -> list[str]:
+    """JSON files, below `path`, where others than COCO's authors keep what its annotations/instances_SPLIT.json has."""
+    found = chain(path.glob("annotations/*.json"), path.glob("*/_annotations.coco.json"))
+    return sorted(file.relative_to(path).as_posix() for file in islice(found, _LOOK))
 
 
 def class_splits(path: Path) -> list[str]:
@@ -99,6 +116,8 @@ def _guess(path: Path) -> tuple[str, str]:
         return "COCO's captions", _use(CocoCaptionsConfig, _one_of(splits))
     if splits := coco_splits(path, "instances"):
         return "COCO's objects", _use(CocoConfig, _one_of(splits))
+    if splits := coco_splits(path, "panoptic"):
+        return "COCO's segments", _use(CocoPanopticConfig, _one_of(splits))
     if (path / VISUAL_GENOME).is_file():
         return "Visual Genome", _use(VisualGenomeConfig)
     if (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir():
@@ -107,6 +126,11 @@ def _guess(path: Path) -> tuple[str, str]:
         return "YOLO's files", _use(YoloConfig)
     if (path / "annotations" / "training").is_dir() and (path / "images" / "training").is_dir():
         return "ADE20K", _use(Ade20kConfig)
+    if notes := _coco_elsewhere(path):
+        where = f"annotations and images as they are named here, such as annotations={notes[0]!r}"
+        return "JSON files of annotations", _use(CocoConfig, where)
+    if (path / "annotations").is_dir() and (path / "images").is_dir():
+        return "images and annotations", _use(ClassMapsConfig)
     if any(_has_image(e) for e in entries):
         return "class folders of images", _use(FolderConfig, "split=''")
     if splits := class_splits(path):

@@ -48,7 +48,7 @@ class ScenesSource:
     def __init__(self, config: ScenesConfig):
         self.name = f"scenes {config.path}/{config.split}"
         if config.path not in SETS:
-            raise DataError(f"{self.name}: path must be a set of emoji, {' or '.join(SETS)}; set one")
+            raise DataError(f"{self.name}: path must be a set of emoji, {' or '.join(SETS)}; set one, or another kind")
         if config.split not in SPLITS:
             raise DataError(f"{self.name}: no such split; the splits are {', '.join(SPLITS)}")
         arrays, meta = read_set(config.path)
