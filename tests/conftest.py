@@ -46,6 +46,7 @@ SLOW = (
     "distributed/test_segmentation.py",
     "distributed/test_eomt_step.py",
     "distributed/test_context.py",
+    "distributed/test_frozen.py",
     "distributed/test_self_distillation.py",
     "parity/test_swin_parity.py",
     "parity/test_dialect_parity.py",

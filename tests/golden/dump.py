@@ -51,7 +51,7 @@ def dump(name: str) -> str:
     """The configuration, what follows from it, and a line for each parameter; full size costs nothing."""
     stem, _, variant = name.partition(":")
     config, _ = load.from_arguments([f"--config={CONFIGS / stem}.py" + (f":{variant}" if variant else "")])
-    tx = make_optimizer(config.optim, config.total_steps, config.task.trained)
+    tx = make_optimizer(config.optim, config.total_steps)
     params = jax.eval_shape(lambda: init_state(make_task(config, gather_params), tx, config)).params
     decays = jax.tree.leaves(decay_mask(params))
     lines = {}

@@ -70,7 +70,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 evaluate=lambda step, state: measure(
                     trainer,
                     {e.name: evals[e.name] for e in due_evals(config, step)},
-                    state.params if state.ema is None else state.ema,  # the EMA weights if kept
+                    state.averaged,
                     {"weights": str(folder.path), "step": step},
                     lambda: monitor.step_done(step),  # a long evaluation is no standstill
                     stop,

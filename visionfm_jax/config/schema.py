@@ -130,7 +130,8 @@ class TaskConfig(Choice):
       rows: how many rows a device must be given at a time, and why, for people.
       pair_ratio: samples in turn with caption and without; (0, 0): it does not tell them apart.
       reads_captions: whether it has a `tokenizer`.
-      trained: names at the top of the parameters that the optimiser changes; (): of all.
+      trained: names at the top of the parameters that have gradients, moments and averages and that the optimiser
+        changes; (): of all.
     """
 
     limits: ClassVar[Limits] = {}

@@ -101,13 +101,8 @@ def _place(path: tuple) -> tuple[tuple[str, ...], int, int] | None:
     return (keys[: at - 1], int(stage[1]), number) if stage else (keys[:at], 0, number)
 
 
-def make_optimizer(
-    config: OptimConfig, total_steps: int, trained: tuple[str, ...] = ()
-) -> optax.GradientTransformation:
-    """`optax.adamw` with fp32 moments, after clipping by the global norm; then factors by depth.
-
-    `trained`: names at the top of the parameters to which that is confined, weight decay included; (): all.
-    """
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """`optax.adamw` with fp32 moments, after clipping by the global norm; then factors by depth."""
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(
         optax.adamw(
@@ -121,14 +116,7 @@ def make_optimizer(
                 lambda updates, params: jax.tree.map(jnp.multiply, updates, layer_scales(params, config.layer_decay))
             )
         )
-    if trained:
-        parts.append(optax.masked(optax.set_to_zero(), lambda params: _outside(params, trained)))
     return optax.chain(*parts)
-
-
-def _outside(params: Any, trained: tuple[str, ...]) -> Any:
-    """True for parameters below other names than these."""
-    return {name: jax.tree.map(lambda _, own=name in trained: not own, part) for name, part in params.items()}
 
 
 def update_count(opt_state: Any) -> jax.Array:

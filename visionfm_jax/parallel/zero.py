@@ -120,6 +120,20 @@ def gather_params(params: Tree) -> Tree:
     return jax.tree.map(one, params, is_leaf=is_sharded)
 
 
+def select(tree: dict[str, Tree], names: tuple[str, ...]) -> dict[str, Tree]:
+    """The parts below these names at the top of parameters, or of what is shaped like them; (): all.
+
+    Raises:
+      ConfigError: there is no part of such a name.
+    """
+    if missing := set(names) - tree.keys():
+        raise ConfigError(
+            f"config.task.trained = {names}: {', '.join(sorted(missing))} is no part of the parameters; they have "
+            f"{', '.join(tree)}"
+        )
+    return {name: part for name, part in tree.items() if name in names} if names else tree
+
+
 def is_scanned(path: tuple) -> bool:
     """Whether dim 0 of the parameter at this `jax.tree_util` path counts layers."""
     return any(getattr(k, "key", None) == SCANNED for k in path)
@@ -168,10 +182,11 @@ class Zero:
       stage: a key of `STAGES`.
       params: the whole parameters, or their shapes.
       dtype: compute dtype, to which matrices are cast before they travel.
+      trained: names at the top of the parameters that have gradients; (): all.
     """
 
-    def __init__(self, mesh: Mesh, stage: int, params: Tree, dtype: jnp.dtype):
-        self.mesh, self.stage, self.dtype = mesh, STAGES[stage], dtype
+    def __init__(self, mesh: Mesh, stage: int, params: Tree, dtype: jnp.dtype, trained: tuple[str, ...] = ()):
+        self.mesh, self.stage, self.dtype, self.trained = mesh, STAGES[stage], dtype, trained
         shards = mesh.shape[FSDP]
         self._dims = jax.tree_util.tree_map_with_path(  # a list: None would vanish from a tree
             lambda path, p: [shard_dim(path, p, shards)], params
@@ -181,8 +196,9 @@ class Zero:
         self._specs = self._map(lambda p, dim: _spec(p.ndim, dim), params)
 
     def _map(self, f: Callable, tree: Tree, *rest: Tree) -> Tree:
-        """f(leaf, sharded dim or None, …) over parameters."""
-        return jax.tree.map(lambda p, dim, *r: f(p, dim[0], *r), tree, self._dims, *rest)
+        """f(leaf, sharded dim or None, …) over parameters, or the parts of them that `tree` has."""
+        parts = ({name: of[name] for name in tree} for of in (self._dims, *rest))
+        return jax.tree.map(lambda p, dim, *r: f(p, dim[0], *r), tree, *parts)
 
     @property
     def state_specs(self) -> Tree:
@@ -273,7 +289,8 @@ class Zero:
             in_use_shards = shards if self.stage.in_use and is_scanned(path) else 1
             held[0] += p.size // in_use_shards * size if size < 4 else 0  # fp32 is read where it is stored
             gradient_shards = shards if self.stage.gradients else 1
-            held[1] += p.size // gradient_shards * (4 if accumulate > 1 else size)
+            if not self.trained or path[0].key in self.trained:
+                held[1] += p.size // gradient_shards * (4 if accumulate > 1 else size)
 
         jax.tree_util.tree_map_with_path(add, params, self._dims, self._is_matrix)
         return held[0], held[1]
@@ -301,8 +318,8 @@ class Zero:
             parameters' do in the forward pass, and have no gradient.
 
         Returns:
-          The per-sample arrays over the global batch in its order; the means; and the gradients, fp32, sharded like
-          the stored parameters.
+          The per-sample arrays over the global batch in its order; the means; and the gradients of the trained parts,
+          fp32, sharded like the stored parameters.
         """
         parts = self.mesh.size * accumulate
         # Of several micro-batches it is cheaper to sum over replicas once, at the end.
@@ -325,11 +342,13 @@ class Zero:
                 return loss if scale is None else loss * (scale / parts), tuple(rest)
 
             def micro(rows: dict) -> tuple[dict, tuple[Tree, dict]]:
-                if self.stage.gradients:
-                    grad = jax.grad(lambda s: scaled_loss(self._usable(s, whole, sum_replicas), rows), has_aux=True)
-                    grads, (per_sample, means) = grad(shards)
-                else:
-                    grads, (per_sample, means) = jax.grad(scaled_loss, has_aux=True)(whole, rows)
+                def loss(trained: Tree) -> tuple[jax.Array, tuple[dict, dict]]:
+                    if self.stage.gradients:
+                        return scaled_loss(self._usable(shards | trained, whole, sum_replicas), rows)
+                    return scaled_loss(whole | trained, rows)
+
+                of = select(shards if self.stage.gradients else whole, self.trained)
+                grads, (per_sample, means) = jax.grad(loss, has_aux=True)(of)
                 return per_sample, (grads, means)
 
             per_sample, (grads, means) = accumulate_gradients(micro, batch, accumulate)
@@ -340,7 +359,7 @@ class Zero:
             return per_sample, means, jax.tree.map(lambda g: g / (parts if scale is None else scale), grads)
 
         specs = self.state_specs, BATCH, REPLICATED, self._context_specs(context)
-        out_specs = BATCH, REPLICATED, self.state_specs
+        out_specs = BATCH, REPLICATED, select(self.state_specs, self.trained)
         return self._shard_map(local, specs, out_specs)(params, batch, scale, context)
 
     def _reduce(self, g: jax.Array, dim: int | None, matrix: bool, *, summed: bool) -> jax.Array:

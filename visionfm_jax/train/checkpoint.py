@@ -229,7 +229,7 @@ class Checkpoints:
         return dataclasses.replace(found, what=shapes.replace(**found.what))
 
     def restore_weights(self, shapes: Any, shardings: Any) -> Restored:
-        """The newest weights alone, verified: the averaged ones where the run kept them.
+        """The newest weights alone, verified: the averaged ones where the run kept them, of the parts it trained.
 
         Args:
           shapes, shardings: of the parameters.
@@ -257,11 +257,14 @@ class Checkpoints:
 
         def parts_of(step: int) -> dict[str, Any]:
             stored = self._stored(step)
-            key = "ema" if jax.tree.leaves(stored.get("ema")) else "params"
-            return {key: choose(step, stored.get(key))}
+            averaged = stored["ema"] if jax.tree.leaves(stored.get("ema")) else {}
+            parts: dict[str, Any] = {"params": {}, "ema": {}}
+            for name, part in choose(step, {**stored["params"], **averaged}).items():
+                parts["ema" if name in averaged else "params"][name] = part
+            return {key: part for key, part in parts.items() if part}
 
         found = self._newest_whole(parts_of)
-        [weights] = found.what.values()
+        weights = {name: part for parts in found.what.values() for name, part in parts.items()}
         return dataclasses.replace(found, what=weights)
 
     def _newest_whole(self, parts_of: Callable[[int], dict[str, Any]]) -> Restored:

@@ -118,7 +118,7 @@ def starting_state(trainer: Trainer, checkpoints: Checkpoints) -> Start:
     found = find_weights(trainer)  # before anything is compiled
     state = trainer.init()
     params = placed(trainer, found, state.params)
-    ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, params)
+    ema = None if state.ema is None else {name: jax.tree.map(jax.numpy.copy, params[name]) for name in state.ema}
     return Start(state.replace(params=params, ema=ema), {}, found.origin, found.about)
 
 

@@ -17,7 +17,7 @@ from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
 from visionfm_jax.parallel.accumulate import GradCache, LossFn
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import BATCH, REPLICATED
-from visionfm_jax.parallel.zero import Zero, gather_params
+from visionfm_jax.parallel.zero import Zero, gather_params, select
 from visionfm_jax.tasks.task import DTYPES, Task, make_task
 from visionfm_jax.train.state import TrainState, init_state, state_shardings
 
@@ -41,9 +41,10 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.task = make_task(config, gather_params)
-        self.tx = make_optimizer(config.optim, config.total_steps, config.task.trained)
+        self.tx = make_optimizer(config.optim, config.total_steps)
         self.shapes = jax.eval_shape(lambda: init_state(self.task, self.tx, config))
-        self.zero = Zero(mesh, config.parallel.stage, self.shapes.params, DTYPES[config.train.precision])
+        dtype, trained = DTYPES[config.train.precision], config.task.trained
+        self.zero = Zero(mesh, config.parallel.stage, self.shapes.params, dtype, trained)
         self.shardings = state_shardings(self.shapes, self.tx, self.zero)
         self.init = jax.jit(lambda: init_state(self.task, self.tx, config), out_shardings=self.shardings)
         rows = NamedSharding(mesh, BATCH)
@@ -68,8 +69,8 @@ class Trainer:
 
     @property
     def tensor_names(self) -> list[str]:
-        """Of the parameters, in tree order: "blocks.attn.qkv.kernel"."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.shapes.params)
+        """Of the parameters that have gradients, in tree order: "blocks.attn.qkv.kernel"."""
+        leaves = jax.tree_util.tree_leaves_with_path(select(self.shapes.params, self.zero.trained))
         return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
@@ -80,7 +81,7 @@ def make_step(
 
     A step whose loss or gradient is not finite changes nothing but the step number and, in fp16, the loss scale, so
     that no state is ever spoiled; whether the run goes on is the loop's decision. Metrics are scalars, except
-    `gradient_norms`, one per parameter tensor in tree order, and `losses` (B,): they name the culprits when something
+    `gradient_norms`, one per trained tensor in tree order, and `losses` (B,): they name the culprits when something
     is not finite.
     """
     lr = schedule(config.optim, config.total_steps)
@@ -98,10 +99,13 @@ def make_step(
         metrics |= {"grad_norm": jnp.linalg.norm(norms), "lr": lr(update_count(state.opt_state))}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = task.constrain(optax.apply_updates(state.params, updates))
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - momentum(state.step))
-        metrics |= update_ratios(updates, state.params)
+        trained = select(state.params, zero.trained)
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        params = task.constrain({**state.params, **optax.apply_updates(trained, updates)})
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(select(params, zero.trained), ema, 1 - momentum(state.step))
+        metrics |= update_ratios(updates, trained)
 
         task_state = task.update(state.task_state, means)
         new = state.replace(params=params, opt_state=opt_state, ema=ema, task_state=task_state)
@@ -129,7 +133,7 @@ def context_of(config: Config, task: Task, zero: Zero, state: TrainState, batch:
     micro_batches = zero.mesh.size * config.train.accumulate
     counts = zero.total(lambda rows: task.counts(*_without_keys(rows)), batch)
     counts = {name: count / micro_batches for name, count in counts.items()}
-    return Context(state.step, state.ema if task.momentum else None, state.task_state, counts)
+    return Context(state.step, state.averaged if task.momentum else None, state.task_state, counts)
 
 
 def _without_keys(rows: dict) -> tuple[dict, jax.Array]:
