@@ -1,6 +1,6 @@
-"""Scaled dot-product attention by JAX's own kernels.
+"""Scaled dot-product attention by JAX's own kernels, of all tokens or of those of a window.
 
-Shapes: B batch, T tokens that ask, S tokens that are looked at, N heads, K head dim.
+Shapes: B batch, T tokens that ask, S tokens that are looked at, N heads, K head dim, h w patches of a map.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+
+from visionfm_jax.config.limits import HeightWidth
 
 
 def attention(
@@ -63,6 +66,56 @@ def attention(
     zeros = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # of q, as jax 0.10's rule for vmap wants lengths batched like it
     lengths = zeros + (S if lengths is None else lengths)
     return attend(q, k, v, bias, query_seq_lengths=zeros + T, key_value_seq_lengths=lengths)[:, :T]
+
+
+def windowed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, *, grid: HeightWidth, window: int
+) -> jax.Array:
+    """As `attention`, of patches to those of their own window (Li et al. 2022, "ViTDet").
+
+    Windows are cut from the upper left. ViTDet pads the map to whole ones; here those at the lower and right edges are
+    smaller, which is the same as if the padding were masked, and costs nothing. Tokens before the patches, as the class
+    token, are part of every window, and attend to all tokens.
+
+    Args:
+      q, k, v: (B, T, N, K), of which the last h w tokens are patches.
+      implementation: as `attention`.
+      grid: (h, w).
+      window: patches of a side.
+
+    Returns:
+      (B, T, N, K).
+    """
+    first = q.shape[1] - grid[0] * grid[1]
+    maps = [rearrange(a[:, first:], "b (h w) n k -> b h w n k", h=grid[0]) for a in (q, k, v)]
+    rows = []
+    for top, bottom, height in _bands(grid[0], window):
+        row = []
+        for left, right, width in _bands(grid[1], window):
+            cut = {"r": (bottom - top) // height, "c": (right - left) // width, "h": height, "w": width}
+            queries, *others = (
+                rearrange(a[:, top:bottom, left:right], "b (r h) (c w) n k -> (b r c) (h w) n k", **cut) for a in maps
+            )
+            if first:
+                own = (jnp.repeat(a[:, :first], cut["r"] * cut["c"], axis=0) for a in (k, v))
+                others = [jnp.concatenate(pair, axis=1) for pair in zip(own, others, strict=True)]
+            y = attention(queries, *others, implementation)
+            row.append(rearrange(y, "(b r c) (h w) n k -> b (r h) (c w) n k", **cut))
+        rows.append(jnp.concatenate(row, axis=2))
+    y = rearrange(jnp.concatenate(rows, axis=1), "b h w n k -> b (h w) n k")
+    return jnp.concatenate([attention(q[:, :first], k, v, implementation), y], axis=1) if first else y
+
+
+def window_pairs(grid: HeightWidth, window: int) -> int:
+    """Pairs of patches that attend to each other in the windows of a map (h, w)."""
+    rows, columns = (sum((end - start) * side for start, end, side in _bands(length, window)) for length in grid)
+    return rows * columns
+
+
+def _bands(length: int, window: int) -> list[tuple[int, int, int]]:
+    """A side cut into windows: where those of one length start and end, and that length; whole ones, then the rest."""
+    whole, rest = length - length % window, length % window
+    return [band for band in ((0, whole, window), (whole, length, rest)) if band[0] < band[1]]
 
 
 def _widened(attend: Callable[..., jax.Array], *inputs: jax.Array | None) -> jax.Array:

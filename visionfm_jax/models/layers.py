@@ -19,7 +19,8 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from visionfm_jax.models.attention import attention
+from visionfm_jax.config.limits import HeightWidth
+from visionfm_jax.models.attention import attention, windowed_attention
 
 Params = Any  # a pytree of arrays
 GatherParams = Callable[[Params], Params]
@@ -141,6 +142,8 @@ class Attention(nn.Module):
       biases: of queries, keys and values, as `Qkv` has them.
       qk_norm: the epsilon of LayerNorms over a head's channels of queries and keys (Dehghani et al. 2023); 0: none.
       rotation: rotary positions of the T tokens; None: none.
+      window: patches attend inside windows of so many to a side, as `windowed_attention` has it; 0: to all tokens.
+      grid: with windows, the last of the tokens as a map of patches (h, w).
     """
 
     heads: int
@@ -150,6 +153,8 @@ class Attention(nn.Module):
     biases: str = "all"
     qk_norm: float = 0.0
     rotation: Rotation | None = None
+    window: int = 0
+    grid: HeightWidth = (0, 0)
 
     @nn.compact
     def __call__(
@@ -174,6 +179,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache = cache.put(*qkv[1:], position)
             y = attention(qkv[0], *cache, self.implementation, lengths=jnp.full(B, position + 1))
+        elif self.window:
+            y = windowed_attention(*qkv, self.implementation, grid=self.grid, window=self.window)
         else:
             causal = self.causal if isinstance(self.causal, tuple) else (self.causal,)
             parts = zip(*(jnp.split(a, len(causal), axis=1) for a in qkv), causal, strict=True)
@@ -220,7 +227,7 @@ class Block(nn.Module):
     """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); (B, T, D) to (B, T, D).
 
     Attributes:
-      biases, qk_norm, rotation: of `Attention`.
+      biases, qk_norm, rotation, window, grid: of `Attention`.
       layer_scale: where the factors of each branch's channels start (Touvron et al. 2021, "CaiT"); 0: no factors.
       keys: (B,), draw which branches a sample leaves out; None: nothing is left out.
       mask: (B, 1, T, T) bool, which tokens see which; None: all see all.
@@ -239,6 +246,8 @@ class Block(nn.Module):
     layer_scale: float = 0.0
     keys: jax.Array | None = None
     mask: jax.Array | None = None
+    window: int = 0
+    grid: HeightWidth = (0, 0)
 
     @nn.compact
     def __call__(self, x: jax.Array, own: dict[str, jax.Array] | None = None) -> jax.Array:
@@ -251,8 +260,9 @@ class Block(nn.Module):
             return y if own is None else drop_path(y, self.keys, 2 * own["layer"] + number - 1, own["rate"])
 
         attend = Attention(
-            self.heads, self.dtype, self.attention, self.causal, self.biases, self.qk_norm, self.rotation, name="attn"
-        )
+            self.heads, self.dtype, self.attention, self.causal, self.biases, self.qk_norm, self.rotation, self.window,
+            self.grid, name="attn",
+        )  # fmt: skip
         x = x + branch(attend(layer_norm(self.dtype, "ln1", self.epsilon)(x), mask=self.mask), 1)
         y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
         return x + branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2)
@@ -264,7 +274,7 @@ def _save_all(prim, *_, **__) -> bool:
 
 
 def _save_all_but_attention(prim, *inputs, **params) -> bool:
-    # Inside a block only attention works on arrays of rank 4: its (B, N, T, T) logits and weights.
+    # Inside a block only attention works on arrays of rank 4, its (B, N, T, T) logits and weights, and more (windows).
     return _save_all(prim) and all(a.ndim < 4 for a in inputs)
 
 
@@ -294,6 +304,7 @@ def scan_blocks(
     each: Any = None,
     outputs: bool = False,
     part: slice = slice(None),
+    alike: bool = False,
 ) -> Any:
     """Apply the blocks of `group` in turn, `repeats` times, as one loop, with parameters stacked under "blocks".
 
@@ -302,7 +313,7 @@ def scan_blocks(
     Args:
       module: the network that owns the parameters, inside its compact method.
       group: unbound blocks (`parent=None`) that map x to the same shape and dtype. A group of several stores the
-        parameters of each under its number.
+        parameters of each under its number, or, if they are `alike`, those of all blocks in one stack.
       repeats: L, the loop's length.
       x: (B, …).
       gather_params: applied to one block's parameters inside the loop, so that a weight is whole for one block only.
@@ -310,24 +321,33 @@ def scan_blocks(
       each: arrays (L * len(group), …) of which each block gets its own as a second argument; None: no such argument.
       outputs: the one block of `group` returns a pair: x, and what is to be kept of it.
       part: of the L passes, those that are made; calls one after another may make them all.
+      alike: the blocks of `group` have parameters of the same names and shapes.
 
     Returns:
       x, or with `outputs` a pair: x, and all that was kept, (L, …).
     """
 
+    different = group[:1] if alike else group  # in their parameters
+
     def init_one(key: jax.Array) -> Params:
-        keys = jax.random.split(key, len(group)) if len(group) > 1 else [key]
-        own = [() if each is None else (jax.tree.map(lambda a: a[0], each),)] * len(group)
-        stacks = [b.init(k, x, *e)["params"] for b, k, e in zip(group, keys, own, strict=True)]
-        return stacks[0] if len(group) == 1 else {str(i): p for i, p in enumerate(stacks)}
+        keys = jax.random.split(key, len(different)) if len(different) > 1 else [key]
+        own = [() if each is None else (jax.tree.map(lambda a: a[0], each),)] * len(different)
+        stacks = [b.init(k, x, *e)["params"] for b, k, e in zip(different, keys, own, strict=True)]
+        return stacks[0] if len(different) == 1 else {str(i): p for i, p in enumerate(stacks)}
 
     if module.is_initializing() and not module.has_variable("params", "blocks"):
-        params = module.param("blocks", lambda key: jax.vmap(init_one)(jax.random.split(key, repeats)))
+        layers = repeats * len(group) // len(different)
+        params = module.param("blocks", lambda key: jax.vmap(init_one)(jax.random.split(key, layers)))
     else:  # not `module.param`: that would compare the shapes of shards with those of whole weights
         params = module.get_variable("params", "blocks")
+    if alike:
+        params = jax.tree.map(lambda a: rearrange(a, "(l g) ... -> l g ...", g=len(group)), params)
+        # By its name, a block is told from the others of its group (`train.layer_statistics`).
+        group = [block.clone(name=str(i)) for i, block in enumerate(group)]
 
     def body(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
         p, own = inputs
+        parts = _unstack(p, len(group)) if alike else [p[str(i)] for i in range(len(group))] if len(group) > 1 else [p]
         kept = None
         for i, block in enumerate(group):
 
@@ -338,7 +358,7 @@ def scan_blocks(
             # in the forward pass and, unless that is forbidden, keeps those instead of recomputing.
             step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=len(range(repeats)[part]) == 1)
             arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
-            x = step(x, p if len(group) == 1 else p[str(i)], *arguments)
+            x = step(x, parts[i], *arguments)
             x, kept = x if outputs else (x, None)
         return x, kept
 
@@ -347,6 +367,13 @@ def scan_blocks(
         params, own = jax.tree.map(lambda a: a[part], (params, own))
     x, kept = jax.lax.scan(body, x, (params, own))
     return (x, kept) if outputs else x
+
+
+def _unstack(params: Params, count: int) -> list[Params]:
+    """Parameters (count, …) one by one. Their gradients are joined at once; indexing would add up `count` stacks."""
+    leaves, tree = jax.tree.flatten(params)
+    each = zip(*([part[0] for part in jnp.split(leaf, count)] for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(tree, one) for one in each]
 
 
 def drop_path(x: jax.Array, keys: jax.Array | None, index: jax.Array, rate: jax.Array) -> jax.Array:

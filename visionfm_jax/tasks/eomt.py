@@ -82,6 +82,9 @@ class EomtConfig(TaskConfig):
         if run.model.patch_size % 2:
             rule = "must be even: masks have at least twice the resolution of the patches"
             out.append(("model.patch_size", run.model.patch_size, rule, f"set {run.model.patch_size + 1}"))
+        if run.model.window:
+            rule = "must be 0: queries join the blocks one by one, and a masked one attends to the whole map"
+            out.append(("model.window", run.model.window, rule, "set it to 0"))
         if run.model.pool == "map":
             rule = "has parameters, and nothing is pooled"
             out.append(("model.pool", "map", rule, "set gap, and list pool in checkpoint.skip"))

@@ -171,14 +171,14 @@ class LayerStatistics:
         return zero.apply(local, state.params, batch, context)
 
     def _interceptor(self, rows: int) -> Callable:
-        seen: set[str] = set()
+        seen: set[tuple[str, str | None]] = set()
 
         def between(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             module = context.module
             probe = module.get_variable("params", PROBE) if context.method_name == "__call__" else None
-            if probe is None or probe.name in seen:
+            if probe is None or (key := (probe.name, _root(module).name)) in seen:
                 return call(*args, **kwargs)
-            seen.add(probe.name)
+            seen.add(key)
             args, kwargs = self._through(probe, INPUT, (args, kwargs), rows)
             return self._through(probe, OUTPUT, call(*args, **kwargs), rows)
 
@@ -190,11 +190,19 @@ class LayerStatistics:
         arrays = [(i, x) for i, x in enumerate(leaves) if isinstance(x, jax.Array) and x.size]
         at = [i for i, x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
         if at:
-            self._order.append((probe.name, side))
+            if (probe.name, side) not in self._order:  # which holds a stack's blocks once
+                self._order.append((probe.name, side))
             passed = _probe([leaves[i] for i in at], probe.zeros[SIDES.index(side)], rows)
             for i, x in zip(at, passed, strict=True):
                 leaves[i] = x
         return jax.tree.unflatten(tree, leaves)
+
+
+def _root(module: nn.Module) -> nn.Module:
+    """The module that was applied; inside a scanned block, that block: it has a name if its loop takes several."""
+    while isinstance(module.parent, nn.Module):
+        module = module.parent
+    return module
 
 
 def _is_probe(x: Any) -> bool:

@@ -213,6 +213,7 @@ def test_flops_are_those_that_XLA_counts():
         ("task.blocks", {"blocks": 4}),
         ("model.patch_size", {"model": {"patch_size": 1}}),
         ("model.pool", {"model": {"pool": "map"}}),
+        ("model.window", {"model": {"window": 2, "global_blocks": 1}}),
     ],
 )
 def test_what_does_not_fit_is_refused(field, changes):

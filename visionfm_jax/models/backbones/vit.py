@@ -4,7 +4,7 @@
                        -> normed patches, class token and registers -> pooled (B, D)
 
 What differs between AugReg, DeiT-3, DINOv2, DINOv3, CLIP and SigLIP is a field of `ViTConfig` each, with a table of
-their values in BUILD.md.
+their values in BUILD.md. For large images, most blocks can attend inside windows (Li et al. 2022, "ViTDet").
 
 Shapes: B batch, H W image, P patch, h w patches of an image, T tokens, D width, N heads, K head dim, L layers.
 """
@@ -38,6 +38,7 @@ from visionfm_jax.config.limits import (
 )
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.models import pooling
+from visionfm_jax.models.attention import window_pairs
 from visionfm_jax.models.backbones import Features, Hidden
 from visionfm_jax.models.layers import Block, GatherParams, dense, layer_norm, no_gather, scan_blocks
 from visionfm_jax.models.positions import resize_table, rotation
@@ -87,6 +88,8 @@ class ViTConfig(BackboneConfig):
     drop_path: float = 0.0  # probability of dropping the last block; decreases linearly to 0 at the first
     norm_eps: float = 1e-6  # of LayerNorm; must be that of loaded weights
     activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
+    window: int = 0  # patches, side of the windows that most blocks attend in (Li et al. 2022); 0: all blocks globally
+    global_blocks: int = 4  # blocks that attend globally beside windows, evenly spread up to the last; divides depth
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
 
@@ -109,6 +112,8 @@ class ViTConfig(BackboneConfig):
         "drop_path": SHARE,
         "norm_eps": Range(1e-12, 1e-3),
         "activation": OneOf(("gelu", "gelu_tanh", "quick_gelu", "swiglu")),
+        "window": Range(1, 4096, off=True),  # patches
+        "global_blocks": Range(1, 1024),
         "attention": ATTENTION,
         "remat": REMAT,
     }
@@ -135,10 +140,12 @@ class ViTConfig(BackboneConfig):
 
     @property
     def flops(self) -> float:
-        size = size_of(self)
-        patches = math.prod(grid_of(self, height_width(self.image_size)))
+        size, grid = size_of(self), grid_of(self, height_width(self.image_size))
+        patches = math.prod(grid)
         T, D, mlp = patches + first_tokens(self), size.width, 3 if self.activation == "swiglu" else 2
-        layer = T * (4 * D * D + mlp * D * size.mlp) + 2 * T * T * D
+        blocks = windows_of(self, grid)
+        inside = sum(window_pairs(grid, window) - patches**2 for window in blocks if window) / len(blocks)
+        layer = T * (4 * D * D + mlp * D * size.mlp) + 2 * (T * T + inside) * D
         total = 2.0 * (patches * 3 * self.patch_size**2 * D + size.depth * layer)
         return total + (pooling.forward_flops(patches, D, size.mlp) if self.pool == "map" else 0)
 
@@ -158,6 +165,10 @@ class ViTConfig(BackboneConfig):
         if self.pos_embed == "none" and not self.rope_theta:
             rule = f"leaves the patches without positions, as {name}.rope_theta = 0"
             out.append((f"{name}.pos_embed", "none", rule, "set rope_theta to 100, or pos_embed to class"))
+        if self.window and size.depth % self.global_blocks:
+            fits = max(n for n in range(1, self.global_blocks) if size.depth % n == 0)
+            rule = f"must divide the {size.depth} blocks, as {name}.window = {self.window}"
+            out.append((f"{name}.global_blocks", self.global_blocks, rule, f"set it to {fits}"))
         if self.pool == "map" and self.activation == "swiglu":
             rule = f"has an MLP of two layers, and {name}.activation = swiglu needs three"
             out.append((f"{name}.pool", "map", rule, "set another pool, or activation to gelu"))
@@ -243,7 +254,8 @@ class ViT(nn.Module):
     ) -> jax.Array:
         """The blocks, or a part of them; (B, T, D) to (B, T, D).
 
-        Tokens beside those of `tokens` stand before them, without a position. `mask` as `Block` has it.
+        Tokens beside those of `tokens` stand before them, without a position. `mask` as `Block` has it. With windows,
+        there is neither a mask nor a part.
         """
         config, size = self.config, size_of(self.config)
         turn, each = None, None
@@ -253,14 +265,18 @@ class ViT(nn.Module):
         if keys is not None and config.drop_path:
             layer = jnp.arange(size.depth)
             each = {"layer": layer, "rate": config.drop_path * layer / max(size.depth - 1, 1)}
-        block = Block(
-            size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
-            biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
-            layer_scale=config.layer_scale, keys=keys, mask=mask, parent=None,
-        )  # fmt: skip
+        group = [
+            Block(
+                size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
+                biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
+                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid, parent=None,
+            )
+            for window in windows_of(config, grid)
+        ]  # fmt: skip
         return scan_blocks(
-            self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat, each=each, part=part
-        )
+            self, group, size.depth // len(group), x, gather_params=self.gather_params, remat=config.remat, each=each,
+            part=part, alike=len(group) > 1,
+        )  # fmt: skip
 
     def features(self, x: jax.Array, grid: HeightWidth) -> Features:
         """Of tokens (B, T, D); pooled by `ViTConfig.pool`: (B, 2 D) for "cls_gap", else (B, D)."""
@@ -281,6 +297,13 @@ class ViT(nn.Module):
             pooled = pooling.AttentionPool(*args, name="pool")(patches).astype(jnp.float32)
         last, patches = (rearrange(a, "b (h w) d -> b h w d", h=grid[0]) for a in (x[:, first:], patches))
         return Features((last,), patches, own, pooled)
+
+
+def windows_of(config: ViTConfig, grid: HeightWidth) -> list[int]:
+    """The windows of the blocks, until they repeat, on a map of (h, w) patches; 0: none, the block attends globally."""
+    if not config.window or config.window >= max(grid):
+        return [0]
+    return [config.window] * (size_of(config).depth // config.global_blocks - 1) + [0]
 
 
 def first_tokens(config: ViTConfig) -> int:
