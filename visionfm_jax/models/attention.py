@@ -47,7 +47,7 @@ def attention(
     attend = functools.partial(
         jax.nn.dot_product_attention, mask=mask, scale=scale, is_causal=causal, implementation=implementation
     )
-    if implementation == "xla" or (T % 2 == 0 and S % 2 == 0):
+    if implementation == "xla":
         attend = functools.partial(attend, key_value_seq_lengths=lengths)
     if implementation == "xla" and q.dtype == jnp.float16 and 1 in (T, S):
         # XLA's GPU compiler turns a product with a vector into sums, and refuses those of fp16 in fp32.
@@ -58,7 +58,7 @@ def attention(
     if implementation == "xla":
         return attend(q, k, v, bias)
     bias = None if bias is None else bias.astype(q.dtype)
-    if T % 2 == 0 and S % 2 == 0:
+    if T % 2 == 0 and S % 2 == 0 and lengths is None:
         return attend(q, k, v, bias)
     q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
     if bias is not None:
