@@ -10,7 +10,7 @@ import numpy as np
 from runs import run, state
 from safetensors.numpy import save_file
 
-from visionfm_jax.interop.resample import resize_positions
+from visionfm_jax.interop.resample import resize_patches, resize_positions
 from visionfm_jax.interop.timm import vit_to_timm
 from visionfm_jax.models.backbones.vit import ViT, ViTConfig
 from visionfm_jax.models.heads import Classifier
@@ -58,3 +58,17 @@ def test_from_a_timm_folder_to_other_classes_and_a_larger_image(tmp_path):
     last = state(tmp_path / "run", 3)
     assert np.abs(last["['params']['head']['kernel']"]).max() > 0
     assert not np.array_equal(last["['params']['cls_token']"], params["cls_token"])
+    # And from that run to patches of another size: on images as many times larger, positions stay.
+    arguments += [
+        f"--config.checkpoint.weights={tmp_path}/run", "--config.model.patch_size=12", "--config.model.image_size=72",
+    ]  # fmt: skip
+    out, _ = run(tmp_path / "other", *arguments)
+    for said in (
+        f"starts from      the weights of {tmp_path}/run\n",
+        "other there: model.patch_size: 8 -> 12",
+        "20 arrays loaded\n",
+        "resampled: embed.kernel, patches of 8 to 12 pixels (pseudo-inverse)",
+    ):
+        assert said in out
+    kernel = resize_patches(last["['ema']['embed']['kernel']"], 12)
+    np.testing.assert_allclose(state(tmp_path / "other", 1)["['params']['embed']['kernel']"], kernel, rtol=1e-6)

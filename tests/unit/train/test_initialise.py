@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from einops import rearrange
 from safetensors.numpy import load_file, save_file
 
 from visionfm_jax.config import AugmentConfig, CheckpointConfig, Config, OptimConfig, load
+from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.interop.timm import vit_to_timm
@@ -21,6 +23,7 @@ from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViT
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.heads import Classifier
+from visionfm_jax.models.positions import resize_table
 from visionfm_jax.models.text import TextConfig
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
@@ -276,6 +279,51 @@ def test_a_run_of_another_resolution_and_other_classes(source, other, tmp_path):
     here = placed(other, found, other.init().params)
     np.testing.assert_array_equal(here["norm"]["scale"], params["norm"]["scale"])
     jax.tree.map(lambda leaf, to: leaf.sharding == to or pytest.fail("elsewhere"), here, other.shardings.params)
+
+
+def enlarged(images: np.ndarray, old: int, new: int) -> np.ndarray:
+    """Images (B, H, W, 3) with each patch resized by itself, as `resize_patches` takes them to be."""
+    patches = rearrange(images, "b (h p) (w q) c -> (b h w) p q c", p=old, q=old)
+    patches = jax.vmap(lambda patch: resize_table(patch, (new, new), "bicubic_antialias"))(patches)
+    h, w = images.shape[1] // old, images.shape[2] // old
+    return np.asarray(rearrange(patches, "(b h w) p q c -> b (h p) (w q) c", h=h, w=w))
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_a_network_of_patch_14_becomes_one_of_patch_16_that_sees_the_same(tmp_path, kind):
+    """Images of 4 x 6 patches, which no table of 24 rows tells; features are equal on enlarged patches."""
+    config, rng = config_of("model.patch_size=14", "model.image_size=(56,84)"), np.random.default_rng(0)
+    trainer = Trainer(config, make_mesh())
+    params = jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), trainer.shapes.params)
+    if kind == "run":
+        state = TrainState(step=np.int32(3), params=params, opt_state=(), ema=params)
+        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+            checkpoints.save(3, jax.device_put(state), {})
+        (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(config)}))
+    else:
+        save_file(vit_to_timm(params, config.model), tmp_path / "model.safetensors")
+        about = {"architecture": "vit_tiny_patch16_224", "global_pool": "token", "model_args": {"img_size": [56, 84]}}
+        (tmp_path / "config.json").write_text(json.dumps(about))
+    source = f"checkpoint.weights={tmp_path}"
+    here = trainer_of("model.patch_size=16", "model.image_size=(64,96)", "task.num_classes=7", source)
+    found = find_weights(here)
+    said = found.origin
+    assert found.about["resampled"] == {"embed/kernel": "patches of 14 to 16 pixels (pseudo-inverse)"}
+    assert "resampled: embed.kernel, patches of 14 to 16 pixels (pseudo-inverse)" in said
+    assert "newly initialised: head.bias, head.kernel (10 classes there, 7 here)" in said
+    assert ("other there: model.patch_size: 14 -> 16" in said) == (kind == "run")
+    placed_here = jax.device_get(placed(here, found, here.init().params))
+    images = rng.normal(size=(2, 56, 84, 3)).astype(np.float32)
+    theirs, ours = (
+        ViT(c.model).apply({"params": {k: v for k, v in p.items() if k != "head"}}, x).pooled
+        for c, p, x in ((config, params, images), (here.config, placed_here, enlarged(images, 14, 16)))
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    larger = trainer_of("model.patch_size=16", "model.image_size=(128,96)", source)
+    assert find_weights(larger).about["resampled"] == {
+        "embed/kernel": "patches of 14 to 16 pixels (pseudo-inverse)",
+        "pos_embed": "4 x 6 to 8 x 6 positions (bicubic_antialias)",
+    }
 
 
 def test_pre_training_goes_on_from_a_backbone_whose_objective_left_no_heads(source):
