@@ -1,6 +1,7 @@
 """Objects of COCO, Pascal VOC, YOLO and TFDS: what records hold, what is left out and counted, what is refused."""
 
 import io
+import math
 import pickle
 import re
 from pathlib import Path
@@ -134,12 +135,21 @@ def test_coco_masks_equal_pycocotools(tmp_path):
         ([[0, 0, 5, 0, float("nan"), 5]], "must be x, y of three points"),
         ([[0, 0, 5, 0, "a", 5]], "must be x, y of three points"),
         ([[0, 0, 1e12, 0, 5, 5]], "reaches far beyond its image"),
+        ([[0, 0, 10**400, 0, 5, 5]], "must be x, y of three points"),
+        ([[0, 0, 1e308, 0, -1e308, 5]], "reaches far beyond its image"),
         (3, "must be polygons or runs"),
     ],
 )
 def test_coco_masks_that_are_none(tmp_path, outline, words):
     source = opened(coco(tmp_path, [note(0, 0, segmentation=outline)]), masks=True)
     with pytest.raises(DamagedRecord, match=words):
+        source[0]
+
+
+def test_more_masks_than_memory(tmp_path, monkeypatch):
+    source = opened(coco(tmp_path, [note(i, 0, segmentation=TRIANGLE) for i in range(3)]), masks=True)
+    monkeypatch.setattr(outlines, "MAX_BYTES", 2 * 64 * 64)
+    with pytest.raises(DamagedRecord, match="3 masks of 64 x 64 pixels take more than 8,192 bytes"):
         source[0]
 
 
@@ -151,6 +161,30 @@ def test_coco_objects_without_a_mask_are_left_out_where_masks_are_asked_for(tmp_
     assert len(source[0]["masks"]) == len(source[0]["boxes"]) == 1
     assert source[1]["masks"].shape == (0, 64, 64)
     assert left_out(caplog) == ["3 objects without a mask: annotation 0, annotation 1, annotation 2"]
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ("1234", "is not four numbers"),  # read as the text that 1 and 3 are together
+        (["1", "2", "3", "4"], "is not four numbers"),
+        ({"1": 1, "2": 2, "3": 3, "4": 4}, "is not four numbers"),
+        ([10**400, 0.5, 0.5, 5], "is not four numbers"),
+        ([0, 0, 1e308, 1e308], "reaches far beyond the image"),
+        ([-1e200, -1e200, 2e200, 2e200], "reaches far beyond the image"),
+    ],
+)
+def test_coco_boxes_that_are_none(tmp_path, caplog, box, reason):
+    logging.use_python_logging(quiet=True)
+    source = opened(coco(tmp_path, [note(0, 0) | {"bbox": box}]))
+    assert len(source[0]["boxes"]) == 0
+    assert left_out(caplog) == [f"1 objects whose box {reason}: annotation 0"]
+
+
+def test_coco_numbers_without_end(tmp_path):
+    image = {"id": 0, "file_name": "0.jpg", "height": 10**30, "width": 2**63}  # are not known
+    source = opened(coco(tmp_path, [note(0, 0, area=10**400)], 1, images=[image]))
+    assert source[0]["box_areas"].tolist() == [200]
 
 
 def test_coco_of_another_size_than_its_images(tmp_path):
@@ -169,6 +203,9 @@ def test_coco_of_another_size_than_its_images(tmp_path):
         ({"images": None}, "another layout"),
         ({"categories": []}, "no category, or ids .* not unique"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "not unique"),
+        ({"categories": [{"id": math.inf, "name": "a"}]}, "another layout"),
+        ({"annotations": {}}, "annotations that are no list"),
+        ({"images": [{"id": 0, "file_name": "a\nb.jpg"}]}, r"the first is .*a\\nb.jpg"),
         ({"annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]}, "lacks 'image_id'; it needs images with id"),
         ({"annotations": [note(1, 0, [3])]}, "another layout"),
         ({"images": [{"id": 0, "file_name": "../0.jpg"}]}, "no file of this folder"),
@@ -269,6 +306,21 @@ def test_voc_files_that_attack(tmp_path, content, words):
     assert words in message
 
 
+def test_numbers_without_end(tmp_path, caplog):
+    logging.use_python_logging(quiet=True)
+    size = f"<size><width>{'9' * 5000}</width><height>{'9' * 20}</height></size>"
+    far = ONE.format("-1e300", 1, 9, 9, name="dog", difficult=0)
+    source = open_source(VocConfig(path=str(voc(tmp_path / "voc", {"a": size + far}))))
+    assert len(source[0]["boxes"]) == 0
+    folder = yolo(tmp_path / "yolo", {"a": "0 .5 .5 1e308 1e308\n1 .5 .5 1e200 1e200"})
+    source = open_source(YoloConfig(path=str(folder)))
+    assert len(source[0]["boxes"]) == 0
+    assert [line.partition(":")[0] for line in left_out(caplog)] == [
+        "1 objects whose box reaches far beyond the image",
+        "2 objects whose box reaches far beyond the image",
+    ]
+
+
 def yolo(folder: Path, labels: dict[str, str], yaml: str = "train: images/train\nnames: {0: cat, 1: dog}\n") -> Path:
     write_pictures(folder / "images/train", {f"{name}.jpg": i for i, name in enumerate(labels)})
     (folder / "labels/train").mkdir(parents=True)
@@ -311,6 +363,11 @@ def test_yolo_objects(tmp_path, caplog):
         ("- 3", "no table of names and splits"),
         ("a: [", "is no YAML"),
         ("train: !!python/object/apply:os.system ['true']\nnames: [a]", "is no YAML"),
+        ("train: &a [images/train]\nval: *a\nnames: [a]", "it has aliases"),
+        ('train: images/train\nnames: [a]\nx: !!int ""', "is no YAML"),
+        ("train: images/train\nnames: [a]\nx: !!bool x", "is no YAML"),
+        ("train: images/train\nnames: [a]\nx: !!timestamp x", "is no YAML"),
+        ("train: images/train/a.jpg\nnames: [a]", "a.jpg is no list of images"),
     ],
 )
 def test_yolo_files_that_cannot_serve(tmp_path, yaml, words):

@@ -1,6 +1,8 @@
 """Images with a class for each pixel: ADE20K's folders and others, and maps that cannot serve."""
 
 import io
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +166,62 @@ def test_coco_panoptic(tmp_path, caplog):
     write_json(tmp_path / "annotations/panoptic_val.json", content)
     with pytest.raises(DataError, match=r"1 images have no map, the first is 0.jpg"):
         open_source(CocoPanopticConfig(path=str(tmp_path), split="val"))
+
+
+PANOPTIC = np.repeat(np.array([1, 300], np.int64), 32)[:, None].repeat(64, 1)  # the upper half is segment 1
+
+
+def panoptic(
+    folder: Path, change: Callable[[dict], object] = lambda content: None, pixels: np.ndarray = PANOPTIC
+) -> Path:
+    colours = np.stack([pixels % 256, pixels // 256 % 256, pixels // 65_536], -1).astype(np.uint8)
+    (folder / "annotations/panoptic_val").mkdir(parents=True)
+    (folder / "annotations/panoptic_val/0.png").write_bytes(png(colours))
+    segments = [{"id": i, "category_id": 9, "bbox": [0, 0, 64, 64]} for i in (1, 300)]
+    content = {
+        "images": [{"id": 4, "file_name": "0.jpg", "height": 64, "width": 64}],
+        "annotations": [{"image_id": 4, "file_name": "0.png", "segments_info": segments}],
+        "categories": [{"id": 9, "name": "sky"}],
+    }
+    change(content)
+    write_json(folder / "annotations/panoptic_val.json", content)
+    write_pictures(folder / "val", {"0.jpg": 0})
+    return folder
+
+
+def named(name: object) -> Callable[[dict], object]:
+    return lambda content: content["annotations"][0].update(file_name=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (named("1.png"), "1 of 1 maps are missing, the first is .*1.png; unpack the maps there"),
+        (named("a\nb"), r"1 of 1 maps are missing, .*a\\nb"),
+        (named("\ud800.png"), "1 of 1 maps are missing"),
+        (named(""), "1 of 1 maps are missing"),
+        (lambda c: c["annotations"].append(c["annotations"][0]), "'0.png' is a second map of an image"),
+        (lambda c: c["annotations"][0].update(segments_info={}), "segments of '0.png' that are no list"),
+        (lambda c: c["annotations"][0]["segments_info"][0].update(id=math.inf), "another layout"),
+    ],
+)
+def test_panoptic_files_that_cannot_serve(tmp_path, change, words):
+    with pytest.raises(DataError, match=words) as error:
+        open_source(CocoPanopticConfig(path=str(panoptic(tmp_path, change)), split="val"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("truth", ["class_map", "masks"])
+def test_a_panoptic_map_of_other_segments_is_damaged(tmp_path, truth):
+    source = open_source(
+        CocoPanopticConfig(path=str(panoptic(tmp_path, pixels=PANOPTIC + 7)), split="val", truth=truth)
+    )
+    with pytest.raises(DamagedRecord, match="no pixel of its map has the colour of a segment"):
+        source[0]
+
+
+def test_panoptic_segments_of_one_number(tmp_path, caplog):
+    logging.use_python_logging(quiet=True)
+    folder = panoptic(tmp_path, lambda c: c["annotations"][0]["segments_info"][0].update(id=300))
+    assert len(open_source(CocoPanopticConfig(path=str(folder), split="val", truth="masks"))[0]["masks"]) == 1
+    assert any("1 segments whose id another of the map has: segment 300 of 0.png" in r.message for r in caplog.records)

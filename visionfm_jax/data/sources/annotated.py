@@ -21,6 +21,8 @@ from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.record import DamagedRecord
 
+FAR = 2**31  # pixels, or images: farther than any edge
+
 
 class Objects:
     """The objects of a list of images, as they are read from annotations.
@@ -42,7 +44,7 @@ class Objects:
         self,
         image: int,
         label: int,
-        box: Sequence[Any],
+        box: Sequence[Any] | None,
         name: str,
         size: tuple[float, float] = (math.inf, math.inf),
         crowd: bool = False,
@@ -54,7 +56,7 @@ class Objects:
         Args:
           image: its number.
           label: of its class.
-          box: left, top, right, bottom.
+          box: left, top, right, bottom; None: there is none.
           name: by which a person finds it.
           size: (H, W) of the image, in the unit of the box, as far as it is known.
           crowd: whether it is an area of many objects.
@@ -67,11 +69,13 @@ class Objects:
             return self.leave("objects whose box is not four numbers", name)
         if not all(map(math.isfinite, (left, top, right, bottom))):
             return self.leave("objects whose box is not finite", name)
+        if max(map(abs, (left, top, right, bottom))) > FAR:
+            return self.leave("objects whose box reaches far beyond the image", name)
         if right <= left or bottom <= top:
             return self.leave("objects whose box is empty or inverted", name)
         if left >= size[1] or top >= size[0] or right <= 0 or bottom <= 0:
             return self.leave("objects whose box lies outside the image", name)
-        known = isinstance(area, int | float) and math.isfinite(area) and area >= 0
+        known = isinstance(area, int | float) and 0 <= area <= FAR**2
         area = float(area) if known else (right - left) * (bottom - top)
         self._rows.append((image, label, bool(crowd), area, left, top, right, bottom))
         self._outlines.append(outline)

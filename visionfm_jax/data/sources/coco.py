@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
+from visionfm_jax.data.sources.annotated import FAR, AnnotatedFiles, Objects
 from visionfm_jax.data.sources.files import read_json
 from visionfm_jax.data.sources.kinds import CocoConfig, CocoPanopticConfig
 from visionfm_jax.data.sources.layout import check_path, misfit, no_split, splits_of
-from visionfm_jax.data.sources.outlines import mask_of
+from visionfm_jax.data.sources.outlines import check_number, mask_of
 
 _NEEDED = (
     "images with id and file_name, annotations with image_id, category_id and bbox, and categories with id and name"
@@ -56,7 +56,9 @@ class CocoSource(AnnotatedFiles):
         """With masks, bool (N, H, W), where they are asked for."""
         record, size = super().annotated(index)
         if self._masks:
-            masks = [mask_of(outline, *size) for outline in self.outlines(index)]
+            outlines = self.outlines(index)
+            check_number(len(outlines), *size)
+            masks = [mask_of(outline, *size) for outline in outlines]
             record["masks"] = np.stack(masks) if masks else np.zeros((0, *size), bool)
         return record, size
 
@@ -91,6 +93,8 @@ def _parse(content: Any, masks: bool) -> tuple:
 
 def listed(content: Any) -> tuple[list[str], list[tuple[int, int]], dict[Any, int], list[str], dict[int, int]]:
     """Files, their sizes (0: not known), number of an image by its id, class names, label of a category by its id."""
+    if not isinstance(content["annotations"], list):
+        raise ValueError("annotations that are no list")
     categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
     labels = {number: label for label, (number, _) in enumerate(categories)}
     images = {image["id"]: i for i, image in enumerate(content["images"])}
@@ -101,17 +105,19 @@ def listed(content: Any) -> tuple[list[str], list[tuple[int, int]], dict[Any, in
     return files, sizes, images, [name for _, name in categories], labels
 
 
-def corners_of(box: Any) -> Any:
-    """Left, top, right, bottom of left, top, width, height; what is no such box stays as it is."""
+def corners_of(box: Any) -> tuple[float, ...] | None:
+    """Left, top, right, bottom of left, top, width, height; None: it is none."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(edge, int | float) for edge in box):
+        return None
+    left, top, width, height = box
     try:
-        left, top, width, height = box
         return left, top, left + width, top + height
-    except (TypeError, ValueError):
-        return box
+    except OverflowError:
+        return None
 
 
 def _length(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value < FAR else 0
 
 
 def annotations_of(config: CocoConfig | CocoPanopticConfig) -> Path:

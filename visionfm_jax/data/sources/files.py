@@ -44,7 +44,7 @@ class ListedFiles:
             if os.path.isabs(file) or ".." in file.split("/") or "\0" in file or not _encodable(file):
                 raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; fix the list of images")
         self._files = np.array([os.fsencode(file) for file in files], np.bytes_)
-        self._check_files()
+        check_files(self.name, self.root, [os.fsdecode(bytes(file)) for file in self._files])
         self._checksums = checksums.find(config, self)
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class ListedFiles:
     def unlisted(self) -> list[str]:
         """Image files in the same folders that the list does not name, sorted."""
         keys = {os.fsdecode(bytes(file)) for file in self._files}
-        return sorted(k for k in self._there(keys) - keys if os.path.splitext(k)[1].lower() in IMAGE_SUFFIXES)
+        return sorted(k for k in there(self.root, keys) - keys if os.path.splitext(k)[1].lower() in IMAGE_SUFFIXES)
 
     def log(self, left: Mapping[str, Sequence[str]]) -> None:
         """Write to the log what is left out: names by reason."""
@@ -84,23 +84,29 @@ class ListedFiles:
             if names:
                 logging.warning("%s: %s", self.name, left_out(reason, len(names), [*map(printable, names[:_NAMED])]))
 
-    def _there(self, keys: set[str]) -> set[str]:
-        """What is in the folders of `keys`: these are listed, for asking after each file takes minutes on a network."""
-        return {
-            os.path.join(folder, name)
-            for folder in {os.path.dirname(key) for key in keys}
-            if os.path.isdir(path := os.path.join(self.root, folder))
-            for name in _files(path)
-        }
 
-    def _check_files(self) -> None:
-        keys = [os.fsdecode(bytes(file)) for file in self._files]
-        there = self._there(set(keys))
-        if missing := [key for key in keys if key not in there]:
-            raise DataError(
-                f"{self.name}: {len(missing)} of {len(keys)} images are missing, the first is "
-                f"{os.path.join(self.root, missing[0])}; unpack the images there"
-            )
+def check_files(name: str, root: str, keys: Sequence[str], what: str = "images") -> None:
+    """That all files of a list are below a folder.
+
+    Raises:
+      DataError: some are not.
+    """
+    found = there(root, set(keys))
+    if missing := [key for key in keys if key not in found]:
+        raise DataError(
+            f"{name}: {len(missing)} of {len(keys)} {what} are missing, the first is "
+            f"{printable(os.path.join(root, missing[0]))}; unpack the {what} there"
+        )
+
+
+def there(root: str, keys: set[str]) -> set[str]:
+    """What is in the folders of `keys`: these are listed, for asking after each file takes minutes on a network."""
+    return {
+        os.path.join(folder, name)
+        for folder in {os.path.dirname(key) for key in keys}
+        if os.path.isdir(path := os.path.join(root, folder))
+        for name in _files(path)
+    }
 
 
 def read_json(
@@ -123,7 +129,7 @@ def read_json(
         raise DataError(f"{describe(config)}: {path} is not valid JSON ({error}); copy or unpack it again") from error
     try:
         return parse(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"has another layout ({error})"
         raise DataError(f"{describe(config)}: {path} {what}; it needs {needed}") from error
 

@@ -12,7 +12,18 @@ import numpy as np
 
 from visionfm_jax.data.sources.record import DamagedRecord
 
+MAX_BYTES = 2**30  # of the masks of an image
 MAX_LENGTH = 2**20  # pixels, of a polygon's outline: drawing it takes memory in proportion
+
+
+def check_number(masks: int, height: int, width: int) -> None:
+    """That so many masks fit in memory.
+
+    Raises:
+      DamagedRecord: they do not.
+    """
+    if masks * height * width > MAX_BYTES:
+        raise DamagedRecord(f"{masks} masks of {height} x {width} pixels take more than {MAX_BYTES:,} bytes")
 
 
 def mask_of(outline: bytes, height: int, width: int) -> np.ndarray:
@@ -37,12 +48,12 @@ def _of_polygon(polygon: Any, height: int, width: int) -> np.ndarray:
 
     try:
         points = np.asarray(polygon, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = np.zeros(0)
     if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
         raise DamagedRecord(f"a polygon is {_short(polygon)}, and must be x, y of three points or more")
     corners = points.reshape(-1, 2)
-    if np.abs(corners - np.roll(corners, 1, 0)).sum() > MAX_LENGTH or np.abs(corners).max() > MAX_LENGTH:
+    if np.abs(corners).max() > MAX_LENGTH or np.abs(corners - np.roll(corners, 1, 0)).sum() > MAX_LENGTH:
         raise DamagedRecord(f"a polygon of {_short(polygon)} reaches far beyond its image")
     return mask.decode(mask.fr_poly(points.tolist(), height, width)).astype(bool)
 

@@ -17,9 +17,10 @@ import numpy as np
 from visionfm_jax.data.images import decode
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
 from visionfm_jax.data.sources.coco import annotations_of, corners_of, listed
-from visionfm_jax.data.sources.files import read_json
+from visionfm_jax.data.sources.files import check_files, read_json
 from visionfm_jax.data.sources.fingerprint import of_files
 from visionfm_jax.data.sources.kinds import CocoPanopticConfig
+from visionfm_jax.data.sources.outlines import check_number
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 
 _NEEDED = (
@@ -43,6 +44,7 @@ class PanopticSource(AnnotatedFiles):
             config, annotations_of(config), _parse, _NEEDED
         )
         super().__init__(config, folder, files, objects, names, sizes=sizes)
+        check_files(self.name, str(maps), pngs, "maps")
         self._maps, self._pngs = str(maps), np.array([os.fsencode(png) for png in pngs], np.bytes_)
         self._masks = config.truth == "masks"
         self.classes_of = ("box_labels", "masks") if self._masks else ("class_map",)
@@ -56,12 +58,15 @@ class PanopticSource(AnnotatedFiles):
             raise DamagedRecord(f"its map has {' x '.join(map(str, numbers.shape))} pixels, its image {size}")
         segments = [int(number) for number in self.outlines(index)]
         if self._masks:
+            check_number(len(segments), *size)
             record["masks"] = numbers == np.array(segments, np.int32).reshape(-1, 1, 1)
+            _check_map(segments, record["masks"])
             return record, size
         kind = np.uint8 if self.num_classes <= 255 else np.uint16
         classes = np.full(size, ignored(np.dtype(kind)), kind)
         for segment, label in zip(segments, record["box_labels"], strict=True):
             classes[numbers == segment] = label
+        _check_map(segments, classes != ignored(np.dtype(kind)))
         return {"image": record["image"], "class_map": classes}, size
 
     def fingerprint(self) -> dict[str, str]:
@@ -69,6 +74,11 @@ class PanopticSource(AnnotatedFiles):
         starts = range(0, len(self), 1000)
         groups = {f"maps from {i:,} on": ("", self._pngs[i : i + 1000].tolist()) for i in starts}
         return super().fingerprint() | of_files(self._maps, groups)
+
+
+def _check_map(segments: list[int], found: np.ndarray) -> None:
+    if segments and not found.any():
+        raise DamagedRecord("no pixel of its map has the colour of a segment; is it grey, or another image's?")
 
 
 def _parse(content: Any) -> tuple:
@@ -83,7 +93,12 @@ def _parse(content: Any) -> tuple:
         png = str(note["file_name"])
         if os.path.isabs(png) or ".." in png.split("/") or "\0" in png:
             raise ValueError(f"a map is named {png!r}, which is no file of its folder")
+        if image in pngs:
+            raise ValueError(f"{png!r} is a second map of an image")
+        if not isinstance(note["segments_info"], list):
+            raise ValueError(f"segments of {png!r} that are no list")
         pngs[image] = png
+        seen: set[int] = set()
         size = tuple(side or math.inf for side in sizes[image])
         for segment in note["segments_info"]:
             number = int(segment["id"])
@@ -91,6 +106,10 @@ def _parse(content: Any) -> tuple:
             if not 0 < number < 2**24:
                 objects.leave("segments whose id is no colour", name)
                 continue
+            if number in seen:
+                objects.leave("segments whose id another of the map has", name)
+                continue
+            seen.add(number)
             if (label := labels.get(segment["category_id"])) is None:
                 objects.leave("segments of unknown categories", f"{name} (category {segment['category_id']})")
                 continue

@@ -110,7 +110,7 @@ def _text(element: Element, path: str) -> str:
 
 def _number(element: Element, path: str) -> int:
     text = _text(element, path)
-    return int(text) if text.isascii() and text.isdigit() else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 def _from_zero(box: list[str]) -> list:

@@ -21,6 +21,16 @@ from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describ
 from visionfm_jax.errors import DataError, one_line, printable
 
 MAX_BYTES = 2**24  # of data.yaml
+TAGS = (AttributeError, LookupError, TypeError)  # what PyYAML raises where a tag does not suit a value, as `!!int ""`
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases, by which a few lines stand for endless tables."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "it has aliases", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 def open_yolo(config: YoloConfig) -> AnnotatedFiles:
@@ -54,8 +64,8 @@ def _yaml(config: YoloConfig, path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError, *TAGS) as error:
         raise DataError(f"{describe(config)}: {path} is no YAML ({one_line(error)}); copy it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{describe(config)}: {path} is no table of names and splits; copy it again")
@@ -84,6 +94,8 @@ def _files(config: YoloConfig, root: Path, entry: Any) -> list[str]:
         below = (Path(folder, f) for folder, _, files in os.walk(place) for f in files if not f.startswith("."))
         return sorted(str(p.relative_to(os.path.normpath(root))) for p in below if p.suffix.lower() in IMAGE_SUFFIXES)
     lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+    if any("\0" in line for line in lines):
+        raise DataError(f"{describe(config)}: {printable(str(place))} is no list of images; set another split")
     base = place.parent.relative_to(os.path.normpath(root))
     listed = (line.strip() for line in lines if line.strip())
     return [os.path.normpath(base / f if f.startswith("./") else f) for f in listed]
