@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "timm", "triton", "jax", "jaxlib", "flax", "optax", "numpy", "visionfm_jax")
-WORDS = ("torch_half", "torch_python", "jax_python")  # no settings of the measurement
+PACKAGES = ("torch", "timm", "triton", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "visionfm_jax")
+WORDS = ("half", "torch_half", "torch_python", "jax_python")  # no settings of the measurement
 
 
 class HalfFailed(Exception):
@@ -271,7 +271,7 @@ Maker = Callable[[argparse.Namespace, int], list[str]]  # (flags, batch) -> a ha
 
 
 def compare(name: str, args: argparse.Namespace, argv: list[str], makers: dict[str, Maker]) -> None:
-    """Sweep, alternate, print. `makers` are those of "ours" and "torch"."""
+    """Sweep, alternate, print. `makers` are those of "ours" and "torch"; `parameters`, where both say it, are equal."""
     halves = [args.only] if args.only else list(makers)
     best = {h: best_batch(h, {b: makers[h](args, b) for b in args.batches}, args) for h in halves}
     rounds: dict[str, list[dict[str, Any]]] = {h: [] for h in halves}
@@ -285,6 +285,9 @@ def compare(name: str, args: argparse.Namespace, argv: list[str], makers: dict[s
             busy = f"  other programs used {result['others_cpu']:.0%} of the processors"
             rate = f"{result['images_per_s']:9.2f} images/s{busy if result['others_cpu'] > 0.04 else ''}"
             say(f"round {i + 1}  {half:5s}  batch {best[half]:4d}  {rate}")
+        sizes = {h: rounds[h][0]["parameters"] for h in halves if "parameters" in rounds[h][0]}
+        if len(set(sizes.values())) > 1:
+            sys.exit(f"the two sides are not the same network: their numbers of parameters are {sizes}")
     rates = {h: [r["images_per_s"] for r in rounds[h]] for h in halves}
     summary: dict[str, Any] = {"benchmark": name, "peer": args.peer, "batch": best}
     summary["images_per_s"] = {h: statistics.median(rates[h]) for h in halves}

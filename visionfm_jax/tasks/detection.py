@@ -23,6 +23,7 @@ from visionfm_jax.data.fields import Objects
 from visionfm_jax.losses.detection import Truth, Weights, set_losses
 from visionfm_jax.models.boxes import Predicted, to_corners
 from visionfm_jax.models.detector import (
+    Detections,
     Detector,
     DetectorSettings,
     forward_flops,
@@ -163,10 +164,14 @@ class Detection(Stateless):
         images = augment(batch["image"], keys, self.config.data.augment)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
         out = self.model.apply({"params": params}, images, batch["size"], keys, True)
-        truth = Truth(batch["boxes"], batch["box_labels"], self._present(batch))
+        per_sample = self.per_sample(out, batch, context)
+        return per_sample["loss"].mean(), per_sample, {}
 
+    def per_sample(self, out: Detections, batch: dict, context: Context) -> dict[str, jax.Array]:
+        """What `loss` gives per sample, of what the detector says."""
+        truth = Truth(batch["boxes"], batch["box_labels"], self._present(batch))
         # A row's share of the whole batch's sum over objects, of which there is at least one.
-        rows = len(images)
+        rows = len(truth.boxes)
         share = rows / jnp.maximum(context.counts["objects"], rows / self.config.train.batch_size)
         one, many = (
             jax.tree.map(lambda a, part=part: a[:, :, part], out.layers)
@@ -182,8 +187,7 @@ class Detection(Stateless):
             sums.append(self._weighted(self._losses(many, truth, self.task.copies)).sum(0) / self.task.copies)
         per_sample = {"loss": share * sum(sums), "proposal_loss": share * sums[1]}
         per_sample |= {f"{name}_loss": share * part[-1] for name, part in layers.items()}
-        per_sample["cut_objects"] = (batch["objects"] - truth.present.sum(1)).astype(jnp.float32)
-        return per_sample["loss"].mean(), per_sample, {}
+        return per_sample | {"cut_objects": (batch["objects"] - truth.present.sum(1)).astype(jnp.float32)}
 
     def constrain(self, params: Any) -> Any:
         """Any parameters will do."""

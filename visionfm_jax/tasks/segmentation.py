@@ -6,7 +6,7 @@ Shapes: B batch, H W image, h w map, C classes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -111,13 +111,19 @@ class Segmentation(Stateless):
         """
         images = augment(batch["image"], keys, self.config.data.augment)
         logits = self._run(params, images, jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys))
-        per_row = jnp.maximum(context.counts["labelled"], 1e-6) / len(images)  # nothing is labelled: all sums are 0
+        out = self.per_sample(logits, batch, context)
+        return out["loss"].mean(), out, {}
+
+    def per_sample(self, logits: Sequence[jax.Array], batch: dict, context: Context) -> dict[str, jax.Array]:
+        """What `loss` gives per sample, of the logits of a head and of its auxiliary head."""
+        # Nothing is labelled: all sums are 0.
+        per_row = jnp.maximum(context.counts["labelled"], 1e-6) / len(batch["class_map"])
         sums = [pixel_cross_entropy(resize(x, self._size), batch["class_map"]) for x in logits]
         out = {"loss": sums[0][0] / per_row, "accuracy": sums[0][1] / per_row}
         if len(sums) > 1:
             out["auxiliary_loss"] = sums[1][0] / per_row
             out["loss"] += self.task.auxiliary * out["auxiliary_loss"]
-        return out["loss"].mean(), out, {}
+        return out
 
     def constrain(self, params: Any) -> Any:
         """Any parameters will do."""
