@@ -197,6 +197,8 @@ def decode_map(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             if image.format == "PNG":
                 _check_sums(data)
             values = np.asarray(image)
+            if image.mode == "L":  # Pillow spreads greys of 2 and 4 bits over 0 to 255
+                values = values // (255 // (2 ** _bits(image, data) - 1))
     except DamagedImage:
         raise
     except Exception as error:  # as many kinds as in `_decoded`
@@ -206,6 +208,13 @@ def decode_map(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if values.min(initial=0) < 0 or values.max(initial=0) > 65_535:
         raise DamagedImage(f"a class map has values from {values.min()} to {values.max()}, beyond 16 bits")
     return values.astype(np.uint8 if values.dtype in (np.uint8, np.bool_) else np.uint16)
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Of a grey in the file, at most 8."""
+    if image.format == "PNG":
+        return data[24]
+    return image.tag_v2.get(258, (8,))[0] if image.format == "TIFF" else 8
 
 
 def decode(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -180,6 +180,17 @@ def test_sixteen_bits_are_scaled_not_clipped():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_values_of_class_maps_are_those_of_the_file_however_few_their_bits(bits):
+    values = (np.arange(16) % 2**bits).astype(np.uint8).reshape(4, 4)
+    packed = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :].reshape(4, -1), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", 4, 4, bits, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in chunks]
+    np.testing.assert_array_equal(images.decode_map(b"\x89PNG\r\n\x1a\n" + b"".join(parts)), values)
+
+
 def test_webp_and_the_first_frame_of_an_animation():
     first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     for kind in ("GIF", "WEBP", "PNG"):
