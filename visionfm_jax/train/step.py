@@ -102,8 +102,7 @@ def make_step(
         trained = select(state.params, zero.trained)
         updates, opt_state = tx.update(grads, state.opt_state, trained)
         params = task.constrain({**state.params, **optax.apply_updates(trained, updates)})
-        ema = state.ema
-        if ema is not None:
+        if (ema := state.ema) is not None:
             ema = optax.incremental_update(select(params, zero.trained), ema, 1 - momentum(state.step))
         metrics |= update_ratios(updates, trained)
 
