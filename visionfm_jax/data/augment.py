@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from visionfm_jax.config import AugmentConfig, PhotometricConfig, Transform
 
@@ -122,3 +123,11 @@ def _hue_rotation(angle: jax.Array) -> jax.Array:
     c, s = jnp.cos(angle), jnp.sin(angle)
     turn = jnp.array([[1.0, 0, 0], [0, c, s], [0, -s, c]])
     return (_FROM_YIQ @ turn @ _TO_YIQ).T
+
+
+def swap_pairs(x: jax.Array) -> jax.Array:
+    """(B, …) with rows 2 k and 2 k + 1 in each other's place.
+
+    Neighbours are strangers, as samples come shuffled; they are on one device, whatever the mesh.
+    """
+    return rearrange(rearrange(x, "(p two) ... -> p two ...", two=2)[:, ::-1], "p two ... -> (p two) ...")

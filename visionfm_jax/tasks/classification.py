@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from visionfm_jax.config import BackboneConfig, Config, TaskConfig
-from visionfm_jax.config.limits import SHARE, Limits, OneOf, Range, height_width
-from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.config.limits import SHARE, HeightWidth, Limits, OneOf, Range, height_width
+from visionfm_jax.data.augment import augment, normalize, swap_pairs
 from visionfm_jax.data.fields import Labels
 from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cross_entropy
 from visionfm_jax.models.heads import Classifier
@@ -32,11 +32,21 @@ class ClassificationConfig(TaskConfig):
     num_classes: int = 1000  # labels are 0 to num_classes - 1
     loss: str = "softmax"  # softmax | sigmoid (one-vs-all; Beyer et al. 2020)
     label_smoothing: float = 0.1  # share of the target that is spread over all classes
+    cutmix: float = 0.0  # alpha of Beta(alpha, alpha), from which the share is drawn that an image keeps; 0: no CutMix
 
-    limits: ClassVar[Limits] = {"num_classes": Range(2, 2**24), "loss": OneOf(tuple(LOSSES)), "label_smoothing": SHARE}
+    limits: ClassVar[Limits] = {
+        "num_classes": Range(2, 2**24),
+        "loss": OneOf(tuple(LOSSES)),
+        "label_smoothing": SHARE,
+        "cutmix": Range(1e-3, 100, "of Beta(alpha, alpha)", off=True),
+    }
 
     model_class: ClassVar[type] = BackboneConfig
     predictions: ClassVar[frozenset[str]] = frozenset({"labels", "features"})
+
+    @property
+    def rows(self) -> tuple[int, str]:
+        return (2, " x 2 images to mix") if self.cutmix else (1, "")
 
     def fields(self, run: Config) -> Labels:
         return Labels(self.num_classes)
@@ -73,10 +83,15 @@ class Classification(Stateless):
           context: of the step, not needed.
         """
         del context
-        images = augment(batch["image"], keys, self.config.data.augment)
+        images, task = augment(batch["image"], keys, self.config.data.augment), self.config.task
+        if task.cutmix:
+            cut = pair_boxes(jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), images.shape[1:3], task.cutmix)
+            images = jnp.where(cut[..., None], swap_pairs(images), images)
         logits = self._logits(params, images, jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys))
-        task = self.config.task
         loss = LOSSES[task.loss](logits, batch["label"], task.label_smoothing)
+        if task.cutmix:
+            other = LOSSES[task.loss](logits, swap_pairs(batch["label"]), task.label_smoothing)
+            loss += cut.mean((1, 2)) * (other - loss)
         return loss.mean(), {"loss": loss, "logit_max": jnp.abs(logits).max(-1)}, {}
 
     def constrain(self, params: Any) -> Any:
@@ -104,3 +119,19 @@ class Classification(Stateless):
         """FLOPs of one optimiser step on the global batch: 3 x forward, nothing recomputed counted."""
         forward = self.config.model.flops + 2.0 * self.config.model.features * self.config.task.num_classes
         return 3 * forward * self.config.train.batch_size
+
+
+def pair_boxes(keys: jax.Array, size: HeightWidth, alpha: float) -> jax.Array:
+    """CutMix's boxes (Yun et al. 2019, section 3.1), bool (B, H, W), of keys (B,): one for rows 2 k and 2 k + 1.
+
+    The share outside is drawn from Beta(alpha, alpha) and the centre evenly; what lies beyond the image is cut off.
+    """
+
+    def box(key: jax.Array) -> jax.Array:
+        of_share, of_centre = jax.random.split(key)
+        side = jnp.sqrt(1 - jax.random.beta(of_share, alpha, alpha))
+        centre = jax.random.uniform(of_centre, (2,))
+        inside = [abs((jnp.arange(n) + 0.5) / n - at) < side / 2 for n, at in zip(size, centre, strict=True)]
+        return inside[0][:, None] & inside[1]
+
+    return jnp.repeat(jax.vmap(box)(keys[::2]), 2, axis=0)

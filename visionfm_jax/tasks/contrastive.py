@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from visionfm_jax.config import Config, TaskConfig
 from visionfm_jax.config.limits import Limits, OneOf, Range
-from visionfm_jax.data.augment import augment, normalize
+from visionfm_jax.data.augment import augment, normalize, swap_pairs
 from visionfm_jax.data.fields import Texts, check_token
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError
@@ -145,11 +144,6 @@ def pair_shares(keys: jax.Array, alpha: float) -> jax.Array:
 
 
 def mix_pairs(images: jax.Array, share: jax.Array) -> jax.Array:
-    """Mixup (Zhang et al. 2018) of rows 2 k and 2 k + 1: each keeps its share (B,), the rest is the other's.
-
-    Neighbours are strangers, as samples come shuffled; they are on one device, whatever the mesh.
-    """
+    """Mixup (Zhang et al. 2018) of rows 2 k and 2 k + 1: each keeps its share (B,), the rest is the other's."""
     share = share[:, None, None, None]
-    pairs = rearrange(images, "(p two) ... -> p two ...", two=2)
-    other = rearrange(pairs[:, ::-1], "p two ... -> (p two) ...")
-    return share * images + (1 - share) * other
+    return share * images + (1 - share) * swap_pairs(images)
