@@ -75,7 +75,7 @@ def tiny() -> Config:
             queries=30, many_queries=48, copies=4, detections=30,
         ),
         data=DataConfig(
-            train=(scenes("twemoji", "train"), scenes("noto", "train")),
+            train=(scenes("twemoji", "train"), scenes("noto", "train"), scenes("noto", "test")),
             transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
             threads=2,
         ),

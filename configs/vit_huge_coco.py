@@ -84,13 +84,13 @@ def scenes(style: str, split: str) -> ScenesConfig:
 def tiny() -> Config:
     return Config(
         name="vit_huge_coco_tiny",
-        model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="dots"),
+        model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="none"),
         task=DetectionConfig(
             num_classes=9, most_objects=8, width=96, heads=4, mlp=192, encoder_depth=1, decoder_depth=3, stride=8,
             queries=30, many_queries=48, copies=4, detections=30,
         ),
         data=DataConfig(
-            train=(scenes("twemoji", "train"), scenes("noto", "train")),
+            train=(scenes("twemoji", "train"), scenes("noto", "train"), scenes("noto", "test")),
             transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
             threads=2,
         ),

@@ -28,13 +28,14 @@ from visionfm_jax.errors import DataError
 
 SETS = ("noto", "twemoji")
 SPLITS = ("train", "test")
-VERSION = 1  # of what is drawn
+VERSION = 2  # of what is drawn
 PAPER = 236  # what an emoji stands on: all channels this bright, and connected with the edge of the picture
 LEAST_SHARE = 8  # one part in so many of its picture an emoji fills, or it is not used
 SEEN = 3  # one part in so many of an object is seen, or it is left out
 LEAST_PIXELS = 30  # that are seen of an object
 ANGLES = 64  # of a full turn, between which a rotation is drawn
-SMALLEST, LARGEST = 16, 60  # hundredths of the scene's side that an object's picture takes
+TILT = 5  # of these, to either side, by which an object is turned at most
+SMALLEST, LARGEST = 30, 60  # hundredths of the scene's side that an object's picture takes
 UNIT = 16  # bits of a fraction
 KEPT = 2**28  # bytes of scenes that are kept in memory
 
@@ -187,9 +188,9 @@ def drawn(name: str, row: int, draws: Draws, side: int) -> tuple[np.ndarray, tup
     # Sizes are uniform in their logarithm, nearly: the product of two uniform factors.
     share = SMALLEST + draws.below(LARGEST - SMALLEST + 1) * (SMALLEST + draws.below(LARGEST)) // (SMALLEST + LARGEST)
     length = max(8, share * side // 100)
-    turn = draws.below(ANGLES) if draws.below(2) else 0  # half of them stand upright
+    turn = draws.below(2 * TILT + 1) - TILT if draws.below(2) else 0  # half of them stand upright
     mirrored = draws.below(2)
-    centre = draws.below(side), draws.below(side)  # row, column
+    centre = tuple(side // 8 + draws.below(side * 3 // 4) for _ in range(2))  # row, column
     emoji = picture(name, row)
     if emoji is None:
         return np.zeros((0, 0, 4), np.int32), (slice(0, 0), slice(0, 0)), 0
@@ -224,13 +225,13 @@ def sampled(texels: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndar
 
 
 def background(draws: Draws, side: int) -> np.ndarray:
-    """int32 (S, S, 3): a field of colours, with stripes or checks, and noise."""
+    """int32 (S, S, 3): a light field of colours, with stripes, checks or blotches, and noise."""
     cells = 1 + draws.below(5)
-    base = draws.bytes(3).astype(np.int32) // 2
-    field = base + smooth(draws.bytes(cells + 1, cells + 1, 3).astype(np.int32) // 2, side)
+    base = 160 + draws.bytes(3).astype(np.int32) // 4
+    field = base + smooth(draws.bytes(cells + 1, cells + 1, 3).astype(np.int32) // 4, side)
     kind = draws.below(4)
     period, tilt = 4 + draws.below(side // 4), draws.below(5) - 2
-    strength = draws.bytes(3).astype(np.int32) // 2 - 64
+    strength = draws.bytes(3).astype(np.int32) // 8 - 16
     y, x = np.arange(side)[:, None], np.arange(side)[None, :]
     if kind == 1:
         field = field + strength * ((((2 * x + tilt * y) // period) % 2)[..., None])
@@ -238,9 +239,9 @@ def background(draws: Draws, side: int) -> np.ndarray:
         field = field + strength * ((x // period + y // period) % 2)[..., None]
     elif kind == 3:
         fine = smooth(draws.bytes(side // 4 + 1, side // 4 + 1, 3).astype(np.int32), side)
-        field = field + (fine - 128) // 2
+        field = field + (fine - 128) // 8
     noise = draws.bytes(side, side).astype(np.int32) - 128
-    return np.clip(field + noise[..., None] * draws.below(24) // 128, 0, 255)
+    return np.clip(field + noise[..., None] * draws.below(12) // 128, 0, 255)
 
 
 def smooth(grid: np.ndarray, side: int) -> np.ndarray:
