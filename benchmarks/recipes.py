@@ -33,7 +33,12 @@ RECIPES = {  # name -> configuration, and the recipe whose weights it starts fro
     },
 }
 SCRATCH = "_from_scratch"  # behind the name of a recipe that starts from another's weights: without them
-NO_WEIGHTS = ("--config.checkpoint.weights=", "--config.checkpoint.weights_from=", "--config.checkpoint.skip=()")
+NO_WEIGHTS = (
+    "--config.checkpoint.weights=",
+    "--config.checkpoint.weights_from=",
+    "--config.checkpoint.skip=()",
+    "--config.optim.layer_decay=1",  # which keeps what layers have learned: random ones have nothing to keep
+)
 RECIPES |= {name + SCRATCH: (config, "") for name, (config, before) in RECIPES.items() if before}
 
 

@@ -67,8 +67,8 @@ def full() -> Config:
     )  # fmt: skip
 
 
-def scenes(style: str, split: str) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=512)
+def scenes(style: str, split: str, count: int) -> ScenesConfig:
+    return ScenesConfig(path=style, split=split, truth="class_map", size=96, scenes=count)
 
 
 def tiny() -> Config:
@@ -80,17 +80,16 @@ def tiny() -> Config:
         ),
         task=SegmentationConfig(num_classes=10, head="linear"),
         data=DataConfig(
-            train=(scenes("twemoji", "train"), scenes("noto", "train"), scenes("noto", "test")),
+            train=(scenes("twemoji", "train", 64), scenes("noto", "train", 64), scenes("noto", "test", 64)),
             transforms=(Resize(to="shorter", scale=(0.75, 1.5)), Flip(), RandomCrop()),
-            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.07)),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.05, clip_norm=1.0, layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, warmup_steps=20, b2=0.99, weight_decay=0.05, clip_norm=1.0, layer_decay=0.8),
         parallel=ParallelConfig(stage=2),
-        train=TrainConfig(batch_size=8, steps=3000, precision="bf16"),
+        train=TrainConfig(batch_size=16, steps=150, precision="bf16"),
         checkpoint=CheckpointConfig(
-            every_steps=1000, keep_last=2, weights="runs/aurora_xl_tiny", weights_from="image", skip=("head",)
+            every_steps=50, keep_last=2, weights="runs/aurora_xl_tiny", weights_from="image", skip=("head",)
         ),
-        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=1000),),
-        telemetry=TelemetryConfig(log_every=20),
+        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test", 256), every_steps=50),),
+        telemetry=TelemetryConfig(log_every=10),
     )  # fmt: skip

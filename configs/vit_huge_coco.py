@@ -77,29 +77,29 @@ def panoptic() -> Config:
     return config
 
 
-def scenes(style: str, split: str) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, size=96, scenes=512)
+def scenes(style: str, split: str, count: int) -> ScenesConfig:
+    return ScenesConfig(path=style, split=split, size=96, scenes=count)
 
 
 def tiny() -> Config:
     return Config(
         name="vit_huge_coco_tiny",
-        model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="none"),
+        model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="dots"),
         task=DetectionConfig(
             num_classes=9, most_objects=8, width=96, heads=4, mlp=192, encoder_depth=1, decoder_depth=3, stride=8,
             queries=30, many_queries=48, copies=4, detections=30,
         ),
         data=DataConfig(
-            train=(scenes("twemoji", "train"), scenes("noto", "train"), scenes("noto", "test")),
+            train=(scenes("twemoji", "train", 512), scenes("noto", "train", 512), scenes("noto", "test", 512)),
             transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
             threads=2,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.05, clip_norm=0.1, layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.99, weight_decay=0.05, clip_norm=0.1, layer_decay=0.8),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=8, steps=3500, precision="bf16"),
+        train=TrainConfig(batch_size=16, steps=800, precision="bf16"),
         checkpoint=CheckpointConfig(
-            every_steps=1000, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
+            every_steps=200, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
         ),
-        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test"), every_steps=1000),),
+        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test", 256), every_steps=200),),
         telemetry=TelemetryConfig(log_every=20),
     )  # fmt: skip
