@@ -123,7 +123,9 @@ def overflowing(tmp_path) -> list[str]:
     source += f"numpy --config.data.train[1].path={tmp_path} --config.data.train[1].weight=1e-6"
     # About the smallest normal number: black stays 0, white becomes so large that the first norm overflows.
     mean, std = "--config.data.augment.mean=(0.,0.,0.)", "--config.data.augment.std=(1.2e-38,1.2e-38,1.2e-38)"
-    return [*source.split(), mean, std, "--config.data.augment.jitter=(0.,0.,0.,0.)", "--config.optim.warmup_steps=2"]
+    alone = "--config.task.cutmix=0."  # so that one image of the batch is the cause
+    rest = [alone, "--config.data.augment.jitter=(0.,0.,0.,0.)", "--config.optim.warmup_steps=2"]
+    return [*source.split(), mean, std, *rest]
 
 
 def start_unbounded(folder: Path, *arguments: str) -> subprocess.Popen:

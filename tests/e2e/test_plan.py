@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path,
 def test_nothing_fits(cache, tmp_path):
     (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 100_000\n')
     words = (TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=full",
-              "--config.train.accumulate=8", "--config.model.attention=cudnn")  # fmt: skip
+              "--config.train.accumulate=8", "--config.model.attention=cudnn", "--config.task.cutmix=0")  # fmt: skip
     done = plan(cache, *words, program=COMMAND)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "No setting of this batch fits: take more or larger GPUs." in done.stdout
@@ -130,7 +130,7 @@ sys.exit(entry_point(plan.main)(sys.argv[1:]))
 
 
 def test_without_the_cuda_packages_it_says_what_it_cannot_show(cache, tmp_path):
-    words = (TINY, "--cluster=a100-80gb:16x4", f"--json={tmp_path / 'plan.json'}")
+    words = (TINY, "--config.task.cutmix=0", "--cluster=a100-80gb:16x4", f"--json={tmp_path / 'plan.json'}")
     done = plan(cache, *words, program=("-c", WITHOUT_CUDA))
     assert done.returncode == 0, done.stderr
     assert "pip install 'visionfm_jax[plan]'" in done.stdout
