@@ -15,7 +15,8 @@ from visionfm_jax.errors import ConfigError
 from visionfm_jax.losses.classification import softmax_cross_entropy
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, to_global
-from visionfm_jax.tasks.classification import ClassificationConfig, pair_boxes
+from visionfm_jax.tasks.classification import ClassificationConfig, Draws, pair_boxes
+from visionfm_jax.tasks.task import split_keys
 from visionfm_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -70,7 +71,7 @@ def test_the_loss_is_of_both_labels_by_the_share_of_pixels():
     batch = {"image": rng.integers(0, 256, (4, SIDE, SIDE, 3), np.uint8), "label": jnp.array([0, 1, 2, 2])}
     mean, out, _ = task.loss(params, batch, keys, None)
 
-    cut = np.asarray(pair_boxes(jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), (SIDE, SIDE), 0.7))
+    cut = np.asarray(pair_boxes(split_keys(Draws, keys).cutmix, (SIDE, SIDE), 0.7))
     images = batch["image"].copy()
     for row, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
         images[row][cut[row]] = batch["image"][other][cut[row]]

@@ -61,8 +61,8 @@ def photometric(image: jax.Array, key: jax.Array, config: PhotometricConfig) -> 
     grey_key, jitter_key, blur_key, solarize_key = jax.random.split(key, 4)
     x = image
     if any(config.jitter) and config.jitter_chance:
-        use_key = jax.random.fold_in(jitter_key, 1)
-        x = _perhaps(use_key, config.jitter_chance, color_jitter(x, jitter_key, config.jitter), x)
+        use_key, factors_key = jax.random.split(jitter_key)
+        x = _perhaps(use_key, config.jitter_chance, color_jitter(x, factors_key, config.jitter), x)
     if config.grey_chance:
         x = _perhaps(grey_key, config.grey_chance, jnp.broadcast_to((x @ jnp.array(_GREY))[..., None], x.shape), x)
     if config.blur_chance:
@@ -128,6 +128,7 @@ def _hue_rotation(angle: jax.Array) -> jax.Array:
 def swap_pairs(x: jax.Array) -> jax.Array:
     """(B, …) with rows 2 k and 2 k + 1 in each other's place.
 
-    Neighbours are strangers, as samples come shuffled; they are on one device, whatever the mesh.
+    Neighbours are strangers, as samples come shuffled and interleaved from their sources, and they are on one device
+    and in one micro-batch, as tasks that mix images ask for batches of pairs (`TaskConfig.rows`).
     """
     return rearrange(rearrange(x, "(p two) ... -> p two ...", two=2)[:, ::-1], "p two ... -> (p two) ...")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from visionfm_jax.losses.classification import sigmoid_cross_entropy, softmax_cr
 from visionfm_jax.models.heads import Classifier
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless, loaded
+from visionfm_jax.tasks.task import Stateless, loaded, split_keys
 
 LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
@@ -55,6 +55,14 @@ class ClassificationConfig(TaskConfig):
         return Classification(run, dtype, gather_params)
 
 
+class Draws(NamedTuple):
+    """The random keys of rows, (B,) each."""
+
+    augment: jax.Array
+    drop_path: jax.Array
+    cutmix: jax.Array
+
+
 class Classification(Stateless):
     """The `tasks.task.Task` of image classification."""
 
@@ -83,11 +91,12 @@ class Classification(Stateless):
           context: of the step, not needed.
         """
         del context
-        images, task = augment(batch["image"], keys, self.config.data.augment), self.config.task
+        draws, task = split_keys(Draws, keys), self.config.task
+        images = augment(batch["image"], draws.augment, self.config.data.augment)
         if task.cutmix:
-            cut = pair_boxes(jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys), images.shape[1:3], task.cutmix)
+            cut = pair_boxes(draws.cutmix, images.shape[1:3], task.cutmix)
             images = jnp.where(cut[..., None], swap_pairs(images), images)
-        logits = self._logits(params, images, jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys))
+        logits = self._logits(params, images, draws.drop_path)
         loss = LOSSES[task.loss](logits, batch["label"], task.label_smoothing)
         if task.cutmix:
             other = LOSSES[task.loss](logits, swap_pairs(batch["label"]), task.label_smoothing)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from visionfm_jax.models.detector import (
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.sizes import heads_problems
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless, loaded
+from visionfm_jax.tasks.task import Stateless, loaded, split_keys
 
 COUNT = Range(1, 2**14)
 DEPTH = Range(0, 1024)
@@ -125,6 +125,13 @@ def _proposals(settings: DetectorSettings, size: ImageSize) -> int:
     return proposal_count(map_grid(settings, height_width(size)))
 
 
+class Draws(NamedTuple):
+    """The random keys of rows, (B,) each."""
+
+    augment: jax.Array
+    drop_path: jax.Array
+
+
 class Detection(Stateless):
     """The `tasks.task.Task` of detection."""
 
@@ -161,9 +168,9 @@ class Detection(Stateless):
           keys: (B,), one for each sample.
           context: of the step, with the number of objects.
         """
-        images = augment(batch["image"], keys, self.config.data.augment)
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
-        out = self.model.apply({"params": params}, images, batch["size"], keys, True)
+        draws = split_keys(Draws, keys)
+        images = augment(batch["image"], draws.augment, self.config.data.augment)
+        out = self.model.apply({"params": params}, images, batch["size"], draws.drop_path, True)
         per_sample = self.per_sample(out, batch, context)
         return per_sample["loss"].mean(), per_sample, {}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from visionfm_jax.models.eomt import Eomt, Masked, Predicted, extra_flops, mask_
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.segmenter import resize
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless, loaded
+from visionfm_jax.tasks.task import Stateless, loaded, split_keys
 
 COUNT = Range(1, 2**12)
 PREDICTED = {"semantic": ("class_map", "logits"), "instance": ("masks",), "panoptic": ("segments",)}
@@ -105,6 +105,14 @@ def stride_of(run: Config) -> int:
     return run.model.patch_size >> upsamplings(run.model.patch_size)
 
 
+class Draws(NamedTuple):
+    """The random keys of rows, (B,) each."""
+
+    augment: jax.Array
+    drop_path: jax.Array
+    masked: jax.Array  # which queries see their mask alone
+
+
 class EomtTask(Stateless):
     """The `tasks.task.Task` of EoMT."""
 
@@ -144,10 +152,10 @@ class EomtTask(Stateless):
           context: of the step, with the number of masks.
         """
         task, rows = self.task, len(keys)
-        images = augment(batch["image"], keys, self.config.data.augment)
-        drop, draw = (jax.vmap(lambda key, use=use: jax.random.fold_in(key, use))(keys) for use in (2, 3))
+        draws = split_keys(Draws, keys)
+        images = augment(batch["image"], draws.augment, self.config.data.augment)
         shares = mask_shares(context.step, self.config.total_steps, task.blocks)
-        out = self.model.apply({"params": params}, images, drop, Masked(shares, draw))
+        out = self.model.apply({"params": params}, images, draws.drop_path, Masked(shares, draws.masked))
         truth, cut = self._truth(batch)
         count = truth.present.sum(1).max()
         of_image = jax.vmap(lambda *one: set_losses(*one, self.weights, count))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from visionfm_jax.losses.segmentation import labelled, pixel_cross_entropy
 from visionfm_jax.models.layers import GatherParams
 from visionfm_jax.models.segmenter import LinearProbe, Segmenter, UPerNet, probe_flops, resize, upernet_flops
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.tasks.task import Stateless, loaded
+from visionfm_jax.tasks.task import Stateless, loaded, split_keys
 
 
 @dataclass(kw_only=True)
@@ -62,6 +62,13 @@ class SegmentationConfig(TaskConfig):
 
     def make(self, run: Config, dtype: jnp.dtype, gather_params: GatherParams) -> Segmentation:
         return Segmentation(run, dtype, gather_params)
+
+
+class Draws(NamedTuple):
+    """The random keys of rows, (B,) each."""
+
+    augment: jax.Array
+    drop_path: jax.Array
 
 
 class Segmentation(Stateless):
@@ -109,8 +116,9 @@ class Segmentation(Stateless):
           The mean over these rows; per sample `loss`, of UPerNet `auxiliary_loss` before it is weighted, and
           `accuracy`, of which the means over the batch are those over pixels.
         """
-        images = augment(batch["image"], keys, self.config.data.augment)
-        logits = self._run(params, images, jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys))
+        draws = split_keys(Draws, keys)
+        images = augment(batch["image"], draws.augment, self.config.data.augment)
+        logits = self._run(params, images, draws.drop_path)
         out = self.per_sample(logits, batch, context)
         return out["loss"].mean(), out, {}
 

@@ -72,6 +72,16 @@ def shares(images, keys, **fields) -> np.ndarray:
     return np.asarray(jnp.abs(out - images).max((1, 2, 3)) > 1e-3)
 
 
+def test_a_jitter_that_comes_by_chance_turns_hues_both_ways():
+    reddish = jnp.tile(jnp.array([0.6, 0.4, 0.4]), (400, 2, 2, 1))
+    fields = PhotometricConfig(jitter=(0, 0, 0, 0.1), jitter_chance=0.3)
+    out = np.asarray(jax.vmap(lambda x, key: photometric(x, key, fields))(reddish, jax.random.split(KEYS[0], 400)))
+    turn = (out[..., 1] - out[..., 2]).mean((1, 2))  # towards green, away from blue
+    turned = turn[np.abs(turn) > 1e-6]
+    assert 85 < len(turned) < 155  # 120 ± 9
+    assert 0.3 < (turned > 0).mean() < 0.7
+
+
 def test_every_change_of_colours_comes_as_often_as_its_chance_says():
     keys, jitter = jax.random.split(jax.random.key(5), 400), (0.4, 0.4, 0.4, 0.1)
     images = jnp.tile(IMAGES[:1] / 255.0, (400, 1, 1, 1))
