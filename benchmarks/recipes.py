@@ -2,21 +2,29 @@
 
     python benchmarks/recipes.py --folder=recipes --seeds=0,1,2
 
-Each run is the command that a person would type, with a seed and a folder of its own. A run that is complete already
-is not repeated, so that the program can be stopped and started again. Prints a table of what the evals of the last
-step measured, and those at the start: mean over the seeds, then the least and the greatest.
+Each run is the command that a person would type, with a seed and a folder of its own, and its output in a log beside
+it. A run that is complete already is not repeated, so that the program can be stopped and started again; a folder of
+another configuration is refused. Recipes that continue another's weights (`vit_huge_coco`: `vit_huge`'s) need runs of
+that one with the same seeds. `NAME_from_scratch` is such a recipe from random weights, without layer-wise decay, which
+keeps what layers have learned. Prints a table of what the evals of the last step measured, and those at the start: mean
+over the seeds, then the least and the greatest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from visionfm_jax.config import load
+from visionfm_jax.config.schema import to_dict
+from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.train.provenance import SETTINGS, leaf_changes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {  # name -> configuration, and the recipe whose weights it starts from
@@ -42,18 +50,38 @@ NO_WEIGHTS = (
 RECIPES |= {name + SCRATCH: (config, "") for name, (config, before) in RECIPES.items() if before}
 
 
+def words(name: str, seed: int, folder: Path) -> list[str]:
+    """The arguments of a recipe's run."""
+    config, before = RECIPES[name]
+    out = [f"--config={ROOT / config}", f"--config.seed={seed}", f"--config.workdir={folder / f'{name}_{seed}'}"]
+    if before:
+        out.append(f"--config.checkpoint.weights={folder / f'{before}_{seed}'}")
+    return out + (list(NO_WEIGHTS) if name.endswith(SCRATCH) else [])
+
+
+def check(name: str, seed: int, folder: Path) -> None:
+    """Refuse a folder that an earlier version of the recipe was trained in."""
+    settings = folder / f"{name}_{seed}" / SETTINGS
+    if not settings.exists():
+        return
+    config = json.loads(json.dumps(to_dict(load.from_arguments(words(name, seed, folder))[0])))
+    if changes := leaf_changes(json.loads(settings.read_text())["config"], config):
+        raise UserError(f"{settings.parent} is of another configuration ({changes[0]}); remove it, or give --folder")
+
+
 def train(name: str, seed: int, folder: Path) -> float:
     """Run one recipe to its end; seconds that it took, of a run that was complete before those of the restart."""
-    config, before = RECIPES[name]
-    words = [f"--config={config}", f"--config.seed={seed}", f"--config.workdir={folder / f'{name}_{seed}'}"]
+    _, before = RECIPES[name]
     if before:
-        words.append(f"--config.checkpoint.weights={folder / f'{before}_{seed}'}")
-    elif name.endswith(SCRATCH):
-        words += NO_WEIGHTS
-    began = time.monotonic()
-    with open(folder / f"{name}_{seed}.log", "a") as log:
-        command = [sys.executable, "-m", "visionfm_jax.main", *words]
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+        if not (folder / f"{before}_{seed}").is_dir():
+            raise UserError(f"{name} continues {before}, of which there is no run of seed {seed}; run it first")
+        check(before, seed, folder)
+    check(name, seed, folder)
+    began, path = time.monotonic(), folder / f"{name}_{seed}.log"
+    with open(path, "a") as log:
+        command = [sys.executable, "-m", "visionfm_jax.main", *words(name, seed, folder)]
+        if code := subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
+            raise UserError(f"{name}, seed {seed}: exit code {code}; its last lines are in {path}")
     return time.monotonic() - began
 
 
@@ -66,18 +94,28 @@ def scores(folder: Path) -> dict[str, float]:
     return out
 
 
-def main() -> None:
+def numbers(text: str) -> list[int]:
+    """Those that commas separate."""
+    return [int(number) for number in text.split(",")]
+
+
+def main(arguments: list[str]) -> None:
     """Train what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="where the runs go (%(default)s)")
-    parser.add_argument("--seeds", default="0,1,2", help="separated by commas (%(default)s)")
+    parser.add_argument(
+        "--seeds",
+        type=numbers,
+        default="0,1,2",
+        help="whole numbers, separated by commas (%(default)s)",
+    )
     parser.add_argument(
         "--recipes",
         default=",".join(name for name in RECIPES if not name.endswith(SCRATCH)),
         help="separated by commas (%(default)s)",
     )
-    args = parser.parse_args()
-    names, seeds = args.recipes.split(","), [int(s) for s in args.seeds.split(",")]
+    args = parser.parse_args(arguments)
+    names, seeds = args.recipes.split(","), args.seeds
     if unknown := set(names) - set(RECIPES):
         parser.error(f"--recipes: no {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")
     folder = args.folder.resolve()
@@ -85,7 +123,7 @@ def main() -> None:
     for name in names:
         for seed in seeds:
             print(f"{name}, seed {seed}: {train(name, seed, folder):.0f} s", file=sys.stderr, flush=True)
-    print(f"| recipe | metric | mean of seeds {args.seeds} | least | greatest |\n|---|---|--:|--:|--:|")
+    print(f"| recipe | metric | mean of seeds {','.join(map(str, seeds))} | least | greatest |\n|---|---|--:|--:|--:|")
     for name in names:
         found = [scores(folder / f"{name}_{seed}") for seed in seeds]
         for metric in found[0]:
@@ -95,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(entry_point(main)(sys.argv[1:]))

@@ -48,7 +48,7 @@ def full() -> Config:
             train=(Ade20kConfig(path=ADE20K, split="training"),),
             num_examples=20_210,
             transforms=(Resize(to="shorter", scale=(0.5, 2.0)), Flip(), RandomCrop()),
-            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.07)),  # as mmsegmentation
+            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.1)),  # mmsegmentation's ranges, always
             workers=12,
         ),
         optim=OptimConfig(lr=6e-5, warmup_steps=1500, b2=0.999, weight_decay=0.05, clip_norm=1.0, layer_decay=0.95),
@@ -90,6 +90,6 @@ def tiny() -> Config:
         checkpoint=CheckpointConfig(
             every_steps=50, keep_last=2, weights="runs/swinv2_g_clip_tiny", weights_from="image", skip=("head",)
         ),
-        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test", 256), every_steps=50),),
+        evals=(MeanIouConfig(name="held_out", source=scenes("twemoji", "test", 256), every_steps=50),),
         telemetry=TelemetryConfig(log_every=10),
     )  # fmt: skip

@@ -85,6 +85,6 @@ def tiny() -> Config:
         checkpoint=CheckpointConfig(
             every_steps=200, keep_last=2, weights="runs/swinv2_g_clip_tiny", weights_from="image", skip=("head",)
         ),
-        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test", 256), every_steps=200),),
+        evals=(BoxesConfig(name="held_out", source=scenes("twemoji", "test", 256), every_steps=200),),
         telemetry=TelemetryConfig(log_every=20),
     )  # fmt: skip

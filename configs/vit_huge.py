@@ -10,8 +10,8 @@ the first 51,200 images are held out, as in big_vision (TFDS stores the images o
 folders, set kind=folder and split=NAME_OF_FOLDER in config.data.train[0] and config.evals[0].source, and
 config.data.num_examples.
 
-`tiny` is the same recipe on the bundled emoji of nine groups, small enough for two CPU cores. It has CutMix (Yun et al.
-2019), by which patches learn what they show: without it, segmentation and detection gain nothing from its weights.
+`tiny` runs the same code on the bundled emoji of nine groups, small enough for two CPU cores, and adds CutMix (Yun et
+al. 2019), by which patches learn what they show: segmentation and detection continue from its weights.
 """
 
 from visionfm_jax.config import (

@@ -8,7 +8,8 @@ It starts from the last checkpoint of that run, or from the weights that config.
 pixels are resampled to 16, positions to the larger images. For 32 GPUs of 80 GB with two images each, 40,000 steps;
 evaluated in windows, as mmsegmentation does. `config.task.head=linear` with `config.task.frozen=True` and
 config.optim.layer_decay=1 is a linear probe of frozen features. Any folder of class maps takes ADE20K's place: set
-kind=class_maps and its fields in config.data.train[0] and config.evals[0].source, and config.task.num_classes.
+kind=class_maps and its fields in config.data.train[0] and config.evals[0].source, config.data.num_examples and
+config.task.num_classes.
 
 `eomt` has EoMT in place of UPerNet (Kerssies et al. 2025): 31 epochs of batch 16, layer decay 0.8;
 for 16 GPUs of 80 GB.
@@ -54,7 +55,7 @@ def full() -> Config:
             train=(Ade20kConfig(path=ADE20K, split="training"),),
             num_examples=20_210,
             transforms=(Resize(to="shorter", scale=(0.5, 2.0)), Flip(), RandomCrop()),
-            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.07)),  # as mmsegmentation
+            augment=AugmentConfig(jitter=(0.125, 0.5, 0.5, 0.1)),  # mmsegmentation's ranges, always
             workers=12,
         ),
         optim=OptimConfig(lr=6e-5, warmup_steps=1500, b2=0.999, weight_decay=0.05, clip_norm=1.0, layer_decay=0.95),
@@ -102,6 +103,6 @@ def tiny() -> Config:
         checkpoint=CheckpointConfig(
             every_steps=50, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
         ),
-        evals=(MeanIouConfig(name="unseen", source=scenes("twemoji", "test", 256), every_steps=50),),
+        evals=(MeanIouConfig(name="held_out", source=scenes("twemoji", "test", 256), every_steps=50),),
         telemetry=TelemetryConfig(log_every=10),
     )  # fmt: skip

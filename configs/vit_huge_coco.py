@@ -100,6 +100,6 @@ def tiny() -> Config:
         checkpoint=CheckpointConfig(
             every_steps=200, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
         ),
-        evals=(BoxesConfig(name="unseen", source=scenes("twemoji", "test", 256), every_steps=200),),
+        evals=(BoxesConfig(name="held_out", source=scenes("twemoji", "test", 256), every_steps=200),),
         telemetry=TelemetryConfig(log_every=20),
     )  # fmt: skip

@@ -31,7 +31,7 @@ class SegmentationConfig(TaskConfig):
 
     num_classes: int = 150  # classes are 0 to num_classes - 1; pixels of none do not count
     head: str = "upernet"  # linear: on each place | upernet (Xiao et al. 2018)
-    frozen: bool = False  # only the head is trained
+    frozen: bool = False  # only the head is trained, on features without drop path
     channels: int = 512  # of UPerNet
     auxiliary: float = 0.4  # weight of the loss of UPerNet's auxiliary head; 0: no such head
     auxiliary_channels: int = 256  # of that head

@@ -82,7 +82,7 @@ class ScenesConfig(Format):
     kind: ClassVar[str] = "scenes"
     reader: ClassVar[str] = "scenes:ScenesSource"
 
-    split: str = "train"  # train | test: whose pictures are in no scene of train
+    split: str = "train"  # train | test: concepts that are in no scene of train
     truth: str = "boxes"  # what is known: boxes | masks (and boxes) | class_map, where the background is a class too
     scenes: int = 4096  # number of them
     size: int = 128  # pixels, side of the square

@@ -1,8 +1,10 @@
 """Scenes to try detection and segmentation on: bundled emoji on varied backgrounds, scaled, rotated, one over another.
 
 `ScenesConfig(path="noto", split="train")`. The class of an object is its emoji's group. The split `test` shows pictures
-of the set's own split `test`, whose concepts are in no scene of `train` (`tools/curate.py`): numbers on it mean that
-groups are recognised, not pictures. All is known to the pixel: a mask is what of an object is seen, a box encloses it.
+of the set's own split `test`, whose concepts are in no scene of `train` of either set (`tools/curate.py`): numbers on
+it mean that groups are recognised, not pictures. A recipe that also trains on one set's split `test` is evaluated on
+the other set's, which draws the same concepts in another style. All is known to the pixel: a mask is what of an object
+is seen, a box encloses it.
 
 A scene is made when it is read, from (seed, split, number) alone and by integers alone, so that it is the same on every
 machine: random bits of PCG64, of which NumPy promises that they do not change, and coordinates in parts of 2**-16.
@@ -35,7 +37,7 @@ SEEN = 3  # one part in so many of an object is seen, or it is left out
 LEAST_PIXELS = 30  # that are seen of an object
 ANGLES = 64  # of a full turn, between which a rotation is drawn
 TILT = 5  # of these, to either side, by which an object is turned at most
-SMALLEST, LARGEST = 30, 60  # hundredths of the scene's side that an object's picture takes
+SMALLEST, LARGEST = 30, 60  # hundredths of the scene's side, between which lies what an object's picture takes
 UNIT = 16  # bits of a fraction
 KEPT = 2**28  # bytes of scenes that are kept in memory
 
@@ -154,7 +156,7 @@ class Draws:
 
 
 class Picture(NamedTuple):
-    """An emoji at half, a quarter, … of its size: colours times opacity, and opacity, int32 (side, side, 4) each."""
+    """An emoji at its own size, at half and at a quarter: colours times opacity, and opacity, uint8 (side, side, 4)."""
 
     levels: tuple[np.ndarray, ...]
 
@@ -169,12 +171,12 @@ def picture(name: str, row: int) -> Picture | None:
     own = paper[1:-1, 1:-1] != 2
     if own.sum() * LEAST_SHARE < own.size:
         return None
-    opacity = np.where(own, 255, 0).astype(np.int32)
-    level = np.concatenate([pixels * own[..., None].astype(np.int32), opacity[..., None]], -1)
+    opacity = np.where(own, 255, 0).astype(np.uint8)
+    level = np.concatenate([pixels * own[..., None], opacity[..., None]], -1)
     levels = [level]
     while len(levels) < 3:
         side = len(level) // 2
-        level = (level.reshape(side, 2, side, 2, 4).sum((1, 3)) + 2) // 4
+        level = ((level.reshape(side, 2, side, 2, 4).sum((1, 3), np.int32) + 2) // 4).astype(np.uint8)
         levels.append(level)
     return Picture(tuple(levels))
 
@@ -183,9 +185,10 @@ def drawn(name: str, row: int, draws: Draws, side: int) -> tuple[np.ndarray, tup
     """An emoji at a random size, angle and place.
 
     Returns:
-      Its pixels within the scene, int32 (h, w, 4) as of `Picture`; where they lie; how many the whole of it has.
+      Its pixels within the scene, int32 (h, w, 4) with the channels of a `Picture`; where they lie; how many the whole
+      of it has.
     """
-    # Sizes are uniform in their logarithm, nearly: the product of two uniform factors.
+    # A product of two uniform numbers, so that small objects are more frequent than large ones.
     share = SMALLEST + draws.below(LARGEST - SMALLEST + 1) * (SMALLEST + draws.below(LARGEST)) // (SMALLEST + LARGEST)
     length = max(8, share * side // 100)
     turn = draws.below(2 * TILT + 1) - TILT if draws.below(2) else 0  # half of them stand upright
