@@ -81,7 +81,7 @@ def tiny() -> Config:
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.99, weight_decay=0.05, clip_norm=0.1, layer_decay=0.8),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=16, steps=800, precision="fp16"),
+        train=TrainConfig(batch_size=16, steps=400, precision="fp16"),
         checkpoint=CheckpointConfig(
             every_steps=200, keep_last=2, weights="runs/swinv2_g_clip_tiny", weights_from="image", skip=("head",)
         ),
