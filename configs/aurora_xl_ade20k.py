@@ -80,7 +80,7 @@ def tiny() -> Config:
         ),
         task=SegmentationConfig(num_classes=10, head="linear"),
         data=DataConfig(
-            train=(scenes("twemoji", "train", 64), scenes("noto", "train", 64), scenes("noto", "test", 64)),
+            train=(scenes("twemoji", "train", 16), scenes("noto", "train", 16), scenes("noto", "test", 16)),
             transforms=(Resize(to="shorter", scale=(0.75, 1.5)), Flip(), RandomCrop()),
             threads=2,
         ),
