@@ -75,9 +75,9 @@ def tiny() -> Config:
     return Config(
         name="aurora_xl_ade20k_tiny",
         model=SwinV2Config(
-            size="P", image_size=96, patch_size=4, window=8, pretrained_window=8, pretrained_image_size=64,
+            size="P", image_size=128, patch_size=4, window=8, pretrained_window=8, pretrained_image_size=64,
             drop_path=0.05,
-        ),
+        ),  # 128 px: objects are nearly as large as the emoji of its pre-training
         task=SegmentationConfig(num_classes=10, head="linear"),
         data=DataConfig(
             train=(scenes("twemoji", "train", 16), scenes("noto", "train", 16), scenes("noto", "test", 16)),

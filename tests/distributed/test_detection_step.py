@@ -132,6 +132,10 @@ def overlaps(box: np.ndarray, others: np.ndarray) -> np.ndarray:
         ({"copies": 5}, "config.task.many_queries = 24: must be at least task.copies x task.most_objects = 25"),
         ({"queries": 62}, "config.task.queries = 62: with task.many_queries = 24, is more than the 85 proposals"),
         ({"queries": 0}, "config.task.queries = 0: must lie in"),
+        (
+            {"stride": 5},
+            "config.task.stride = 5: must be a power of two: maps are upsampled by factors of two; set 4 or 8",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(task, says):

@@ -180,6 +180,14 @@ def stored_size(data: bytes) -> tuple[int, int]:
         raise DamagedImage(f"{what or type(error).__name__} ({len(data)} bytes)") from error
 
 
+def stored_orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 … 8, by which an encoded image that `stored_size` can read becomes upright."""
+    if data[:3] == b"\xff\xd8\xff":
+        return _jpeg_orientation(data)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return _orientation(image.getexif)
+
+
 def decode_map(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The values of a picture of one channel as they are stored, uint8 or uint16 (H, W): no colours are made of them.
 

@@ -36,6 +36,7 @@ from visionfm_jax.parallel.mesh import of_all_hosts
 
 PICTURED = 8  # images, and as many of the worst
 SIDE = 320  # pixels, of the longer side of what is drawn
+MOST_VIEWS = 512  # of an image, which are in memory together: one that takes more is damaged
 BLOCK = 2**24  # logits at the size of a map that are held at a time, 64 MiB
 
 
@@ -136,9 +137,11 @@ class SegmentationEval(OpenedEval):
                     raise DamagedRecord("it has no class_map")
                 sides = (whole, whole.flip()) if self.config.flip else (whole,)
                 grids = [self._grid(side, scale) for scale in self.config.scales for side in sides]
+                if (views := sum(len(g.rows) * len(g.columns) for g in grids)) > MOST_VIEWS:
+                    raise DamagedImage(f"its {views:,} windows are more than {MOST_VIEWS}")
                 how = getattr(self.config.preprocess, "interpolation", "bicubic")
                 places = [Placement(*axes, how) for g in grids for axes in itertools.product(g.rows, g.columns)]
-                views = whole.with_views({"views": places}).views["views"]
+                images = whole.with_views({"views": places}).views["views"]
                 truth = whole.maps["class_map"]
             values = truth[truth != ignored(truth.dtype)]
             if values.size and not 0 <= values.min() <= values.max() < len(self.classes):
@@ -149,7 +152,7 @@ class SegmentationEval(OpenedEval):
             key = self.source.key(record)
             logging.warning("%s: record %s is damaged and left out: %s", self.source.name, key, error)
             return None
-        return Seen(record, truth, grids, views)
+        return Seen(record, truth, grids, images)
 
     def _grid(self, image: Sample, scale: float) -> Grid:
         """The views of an image, mirrored or not, at a scale."""

@@ -88,6 +88,10 @@ class DetectionConfig(TaskConfig):
         if self.many_queries and self.copies * self.most_objects > self.many_queries:
             rule = f"must be at least task.copies x task.most_objects = {self.copies * self.most_objects}"
             out.append(("task.many_queries", self.many_queries, rule, "set that, or 0"))
+        if self.stride & (self.stride - 1):
+            below = 1 << (self.stride.bit_length() - 1)
+            rule = "must be a power of two: maps are upsampled by factors of two"
+            out.append(("task.stride", self.stride, rule, f"set {below} or {2 * below}"))
         settings, size = settings_of(run), run.model.image_size
         proposals = _proposals(settings, size)
         if (wanted := self.queries + self.many_queries) > proposals:

@@ -1,6 +1,7 @@
 """Objects of COCO, Pascal VOC, YOLO and TFDS: what records hold, what is left out and counted, what is refused."""
 
 import io
+import json
 import math
 import pickle
 import re
@@ -11,13 +12,13 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 from caption_sets import write_json, write_pictures
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as oracle
 from tar_sets import picture
 
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.fields import Labels, Objects
-from visionfm_jax.data.images import DamagedImage
+from visionfm_jax.data.images import UPRIGHT, DamagedImage
 from visionfm_jax.data.sources import open_source, outlines
 from visionfm_jax.data.sources.kinds import (
     BundledConfig,
@@ -27,6 +28,7 @@ from visionfm_jax.data.sources.kinds import (
     YoloConfig,
 )
 from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.data.transforms import Resize
 from visionfm_jax.errors import DataError
 
 COCO = "annotations/instances_val.json"
@@ -160,7 +162,36 @@ def test_coco_objects_without_a_mask_are_left_out_where_masks_are_asked_for(tmp_
     source = opened(coco(tmp_path, notes), masks=True)
     assert len(source[0]["masks"]) == len(source[0]["boxes"]) == 1
     assert source[1]["masks"].shape == (0, 64, 64)
-    assert left_out(caplog) == ["3 objects without a mask: annotation 0, annotation 1, annotation 2"]
+    assert left_out(caplog) == [
+        "3 objects without a mask: annotation 0, annotation 1, annotation 2",
+        "1 objects of which polygons of fewer than three points are left out: annotation 3",
+    ]
+
+
+@pytest.mark.parametrize("crowd", [1, 2, True, "1", 0, False, None])
+def test_a_crowd_is_what_is_true(tmp_path, crowd):
+    """As pycocotools has it."""
+    assert opened(coco(tmp_path, [note(0, 0, iscrowd=crowd)]))[0]["box_crowd"].tolist() == [bool(crowd)]
+
+
+def test_objects_of_none_but_unknown_classes_are_refused(tmp_path):
+    path = coco(tmp_path / "coco", [note(0, 0, 99), note(1, 10, 98)])
+    assert "no object can be used, and 2 are objects of unknown categories, such as annotation 0" in error_of(
+        CocoConfig(path=str(path), split="val")
+    )
+    assert "1 are objects of unknown classes" in error_of(
+        YoloConfig(path=str(yolo(tmp_path / "yolo", {"a": "7 .5 .5 1 1"})))
+    )
+
+
+def test_stated_sizes_are_part_of_the_fingerprint(tmp_path):
+    path = coco(tmp_path, [note(0, 0)])
+    before = opened(path).fingerprint()
+    file = path / COCO
+    content = json.loads(file.read_text())
+    content["images"][0]["height"] = 60
+    file.write_text(json.dumps(content))
+    assert opened(path).fingerprint() != before
 
 
 @pytest.mark.parametrize(
@@ -351,6 +382,26 @@ def test_yolo_objects(tmp_path, caplog):
         f"1 lines that are not numbers: {file} 6",
     ]
     assert "no split 'val'; the splits are train" in error_of(YoloConfig(path=str(folder), split="val"))
+
+
+@pytest.mark.parametrize("orientation", [1, *UPRIGHT])
+def test_yolo_boxes_are_of_the_upright_image(tmp_path, orientation):
+    """Of a photo that is stored turned or mirrored, as cameras do: its bright corner is where the box is."""
+    seen = np.zeros((32, 64, 3), np.uint8)
+    seen[:8, 48:] = 255
+    swap, flip_rows, flip_columns = UPRIGHT.get(orientation, (False, False, False))
+    stored = seen[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+    stored = stored.transpose(1, 0, 2) if swap else stored
+    folder = yolo(tmp_path, {"a": "0 .875 .125 .25 .25"})
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(
+        folder / "images/train/a.jpg", exif=exif, quality=100, subsampling=0
+    )
+    found = Chain((Resize(),), (32, 64))(open_source(YoloConfig(path=str(folder)))[0], np.random.default_rng(0))
+    np.testing.assert_allclose(found["boxes"], [[48, 0, 64, 8]], atol=1e-4)
+    assert found["image"][:8, 48:].min() > 200
+    assert found["image"][9:].max() < 50
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,13 @@ def test_a_panoptic_map_of_other_segments_is_damaged(tmp_path, truth):
         source[0]
 
 
+def test_a_panoptic_map_that_may_have_lost_colours_is_damaged(tmp_path):
+    folder = panoptic(tmp_path)
+    (folder / "annotations/panoptic_val/0.png").write_bytes(png(np.zeros((64, 64, 3), np.uint8), "WEBP"))
+    with pytest.raises(DamagedRecord, match="its map is no PNG"):
+        open_source(CocoPanopticConfig(path=str(folder), split="val"))[0]
+
+
 def test_panoptic_segments_of_one_number(tmp_path, caplog):
     logging.use_python_logging(quiet=True)
     folder = panoptic(tmp_path, lambda c: c["annotations"][0]["segments_info"][0].update(id=300))

@@ -53,6 +53,13 @@ def reading(calls=None, spoil=None):
 SIZES = [(32, 32), (32, 75), (50, 32), (32, 33), (32, 32), (32, 64), (32, 40), (32, 32), (32, 32), (90, 32), (32, 32)]
 
 
+def test_an_image_of_more_windows_than_memory_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(segmentation, "MOST_VIEWS", 4)
+    (evaluation,) = make(monkeypatch, MeanIouConfig, scenes(SIZES), CLASSES, inference="slide", stride=0.6)
+    assert evaluation.run(reading())["images"] == len(SIZES) - 1
+    assert "record image 9 is damaged and left out: its 5 windows are more than 4" in caplog.text
+
+
 def test_no_scale_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"config.evals\[name=held_out\].scales = \(\): names no scale; set \(1.0,\)"):
         make(monkeypatch, MeanIouConfig, scenes([(32, 32)]), CLASSES, scales=())

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from visionfm_jax.config.schema import SourceConfig
-from visionfm_jax.data.images import stored_size
+from visionfm_jax.data.images import UPRIGHT, stored_orientation, stored_size
 from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.record import DamagedRecord
+from visionfm_jax.errors import DataError, printable
 
 FAR = 2**31  # pixels, or images: farther than any edge
 
@@ -106,11 +107,11 @@ class AnnotatedFiles(ListedFiles):
       files: paths below it.
       objects: of these files.
       class_names: by label.
-      relative: whether boxes are in units of the image's width and height.
+      relative: whether boxes are in units of the upright image's width and height, else in pixels as it is stored.
       sizes: (H, W) of each image that the annotations are for, 0: not known; a file of another size is damaged.
 
     Raises:
-      DataError: as `ListedFiles`.
+      DataError: as `ListedFiles`; or it has objects, but none of a known class.
     """
 
     classes_of = ("box_labels",)
@@ -129,6 +130,12 @@ class AnnotatedFiles(ListedFiles):
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
         self._objects, self._relative = objects.arrays(len(files)), relative
         self._sizes = np.array(sizes, np.int64).reshape(-1, 2)
+        unknown = [reason for reason in objects.left if reason.startswith("objects of unknown")]
+        if unknown and not len(self._objects["labels"]):
+            raise DataError(
+                f"{self.name}: no object can be used, and {len(objects.left[unknown[0]]):,} are {unknown[0]}, such as "
+                f"{printable(objects.left[unknown[0]][0])}; compare these numbers with the list of classes"
+            )
         self.log(objects.left | {"images that the annotations do not list": self.unlisted()})
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -150,14 +157,16 @@ class AnnotatedFiles(ListedFiles):
         own = self.objects(index)
         boxes, box_areas = self._objects["boxes"][own], self._objects["areas"][own]
         if self._relative:
-            boxes, box_areas = boxes * np.array(size[::-1] * 2), box_areas * size[0] * size[1]
+            boxes = stored_boxes(boxes, stored_orientation(data)) * np.array(size[::-1] * 2)
+            box_areas = box_areas * size[0] * size[1]
         labels, crowd = self._objects["labels"][own], self._objects["crowd"][own]
         record = {"image": data, "boxes": boxes, "box_labels": labels, "box_crowd": crowd, "box_areas": box_areas}
         return record, size
 
     def fingerprint(self) -> dict[str, str]:
         """Of the objects, and of each thousand images."""
-        arrays = (self._objects[k] for k in ("ends", "labels", "crowd", "areas", "boxes", "outlines"))
+        names = ("ends", "labels", "crowd", "areas", "boxes", "outlines", "outline_ends")
+        arrays = (*(self._objects[k] for k in names), self._sizes)
         return {"objects": f"{len(self._objects['labels']):,} objects, {digest(*arrays)}"} | super().fingerprint()
 
     def objects(self, index: int) -> slice:
@@ -170,3 +179,14 @@ class AnnotatedFiles(ListedFiles):
         own = self.objects(index)
         ends = self._objects["outline_ends"][own.start : own.stop + 1].tolist()
         return [self._objects["outlines"][a:b] for a, b in itertools.pairwise(ends)]
+
+
+def stored_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
+    """Boxes (N, 4) of the upright image on the stored one, both in units of their width and height."""
+    swap, flip_rows, flip_columns = UPRIGHT.get(orientation, (False, False, False))
+    left, top, right, bottom = boxes.T
+    if flip_rows:
+        top, bottom = 1 - bottom, 1 - top
+    if flip_columns:
+        left, right = 1 - right, 1 - left
+    return np.stack([top, left, bottom, right] if swap else [left, top, right, bottom], 1)

@@ -42,7 +42,7 @@ class CocoSource(AnnotatedFiles):
 
         def slim(entry: dict[str, Any]) -> dict[str, Any]:  # called for each object: 450 MB of outlines stay text
             if "segmentation" in entry:
-                entry["segmentation"] = _outline(entry["segmentation"]) if config.masks else b""
+                entry["segmentation"], entry["short"] = _outline(entry["segmentation"]) if config.masks else (b"", 0)
             return entry
 
         def parse(content: Any) -> tuple:
@@ -63,11 +63,12 @@ class CocoSource(AnnotatedFiles):
         return record, size
 
 
-def _outline(segmentation: Any) -> bytes:
-    """As JSON; polygons of fewer than three points are left out, as elsewhere; empty: nothing is left."""
-    if isinstance(segmentation, list):
-        segmentation = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
-    return json.dumps(segmentation).encode() if segmentation else b""
+def _outline(segmentation: Any) -> tuple[bytes, int]:
+    """As JSON, empty if nothing is left, and how many polygons are left out: those of fewer than three points."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    kept = [p for p in polygons if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    segmentation = kept if isinstance(segmentation, list) else segmentation
+    return json.dumps(segmentation).encode() if segmentation else b"", len(polygons) - len(kept)
 
 
 def _parse(content: Any, masks: bool) -> tuple:
@@ -84,10 +85,13 @@ def _parse(content: Any, masks: bool) -> tuple:
         elif masks and not note.get("segmentation"):
             objects.leave("objects without a mask", name)
         else:
+            if note.get("short"):
+                objects.leave("objects of which polygons of fewer than three points are left out", name)
             size = tuple(side or math.inf for side in sizes[number])
             outline = note.get("segmentation", b"")
             box = corners_of(note["bbox"])
-            objects.add(number, label, box, name, size, note.get("iscrowd", 0) == 1, note.get("area"), outline)
+            # As pycocotools: a crowd is what is true.
+            objects.add(number, label, box, name, size, bool(note.get("iscrowd")), note.get("area"), outline)
     return files, sizes, names, tuple(labels), objects
 
 

@@ -23,6 +23,7 @@ from visionfm_jax.data.sources.kinds import CocoPanopticConfig
 from visionfm_jax.data.sources.outlines import check_number
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 
+PNG = b"\x89PNG"  # how its files begin
 _NEEDED = (
     "images with id and file_name, annotations with image_id, file_name and segments_info, of which each has id, "
     "category_id and bbox, and categories with id and name"
@@ -53,7 +54,10 @@ class PanopticSource(AnnotatedFiles):
         """With masks, bool (N, H, W), or in place of objects `class_map`, (H, W)."""
         record, size = super().annotated(index)
         with open(os.path.join(self._maps, os.fsdecode(bytes(self._pngs[index]))), "rb") as file:
-            numbers = decode(file.read()).astype(np.int32) @ np.array([1, 256, 65_536], np.int32)
+            colours = file.read()
+        if not colours.startswith(PNG):
+            raise DamagedRecord("its map is no PNG; other formats may have lost colours, which are numbers of segments")
+        numbers = decode(colours).astype(np.int32) @ np.array([1, 256, 65_536], np.int32)
         if numbers.shape != size:
             raise DamagedRecord(f"its map has {' x '.join(map(str, numbers.shape))} pixels, its image {size}")
         segments = [int(number) for number in self.outlines(index)]

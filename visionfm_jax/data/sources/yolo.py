@@ -1,9 +1,9 @@
 """YOLO's objects: a text file for each image, images/…/NAME.jpg beside labels/…/NAME.txt, and data.yaml at PATH.
 
 A line is `class x y width height`, centre and size, or `class x1 y1 x2 y2 x3 y3 …`, a polygon, of which the box that
-encloses it is taken; all relative to the image's width and height. data.yaml has `names` and, for each split, a folder,
-a text file of images or a list of these, below PATH; its `path` does not count. An image without a text file has no
-object.
+encloses it is taken; all relative to the width and height of the upright image, as Ultralytics reads them. data.yaml
+has `names` and, for each split, a folder, a text file of images or a list of these, below PATH; its `path` does not
+count. An image without a text file has no object.
 """
 
 from __future__ import annotations
