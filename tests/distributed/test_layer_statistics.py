@@ -16,6 +16,8 @@ from visionfm_jax.models.layers import Block
 from visionfm_jax.optim.loss_scale import LossScale
 from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import to_global
+from visionfm_jax.tasks.classification import Draws
+from visionfm_jax.tasks.task import split_keys
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, LayerStatistics
 from visionfm_jax.train.step import sample_keys, with_keys
 
@@ -60,7 +62,7 @@ def named(layers: list[Layer]) -> dict[str, Layer]:
 def test_the_numbers_are_those_of_the_layers_computed_one_by_one(measured):
     config, params, batch = measured.trainer.config, measured.params, batches(1)[0]
     keys = with_keys(config, measured.trainer.mesh, jnp.int32(STEP), {})["key"]
-    images = augment(jnp.asarray(batch["image"]), keys, config.data.augment)
+    images = augment(jnp.asarray(batch["image"]), split_keys(Draws, keys).augment, config.data.augment)
     size = SIZES["P"]
     block = Block(size.heads, size.mlp, jnp.float32, "xla", config.model.norm_eps)
 
