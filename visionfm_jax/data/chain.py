@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig, PreprocessConfig, Transform
@@ -18,8 +19,9 @@ from visionfm_jax.data.fields import Spec
 from visionfm_jax.data.images import MAX_PIXELS, Picture, opened
 from visionfm_jax.data.sample import Placement, Sample
 from visionfm_jax.data.transforms import Resize
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, one_line
 
+FAILS = (ValueError, MemoryError, cv2.error)  # what a transform that cannot do its work raises
 TRIED = ((90, 50), (50, 90))  # sizes of images on which transforms are tried before training
 
 
@@ -82,8 +84,9 @@ class Chain:
         for seed, (height, width) in enumerate(TRIED * 8):
             try:
                 out = self({"image": np.zeros((height, width, 3), np.uint8)}, np.random.default_rng(seed))
-            except ValueError as error:
-                raise ConfigError(f"config.data.transforms = {names}: {error}; mend or reorder them") from error
+            except FAILS as error:
+                problem = f"config.data.transforms = {names}: {one_line(error)}; mend or reorder them"
+                raise ConfigError(problem) from error
             for name, (shape, _) in self.spec.items():
                 if (found := np.shape(out.get(name))) != shape:
                     raise ConfigError(
@@ -120,8 +123,8 @@ class EvalTransform:
         wanted, _ = transform.spec["image"]
         try:
             found = {transform(np.zeros((*size, 3), np.uint8)).shape for size in TRIED}
-        except ValueError as error:
-            raise ConfigError(f"{field}: {error}; mend it") from error
+        except FAILS as error:
+            raise ConfigError(f"{field}: {one_line(error)}; mend it") from error
         if found != {wanted}:
             made = [str(shape[:2]) for shape in sorted(found)]
             remedy = "let it resize to sample.target" if len(made) > 1 else f"set the eval's image_size to {made[0]}"

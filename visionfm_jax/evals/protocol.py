@@ -18,8 +18,18 @@ def protocol_of(settings: dict[str, Any]) -> str:
 
 
 def measured_on(source: Source, config: SourceConfig) -> dict[str, Any]:
-    """A dataset's part of a protocol: its name and length, the same on every machine."""
-    return {"dataset": Path(config.path).name, "split": config.split, "records": len(source)}
+    """A dataset's part of a protocol, the same on every machine: name, length, and a digest of what it is made of."""
+    content = {
+        "classes": source.class_names or (),
+        "things": getattr(source, "things", ()),
+        "parts": source.fingerprint(),
+    }
+    return {
+        "dataset": Path(config.path).name,
+        "split": config.split,
+        "records": len(source),
+        "content": protocol_of(content),
+    }
 
 
 def texts_of(tokenizer: Tokenizer, context: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ SAMPLES = (0, 1, 2, 3, 10**2, 10**4, 10**6, 10**9)  # of the order, that are kep
 class Provenance(NamedTuple):
     """The provenance of a run, in JSON values."""
 
-    settings: dict[str, Any]  # config, derived
+    settings: dict[str, Any]  # config, derived, version of jax
     data: dict[str, Any]  # order, grain, tokenizer, sources; releases that shuffled otherwise kept none
     config: Config | None = None  # of which the settings are; not kept
 
@@ -64,7 +64,7 @@ def provenance_of(config: Config, sources: Sequence[Source]) -> Provenance:
         "tokenizer": file_digest(config.task.tokenizer) if config.task.reads_captions else "",
         "sources": [{"records": len(s), "classes": s.class_names or (), "parts": s.fingerprint()} for s in sources],
     }
-    settings = {"config": to_dict(config), "derived": config.derived()}
+    settings = {"config": to_dict(config), "derived": config.derived(), "jax": version("jax")}
     return Provenance(*json.loads(json.dumps([settings, data])), config)
 
 
@@ -204,6 +204,8 @@ def changes(old: Provenance, new: Provenance, folder: Path) -> list[str]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / DATA} is damaged: {error!r}; {_anew(folder)}") from error
     _refuse_other_order(old.data, new, folder)
+    if (then := old.settings.get("jax")) and then != (now := new.settings["jax"]):
+        differing.append(f"jax: {then} -> {now} (steps agree up to rounding only)")
     return differing
 
 

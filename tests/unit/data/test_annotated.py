@@ -235,6 +235,7 @@ def test_coco_of_another_size_than_its_images(tmp_path):
         ({"categories": []}, "no category, or ids .* not unique"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "not unique"),
         ({"categories": [{"id": math.inf, "name": "a"}]}, "another layout"),
+        ({"categories": [{"id": 7.9, "name": "a"}]}, "the id 7.9 of a category, which must be a whole number"),
         ({"annotations": {}}, "annotations that are no list"),
         ({"images": [{"id": 0, "file_name": "a\nb.jpg"}]}, r"the first is .*a\\nb.jpg"),
         ({"annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]}, "lacks 'image_id'; it needs images with id"),
@@ -249,6 +250,22 @@ def test_coco_of_another_size_than_its_images(tmp_path):
 def test_coco_files_that_cannot_serve(tmp_path, change, words):
     coco(tmp_path, [], 1, **change)
     assert re.search(words, error_of(CocoConfig(path=str(tmp_path), split="val")))
+
+
+def test_files_with_a_byte_order_mark(tmp_path):
+    """As Windows' editors write them."""
+    mark = b"\xef\xbb\xbf"
+    coco(tmp_path, [note(0, 0)])
+    folder = yolo(tmp_path / "yolo", {"a": "1 .5 .5 1 1"})
+    for path in (tmp_path / COCO, folder / "data.yaml", folder / "labels/train/a.txt"):
+        path.write_bytes(mark + path.read_bytes())
+    assert opened(tmp_path)[0]["boxes"].tolist() == [[4, 6, 24, 16]]
+    assert open_source(YoloConfig(path=str(folder)))[0]["box_labels"].tolist() == [1]
+
+
+def test_a_stated_size_that_is_no_number_counts_as_unknown(tmp_path):
+    coco(tmp_path, [note(0, 0)], 1, images=[{"id": 0, "file_name": "0.jpg", "height": True, "width": True}])
+    assert opened(tmp_path)[0]["boxes"].tolist() == [[4, 6, 24, 16]]
 
 
 def test_coco_elsewhere_and_other_splits(tmp_path):
@@ -410,6 +427,7 @@ def test_yolo_boxes_are_of_the_upright_image(tmp_path, orientation):
         ("train: ../../etc\nnames: [a]", "names '../../etc' for train, which is no folder or file below the path"),
         ("train: /etc\nnames: [a]", "names '/etc' for train, which is no folder"),
         ("train: images/train\n", "lacks names"),
+        ("train: images/train\nnc: 2\nnames: [a]", "data.yaml has 1 names and nc: 2; mend one"),
         ("train: images/train\nnames: {1: a, 5: b}", "lacks names"),
         ("- 3", "no table of names and splits"),
         ("a: [", "is no YAML"),

@@ -107,9 +107,16 @@ def test_maps_that_cannot_serve(tmp_path, content, words):
     with pytest.raises((DamagedImage, DamagedRecord), match=words):
         open_source(Ade20kConfig(path=str(folder)))[1]
     (folder / "images/training/ADE_0.jpg").unlink()
-    with pytest.raises(DataError, match=words) as error:  # the first one is looked at when the set is opened
+    with pytest.raises(DataError, match=words) as error:  # a few are looked at when the set is opened
         open_source(Ade20kConfig(path=str(folder)))
     assert "ADE_1.png" in str(error.value)
+
+
+def test_one_damaged_map_does_not_refuse_the_others(tmp_path):
+    source = open_source(Ade20kConfig(path=str(ade(tmp_path, [b"", png(counted())]))))
+    with pytest.raises(DamagedImage):
+        source[0]
+    assert source[1]["class_map"].shape == (64, 64)
 
 
 def test_a_map_of_another_size_is_damaged(tmp_path):
@@ -148,7 +155,7 @@ def test_coco_panoptic(tmp_path, caplog):
     content = {
         "images": [{"id": 4, "file_name": "0.jpg", "height": 64, "width": 64}],
         "annotations": [{"image_id": 4, "file_name": "0.png", "segments_info": info}],
-        "categories": [{"id": 9, "name": "sky", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}],
+        "categories": [{"id": 9, "name": "sky", "isthing": "0"}, {"id": 2, "name": "car", "isthing": True}],
     }
     write_json(tmp_path / "annotations/panoptic_val.json", content)
     write_pictures(tmp_path / "val", {"0.jpg": 0})

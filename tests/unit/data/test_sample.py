@@ -327,6 +327,7 @@ class Scaled(Transform):
     [
         ((Resize(), Scaled()), "float64; pixels are uint8"),
         ((MultiCrop(views=(Views(name="global", size=32),)), Scaled()), "float64; pixels are uint8"),
+        ((Resize(scale=(100, 100), size=(4096, 4096)), RandomCrop(size=(4096, 4096))) * 2, "OpenCV.*; mend or reorder"),
         ((MultiCrop(views=(Views(name="global", size=32),)), Flip()), "flip come before the transform that makes"),
     ],
 )

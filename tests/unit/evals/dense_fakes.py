@@ -31,6 +31,9 @@ class Listed:
     def key(self, i):
         return f"image {i}"
 
+    def fingerprint(self):
+        return {"list": str(len(self.records))}
+
 
 class Rows:
     """Fields of a row that hold nothing of what is compared."""

@@ -40,6 +40,9 @@ class Numbered:
     def key(self, i):
         return str(self.first + i)
 
+    def fingerprint(self):
+        return {"numbers": repr((self.captions, self.labels, self.first, self.damaged))}
+
 
 class Model:
     """Predictions from tables: images (N, E) by number, texts {text: (E,)}; other texts get zeros."""

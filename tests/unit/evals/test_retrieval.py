@@ -232,7 +232,13 @@ def test_protocol_tells_what_was_measured(monkeypatch):
     one.run(known()[0])
     kept = json.loads(json.dumps(one.details, allow_nan=False))
     assert kept["protocol"] == one.protocol
+    content = kept["settings"]["sources"][1].pop("content")
     assert kept["settings"]["sources"][1] == {"dataset": "more", "split": "train", "records": MORE}
+    changed = two_sources()
+    changed["more"].captions = ["another caption", *changed["more"].captions[1:]]
+    (changed,) = make(monkeypatch, changed)
+    assert changed.settings["sources"][1]["content"] != content  # of the same name and length
+    assert changed.protocol != one.protocol
 
 
 def test_sources_without_captions_are_refused(monkeypatch):

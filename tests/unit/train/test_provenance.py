@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from visionfm_jax import storage
@@ -65,6 +66,15 @@ def kept(pictures, tmp_path) -> tuple[Path, Provenance]:
         (tmp_path / name).write_text(json.dumps(value))
     assert changes(read_provenance(tmp_path), new, tmp_path) == []
     return tmp_path, new
+
+
+def test_another_jax_is_told(kept):
+    folder, new = kept
+    (folder / SETTINGS).write_text(json.dumps({**new.settings, "jax": "0.1"}))
+    [change] = changes(read_provenance(folder), new, folder)
+    assert change == f"jax: 0.1 -> {jax.__version__} (steps agree up to rounding only)"
+    (folder / SETTINGS).write_text(json.dumps({k: v for k, v in new.settings.items() if k != "jax"}))
+    assert changes(read_provenance(folder), new, folder) == []  # of a release that did not keep it
 
 
 def added(root: Path) -> None:

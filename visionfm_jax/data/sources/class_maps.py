@@ -25,6 +25,7 @@ from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describ
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.errors import DataError
 
+TRIED = 8  # maps, when the set is opened
 _UNKNOWN = -1  # in a table of values: neither a class nor ignored
 
 
@@ -74,10 +75,7 @@ class ClassMapsSource(ListedFiles):
                 "maps without an image": sorted(maps - mapped),
             }
         )
-        try:
-            self.class_map(0)
-        except (DamagedImage, DamagedRecord) as error:
-            raise DataError(f"{self.name}: {self.map_file(both[0])}: {error}") from error
+        self._try_maps()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes, and its map, (H, W)."""
@@ -98,6 +96,17 @@ class ClassMapsSource(ListedFiles):
                 "ignore; set num_classes, first or ignore, or mend the map"
             )
         return classes.astype(self._dtype)
+
+    def _try_maps(self) -> None:
+        """Refuse a set whose first maps all are damaged: its values mean something else, or it is none."""
+        problems = []
+        for index in range(min(len(self), TRIED)):
+            try:
+                self.class_map(index)
+                return
+            except (DamagedImage, DamagedRecord) as error:
+                problems.append(f"{self.map_file(self.file(index))}: {error}")
+        raise DataError(f"{self.name}: the first {len(problems)} maps cannot be used; {problems[0]}")
 
     def map_file(self, file: str) -> str:
         """Path of the map of an image, both below their folders."""

@@ -99,7 +99,7 @@ def listed(content: Any) -> tuple[list[str], list[tuple[int, int]], dict[Any, in
     """Files, their sizes (0: not known), number of an image by its id, class names, label of a category by its id."""
     if not isinstance(content["annotations"], list):
         raise ValueError("annotations that are no list")
-    categories = sorted((int(c["id"]), str(c["name"])) for c in content["categories"])
+    categories = sorted((_whole(c["id"]), str(c["name"])) for c in content["categories"])
     labels = {number: label for label, (number, _) in enumerate(categories)}
     images = {image["id"]: i for i, image in enumerate(content["images"])}
     if not categories or len(labels) < len(categories) or len(images) < len(content["images"]):
@@ -120,8 +120,14 @@ def corners_of(box: Any) -> tuple[float, ...] | None:
         return None
 
 
+def _whole(value: Any) -> int:
+    if int(value) != value:
+        raise ValueError(f"the id {value!r} of a category, which must be a whole number")
+    return int(value)
+
+
 def _length(value: Any) -> int:
-    return value if isinstance(value, int) and 0 < value < FAR else 0
+    return value if type(value) is int and 0 < value < FAR else 0
 
 
 def annotations_of(config: CocoConfig | CocoPanopticConfig) -> Path:

@@ -123,7 +123,7 @@ def read_json(
       OSError: it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=slim)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{describe(config)}: {path} is not valid JSON ({error}); copy or unpack it again") from error

@@ -117,10 +117,10 @@ def _parse(content: Any) -> tuple:
             if (label := labels.get(segment["category_id"])) is None:
                 objects.leave("segments of unknown categories", f"{name} (category {segment['category_id']})")
                 continue
-            crowd, box = segment.get("iscrowd", 0) == 1, corners_of(segment["bbox"])
+            crowd, box = bool(segment.get("iscrowd")), corners_of(segment["bbox"])
             objects.add(image, label, box, name, size, crowd, segment.get("area"), str(number).encode())
     if missing := [file for i, file in enumerate(files) if i not in pngs]:
         raise ValueError(f"{len(missing)} images have no map, the first is {missing[0]}")
-    things = {labels[int(category["id"])]: category.get("isthing", 1) == 1 for category in content["categories"]}
+    things = {labels[int(category["id"])]: bool(int(category.get("isthing", 1))) for category in content["categories"]}
     of_label = tuple(things[label] for label in range(len(names)))
     return files, sizes, names, tuple(labels), of_label, objects, [pngs[i] for i in range(len(files))]

@@ -51,6 +51,8 @@ def open_yolo(config: YoloConfig) -> AnnotatedFiles:
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(n, str | int) for n in names):
         raise DataError(f"{describe(config)}: {config.file} lacks names, of the classes from 0 on; add them")
+    if content.get("nc", len(names)) != len(names):
+        raise DataError(f"{describe(config)}: {config.file} has {len(names)} names and nc: {content['nc']}; mend one")
     files = [file for entry in (found if isinstance(found, list) else [found]) for file in _files(config, path, entry)]
     if not files:
         raise DataError(f"{describe(config)}: {printable(str(found))} holds no image; set another split")
@@ -64,7 +66,7 @@ def _yaml(config: YoloConfig, path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError, *TAGS) as error:
         raise DataError(f"{describe(config)}: {path} is no YAML ({one_line(error)}); copy it again") from error
     if not isinstance(content, dict):
@@ -93,7 +95,7 @@ def _files(config: YoloConfig, root: Path, entry: Any) -> list[str]:
     if place.is_dir():
         below = (Path(folder, f) for folder, _, files in os.walk(place) for f in files if not f.startswith("."))
         return sorted(str(p.relative_to(os.path.normpath(root))) for p in below if p.suffix.lower() in IMAGE_SUFFIXES)
-    lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     if any("\0" in line for line in lines):
         raise DataError(f"{describe(config)}: {printable(str(place))} is no list of images; set another split")
     base = place.parent.relative_to(os.path.normpath(root))
@@ -113,7 +115,7 @@ def _labels(file: str) -> str:
 
 def _read(path: Path, file: str, image: int, classes: int, objects: Objects) -> None:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return
     for k, line in enumerate(lines):
