@@ -1,0 +1,75 @@
+"""A configuration from what `schema.to_dict` made of it: that of a run folder, whose file runs no code.
+
+A model, a task, a transform, a source and an eval are found by their `kind` among the classes that are there: those of
+this package, whose modules the caller has imported, and one's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from visionfm_jax.config.limits import types_of
+from visionfm_jax.config.schema import Choice, Config
+from visionfm_jax.errors import ConfigError
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration that `values` are of, checked; fields that they lack, those of an older version, have defaults.
+
+    Raises:
+      ConfigError: no such class or field is there, or a broken rule.
+    """
+    config = _group(Config, values, "config")
+    config.validate()
+    return config
+
+
+def _group(cls: type, values: Any, name: str) -> Any:
+    """A dataclass, or the one that `kind` names of those below it."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}: is {values!r:.60}, not a group of fields")
+    values = dict(values)
+    if issubclass(cls, Choice):
+        cls = _class_of(cls, values.pop("kind", None), name)
+    types = types_of(cls)
+    if unknown := values.keys() - types.keys():
+        what = ", ".join(sorted(map(str, unknown)))
+        raise ConfigError(f"{name}: {cls.__name__} has no {what}; a newer version of visionfm_jax may have")
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := required - values.keys():
+        raise ConfigError(f"{name}: lacks {', '.join(sorted(missing))}")
+    return cls(**{leaf: _value(types[leaf], value, f"{name}.{leaf}") for leaf, value in values.items()})
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """A field's, of type `kind`; that a plain value is of its type, `Config.validate` checks."""
+    item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    if _is_group(item) and isinstance(value, list | tuple):
+        return tuple(_group(item, each, f"{name}[{i}]") for i, each in enumerate(value))
+    if _is_group(kind):
+        return _group(kind, value, name)
+    return tuple(_value(None, each, name) for each in value) if isinstance(value, list) else value
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and (issubclass(kind, Choice) or dataclasses.is_dataclass(kind))
+
+
+def _class_of(base: type[Choice], kind: Any, name: str) -> type:
+    """That of a kind: `base` or one below it."""
+    there = {cls.kind: cls for cls in (base, *_below(base)) if dataclasses.is_dataclass(cls)}
+    if kind in there:
+        return there[kind]
+    raise ConfigError(
+        f"{name}.kind = {kind!r:.60}: no such class is there, but {', '.join(sorted(there))}; import the module of a "
+        "class of your own first"
+    )
+
+
+def _below(cls: type) -> Iterator[type]:
+    for below in cls.__subclasses__():
+        yield below
+        yield from _below(below)
