@@ -146,10 +146,14 @@ class EvalTransform:
         chain = Chain((self.preprocess,), self.size, self.max_pixels, exact=True)
         return chain(record, np.random.default_rng(0))
 
+    def sample(self, picture: Picture) -> Sample:
+        """An image on the canvas."""
+        sample = Sample.of({}, picture, height_width(self.size), exact=True)
+        return self.preprocess(sample, np.random.default_rng(0))
+
     def placement(self, picture: Picture) -> Placement:
         """Which part of an image is seen, and where on the canvas."""
-        sample = Sample.of({}, picture, height_width(self.size), exact=True)
-        return self.preprocess(sample, np.random.default_rng(0)).placement
+        return self.sample(picture).placement
 
     @property
     def spec(self) -> Spec:

@@ -110,13 +110,16 @@ class Classification(Stateless):
     def predict(self, params: Any, batch: dict, what: Hashable = "labels") -> dict[str, jax.Array]:
         """Per sample: `loss` without smoothing (B,), `probability` (B, k) and `top` (B, k), the k <= 5 best ids.
 
-        For "features": `features` (B, D), pooled.
+        For "probabilities": `probabilities` (B, C) of all classes; for "features": `features` (B, D), pooled.
         """
         images = normalize(batch["image"], self.config.data.augment)
         if what == "features":
             return {"features": self.model.apply({"params": params}, images, method=Classifier.features)}
         logits = self._logits(params, images)
-        probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+        probabilities = jax.nn.softmax(logits)
+        if what == "probabilities":
+            return {"probabilities": probabilities}
+        probability, top = jax.lax.top_k(probabilities, min(5, logits.shape[-1]))
         loss = LOSSES[self.config.task.loss](logits, batch["label"])
         return {"loss": loss, "probability": probability, "top": top}
 

@@ -1,0 +1,387 @@
+"""Models after training: images and texts in, NumPy arrays out.
+
+    import visionfm_jax as vfm
+
+    model = vfm.load("runs/swinv2_g_clip_tiny")
+    model.embed_images(["cat.jpg", "dog.png"])      # float32 (2, E), rows of length 1
+    model.classify("cat.jpg", ["cat", "dog"])       # probabilities (1, 2)
+
+A run's folder is enough: its configuration says which model it is, its tokenizer and the preprocessing of its
+evaluations come with it. An image is a path, a PIL image, or an array of uint8 (H, W), (H, W, 3) or (H, W, 4). One that
+cannot be read keeps its place: NaN, -1 or None stands there, and a warning names it.
+
+Shapes: N images or texts, E embedding, D width, C classes, H W image, K detections.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import json
+import os
+import pkgutil
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from visionfm_jax import tasks
+from visionfm_jax.config import Config
+from visionfm_jax.config.limits import height_width
+from visionfm_jax.config.saved import from_dict
+from visionfm_jax.config.schema import PreprocessConfig
+from visionfm_jax.data.chain import EvalTransform
+from visionfm_jax.data.images import DamagedImage, opened
+from visionfm_jax.data.text_lists import read_lines
+from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from visionfm_jax.errors import ConfigError, DataError, UserError, printable
+from visionfm_jax.evals.detection import on_image
+from visionfm_jax.evals.metrics import best, class_embeddings
+from visionfm_jax.evals.segmentation import Grid, guess_of
+from visionfm_jax.models import backbones
+from visionfm_jax.models.generate import Decoding
+from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.storage import read
+from visionfm_jax.train.initialise import weights_to_evaluate
+from visionfm_jax.train.provenance import SETTINGS, classes_of
+from visionfm_jax.train.step import Trainer
+
+PROMPTS = "imagenet_prompts_short"
+ROWS = (1, 8, 32)  # of a batch, on each device: few shapes, so that few programs are compiled
+AHEAD = 64  # images that are decoded before they are asked for
+LONG = 64  # rows from which on a progress bar is shown
+
+class Ranked(NamedTuple):
+    """The best candidates of each query: `index` int (Q, K) among the candidates, `score` float32 (Q, K)."""
+
+    index: np.ndarray
+    score: np.ndarray
+
+
+class Classified(NamedTuple):
+    """`names` of the classes (C,) and their `probability` float32 (N, C), NaN for an image that cannot be read."""
+
+    names: tuple[str, ...]
+    probability: np.ndarray
+
+    def best(self, count: int = 1) -> list[list[tuple[str, float]]]:
+        """Of each image the `count` likeliest classes and their probabilities; [] for one that cannot be read."""
+        order = np.argsort(-self.probability, 1, kind="stable")[:, :count]
+        return [
+            [] if np.isnan(row).any() else [(self.names[i], float(row[i])) for i in first]
+            for row, first in zip(self.probability, order, strict=True)
+        ]
+
+
+class Detected(NamedTuple):
+    """Objects of an image, best first.
+
+    Attributes:
+      boxes: float64 (K, 4), left, top, right and bottom edge in pixels of the image.
+      scores: float32 (K,) from 0 to 1.
+      labels: int32 (K,); `names` (K,) are those of the classes.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+
+def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> Model:
+    """The model of a run, with its newest weights: of the moving average where the run has one.
+
+    Args:
+      run: the run's folder.
+      devices: over which weights and batches are sharded; None: all.
+
+    Raises:
+      ConfigError: the folder is not one of a run, its settings are damaged, or they name classes that are not there.
+      CheckpointError: it holds no complete checkpoint, or a damaged one.
+    """
+    folder = Path(run)
+    config = _settings(folder)
+    config.workdir, config.parallel.replicas = str(folder), 1
+    config.checkpoint.weights = ""  # what it began from
+    mesh = make_mesh(1, devices)
+    trainer = Trainer(config, mesh)
+    return Model(trainer, weights_to_evaluate(trainer).params, tuple(classes_of(folder)))
+
+
+def _settings(folder: Path) -> Config:
+    """The configuration that a run has saved."""
+    path = folder / SETTINGS
+    if not read(path.is_file, lambda: str(path)):
+        there = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"{printable(str(folder))}: {there}; name the folder of a run, such as runs/quickstart")
+    for package in (tasks, backbones):  # whose classes the configuration may name, beside those imported above
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    try:
+        return from_dict(json.loads(read(path.read_bytes, lambda: str(path)))["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}; take it from a copy of the run") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+class Model:
+    """A trained model.
+
+    Methods take one image or text or a sequence of them, and return a row or an entry for each, in order. Those that
+    the model's task cannot do say so by a `UserError`.
+
+    Attributes:
+      config: of the run.
+      params: the weights, sharded over the devices.
+      class_names: those that it was trained on, by label; () where they are not known.
+      transform: the preprocessing of images.
+    """
+
+    def __init__(self, trainer: Trainer, params: Any, class_names: tuple[str, ...]):
+        self.config, self.params, self.class_names = trainer.config, params, class_names
+        self._trainer = trainer
+        self.transform = _transform(trainer.config)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of its texts."""
+        self._require(hasattr(self.config.task, "tokenizer"), "has no text tower")
+        return open_tokenizer(self.config.task.tokenizer)
+
+    def embed_images(self, images: Any) -> np.ndarray:
+        """float32 (N, E), rows of length 1."""
+        self._require("embeddings" in self.config.task.predictions, "has no embeddings; features(images) may serve")
+        return self._arrays(images, "image_embedding", "embeddings")
+
+    def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
+        """float32 (N, E), rows of length 1."""
+        self._require("embeddings" in self.config.task.predictions, "has no text tower")
+        length, tokenizer = self.config.model.text.context, self.tokenizer
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = [{"text": np.asarray(tokenizer(text, length), np.int32)} for text in texts]
+        return self._stacked(self._predict(iter(rows), len(rows), "embeddings"), "text_embedding")
+
+    def features(self, images: Any) -> np.ndarray:
+        """float32 (N, D), pooled, of the backbone."""
+        self._require("features" in self.config.task.predictions, "has no features")
+        return self._arrays(images, "features", "features")
+
+    def classify(
+        self, images: Any, names: Sequence[str] | None = None, prompts: str | Sequence[str] = PROMPTS
+    ) -> Classified:
+        """Probabilities of classes.
+
+        Args:
+          images: to be classified.
+          names: of the classes, for a model of images and texts; a classifier has its own.
+          prompts: texts with one {} each, where the name of a class goes, or the name of a list of them.
+        """
+        if "embeddings" in self.config.task.predictions:
+            self._require(names is not None, "knows no classes of its own; give their names")
+            classes = self._class_embeddings(names, prompts)
+            # Scaled as in training, so that these are the probabilities that the loss has seen.
+            logits = self.embed_images(images) @ classes.T * float(np.exp(np.asarray(self.params["scale"])))
+            return Classified(tuple(names), _softmax(logits))
+        self._require("labels" in self.config.task.predictions, "does not classify images")
+        self._require(names is None, "has classes of its own; leave names out")
+        count = self.config.task.num_classes
+        names = (*self.class_names, *map(str, range(len(self.class_names), count)))
+        return Classified(names, self._arrays(images, "probabilities", "probabilities"))
+
+    def search(self, images: Any, texts: str | Sequence[str], count: int = 10) -> Ranked:
+        """For each text the `count` images that fit it best, by the cosine of their embeddings."""
+        found = self.embed_images(images)
+        index, score = best(self.embed_texts(texts), found, min(count, len(found)))
+        return Ranked(index, score)
+
+    def caption(self, images: Any, decoding: Decoding | None = None) -> list[str | None]:
+        """A text for each image; by default the likeliest next word at a time."""
+        self._require("captions" in self.config.task.predictions, "writes no captions")
+        out = self._images(images, decoding or Decoding("greedy"))
+        return [row and self.tokenizer.decode(row["generated"].tolist()) for row in out]
+
+    def reconstruct(self, images: Any) -> np.ndarray:
+        """uint8 (N, H, W, 3): the images as the model sees them, with hidden parts as it guesses them."""
+        self._require("masked_image" in self.config.task.predictions, "reconstructs no images")
+        out = list(self._images(images, "reconstruct"))
+        blank = np.zeros((*height_width(self.transform.size), 3), np.uint8)
+        return np.stack([blank if row is None else row["reconstruction"] for row in out])
+
+    def detect(self, images: Any, least_score: float = 0.3) -> list[Detected | None]:
+        """The objects of each image whose score is `least_score` or more."""
+        self._require("boxes" in self.config.task.predictions, "detects no objects")
+
+        def detected(row: dict[str, Any] | None) -> Detected | None:
+            if row is None:
+                return None
+            use = (row["scores"] >= least_score) & np.isfinite(row["boxes"]).all(-1)
+            labels = row["box_labels"][use]
+            return Detected(on_image(row["boxes"][use], *row["place"]), row["scores"][use], labels, self._names(labels))
+
+        return [detected(row) for row in self._images(images, "boxes")]
+
+    def segment(self, images: Any) -> list[np.ndarray | None]:
+        """The class of each pixel, int32 (H, W), at the size of each image."""
+        self._require("logits" in self.config.task.predictions, "has no class for each pixel")
+
+        def segmented(row: dict[str, Any] | None) -> np.ndarray | None:
+            if row is None:
+                return None
+            placement, size = row["place"]
+            return guess_of([Grid([placement.rows], [placement.columns])], row["logits"][None], size).astype(np.int32)
+
+        return [segmented(row) for row in self._images(images, "logits")]
+
+    def _require(self, can: bool, what: str) -> None:
+        if not can:
+            kind = getattr(self.config.task, "kind", type(self.config.task).__name__)
+            raise UserError(f"{self.config.name}: this model ({kind}) {what}")
+
+    def _names(self, labels: np.ndarray) -> tuple[str, ...]:
+        names = self.class_names
+        return tuple(names[i] if i < len(names) else str(i) for i in labels.tolist())
+
+    def _class_embeddings(self, names: Sequence[str], prompts: str | Sequence[str]) -> np.ndarray:
+        if isinstance(prompts, str):
+            prompts = (prompts,) if "{}" in prompts else read_lines(prompts)
+        if wrong := [prompt for prompt in prompts if prompt.count("{}") != 1]:
+            raise UserError(f"prompts: {wrong[0]!r:.80} needs exactly one {{}}, where the name of a class goes")
+        texts = [prompt.replace("{}", name) for prompt in prompts for name in names]
+        return class_embeddings([self.embed_texts(texts)], len(names))
+
+    def _arrays(self, images: Any, name: str, *what: Hashable) -> np.ndarray:
+        return self._stacked(self._images(images, *what), name)
+
+    @staticmethod
+    def _stacked(rows: Iterator[dict[str, np.ndarray] | None], name: str) -> np.ndarray:
+        """(N, …), NaN for a row that is not there."""
+        found = [None if row is None else row[name] for row in rows]
+        some = next((row for row in found if row is not None), None)
+        if some is None:
+            raise DataError("not one of the images could be read; the warnings say why" if found else "no images given")
+        return np.stack([np.full_like(some, np.nan) if row is None else row for row in found])
+
+    def _images(self, images: Any, *what: Hashable) -> Iterator[dict[str, np.ndarray] | None]:
+        """What is predicted of each image, and `place`, its placement and size; None where it cannot be read."""
+        named = _named(images)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from self._predict(_ahead(pool, self._row, named), len(named), *what)
+
+    def _row(self, named: tuple[str, Any]) -> dict[str, Any] | None:
+        name, image = named
+        try:
+            with opened(_encoded(image), self.transform.max_pixels) as picture:
+                sample = self.transform.sample(picture)
+                size = np.array(sample.covered, np.int32)
+                return {"image": sample.image, "size": size, "place": (sample.placement, picture.size)}
+        except (DamagedImage, OSError) as error:
+            logging.warning("%s cannot be read: %s", name, error)
+            return None
+
+    def _predict(
+        self, rows: Iterator[dict[str, Any] | None], count: int, *what: Hashable
+    ) -> Iterator[dict[str, Any] | None]:
+        """What is predicted of each of `count` rows, with its `place` if it has one; None for None.
+
+        The next batch is read while the devices work on the one before.
+        """
+        sizes = [n * self._trainer.mesh.size for n in ROWS]
+        before: tuple[list, dict] = [], {}
+        with tqdm(total=count, disable=None if count >= LONG else True, unit=" rows") as bar:
+            for first in range(0, count + sizes[-1], sizes[-1]):
+                part = list(itertools.islice(rows, sizes[-1]))
+                started = part, self._start(part, first, sizes, what)
+                yield from _with_places(before[0], jax.device_get(before[1]))
+                bar.update(len(before[0]))
+                before = started
+
+    def _start(self, part: Sequence[dict | None], first: int, sizes: Sequence[int], what: tuple) -> dict[str, jax.Array]:
+        """Begin to predict the rows that are there; a row that is not is left out."""
+        there = [(i, row) for i, row in enumerate(part) if row is not None]
+        if not there:
+            return {}
+        rows = next(size for size in sizes if size >= len(there))
+        batch = {"record": np.zeros(rows, np.int32), "mask": np.zeros(rows, np.float32)}
+        for name, value in there[0][1].items():
+            if name != "place":
+                batch[name] = np.zeros((rows, *value.shape), value.dtype)
+        for to, (i, row) in enumerate(there):
+            batch["record"][to], batch["mask"][to] = first + i, 1
+            for name in batch.keys() & row.keys():
+                batch[name][to] = row[name]
+        return self._trainer.predict(self.params, to_global(self._trainer.mesh, batch), *what)
+
+
+def _with_places(part: Sequence[dict | None], out: dict[str, np.ndarray]) -> Iterator[dict[str, Any] | None]:
+    """The rows of what was predicted of those of `part` that are there."""
+    number = itertools.count()
+    for row in part:
+        if row is None:
+            yield None
+        else:
+            at = next(number)
+            yield {name: value[at] for name, value in out.items()} | {"place": row.get("place")}
+
+
+def _transform(config: Config) -> EvalTransform:
+    """That of the run's first eval; where it has none, that of the kind of eval that measures its task."""
+    if config.evals:
+        return EvalTransform.of(config.evals[0], config)
+    whole = config.task.predictions & {"boxes", "class_map", "masks", "segments"}
+    preprocess = PreprocessConfig(crop=1.0, resize="pad") if whole else PreprocessConfig()
+    return EvalTransform(config.model.image_size, preprocess, config.data.max_pixels)
+
+
+def _named(images: Any) -> list[tuple[str, Any]]:
+    """Images with names for people, from one of them or a sequence."""
+    if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
+        images = [images]
+    return [
+        (str(image) if isinstance(image, str | os.PathLike) else f"image {number}", image)
+        for number, image in enumerate(images)
+    ]
+
+
+def _encoded(image: Any) -> bytes | np.ndarray:
+    """What `data.images.opened` takes.
+
+    Raises:
+      DamagedImage: it is of no type that is read.
+      OSError: its file cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    if isinstance(image, Image.Image):
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray(upright if upright.mode in ("L", "RGB", "RGBA") else upright.convert("RGBA"))
+    if isinstance(image, bytes):
+        return image
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        raise DamagedImage(f"an array of {pixels.dtype}; give uint8 from 0 to 255")
+    return pixels
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """`function` of each item in order, up to `AHEAD` of them before they are asked for."""
+    jobs = deque(pool.submit(function, item) for item in items[:AHEAD])
+    for number in range(len(items)):
+        result = jobs.popleft().result()
+        if number + AHEAD < len(items):
+            jobs.append(pool.submit(function, items[number + AHEAD]))
+        yield result
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Of rows (N, C)."""
+    exp = np.exp(logits - logits.max(1, keepdims=True))
+    return exp / exp.sum(1, keepdims=True)
