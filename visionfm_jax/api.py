@@ -59,6 +59,7 @@ ROWS = (1, 8, 32)  # of a batch, on each device: few shapes, so that few program
 AHEAD = 64  # images that are decoded before they are asked for
 LONG = 64  # rows from which on a progress bar is shown
 
+
 class Ranked(NamedTuple):
     """The best candidates of each query: `index` int (Q, K) among the candidates, `score` float32 (Q, K)."""
 
@@ -304,7 +305,9 @@ class Model:
                 bar.update(len(before[0]))
                 before = started
 
-    def _start(self, part: Sequence[dict | None], first: int, sizes: Sequence[int], what: tuple) -> dict[str, jax.Array]:
+    def _start(
+        self, part: Sequence[dict | None], first: int, sizes: Sequence[int], what: tuple
+    ) -> dict[str, jax.Array]:
         """Begin to predict the rows that are there; a row that is not is left out."""
         there = [(i, row) for i, row in enumerate(part) if row is not None]
         if not there:

@@ -7,6 +7,7 @@ this package, whose modules the caller has imported, and one's own.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -60,7 +61,9 @@ def _is_group(kind: Any) -> bool:
 
 def _class_of(base: type[Choice], kind: Any, name: str) -> type:
     """That of a kind: `base` or one below it."""
-    there = {cls.kind: cls for cls in (base, *_below(base)) if dataclasses.is_dataclass(cls)}
+    there = {
+        cls.kind: cls for cls in (base, *_below(base)) if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
+    }
     if kind in there:
         return there[kind]
     raise ConfigError(

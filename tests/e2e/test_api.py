@@ -1,0 +1,150 @@
+"""Models after training, by `visionfm_jax.load`."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import ROOT
+
+import visionfm_jax as vfm
+from visionfm_jax.api import Model
+from visionfm_jax.config.load import load_file
+from visionfm_jax.data.images import decode
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.data.sources.kinds import BundledConfig
+from visionfm_jax.errors import CheckpointError, ConfigError, DataError, UserError
+from visionfm_jax.evals.eval import make_evals
+from visionfm_jax.evals.run import measure
+from visionfm_jax.evals.segmentation import confusion_of, score
+from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.train.step import Trainer
+
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    source = open_source(BundledConfig(path="twemoji", split="test"))
+    return [decode(source[i]["image"]) for i in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def model(whole) -> vfm.Model:
+    return vfm.load(whole)
+
+
+def test_an_image_may_be_given_in_every_form(tmp_path, model, images):
+    """All of them are one image; one alone is a row."""
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(COUNT)]
+    expected = model.classify(images)
+    assert expected.probability.shape == (COUNT, 9)
+    np.testing.assert_allclose(expected.probability.sum(1), 1, rtol=1e-5)
+    for given in (
+        paths,
+        [*map(str, paths)],
+        [Image.open(p) for p in paths],
+        np.stack(images),
+        [*map(jax.numpy.array, images)],
+    ):
+        np.testing.assert_array_equal(model.classify(given).probability, expected.probability)
+    for alone in (paths[0], str(paths[0]), Image.open(paths[0]), images[0]):
+        np.testing.assert_allclose(model.classify(alone).probability, expected.probability[:1], rtol=1e-5)
+    assert expected.names[:2] == ("Smileys & Emotion", "People & Body")
+    [first, *_], likeliest = expected.best(2)[0], int(expected.probability[0].argmax())
+    assert first == (expected.names[likeliest], float(expected.probability[0].max()))
+
+
+def test_what_cannot_be_read_keeps_its_place(tmp_path, model, images, caplog):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    found = model.features([images[0], tmp_path / "torn.png", tmp_path / "none.png", images[1] / 255, images[1]])
+    assert np.isnan(found).all(1).tolist() == [False, True, True, True, False]
+    np.testing.assert_allclose(found[[0, 4]], model.features(images[:2]), rtol=1e-5, atol=1e-6)
+    assert [str(tmp_path / "torn.png") in caplog.text, "none.png" in caplog.text, "image 3" in caplog.text] == [
+        True
+    ] * 3
+    assert model.classify([tmp_path / "none.png", images[0]]).best()[0] == []
+    with pytest.raises(DataError, match="not one of the images could be read"):
+        model.features(tmp_path / "none.png")
+    with pytest.raises(DataError, match="no images given"):
+        model.features([])
+
+
+def test_any_number_of_images_gives_the_same_rows(model, images):
+    """Batches of several sizes, the last one padded."""
+    many = [images[i % COUNT] for i in range(8 * 32 + 70)]
+    found = model.features(many)
+    np.testing.assert_allclose(found, model.features(images)[np.arange(len(many)) % COUNT], rtol=1e-4, atol=1e-5)
+    assert np.ptp(found[:COUNT], axis=0).max() > 0.1
+
+
+def test_what_a_model_cannot_do_it_says(model, images):
+    for call, what in (
+        (lambda: model.embed_texts("a cat"), "has no text tower"),
+        (lambda: model.embed_images(images), "has no embeddings"),
+        (lambda: model.detect(images), "detects no objects"),
+        (lambda: model.segment(images), "has no class for each pixel"),
+        (lambda: model.caption(images), "writes no captions"),
+        (lambda: model.classify(images, ["cat", "dog"]), "has classes of its own"),
+    ):
+        with pytest.raises(UserError, match=what):
+            call()
+
+
+def test_a_folder_that_is_no_run(tmp_path, whole):
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        vfm.load(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"it has no config\.json"):
+        vfm.load(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saved = json.loads((whole / "config.json").read_text())
+    for damage, what in (
+        ("{", "is damaged"),
+        (json.dumps({"config": {**saved["config"], "newer": 1}}), "Config has no newer"),
+        (
+            json.dumps({"config": saved["config"] | {"task": {"kind": "Mine"}}}),
+            "import the module of a class of your own",
+        ),
+    ):
+        (folder / "config.json").write_text(damage)
+        with pytest.raises(ConfigError, match=what):
+            vfm.load(folder)
+    shutil.copy(whole / "config.json", folder / "config.json")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        vfm.load(folder)
+
+
+@pytest.mark.parametrize("name", ["vit_huge_coco", "vit_huge_ade20k"])
+def test_objects_and_maps_are_those_of_the_eval(name):
+    """On random weights: where an eval counts them on images of another size than the model's."""
+    config = load_file(f"{ROOT}/configs/{name}.py:tiny")
+    config.train.precision, config.evals[0].source.size, config.evals[0].source.scenes = "fp32", 80, 24
+    if name.endswith("coco"):
+        config.evals[0].source.truth = "boxes"
+    trainer = Trainer(config, make_mesh(1, jax.devices()[:2]))
+    params = trainer.init().params
+    evals = make_evals(config, 0, 1)
+    scores = measure(trainer, evals, params, {}, lambda: None)
+    source = evals["held_out"].source
+    model = Model(trainer, params, source.class_names)
+    images = [source[i]["image"] for i in range(len(source))]
+    if name.endswith("ade20k"):
+        maps = model.segment(images)
+        confusion = sum(confusion_of(source[i]["class_map"], found, 10) for i, found in enumerate(maps))
+        assert score(confusion)["pixel_accuracy"] == pytest.approx(scores["held_out/pixel_accuracy"], abs=1e-4)
+    else:
+        found = model.detect(images, least_score=0)
+        shown = {entry["key"]: entry["found"] for entry in evals["held_out"].pictured["boxes"]}
+        assert len(shown) > 4
+        for i, one in enumerate(found):
+            expected = shown.get(source.key(i), {"boxes": np.zeros((0, 4))})
+            count = len(expected["boxes"])
+            np.testing.assert_allclose(one.boxes[:count], expected["boxes"], atol=0.02)
+            assert one.names == tuple(source.class_names[k] for k in one.labels)
+            assert (np.diff(one.scores) <= 0).all()
+        assert model.detect(images, least_score=1.1)[0].boxes.shape == (0, 4)
