@@ -17,6 +17,10 @@ COMMANDS = {  # module and what it does
     "train": ("main", "train, or continue a run"),
     "evaluate": ("main", "run the evals on the newest checkpoint of a run"),
     "replay": ("main", "run one step of a run again, with statistics of every layer"),
+    "embed": ("predict", "embed images with a trained model, into a file"),
+    "search": ("predict", "find the images that fit a text, or another image"),
+    "classify": ("predict", "name what images show"),
+    "caption": ("predict", "write a text for each image"),
     "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
     "bench": ("bench", "time the training step on synthetic data"),
     "select": ("data.select", "select image-text pairs of a folder of tars by their metadata"),
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UserError(f"{f'no command {name!r}' if name else 'no command is given'}; {hint}; see visionfm --help")
     module = COMMANDS[name][0]
-    mode = {"mode": name} if module == "main" else {}
+    mode = {"mode": name} if module in ("main", "predict") else {}
     return importlib.import_module(f"visionfm_jax.{module}").main(rest, f"visionfm {name}", **mode)
 
 

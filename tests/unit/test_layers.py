@@ -24,11 +24,12 @@ PACKAGES = [
     "interop",
     "train",
     "evals",
+    "api",
     "telemetry",
     "planning",
     "cli",
 ]
-ENTRY_POINTS = ["__main__", "main", "bench", "plan"]
+ENTRY_POINTS = ["__main__", "main", "bench", "plan", "predict"]
 
 
 def imports(path: Path) -> set[str]:
