@@ -46,6 +46,7 @@ SLOW = (
     "distributed/test_segmentation.py",
     "distributed/test_eomt_step.py",
     "distributed/test_context.py",
+    "e2e/test_api.py",
     "distributed/test_frozen.py",
     "distributed/test_windowed_step.py",
     "distributed/test_self_distillation.py",

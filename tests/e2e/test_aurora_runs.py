@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from runs import copy, finish, losses, once, start, steps
 
+import visionfm_jax
+from visionfm_jax.data.sources import open_source
 from visionfm_jax.telemetry.writers import read_metrics
 
 STEPS, EVERY = 8, 2
@@ -77,3 +79,14 @@ def test_all_evals_report_and_leave_pictures(aurora):
         assert name in out
     kept = json.loads((aurora / "eval_captions.json").read_text())
     assert f"captions is measured by protocol {kept['protocol']}" in out
+
+
+def test_loaded_it_writes_the_captions_of_its_eval(aurora):
+    model = visionfm_jax.load(aurora)
+    kept = json.loads((aurora / "eval_captions.json").read_text())["captions"]
+    source = open_source(next(e.source for e in model.config.evals if e.name == "captions"))
+    written = model.caption([source[i]["image"] for i in range(20)])
+    assert sum(a == b["generated"] for a, b in zip(written, kept, strict=False)) >= 18  # a tie may fall otherwise
+    hidden = model.reconstruct([source[i]["image"] for i in range(2)])
+    assert hidden.shape == (2, 64, 64, 3)
+    assert hidden.dtype == np.uint8

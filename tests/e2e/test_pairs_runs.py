@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from runs import assert_identical, copy, finish, losses, once, start, state
 
+import visionfm_jax
+from visionfm_jax import predict
+from visionfm_jax.data.sources import open_source
+from visionfm_jax.errors import UserError
 from visionfm_jax.telemetry.writers import read_metrics
 
 STEPS, EVERY, BATCH = 120, 60, 64
@@ -96,6 +100,52 @@ def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
     assert (details["step"], details["weights"]) == (STEPS, str(pairs))
     assert details["protocol"] == kept["protocols"]["groups"]
     assert details["metrics"]["majority"] == kept["groups/majority"]
+
+
+def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
+    """`visionfm_jax.load` and the commands, in this process, whose devices are others."""
+    model = visionfm_jax.load(pairs)
+    source = open_source(model.config.evals[1].source)
+    labels = np.array([source[i]["label"] for i in range(len(source))])
+    found = model.classify([source[i]["image"] for i in range(len(source))], source.class_names, "{}")
+    top1 = (found.probability.argmax(1) == labels).mean()
+    scores = {k: v for row in read_metrics(pairs) for k, v in row.items()}
+    assert top1 == pytest.approx(scores["groups/top1"], abs=1.1 / len(labels))
+
+    texts = ["grinning face", "cat face", "red heart"]
+    images, rows = model.embed_images([source[i]["image"] for i in range(40)]), model.embed_texts(texts)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    ranked = model.search([source[i]["image"] for i in range(40)], texts, count=3)
+    np.testing.assert_array_equal(ranked.index[:, 0], (rows @ images.T).argmax(1))
+    np.testing.assert_allclose(ranked.score[:, 0], (rows @ images.T).max(1), rtol=1e-5)
+
+    for i in range(40):
+        (tmp_path / f"{i:02}.png").write_bytes(source[i]["image"])
+    index, sheet = str(tmp_path / "a/index.npz"), tmp_path / "found.png"
+    predict.main([str(pairs), str(tmp_path), f"--out={index}"], mode="embed")
+    with np.load(index) as kept:
+        np.testing.assert_allclose(kept["embedding"], images, atol=2e-3)  # other batches, in float16
+        assert kept["name"].tolist() == [str(tmp_path / f"{i:02}.png") for i in range(40)]
+    capsys.readouterr()
+    predict.main([str(pairs), f"--index={index}", "--text=cat face", f"--out={sheet}"], mode="search")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["1", f"{ranked.score[1, 0]:.3f}", str(tmp_path / f"{ranked.index[1, 0]:02}.png")]
+    assert sheet.stat().st_size > 5000
+    predict.main([str(pairs), str(tmp_path / "0*.png"), f"--image={tmp_path / '03.png'}", "--count=1"], mode="search")
+    assert capsys.readouterr().out.split() == ["1", "1.000", str(tmp_path / "03.png")]
+    predict.main([str(pairs), str(tmp_path / "07.png"), "--names=face, flag", "--count=2"], mode="classify")
+    assert " %, " in capsys.readouterr().out
+    for words, mode, message in (
+        ([str(tmp_path / "none")], "embed", "--out=: embed writes a file .npz"),
+        ([str(tmp_path / "none"), "--out=a.npz"], "embed", "there is no such file or folder"),
+        (["--text=a"], "search", "needs images, or --index"),
+        ([str(tmp_path), "--text=a", "--image=b"], "search", "give one of them"),
+        ([f"--index={sheet}", "--text=a"], "search", "is no file of visionfm embed"),
+        ([str(tmp_path)], "caption", "writes no captions"),
+        ([str(tmp_path)], "classify", "give their names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict.main([str(pairs), *words], mode=mode)
 
 
 def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs, monkeypatch):
