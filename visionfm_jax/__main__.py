@@ -21,6 +21,8 @@ COMMANDS = {  # module and what it does
     "search": ("predict", "find the images that fit a text, or another image"),
     "classify": ("predict", "name what images show"),
     "caption": ("predict", "write a text for each image"),
+    "detect": ("predict", "find the objects in images"),
+    "segment": ("predict", "write the class of each pixel of images"),
     "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
     "bench": ("bench", "time the training step on synthetic data"),
     "select": ("data.select", "select image-text pairs of a folder of tars by their metadata"),

@@ -89,12 +89,14 @@ class Detected(NamedTuple):
       boxes: float64 (K, 4), left, top, right and bottom edge in pixels of the image.
       scores: float32 (K,) from 0 to 1.
       labels: int32 (K,); `names` (K,) are those of the classes.
+      size: (H, W) of the image.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...]
+    size: tuple[int, int]
 
 
 def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> Model:
@@ -143,12 +145,14 @@ class Model:
     Attributes:
       config: of the run.
       params: the weights, sharded over the devices.
-      class_names: those that it was trained on, by label; () where they are not known.
+      class_names: by label, the number where the name is not known; (): it was trained on none.
       transform: the preprocessing of images.
     """
 
     def __init__(self, trainer: Trainer, params: Any, class_names: tuple[str, ...]):
-        self.config, self.params, self.class_names = trainer.config, params, class_names
+        self.config, self.params = trainer.config, params
+        classes = getattr(trainer.config.task, "num_classes", 0)
+        self.class_names = (*class_names, *map(str, range(len(class_names), classes)))
         self._trainer = trainer
         self.transform = _transform(trainer.config)
 
@@ -194,9 +198,7 @@ class Model:
             return Classified(tuple(names), _softmax(logits))
         self._require("labels" in self.config.task.predictions, "does not classify images")
         self._require(names is None, "has classes of its own; leave names out")
-        count = self.config.task.num_classes
-        names = (*self.class_names, *map(str, range(len(self.class_names), count)))
-        return Classified(names, self._arrays(images, "probabilities", "probabilities"))
+        return Classified(self.class_names, self._arrays(images, "probabilities", "probabilities"))
 
     def search(self, images: Any, texts: str | Sequence[str], count: int = 10) -> Ranked:
         """For each text the `count` images that fit it best, by the cosine of their embeddings."""
@@ -225,8 +227,10 @@ class Model:
             if row is None:
                 return None
             use = (row["scores"] >= least_score) & np.isfinite(row["boxes"]).all(-1)
-            labels = row["box_labels"][use]
-            return Detected(on_image(row["boxes"][use], *row["place"]), row["scores"][use], labels, self._names(labels))
+            labels, (placement, size) = row["box_labels"][use], row["place"]
+            boxes = on_image(row["boxes"][use], placement, size)
+            names = tuple(self.class_names[label] for label in labels.tolist())
+            return Detected(boxes, row["scores"][use], labels, names, size)
 
         return [detected(row) for row in self._images(images, "boxes")]
 
@@ -246,10 +250,6 @@ class Model:
         if not can:
             kind = getattr(self.config.task, "kind", type(self.config.task).__name__)
             raise UserError(f"{self.config.name}: this model ({kind}) {what}")
-
-    def _names(self, labels: np.ndarray) -> tuple[str, ...]:
-        names = self.class_names
-        return tuple(names[i] if i < len(names) else str(i) for i in labels.tolist())
 
     def _class_embeddings(self, names: Sequence[str], prompts: str | Sequence[str]) -> np.ndarray:
         if isinstance(prompts, str):

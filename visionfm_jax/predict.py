@@ -1,28 +1,38 @@
 """Use a trained model on images.
 
     visionfm embed runs/swinv2_g_clip photos/ --out=photos.npz
-    visionfm search runs/swinv2_g_clip photos/ --text='a dog on a beach' --out=found.png
+    visionfm search runs/swinv2_g_clip photos/ --text='a dog on a beach' --picture=found.png
     visionfm search runs/swinv2_g_clip --index=photos.npz --text='a dog on a beach'
     visionfm classify runs/swinv2_g_clip photos/ --names=cat,dog,bird
     visionfm caption runs/aurora_xl photos/ --out=captions.json
+    visionfm detect runs/vit_huge_coco photos/ --out=found.json --picture=found.png
+    visionfm segment runs/vit_huge_ade20k photos/ --out=maps/ --picture=maps.png
 
 The first argument is the folder of a run. The others are image files, folders (all images below them) or patterns such
 as 'photos/*.jpg'. An image that cannot be read is named in a warning; its row holds NaN or null.
+
+detect writes COCO's JSON, with a score for each object; files are named below the folder that all images share.
+segment writes a PNG for each image, whose values are the numbers of classes, and names.txt, their names in order: a
+folder of maps that training reads, too.
 """
 
 from __future__ import annotations
 
+import functools
 import glob
+import itertools
 import json
+import os
 import sys
 import textwrap
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from visionfm_jax.api import Model, load
 from visionfm_jax.config.arguments import Parser
@@ -30,10 +40,13 @@ from visionfm_jax.data.images import opened
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point, printable
 from visionfm_jax.evals.metrics import best
-from visionfm_jax.storage import read, replacing, write_text
+from visionfm_jax.storage import read, replacing
+from visionfm_jax.telemetry import pictures
 from visionfm_jax.telemetry.report import DPI, GREY, INK, drawable, save
 
 SIDE = 192  # pixels, of an image in a picture
+PICTURED = 24  # images in a picture
+ROWS_AT_ONCE = 256  # images whose maps are in memory
 
 
 def images_of(words: Sequence[str]) -> list[str]:
@@ -63,7 +76,7 @@ def embed(model: Model, arguments: Namespace) -> None:
     """Embeddings, or with --features those of the backbone, as arrays `embedding` (N, E) and `name` (N,)."""
     names = _needed(arguments.images)
     rows = model.features(names) if arguments.features else model.embed_images(names)
-    _write_arrays(arguments.out, embedding=rows, name=np.array(names))
+    _write(arguments.out, Path(arguments.out), lambda file: np.savez(file, embedding=rows, name=np.array(names)))
     print(f"{len(rows):,} rows of {rows.shape[1]:,} numbers: {arguments.out}")
 
 
@@ -85,10 +98,11 @@ def search(model: Model, arguments: Namespace) -> None:
     (index,), (score,) = best(query, rows, min(arguments.count, len(names)))
     for place, (i, cosine) in enumerate(zip(index, score, strict=True), 1):
         print(f"{place:4}  {cosine:6.3f}  {printable(names[i])}")
-    if arguments.out:
-        about = arguments.text or arguments.image
-        _contact_sheet([names[i] for i in index], [f"{cosine:.3f}" for cosine in score], arguments.out, about)
-        print(f"picture: {arguments.out}")
+    found = [{"image": names[i], "cosine": float(cosine)} for i, cosine in zip(index, score, strict=True)]
+    _write_json(arguments.out, found)
+    about = arguments.text or arguments.image
+    labels = [f"{cosine:.3f}" for cosine in score]
+    _draw(arguments.picture, lambda path: _contact_sheet([names[i] for i in index], labels, path, about))
 
 
 def classify(model: Model, arguments: Namespace) -> None:
@@ -111,7 +125,93 @@ def caption(model: Model, arguments: Namespace) -> None:
     _write_json(arguments.out, dict(zip(names, found, strict=True)))
 
 
-COMMANDS = {"embed": embed, "search": search, "classify": classify, "caption": caption}
+def detect(model: Model, arguments: Namespace) -> None:
+    """The objects of each image, as COCO's JSON."""
+    names = _needed(arguments.images)
+    found = model.detect(names, arguments.least_score)
+    images, notes, files = [], [], _below(names)
+    for name, objects in _there(names, found):
+        height, width = objects.size
+        images.append({"id": len(images), "file_name": files[name], "height": height, "width": width})
+        for (left, top, right, bottom), label, score in zip(
+            objects.boxes.tolist(), objects.labels.tolist(), objects.scores.tolist(), strict=True
+        ):
+            width, height = right - left, bottom - top
+            note = {"id": len(notes) + 1, "image_id": images[-1]["id"], "category_id": label + 1, "score": score}
+            notes.append(note | {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0})
+    categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, 1)]
+    _write_json(arguments.out, {"images": images, "annotations": notes, "categories": categories})
+    print(f"{len(notes):,} objects of score {arguments.least_score:g} or more in {len(images):,} images")
+
+    def draw(path: str) -> None:
+        shown = []
+        for name, objects in itertools.islice(_there(names, found), PICTURED):
+            image = _small(name)
+            scale = image.shape[0] / objects.size[0]
+            boxes = {"boxes": objects.boxes * scale, "names": objects.names, "scores": objects.scores}
+            shown.append({"image": image, "key": Path(name).name, **boxes})
+        pictures.detections(shown, path, model.config.name)
+
+    _draw(arguments.picture, draw)
+
+
+def segment(model: Model, arguments: Namespace) -> None:
+    """A map of classes for each image."""
+    names = _needed(arguments.images)
+    folder, maps = Path(arguments.out), _map_names(names)
+    dtype = np.uint8 if len(model.class_names) <= 255 else np.uint16
+    shown, count = [], 0
+    for first in range(0, len(names), ROWS_AT_ONCE):
+        part = names[first : first + ROWS_AT_ONCE]
+        for name, found in _there(part, model.segment(part)):
+            if len(shown) < PICTURED:
+                image = _small(name)
+                rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape, found.shape, strict=False))
+                shown.append({"image": image, "key": Path(name).name, "map": found[np.ix_(rows, columns)]})
+            _write(arguments.out, folder / maps[name], functools.partial(_png, found.astype(dtype)))
+            count += 1
+    _write(arguments.out, folder / "names.txt", lambda file: file.write("\n".join([*model.class_names, ""]).encode()))
+    print(f"{count:,} maps of {len(model.class_names)} classes: {folder}")
+    _draw(arguments.picture, lambda path: pictures.areas(shown, model.class_names, path, model.config.name))
+
+
+class Command(NamedTuple):
+    """One of this module: what it does, what `--out` ends in, and whether that must be given."""
+
+    run: Callable[[Model, Namespace], None]
+    ending: str
+    writes: bool = False
+
+
+COMMANDS = {
+    "embed": Command(embed, ".npz", writes=True),
+    "search": Command(search, ".json"),
+    "classify": Command(classify, ".json"),
+    "caption": Command(caption, ".json"),
+    "detect": Command(detect, ".json"),
+    "segment": Command(segment, "", writes=True),
+}
+
+
+def _there(names: Sequence[str], found: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """The images that could be read, and what was found."""
+    return ((name, one) for name, one in zip(names, found, strict=True) if one is not None)
+
+
+def _below(names: Sequence[str]) -> dict[str, str]:
+    """The path of each image below the folder that all of them share."""
+    base = os.path.commonpath([os.path.abspath(os.path.dirname(name)) for name in names])
+    return {name: os.path.relpath(name, base) for name in names}
+
+
+def _map_names(names: Sequence[str]) -> dict[str, str]:
+    """The file of each image's map, as the image's but for the ending."""
+    maps = {name: os.path.splitext(file)[0] + ".png" for name, file in _below(names).items()}
+    owners: dict[str, str] = {}
+    for name, file in maps.items():
+        if (other := owners.setdefault(file, name)) != name:
+            raise ConfigError(f"{printable(other)} and {printable(name)} would share the map {file}; rename one")
+    return maps
 
 
 def _needed(words: Sequence[str]) -> list[str]:
@@ -138,24 +238,33 @@ def _read_index(path: str) -> tuple[list[str], np.ndarray]:
     raise DataError(f"--index={path}: is no file of visionfm embed --out=NAME.npz: {why}")
 
 
-def _write_arrays(path: str, **arrays: np.ndarray) -> None:
-    if not path.endswith(".npz"):
-        raise ConfigError(f"--out={path}: must end in .npz")
+def _write(field: str, path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file, whole or not at all."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(Path(path)) as part, open(part, "wb") as file:
-            np.savez(file, **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part, open(part, "wb") as file:
+            write(file)
     except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror or error}; name a file that can be written") from error
+        raise UserError(f"--out={field}: {error.strerror or error}; name one that can be written") from error
+
+
+def _png(values: np.ndarray, file: BinaryIO) -> None:
+    Image.fromarray(values).save(file, "PNG")
 
 
 def _write_json(path: str, value: Any) -> None:
     if path:
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        _write(path, Path(path), lambda file: file.write(text.encode()))
+
+
+def _draw(path: str, draw: Callable[[str], None]) -> None:
+    if path:
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_text(Path(path), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            draw(path)
         except OSError as error:
-            raise UserError(f"--out={path}: {error.strerror or error}; name a file that can be written") from error
+            raise UserError(f"--picture={path}: {error.strerror or error}; name one that can be written") from error
+        print(f"picture: {path}")
 
 
 def _contact_sheet(names: Sequence[str], labels: Sequence[str], path: str, title: str) -> None:
@@ -170,10 +279,7 @@ def _contact_sheet(names: Sequence[str], labels: Sequence[str], path: str, title
         axes.set_axis_off()
         axes.imshow(_small(name))
         axes.set_title(drawable(textwrap.shorten(f"{label}  {Path(name).name}", 30)), fontsize=8, color=GREY)
-    try:
-        save(figure, path)
-    except OSError as error:
-        raise UserError(f"--out={path}: {error.strerror or error}; name a file that can be written") from error
+    save(figure, path)
 
 
 def _small(name: str) -> np.ndarray:
@@ -191,21 +297,25 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
         parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("images", nargs="*", help="files, folders or patterns")
-    parser.add_argument("--out", default="", help="file to write: .npz, .png or .json, see above")
+    parser.add_argument("--out", default="", help="file to write, .npz or .json; segment: a folder; see above")
+    parser.add_argument("--picture", default="", help="PNG to draw: search, detect, segment")
     parser.add_argument("--features", action="store_true", help="embed: features of the backbone")
     parser.add_argument("--text", default="", help="search: what is looked for")
     parser.add_argument("--image", default="", help="search: an image like those that are looked for")
     parser.add_argument("--index", default="", help="search: a file of embed --out=NAME.npz, in place of images")
     parser.add_argument("--names", default="", help="classify: names of classes, separated by commas")
     parser.add_argument("--prompts", default="", help="classify: a text with {}, or a file of such texts")
+    parser.add_argument("--least_score", type=float, default=0.3, help="detect: of an object (%(default)s)")
     parser.add_argument("--count", type=int, default=5, help="search, classify: how many answers (%(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.count < 1:
         raise ConfigError(f"--count={arguments.count}: must be 1 or more")
     mode = mode or arguments.command
-    if mode == "embed" and not arguments.out.endswith(".npz"):
-        raise ConfigError(f"--out={arguments.out}: embed writes a file .npz; name one")
-    COMMANDS[mode](load(arguments.run), arguments)
+    command = COMMANDS[mode]
+    if (arguments.out or command.writes) and not (arguments.out and arguments.out.endswith(command.ending)):
+        what = f"a file {command.ending}" if command.ending else "a folder"
+        raise ConfigError(f"--out={arguments.out}: {mode} writes {what}; name one")
+    command.run(load(arguments.run), arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,11 +12,12 @@ from PIL import Image
 from runs import ROOT
 
 import visionfm_jax as vfm
+from visionfm_jax import predict
 from visionfm_jax.api import Model
 from visionfm_jax.config.load import load_file
 from visionfm_jax.data.images import decode
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.data.sources.kinds import BundledConfig
+from visionfm_jax.data.sources.kinds import BundledConfig, ClassMapsConfig, CocoConfig
 from visionfm_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from visionfm_jax.evals.eval import make_evals
 from visionfm_jax.evals.run import measure
@@ -120,7 +123,7 @@ def test_a_folder_that_is_no_run(tmp_path, whole):
 
 
 @pytest.mark.parametrize("name", ["vit_huge_coco", "vit_huge_ade20k"])
-def test_objects_and_maps_are_those_of_the_eval(name):
+def test_objects_and_maps_are_those_of_the_eval(tmp_path, name):
     """On random weights: where an eval counts them on images of another size than the model's."""
     config = load_file(f"{ROOT}/configs/{name}.py:tiny")
     config.train.precision, config.evals[0].source.size, config.evals[0].source.scenes = "fp32", 80, 24
@@ -137,6 +140,7 @@ def test_objects_and_maps_are_those_of_the_eval(name):
         maps = model.segment(images)
         confusion = sum(confusion_of(source[i]["class_map"], found, 10) for i, found in enumerate(maps))
         assert score(confusion)["pixel_accuracy"] == pytest.approx(scores["held_out/pixel_accuracy"], abs=1e-4)
+        check_written_maps(tmp_path, model, images, maps)
     else:
         found = model.detect(images, least_score=0)
         shown = {entry["key"]: entry["found"] for entry in evals["held_out"].pictured["boxes"]}
@@ -148,3 +152,58 @@ def test_objects_and_maps_are_those_of_the_eval(name):
             assert one.names == tuple(source.class_names[k] for k in one.labels)
             assert (np.diff(one.scores) <= 0).all()
         assert model.detect(images, least_score=1.1)[0].boxes.shape == (0, 4)
+        check_written_objects(tmp_path, model, images, found)
+
+
+def written(folder: Path, images: list) -> list[str]:
+    """As PNGs below a folder, one of which cannot be read."""
+    for i, image in enumerate(images):
+        path = folder / f"{'odd' if i % 2 else 'even'}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(decode(image)).save(path)
+    (folder / "even/torn.png").write_bytes(b"torn")
+    return [str(folder / f"{'odd' if i % 2 else 'even'}/{i}.png") for i in range(len(images))]
+
+
+def arguments(images: Path, out: Path, picture: Path) -> Namespace:
+    return Namespace(images=[str(images)], out=str(out), picture=str(picture), least_score=0.0)
+
+
+def check_written_objects(folder: Path, model: vfm.Model, images: list, found: list[vfm.api.Detected]) -> None:
+    """As training reads COCO's files."""
+    names = written(folder / "images", images[:6])
+    predict.detect(model, arguments(folder / "images", folder / "found.json", folder / "found.png"))
+    source = open_source(
+        CocoConfig(path=str(folder), split="", annotations="found.json", images="images"),
+    )
+    assert (len(source), source.class_names) == (6, model.class_names)
+    for i in range(6):
+        expected = found[names.index(str(folder / "images" / source.key(i)))]
+        np.testing.assert_allclose(source[i]["boxes"], expected.boxes, atol=0.05)
+        assert source[i]["box_labels"].tolist() == expected.labels.tolist()
+    assert (folder / "found.png").stat().st_size > 5000
+
+
+def check_written_maps(folder: Path, model: vfm.Model, images: list, maps: list[np.ndarray]) -> None:
+    """As training reads folders of maps."""
+    names = written(folder / "images", images[:6])
+    predict.segment(model, arguments(folder / "images", folder / "maps", folder / "maps.png"))
+    source = open_source(
+        ClassMapsConfig(
+            path=str(folder),
+            split="",
+            images="images",
+            maps="maps",
+            map_suffix=".png",
+            names="maps/names.txt",
+            ignore=(),
+        )
+    )
+    assert (len(source), source.class_names) == (6, model.class_names)
+    for i in range(6):
+        expected = maps[names.index(str(folder / "images" / source.key(i)))]
+        assert (source[i]["class_map"] == expected).mean() > 0.999
+    assert (folder / "maps.png").stat().st_size > 5000
+    (folder / "images/odd/1.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1\.jpg and .*1\.png would share the map odd/1\.png"):
+        predict.segment(model, arguments(folder / "images", folder / "maps", folder / "maps.png"))

@@ -127,7 +127,7 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
         np.testing.assert_allclose(kept["embedding"], images, atol=2e-3)  # other batches, in float16
         assert kept["name"].tolist() == [str(tmp_path / f"{i:02}.png") for i in range(40)]
     capsys.readouterr()
-    predict.main([str(pairs), f"--index={index}", "--text=cat face", f"--out={sheet}"], mode="search")
+    predict.main([str(pairs), f"--index={index}", "--text=cat face", f"--picture={sheet}"], mode="search")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["1", f"{ranked.score[1, 0]:.3f}", str(tmp_path / f"{ranked.index[1, 0]:02}.png")]
     assert sheet.stat().st_size > 5000

@@ -292,6 +292,46 @@ def segments(
     _side_by_side(shown, 2, one, "left: the segments; right: those that are predicted", "quality", path, title, legend)
 
 
+def detections(shown: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw images with what was detected in them.
+
+    Args:
+      shown: of each, `image`, uint8 (H, W, 3); `key`; `boxes` (D, 4), left, top, right, bottom, pixels of the image;
+        `names` and `scores` (D,).
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+
+    def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
+        scale = _picture(ax, entry["image"], x, y, PANEL, PALE, 1.0)
+        for i in np.argsort(entry["scores"], kind="stable"):  # the highest on top
+            name = f"{_short(entry['names'][i], 16)} {entry['scores'][i]:.2f}"
+            _box(ax, entry["boxes"][i], name, GREEN, scale, x + PANEL)
+
+    _side_by_side(shown, 1, one, "boxes with their classes and scores", "", path, title)
+
+
+def areas(
+    shown: Sequence[Mapping[str, Any]], class_names: Sequence[str], path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw images, beside them their class maps.
+
+    Args:
+      shown: of each, `image`, uint8 (H, W, 3); `key`; `map`, integers (H, W).
+      class_names: by number.
+      path: PNG to write; its folder is made.
+      title: above the picture.
+    """
+    sizes = sum(np.bincount(entry["map"].ravel(), minlength=len(class_names)) for entry in shown)
+    colours, legend = _legend(np.append(sizes, 0), class_names)
+
+    def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
+        _picture(ax, entry["image"], x, y, PANEL, PALE, 1.0)
+        _picture(ax, colours[entry["map"]], x + PANEL + GAP / 2, y, PANEL, PALE, 1.0, smooth=False)
+
+    _side_by_side(shown, 2, one, "image, and the class of each pixel", "", path, title, legend)
+
+
 def precision_recall(curves: Mapping[str, np.ndarray], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw precision over recall.
 
@@ -327,8 +367,8 @@ def _side_by_side(
     title: str,
     legend: Sequence[tuple[str, Any]] = (),
 ) -> None:
-    """Images of several panels each, two side by side, which `one` draws at (x, y), each below its name and `share`."""
-    columns, width, top = 2, panels * (PANEL + GAP / 2) + GAP, 0.85
+    """Images of several panels each, which `one` draws at (x, y), each below its name and its `share`, if measured."""
+    columns, width, top = 4 if panels == 1 else 2, panels * (PANEL + GAP / 2) + GAP, 0.85
     rows, lines = max(1, -(-len(shown) // columns)), -(-len(legend) // 6)
     step = PANEL + LINE + GAP
     figure = Figure(figsize=(columns * width + GAP, top + rows * step + lines * LINE + GAP), dpi=DPI)
@@ -336,7 +376,8 @@ def _side_by_side(
     _heading(ax, drawable(title), says)
     for i, entry in enumerate(shown):
         x, y = GAP + i % columns * width, top + i // columns * step
-        name = f"{_short(str(entry['key']), 40)}   {measure} {entry['share']:.2f}"
+        name = _short(str(entry["key"]), 40 if panels > 1 else 30)
+        name += f"   {measure} {entry['share']:.2f}" if measure else ""
         ax.text(x, y + LINE / 2, name, color=GREY, fontsize=9, va="center")
         one(ax, entry, x, y + LINE)
     wide = (columns * width - GAP) / 6
