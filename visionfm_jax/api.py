@@ -16,11 +16,8 @@ Shapes: N images or texts, E embedding, D width, C classes, H W image, K detecti
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
-import json
 import os
-import pkgutil
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,25 +30,23 @@ from absl import logging
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from visionfm_jax import tasks
 from visionfm_jax.config import Config
 from visionfm_jax.config.limits import height_width
-from visionfm_jax.config.saved import from_dict
+from visionfm_jax.config.saved import of_run
 from visionfm_jax.config.schema import PreprocessConfig
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.images import DamagedImage, opened
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
-from visionfm_jax.errors import ConfigError, DataError, UserError, printable
+from visionfm_jax.errors import DataError, UserError
 from visionfm_jax.evals.detection import on_image
 from visionfm_jax.evals.metrics import best, class_embeddings
 from visionfm_jax.evals.segmentation import Grid, guess_of
-from visionfm_jax.models import backbones
 from visionfm_jax.models.generate import Decoding
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.storage import read
 from visionfm_jax.train.initialise import weights_to_evaluate
-from visionfm_jax.train.provenance import SETTINGS, classes_of
+from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
 PROMPTS = "imagenet_prompts_short"
@@ -111,29 +106,12 @@ def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None)
       CheckpointError: it holds no complete checkpoint, or a damaged one.
     """
     folder = Path(run)
-    config = _settings(folder)
-    config.workdir, config.parallel.replicas = str(folder), 1
+    config = read(lambda: of_run(folder), lambda: str(folder))
+    config.parallel.replicas = 1
     config.checkpoint.weights = ""  # what it began from
     mesh = make_mesh(1, devices)
     trainer = Trainer(config, mesh)
     return Model(trainer, weights_to_evaluate(trainer).params, tuple(classes_of(folder)))
-
-
-def _settings(folder: Path) -> Config:
-    """The configuration that a run has saved."""
-    path = folder / SETTINGS
-    if not read(path.is_file, lambda: str(path)):
-        there = "it has no config.json" if folder.is_dir() else "there is no such folder"
-        raise ConfigError(f"{printable(str(folder))}: {there}; name the folder of a run, such as runs/quickstart")
-    for package in (tasks, backbones):  # whose classes the configuration may name, beside those imported above
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
-    try:
-        return from_dict(json.loads(read(path.read_bytes, lambda: str(path)))["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}; take it from a copy of the run") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
 
 
 class Model:

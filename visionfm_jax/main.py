@@ -1,7 +1,9 @@
 """Train: `python -m visionfm_jax.main --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE …]`.
 
 If the run folder has a checkpoint, training continues from it.
---mode=evaluate: run the evals on the newest checkpoint of the run, or on `config.checkpoint.weights`.
+--mode=evaluate: run the evals on the newest checkpoint of the run, or on `config.checkpoint.weights`. The folder of a
+run is enough: --mode=evaluate --config=runs/NAME --eval=zero_shot --data=/data/pets; further settings of that eval are
+--config.evals[0].FIELD=VALUE.
 --mode=replay --step=N: run step N again and write statistics of every layer to RUN/replay.
 
 Exit codes: 0 the run is complete · 2 the configuration or the data is wrong · 4 a loss or gradient is not finite · 71 a
@@ -15,7 +17,7 @@ import faulthandler
 import sys
 from collections.abc import Sequence
 
-from visionfm_jax.cli.evaluate import evaluate
+from visionfm_jax.cli.evaluate import add_arguments, evaluate, with_eval
 from visionfm_jax.cli.replay import replay
 from visionfm_jax.cli.train import run
 from visionfm_jax.config.arguments import Parser
@@ -27,7 +29,9 @@ from visionfm_jax.train.timing import StopSignal
 
 ABOUT = {
     "train": "Train the model of a configuration, or continue a run from its newest checkpoint.",
-    "evaluate": "Run the evals on the newest checkpoint of a run, or on `config.checkpoint.weights`.",
+    "evaluate": "Run the evals on the newest checkpoint of a run, or on `config.checkpoint.weights`.\n\n"
+    "    visionfm evaluate --config=runs/swinv2_g_clip --eval=zero_shot --data=/data/pets \\\n"
+    "        --config.evals[0].source.split=test --config.evals[0].prompts='a photo of a {}'",
     "replay": "Run one step of a run again and write statistics of every layer to RUN/replay.",
 }
 
@@ -50,7 +54,9 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.main", mode
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, if no scheduler provides it")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes, with --coordinator")
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0, with --coordinator")
-    config, arguments = parser.parse_with_config(argv)
+    if mode in ("", "evaluate"):
+        add_arguments(parser)
+    config, arguments = parser.parse_with_config(argv, with_eval)
     if not mode:
         mode = arguments.mode
         if mode == "replay" and arguments.step is None:

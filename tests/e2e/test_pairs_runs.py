@@ -83,7 +83,8 @@ def test_it_learns_and_reports_retrieval_and_groups(pairs):
 
 
 def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
-    alone, _ = run_pairs(pairs, "--mode=evaluate", log=tmp_path / "alone")
+    """By what its folder has saved."""
+    alone, _ = run_pairs(pairs, "--mode=evaluate", base=[f"--config={pairs}"], log=tmp_path / "alone")
     assert f"the weights of step {STEPS} of {pairs}" in alone
 
     def scores(text: str) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from argparse import Namespace
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import Config, SourceConfig
+from visionfm_jax.config.arguments import Parser
+from visionfm_jax.data.sources.kinds import KINDS
 from visionfm_jax.errors import ConfigError
+from visionfm_jax.evals.kinds import measurements
 from visionfm_jax.evals.run import check_labels, measure, open_evals
 from visionfm_jax.parallel.agreement import from_first
 from visionfm_jax.parallel.mesh import make_mesh
@@ -19,6 +24,55 @@ from visionfm_jax.train.folder import refuse_links
 from visionfm_jax.train.initialise import weights_to_evaluate
 from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
+
+
+def add_arguments(parser: Parser) -> None:
+    """Those of an eval that the run does not have."""
+    kinds = ", ".join(measurements())
+    parser.add_argument("--eval", metavar="KIND", help=f"instead of the run's evals, one of {kinds}")
+    parser.add_argument(
+        "--data", metavar="[KIND:]PATH", help="of --eval; KIND as config.data.train[0].kind, by default folder"
+    )
+    parser.add_argument("--gallery", metavar="[KIND:]PATH", help="of --eval=knn or retrieval, likewise")
+
+
+def with_eval(config: Config, values: Namespace) -> None:
+    """Replace the evals of `config` by the one that the command line describes, if it does.
+
+    It is named by its kind, and looks at images as the run's first eval does.
+    """
+    given = {name: value for name in ("eval", "data", "gallery") if (value := getattr(values, name, None))}
+    if not given:
+        return
+    word = "--{}={}".format(*next(iter(given.items())))
+    if getattr(values, "mode", "evaluate") != "evaluate":
+        raise ConfigError(f"{word}: is for --mode=evaluate; add that, or leave it out")
+    if not values.eval:
+        raise ConfigError(f"{word}: needs --eval=KIND, which says what is measured")
+    kinds = measurements()
+    if values.eval not in kinds:
+        raise ConfigError(f"--eval={values.eval}: no such kind of eval; there is {', '.join(kinds)}")
+    if not values.data:
+        raise ConfigError(f"--eval={values.eval}: needs data; add --data=PATH, or --data=KIND:PATH")
+    kind, settings = kinds[values.eval], {"name": values.eval, "source": _source("data", values.data)}
+    names = {field.name for field in dataclasses.fields(kind)}
+    if values.gallery:
+        if "gallery" not in names:
+            raise ConfigError(f"--gallery={values.gallery}: --eval={values.eval} has none; leave it out")
+        settings["gallery"] = (_source("gallery", values.gallery),)
+    if config.evals:
+        settings["preprocess"] = config.evals[0].preprocess
+    config.evals = (kind(**settings),)
+
+
+def _source(field: str, value: str) -> SourceConfig:
+    """Of "PATH" or "KIND:PATH"."""
+    kind, colon, path = value.partition(":")
+    if not colon or "/" in kind:
+        kind, path = "folder", value
+    if kind not in KINDS:
+        raise ConfigError(f"--{field}={value}: {kind!r} is no kind of data; there is {', '.join(KINDS)}")
+    return KINDS[kind](path=path)
 
 
 def evaluate(config: Config, watchdog: Watchdog) -> int:

@@ -14,7 +14,7 @@ import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from visionfm_jax.config import load
@@ -51,10 +51,18 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(unknown[0]))
         return known
 
-    def parse_with_config(self, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    def parse_with_config(
+        self,
+        arguments: Sequence[str],
+        change: Callable[[Config, argparse.Namespace], object] = lambda config, values: None,
+    ) -> tuple[Config, argparse.Namespace]:
         """The configuration, checked, and the values of the program's own arguments.
 
         With --help: print it, with the fields of the configuration if one is named, and exit.
+
+        Args:
+          arguments: of the command line.
+          change: what the program's own arguments change of the configuration, before its fields are set.
 
         Raises:
           ConfigError: as `parse_args` and `load.from_arguments`.
@@ -62,7 +70,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE.py[:VARIANT]",
-            help="configuration file, or the name of a shipped one; --config.FIELD=VALUE sets a field; "
+            help="configuration file, the name of a shipped one, or the folder of a run; "
+            "--config.FIELD=VALUE sets a field; "
             "--config=FILE.py --help lists the fields",
         )
         specs, overrides, own = load.sort_arguments(arguments)
@@ -71,7 +80,7 @@ class Parser(argparse.ArgumentParser):
             show_help(f"{self.format_help()}\n{more}")
             self.exit()
         values = self.parse_args(own)
-        return load.from_arguments(arguments)[0], values
+        return load.from_arguments(arguments, lambda config: change(config, values))[0], values
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with `message`, and how to see what there is."""

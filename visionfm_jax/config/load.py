@@ -1,6 +1,7 @@
 """A configuration from a file and the command line.
 
 `--config=FILE.py[:VARIANT]` names a file that defines `get_config(variant)`, or one that comes with the package;
+`--config=RUN` takes the settings that a run's folder has saved;
 `--config.a.b=value` sets a field; the last of several counts. A run's length is `train.steps` or `train.epochs`: a flag
 for one overrides the other. `--config.data.train[0].kind=folder` makes a source one of another kind
 (`data.sources.kinds`).
@@ -17,12 +18,13 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
+from visionfm_jax.config.saved import of_run
 from visionfm_jax.config.schema import Choice, Config, ModelConfig
 from visionfm_jax.errors import ConfigError
 
@@ -39,7 +41,7 @@ def shipped() -> dict[str, Path]:
 
 
 def load_file(spec: str) -> Config:
-    """The configuration of "FILE.py" or "FILE.py:VARIANT".
+    """The configuration of "FILE.py" or "FILE.py:VARIANT", or of the folder of a run.
 
     Where there is no such file, "vit_huge", "vit_huge.py" and "configs/vit_huge.py" are that of `shipped`.
 
@@ -48,6 +50,8 @@ def load_file(spec: str) -> Config:
     """
     path, _, variant = spec.partition(":")
     try:
+        if Path(spec).is_dir():
+            return of_run(Path(spec))
         there = Path(path).is_file()
         if not there and (own := _shipped_as(path)):
             path, there = str(own), True
@@ -152,14 +156,20 @@ def variant_of(allowed: Sequence[str], variant: str) -> str:
     return variant
 
 
-def from_arguments(arguments: Sequence[str]) -> tuple[Config, list[str]]:
+def from_arguments(
+    arguments: Sequence[str], change: Callable[[Config], object] = lambda config: None
+) -> tuple[Config, list[str]]:
     """The configuration that `arguments` name, checked, and the arguments that are not about it.
+
+    Args:
+      arguments: of the command line.
+      change: what is done to the configuration before the fields that `arguments` name are set.
 
     Raises:
       ConfigError: as `load_file`; an unknown field, a value of another type, a broken rule.
     """
     specs, overrides, rest = sort_arguments(arguments)
-    config = overridden(specs, overrides)
+    config = overridden(specs, overrides, change)
     config.validate()
     return config, rest
 
@@ -183,7 +193,11 @@ def sort_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override],
     return specs, overrides, rest
 
 
-def overridden(specs: Sequence[str], overrides: Sequence[Override]) -> Config:
+def overridden(
+    specs: Sequence[str],
+    overrides: Sequence[Override],
+    change: Callable[[Config], object] = lambda config: None,
+) -> Config:
     """The configuration of the one file that `specs` name, with fields set; not checked.
 
     Raises:
@@ -192,7 +206,9 @@ def overridden(specs: Sequence[str], overrides: Sequence[Override]) -> Config:
     if len(specs) != 1 or not specs[0] or specs[0].startswith("-"):
         what = f"--config is given {len(specs)} times" if len(specs) > 1 else "--config is missing, or has no value"
         raise ConfigError(f"{what}; give one --config=FILE.py[:VARIANT], e.g. --config=configs/quickstart.py")
-    return with_fields(load_file(specs[0]), overrides)
+    config = load_file(specs[0])
+    change(config)
+    return with_fields(config, overrides)
 
 
 def with_fields(config: Config, overrides: Sequence[Override]) -> Config:

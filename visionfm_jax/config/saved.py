@@ -1,20 +1,57 @@
 """A configuration from what `schema.to_dict` made of it: that of a run folder, whose file runs no code.
 
 A model, a task, a transform, a source and an eval are found by their `kind` among the classes that are there: those of
-this package, whose modules the caller has imported, and one's own.
+this package, and one's own, whose modules are imported before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import json
+import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
 from visionfm_jax.config.schema import Choice, Config
-from visionfm_jax.errors import ConfigError
+from visionfm_jax.errors import ConfigError, printable
+
+SETTINGS = "config.json"  # of a run folder
+
+
+def of_run(folder: Path) -> Config:
+    """The configuration of the run in `folder`, wherever the folder is now.
+
+    Raises:
+      ConfigError: the folder is not one of a run, its settings are damaged, or they name classes that are not there.
+      OSError: they cannot be read.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        there = f"it has no {SETTINGS}" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"{printable(str(folder))}: {there}; name the folder of a run, such as runs/quickstart")
+    _import_classes()
+    try:
+        config = from_dict(json.loads(path.read_bytes())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}; take it from a copy of the run") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    config.workdir = str(folder)
+    return config
+
+
+def _import_classes() -> None:
+    """Those of this package that a configuration may name."""
+    for name in ("visionfm_jax.tasks", "visionfm_jax.models.backbones"):
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
+            importlib.import_module(module.name)
+    for name in ("data.sources.kinds", "data.transforms", "evals.kinds"):
+        importlib.import_module(f"visionfm_jax.{name}")
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

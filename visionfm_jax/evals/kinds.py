@@ -26,6 +26,11 @@ class Measurement(EvalConfig):
         return getattr(importlib.import_module(f"visionfm_jax.evals.{module}"), name)(self, run, host, hosts)
 
 
+def measurements() -> dict[str, type[Measurement]]:
+    """The evals of this package, by kind."""
+    return {cls.kind: cls for cls in Measurement.__subclasses__() if cls.__module__ == __name__}
+
+
 @dataclass(kw_only=True)
 class AccuracyConfig(Measurement):
     """Loss and accuracy of a classifier on labelled images."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from visionfm_jax.config import CheckpointConfig, Config, EvalConfig, SourceConfig
+from visionfm_jax.config.saved import SETTINGS
 from visionfm_jax.config.schema import Choice, to_dict
 from visionfm_jax.data.loader import run_order
 from visionfm_jax.data.sources import Source
@@ -27,7 +28,7 @@ from visionfm_jax.data.tokenizer import file_digest
 from visionfm_jax.errors import ConfigError, DataError, one_line
 from visionfm_jax.storage import read_bytes
 
-SETTINGS, DATA = "config.json", "data.json"
+DATA = "data.json"
 FIXED = ("seed", "train.batch_size", "data.shuffle", "task.pair_ratio")  # and data.train, but for the paths in it
 PATHS = (".path", ".selection")
 # What a step does not follow from: a replay leaves it as it is given. The devices may be others than the run's.

@@ -36,7 +36,7 @@ def refused(capsys, main, *words):
         ([QUICK, "--processes=many"], "argument --processes: invalid int value: 'many'"),
         ([QUICK, "--procesess=2"], "no argument '--procesess'; did you mean --processes?"),
         ([QUICK, "-config.optim.lr=1"], "no argument '-config.optim.lr'; did you mean --config.optim.lr?"),
-        ([QUICK, "--wat"], "no argument '--wat'; see python -m visionfm_jax.main --help"),
+        ([QUICK, "--zzz"], "no argument '--zzz'; see python -m visionfm_jax.main --help"),
         (
             [QUICK, "optim.lr=1"],
             "unexpected argument 'optim.lr=1': arguments have the form --NAME=VALUE",
