@@ -27,13 +27,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from flax import linen as nn
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.limits import height_width
 from visionfm_jax.config.saved import of_run
-from visionfm_jax.config.schema import PreprocessConfig
+from visionfm_jax.config.schema import BackboneConfig, PreprocessConfig
+from visionfm_jax.data.augment import normalize
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.images import DamagedImage, opened
 from visionfm_jax.data.text_lists import read_lines
@@ -42,9 +44,13 @@ from visionfm_jax.errors import DataError, UserError
 from visionfm_jax.evals.detection import on_image
 from visionfm_jax.evals.metrics import best, class_embeddings
 from visionfm_jax.evals.segmentation import Grid, guess_of
+from visionfm_jax.models.backbones.vit import ViTConfig, size_of
 from visionfm_jax.models.generate import Decoding
+from visionfm_jax.models.layers import no_gather
 from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.parallel.zero import gather_params
 from visionfm_jax.storage import read
+from visionfm_jax.tasks.task import DTYPES
 from visionfm_jax.train.initialise import weights_to_evaluate
 from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
@@ -153,10 +159,76 @@ class Model:
         rows = [{"text": np.asarray(tokenizer(text, length), np.int32)} for text in texts]
         return self._stacked(self._predict(iter(rows), len(rows), "embeddings"), "text_embedding")
 
-    def features(self, images: Any) -> np.ndarray:
-        """float32 (N, D), pooled, of the backbone."""
-        self._require("features" in self.config.task.predictions, "has no features")
-        return self._arrays(images, "features", "features")
+    def features(
+        self, images: Any, layers: Sequence[int] | None = None, pooled: bool = True
+    ) -> np.ndarray | list[np.ndarray]:
+        """What the backbone makes of images.
+
+        Args:
+          images: N of them.
+          layers: blocks of a ViT or stages of a SwinV2, from 0, or from -1 backwards.
+          pooled: over each image; without `layers`, by the model's own pooling, else their mean.
+
+        Returns:
+          float32 (N, D); with pooled=False the map after the last norm, (N, h, w, D); with `layers` a list of one such
+          array for each, before any norm.
+        """
+        if layers is None and pooled:
+            return self._arrays(images, "features", "features")
+        wanted = self._layers(layers or ())
+        rows = list(self._images(images, (tuple(sorted(set(wanted))), pooled), function=self._maps))
+        if layers is None:
+            return self._stacked(iter(rows), "map")
+        return [self._stacked(iter(rows), str(layer)) for layer in wanted]
+
+    @functools.cached_property
+    def backbone(self) -> tuple[nn.Module, Any]:
+        """The network that makes features of images, a `models.backbones.Backbone`, and its parameters.
+
+        For functions of one's own: `network.apply({"params": params}, self.normalize(images))`.
+        """
+        return self._network.make(DTYPES[self.config.train.precision], no_gather), self._of_network(self.params)
+
+    def normalize(self, images: Any) -> jax.Array:
+        """uint8 (B, H, W, 3), as `transform` gives them, to what networks take, float32."""
+        return normalize(jax.numpy.asarray(images), self.config.data.augment)
+
+    @property
+    def _network(self) -> BackboneConfig:
+        model = self.config.model
+        return model if isinstance(model, BackboneConfig) else model.image
+
+    def _of_network(self, params: Any) -> Any:
+        """Its part of the parameters; a head stands beside it."""
+        return params if self._network is self.config.model else params["image"]
+
+    def _layers(self, layers: Sequence[int]) -> list[int]:
+        """From 0 on.
+
+        Raises:
+          UserError: there is no such layer, or it cannot be had.
+        """
+        network = self._network
+        count = len(network.widths) if len(network.widths) > 1 else size_of(network).depth
+        self._require(all(-count <= n < count for n in layers), f"has layers 0 to {count - 1}; not all of {[*layers]}")
+        windows = isinstance(network, ViTConfig) and network.window
+        self._require(not (layers and windows), "has windows, and keeps no layers; leave layers out")
+        return [n % count for n in layers]
+
+    @functools.cached_property
+    def _maps(self) -> Callable[..., dict[str, jax.Array]]:
+        """(params, batch, (layers, pooled)) -> `map`, after the last norm, and that of each layer by its number."""
+        network = self._network.make(DTYPES[self.config.train.precision], gather_params)
+
+        def maps(what: tuple, params: Any, rows: dict) -> dict[str, jax.Array]:
+            ((layers, pooled),) = what
+            params, images = self._of_network(params), self.normalize(rows["image"])
+            found = network.apply({"params": params}, images, layers=layers)
+            out = {str(n): x.mean((1, 2)) if pooled else x for n, x in zip(layers, found.layers, strict=True)}
+            out = out or {"map": found.normed}
+            return {name: x.astype(jax.numpy.float32) for name, x in out.items()}
+
+        return self._trainer.over_rows(maps)
 
     def classify(
         self, images: Any, names: Sequence[str] | None = None, prompts: str | Sequence[str] = PROMPTS
@@ -249,11 +321,13 @@ class Model:
             raise DataError("not one of the images could be read; the warnings say why" if found else "no images given")
         return np.stack([np.full_like(some, np.nan) if row is None else row for row in found])
 
-    def _images(self, images: Any, *what: Hashable) -> Iterator[dict[str, np.ndarray] | None]:
+    def _images(
+        self, images: Any, *what: Hashable, function: Callable[..., dict] | None = None
+    ) -> Iterator[dict[str, np.ndarray] | None]:
         """What is predicted of each image, and `place`, its placement and size; None where it cannot be read."""
         named = _named(images)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from self._predict(_ahead(pool, self._row, named), len(named), *what)
+            yield from self._predict(_ahead(pool, self._row, named), len(named), *what, function=function)
 
     def _row(self, named: tuple[str, Any]) -> dict[str, Any] | None:
         name, image = named
@@ -267,9 +341,15 @@ class Model:
             return None
 
     def _predict(
-        self, rows: Iterator[dict[str, Any] | None], count: int, *what: Hashable
+        self,
+        rows: Iterator[dict[str, Any] | None],
+        count: int,
+        *what: Hashable,
+        function: Callable[..., dict] | None = None,
     ) -> Iterator[dict[str, Any] | None]:
-        """What is predicted of each of `count` rows, with its `place` if it has one; None for None.
+        """What `function` of (params, batch, *what), by default the task's prediction, gives of each of `count` rows.
+
+        With its `place` if it has one; None for None.
 
         The next batch is read while the devices work on the one before.
         """
@@ -278,13 +358,18 @@ class Model:
         with tqdm(total=count, disable=None if count >= LONG else True, unit=" rows") as bar:
             for first in range(0, count + sizes[-1], sizes[-1]):
                 part = list(itertools.islice(rows, sizes[-1]))
-                started = part, self._start(part, first, sizes, what)
+                started = part, self._start(part, first, sizes, function or self._trainer.predict, what)
                 yield from _with_places(before[0], jax.device_get(before[1]))
                 bar.update(len(before[0]))
                 before = started
 
     def _start(
-        self, part: Sequence[dict | None], first: int, sizes: Sequence[int], what: tuple
+        self,
+        part: Sequence[dict | None],
+        first: int,
+        sizes: Sequence[int],
+        function: Callable[..., dict],
+        what: tuple,
     ) -> dict[str, jax.Array]:
         """Begin to predict the rows that are there; a row that is not is left out."""
         there = [(i, row) for i, row in enumerate(part) if row is not None]
@@ -299,7 +384,7 @@ class Model:
             batch["record"][to], batch["mask"][to] = first + i, 1
             for name in batch.keys() & row.keys():
                 batch[name][to] = row[name]
-        return self._trainer.predict(self.params, to_global(self._trainer.mesh, batch), *what)
+        return function(self.params, to_global(self._trainer.mesh, batch), *what)
 
 
 def _with_places(part: Sequence[dict | None], out: dict[str, np.ndarray]) -> Iterator[dict[str, Any] | None]:

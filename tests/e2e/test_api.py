@@ -22,6 +22,7 @@ from visionfm_jax.errors import CheckpointError, ConfigError, DataError, UserErr
 from visionfm_jax.evals.eval import make_evals
 from visionfm_jax.evals.run import measure
 from visionfm_jax.evals.segmentation import confusion_of, score
+from visionfm_jax.models.backbones.vit import size_of, table_grid
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.step import Trainer
 
@@ -83,6 +84,31 @@ def test_any_number_of_images_gives_the_same_rows(model, images):
     found = model.features(many)
     np.testing.assert_allclose(found, model.features(images)[np.arange(len(many)) % COUNT], rtol=1e-4, atol=1e-5)
     assert np.ptp(found[:COUNT], axis=0).max() > 0.1
+
+
+def check_layers(model: vfm.Model, images: list[np.ndarray], layers: list[int]) -> None:
+    """As the network itself gives them."""
+    network, params = model.backbone
+    pixels = model.normalize(np.stack([model.transform(image) for image in images]))
+    found = network.apply({"params": params}, pixels, layers=tuple(range(layers[0] + 1)))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(model.features(images), found.pooled, **close)
+    np.testing.assert_allclose(model.features(images, pooled=False), found.normed, **close)
+    last, first = model.features(images, layers, pooled=False)
+    np.testing.assert_allclose(last, found.layers[layers[0]], **close)
+    np.testing.assert_allclose(first, found.layers[layers[1]], **close)
+    assert np.abs(first).max() > 0.01
+    [mean] = model.features(images, layers[1:])
+    np.testing.assert_allclose(mean, np.mean(first, (1, 2)), **close)
+
+
+def test_maps_of_layers(model, images):
+    depth = size_of(model.config.model).depth
+    check_layers(model, images, [depth - 1, 1])
+    whole, last = model.features(images, pooled=False), model.features(images, [-1], pooled=False)[0]
+    assert whole.shape == last.shape == (COUNT, *table_grid(model.config.model), size_of(model.config.model).width)
+    with pytest.raises(UserError, match=rf"has layers 0 to {depth - 1}; not all of \[{depth}\]"):
+        model.features(images, [depth])
 
 
 def test_what_a_model_cannot_do_it_says(model, images):

@@ -9,6 +9,7 @@ import pytest
 from runs import copy, finish, losses, once, start, steps
 
 import visionfm_jax
+from visionfm_jax.data.images import decode
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.telemetry.writers import read_metrics
 
@@ -87,6 +88,12 @@ def test_loaded_it_writes_the_captions_of_its_eval(aurora):
     source = open_source(next(e.source for e in model.config.evals if e.name == "captions"))
     written = model.caption([source[i]["image"] for i in range(20)])
     assert sum(a == b["generated"] for a, b in zip(written, kept, strict=False)) >= 18  # a tie may fall otherwise
+    network, params = model.backbone
+    images = [decode(source[i]["image"]) for i in range(2)]
+    pixels = model.normalize(np.stack([model.transform(image) for image in images]))
+    maps = network.apply({"params": params}, pixels).maps
+    for stage, found in zip((3, 0), model.features(images, [-1, 0], pooled=False), strict=True):
+        np.testing.assert_allclose(found, maps[stage], rtol=1e-3, atol=1e-4)
     hidden = model.reconstruct([source[i]["image"] for i in range(2)])
     assert hidden.shape == (2, 64, 64, 3)
     assert hidden.dtype == np.uint8

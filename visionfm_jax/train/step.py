@@ -60,10 +60,17 @@ class Trainer:
         def predict(what: tuple, params: Any, rows: dict) -> dict:
             return {k: v for k, v in rows.items() if k not in fields} | self.task.predict(params, rows, *what)
 
-        self.predict = jax.jit(
-            lambda params, batch, *what: self.zero.apply(functools.partial(predict, what), params, batch),
-            in_shardings=(self.shardings.params, rows),
-            out_shardings=NamedSharding(mesh, REPLICATED),
+        self.predict = self.over_rows(predict)
+
+    def over_rows(self, function: Callable[[tuple, Any, dict], dict]) -> Callable[..., dict]:
+        """`function` of (what, params, rows), compiled; called as (params, batch, *what), it gives all rows everywhere.
+
+        `what` is hashable, and a program is compiled for each.
+        """
+        return jax.jit(
+            lambda params, batch, *what: self.zero.apply(functools.partial(function, what), params, batch),
+            in_shardings=(self.shardings.params, NamedSharding(self.mesh, BATCH)),
+            out_shardings=NamedSharding(self.mesh, REPLICATED),
             static_argnums=2,
         )
 

@@ -21,6 +21,7 @@ class Features(NamedTuple):
     normed: jax.Array  # (B, h, w, D), the last map after the last norm
     prefix: jax.Array  # (B, R, D), likewise the class token, if there is one, and registers
     pooled: jax.Array  # (B, C), fp32
+    layers: tuple[jax.Array, ...] = ()  # (B, h, w, D), after the blocks of a ViT or stages of a SwinV2 asked for
 
 
 class Hidden(NamedTuple):
@@ -33,6 +34,15 @@ class Hidden(NamedTuple):
 class Backbone(Protocol):
     """The module that `BackboneConfig.make` gives."""
 
-    def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
-        """Features of images; `keys` (B,) draw which layers a sample leaves out, None: none (evaluation)."""
+    def __call__(
+        self,
+        images: jax.Array,
+        keys: jax.Array | None = None,
+        hidden: Hidden | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> Features:
+        """Features of images; `keys` (B,) draw which layers a sample leaves out, None: none (evaluation).
+
+        `layers` are numbers from 0, in rising order, of those whose maps are returned as `Features.layers`.
+        """
         ...

@@ -455,8 +455,14 @@ class SwinV2(nn.Module):
     gather_params: GatherParams = no_gather
 
     @nn.compact
-    def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
-        """As `Backbone`; the last map is normed in fp32."""
+    def __call__(
+        self,
+        images: jax.Array,
+        keys: jax.Array | None = None,
+        hidden: Hidden | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> Features:
+        """As `Backbone`; the last map is normed in fp32, and `layers` are the stages."""
         chex.assert_shape(images, (None, None, None, 3))
         P, maps = self.config.patch_size, []
         pad = [(0, -side % P) for side in images.shape[1:3]]
@@ -471,4 +477,5 @@ class SwinV2(nn.Module):
             if i < 3:
                 x = PatchMerging(self.dtype, name=f"merging{i}")(x)
         normed = layer_norm(jnp.float32, "norm", epsilon=EPS)(x)
-        return Features(tuple(maps), normed, jnp.zeros((len(x), 0, x.shape[-1])), normed.mean((1, 2)))
+        prefix = jnp.zeros((len(x), 0, x.shape[-1]))
+        return Features(tuple(maps), normed, prefix, normed.mean((1, 2)), tuple(maps[i] for i in layers))

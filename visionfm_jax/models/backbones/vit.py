@@ -11,6 +11,7 @@ Shapes: B batch, H W image, P patch, h w patches of an image, T tokens, D width,
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -202,16 +203,29 @@ class ViT(nn.Module):
     gather_params: GatherParams = no_gather
 
     @nn.compact
-    def __call__(self, images: jax.Array, keys: jax.Array | None = None, hidden: Hidden | None = None) -> Features:
-        """As `Backbone`.
+    def __call__(
+        self,
+        images: jax.Array,
+        keys: jax.Array | None = None,
+        hidden: Hidden | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> Features:
+        """As `Backbone`; with windows, `layers` are not kept.
 
         Raises:
           ConfigError: a side of the images is no multiple of the patch.
         """
-        config = self.config
+        config, kept = self.config, []
         chex.assert_shape(images, (None, None, None, 3))
         grid = grid_of(config, images.shape[1:3])
-        return self.features(self.encode(self.tokens(images, grid, hidden), grid, keys), grid)
+        x = self.tokens(images, grid, hidden)
+        ends = [layer + 1 for layer in layers]
+        for begin, end in itertools.pairwise([0, *ends]):
+            x = self.encode(x, grid, keys, slice(begin, end))
+            kept.append(rearrange(x[:, first_tokens(config) :], "b (h w) d -> b h w d", h=grid[0]))
+        if not ends or ends[-1] < size_of(config).depth:
+            x = self.encode(x, grid, keys, slice(ends[-1] if ends else None, None))
+        return self.features(x, grid)._replace(layers=tuple(kept))
 
     def tokens(self, images: jax.Array, grid: HeightWidth, hidden: Hidden | None) -> jax.Array:
         """(B, H, W, 3) to (B, T, D): the class token, registers and patches with their positions."""
