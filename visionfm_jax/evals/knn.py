@@ -5,7 +5,7 @@ Shapes: B batch, Q queries, N images of the gallery, D features, C classes, k ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,9 @@ import numpy as np
 from PIL import Image
 
 from visionfm_jax.config import Config
-from visionfm_jax.data.fields import Labels, check_classes
-from visionfm_jax.data.sources import Source
-from visionfm_jax.errors import DataError
-from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.eval import Predict
+from visionfm_jax.evals.gallery import GalleryEval
 from visionfm_jax.evals.kinds import KnnConfig
-from visionfm_jax.evals.protocol import measured_on
 from visionfm_jax.models.layers import l2_normalize
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -27,11 +23,11 @@ PIXELS = 32  # side to which larger images are averaged for the baseline: ImageN
 QUERIES, GALLERY = 2**12, 2**15  # compared at a time: 512 MiB of similarities
 
 
-class KnnEval(OpenedEval):
+class KnnEval(GalleryEval):
     """The `evals.eval.Eval` of features: top1, the share of images whose neighbours in the gallery vote for their
     class, and `pixels_top1`, the same by raw pixels (of images of at most 32 x 32) in place of features.
 
-    The features are the task's prediction "features". An image whose features are not finite is never right.
+    An image whose features are not finite is never right.
 
     Attributes:
       protocol: 8 hex digits of what was measured: datasets, preprocessing, neighbours.
@@ -40,51 +36,26 @@ class KnnEval(OpenedEval):
 
     def __init__(self, config: KnnConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
-        self.gallery = self.sources[1:]
-        self._check()
-        self.settings |= {
-            "gallery": list(map(measured_on, self.gallery, config.gallery)),
-            "neighbours": NEIGHBOURS,
-            "temperature": TEMPERATURE,
-        }
+        self.settings |= {"neighbours": NEIGHBOURS, "temperature": TEMPERATURE}
         self._of_pixels: float | None = None  # which training does not change
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Scores over the whole source, each record once."""
-        queries, gallery = self._read(predict, [self.source]), self._read(predict, self.gallery)
+        more = _pixels if self._of_pixels is None else lambda batch: {}
+        queries, gallery = self.read(predict, [self.source], more), self.read(predict, self.gallery, more)
         top1 = self._top1(gallery["features"], gallery["label"], queries["features"], queries["label"])
         if self._of_pixels is None:
             self._of_pixels = self._top1(gallery["pixels"], gallery["label"], queries["pixels"], queries["label"])
         self.describe()
         return {"top1": top1, "pixels_top1": self._of_pixels}
 
-    def _check(self) -> None:
-        if not self.gallery:
-            raise DataError("gallery = (): a knn eval needs labelled images to compare with; add a source")
-        for source in self.sources:
-            if not source.num_classes:
-                raise DataError(f"{source.name} has no labels, which knn needs; set label_key, or another source")
-            if source.num_classes != self.source.num_classes:
-                raise DataError(
-                    f"{source.name} has {source.num_classes} classes, and {self.source.name} has "
-                    f"{self.source.num_classes}; set sources of the same classes"
-                )
-            check_classes("gallery", source, self.source.class_names or (), "source")
-
     def _top1(self, gallery: np.ndarray, labels: np.ndarray, queries: np.ndarray, right: np.ndarray) -> float:
         guess = vote(gallery, labels, queries, self.source.num_classes)
         return float((guess == right).mean())
 
-    def _read(self, predict: Predict, sources: Sequence[Source]) -> dict[str, np.ndarray]:
-        """`features` (N, D), `pixels` (N, P), uint8, and `label` (N,) of the readable records, of all hosts."""
-        parts = []
-        for source in sources:
-            for batch in self.batches(source, Labels(source.num_classes)):
-                pixels = {} if self._of_pixels is not None else {"pixels": shrunk(batch["image"])}
-                out = predict(batch | pixels, "features")
-                keep = np.flatnonzero(out["mask"])
-                parts.append({name: out[name][keep] for name in ("features", "label", *pixels)})
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+def _pixels(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"pixels": shrunk(batch["image"])}
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from visionfm_jax.config import Config
 from visionfm_jax.data.fields import Labels
@@ -16,9 +14,9 @@ from visionfm_jax.errors import DataError
 from visionfm_jax.evals.base import OpenedEval
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.kinds import PixelBaselineConfig
+from visionfm_jax.evals.logistic import fit, zeros
 
 MAX_PIXELS = 2**30  # of training images, held in memory as fp32: 4 GiB
-ITERATIONS = 200
 # On the squared weights, beside the summed loss: of 3, 10 and 30 the one with which the baseline does best on the
 # held-out digits, so that the comparison errs to its side.
 PENALTY = 30.0
@@ -41,37 +39,12 @@ class PixelBaseline(OpenedEval):
         """Fit on the training images without augmentation, score on the held-out ones."""
         pairs = [self._pixels(s) for s in self.train]
         x, y = (jnp.concatenate(parts) for parts in zip(*pairs, strict=True))
-        weights = fit(x, y, self.run_config.task.num_classes)
+        weights = fit(x, y, PENALTY, zeros(x.shape[1], self.run_config.task.num_classes))
         test_x, test_y = self._pixels(self.source)
-        return {"top1": float((scores(weights, test_x).argmax(-1) == test_y).mean())}
+        return {"top1": float((weights(test_x).argmax(-1) == test_y).mean())}
 
     def _pixels(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
         batches = self.batches(source, Labels(self.run_config.task.num_classes))
         rows = [(b["image"][b["mask"] > 0], b["label"][b["mask"] > 0]) for b in batches]
         images, labels = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         return images.reshape(len(images), -1).astype(np.float32) / 255, labels
-
-
-def scores(weights: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
-    """Logits (B, C) of pixels (B, D)."""
-    return x @ weights[0] + weights[1]
-
-
-def fit(x: jax.Array, y: jax.Array, classes: int) -> tuple[jax.Array, jax.Array]:
-    """Weights (D, C) and biases (C,) from pixels (B, D) and labels (B,)."""
-
-    def objective(w: tuple[jax.Array, jax.Array]) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(scores(w, x), y)
-        return (losses.sum() + PENALTY / 2 * (w[0] ** 2).sum()) / len(y)
-
-    solver = optax.lbfgs()
-    start = (jnp.zeros((x.shape[1], classes)), jnp.zeros((classes,)))
-
-    def iterate(carry, _):
-        w, state = carry
-        value, grad = optax.value_and_grad_from_state(objective)(w, state=state)
-        updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=objective)
-        return (optax.apply_updates(w, updates), state), None
-
-    (weights, _), _ = jax.jit(lambda c: jax.lax.scan(iterate, c, length=ITERATIONS))((start, solver.init(start)))
-    return weights

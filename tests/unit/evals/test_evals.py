@@ -20,7 +20,8 @@ from visionfm_jax.errors import ConfigError, DataError
 from visionfm_jax.evals import kinds
 from visionfm_jax.evals.eval import check_best_metric, make_evals
 from visionfm_jax.evals.kinds import AccuracyConfig, PixelBaselineConfig
-from visionfm_jax.evals.pixel_baseline import fit, scores
+from visionfm_jax.evals.logistic import fit, zeros
+from visionfm_jax.evals.pixel_baseline import PENALTY
 from visionfm_jax.evals.run import check_labels
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
@@ -230,9 +231,9 @@ def test_logistic_regression_separates_blobs_and_reaches_a_stationary_point():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 300)
     x = (np.eye(3)[labels] * 2 + rng.normal(size=(300, 3)) * 0.3).astype(np.float32)
-    weights = fit(x, labels, 3)
-    assert (scores(weights, x).argmax(-1) == labels).mean() > 0.99
-    residual = jax.nn.softmax(scores(weights, x)) - np.eye(3)[labels]
+    weights = fit(x, labels, PENALTY, zeros(x.shape[1], 3))
+    assert (weights(x).argmax(-1) == labels).mean() > 0.99
+    residual = jax.nn.softmax(weights(x)) - np.eye(3)[labels]
     np.testing.assert_allclose(residual.sum(0), 0, atol=0.05)  # the gradient of the biases
 
 
@@ -249,5 +250,5 @@ def test_evals_name_what_some_task_predicts():
     tasks += [EomtConfig(truth=truth) for truth in ("instance", "panoptic")]
     there = frozenset.union(*(task.predictions for task in tasks))
     evals = [*kinds.Measurement.__subclasses__(), kinds.InstancesConfig]
-    assert len(evals) == 12
+    assert len(evals) == 13
     assert all(cls.measures in there for cls in evals)
