@@ -66,7 +66,7 @@ class Checkpoints:
         self.folder, self._until = Path(folder).absolute() / SUBFOLDER, until
         self._config, self._read_only = config, read_only
         with _plain_errors(f"opening {self.folder}"):
-            more: dict[str, Any] = {"read_only": True}
+            more: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
             if not read_only:
                 self.folder.mkdir(parents=True, exist_ok=True)  # Orbax would notice only at the first save
                 self._keep = _Keep(config, self.folder)
