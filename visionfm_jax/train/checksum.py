@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+_BLOCK = 2**20  # words that are mixed at a time on the host
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio, which spreads consecutive numbers (Knuth, TAOCP 3, 6.4)
 _MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))  # lowbias32 of Wellons, "Prospecting for hash functions", 2018
 
@@ -22,11 +23,16 @@ _MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))  # lowbias32 of Wellons, "Prospectin
 def checksums(tree: Any) -> dict[str, str]:
     """Path (as `name_of` gives it) -> 16 hex digits of every array of `tree`.
 
-    Each array is read once, on its device; only the sums, 8 bytes an array, come to the host.
+    Each array is read once, on its device; only the sums, 8 bytes an array, come to the host. Those in the memory of
+    this host are not worth a program, which takes longer to compile than to run.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    mesh = getattr(leaves[0][1].sharding, "mesh", None)
-    sums = jax.device_get(_program(mesh)([leaf for _, leaf in leaves]))
+    arrays = [leaf for _, leaf in leaves]
+    if all(x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices()) for x in arrays):
+        sums = [host_sums(np.asarray(x)) for x in arrays]
+    else:
+        mesh = getattr(arrays[0].sharding, "mesh", None)
+        sums = jax.device_get(_program(mesh)(arrays))
     return {name_of(path): f"{a:08x}{b:08x}" for (path, _), (a, b) in zip(leaves, sums, strict=True)}
 
 
@@ -53,6 +59,23 @@ def mixed_sums(x: jax.Array) -> jax.Array:
         mixed = (mixed ^ (mixed >> shift)) * np.uint32(multiplier)
     mixed ^= mixed >> 16
     return jnp.stack([jnp.sum(v, dtype=jnp.uint32) for v in (mixed, mixed * (place | 1))])
+
+
+def host_sums(x: np.ndarray) -> tuple[int, int]:
+    """As `mixed_sums`."""
+    bits = x.astype(np.uint8) if x.dtype == np.bool_ else x
+    words = np.ascontiguousarray(bits).reshape(-1).view(f"uint{8 * bits.dtype.itemsize}")
+    total = [0, 0]
+    for first in range(0, words.size, _BLOCK):
+        block = words[first : first + _BLOCK].astype(np.uint32)
+        place = np.arange(first, first + block.size, dtype=np.uint64).astype(np.uint32) * np.uint32(_GOLDEN)
+        mixed = block ^ place
+        for shift, multiplier in _MIX:
+            mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(multiplier)
+        mixed ^= mixed >> np.uint32(16)
+        for i, v in enumerate((mixed, mixed * (place | np.uint32(1)))):
+            total[i] = (total[i] + int(v.sum(dtype=np.uint32))) % 2**32
+    return total[0], total[1]
 
 
 @functools.cache

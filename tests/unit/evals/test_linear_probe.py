@@ -13,7 +13,6 @@ from visionfm_jax.evals.kinds import LinearProbeConfig
 from visionfm_jax.evals.linear_probe import LinearProbeEval, probe, split
 from visionfm_jax.evals.logistic import fit, zeros
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from visionfm_jax.parallel.mesh import make_mesh
-from visionfm_jax.train.checksum import checksums, mixed_sums
+from visionfm_jax.train import checksum
+from visionfm_jax.train.checksum import _program, checksums, host_sums, mixed_sums
 
 
 def test_the_mesh_does_not_matter():
@@ -20,6 +21,9 @@ def test_the_mesh_does_not_matter():
         for replicas, spec in [(1, ("fsdp",)), (2, (None, "fsdp")), (4, (("replica", "fsdp"),)), (8, ())]
     ]
     found = [checksums({"x": y})["x"] for y in (here, *laid_out)]
+    for y in laid_out:
+        ((a, b),) = _program(y.sharding.mesh)([y])  # that of devices with a memory of their own
+        found.append(f"{a:08x}{b:08x}")
     assert len(set(found)) == 1
     index = np.arange(x.size, dtype=np.uint32)  # the definition, in NumPy
     place = index * np.uint32(0x9E3779B9)
@@ -38,7 +42,9 @@ def test_every_single_bit_counts_and_so_does_the_place(dtype):
     sums = jax.jit(mixed_sums)
 
     def of(array: np.ndarray) -> tuple[int, ...]:
-        return tuple(np.asarray(sums(array)).tolist())
+        found = tuple(np.asarray(sums(array)).tolist())
+        assert host_sums(array) == found
+        return found
 
     seen = {of(x)}
     for bit in [0] if dtype == np.bool_ else range(8 * x.dtype.itemsize):
@@ -59,3 +65,10 @@ def test_values_that_compare_equal_are_told_apart():
     assert checksums({"x": zero}) != checksums({"x": -zero})
     assert checksums({"x": nan}) == checksums({"x": nan})
     assert checksums({"a": {"b": (jnp.zeros((), jnp.int32),)}}).keys() == {"a.b.0"}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5, 2)])
+def test_the_host_adds_in_blocks(monkeypatch, shape):
+    monkeypatch.setattr(checksum, "_BLOCK", 4)
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    assert host_sums(x) == tuple(np.asarray(mixed_sums(x)).tolist())
