@@ -44,7 +44,8 @@ SMALL = [
 def environment(devices: int) -> dict[str, str]:
     """Of a process with that many virtual devices."""
     flags = re.sub(r"(--xla_force_host_platform_device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
-    return {**os.environ, "XLA_FLAGS": flags}
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes nearly all the time of small networks
+    return {**quick, **os.environ, "XLA_FLAGS": flags}
 
 
 def start(

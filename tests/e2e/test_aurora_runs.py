@@ -31,11 +31,10 @@ SMALL = [
     "--config.telemetry.log_every=1",
     "--config.telemetry.tensorboard=false",
 ]
-WITHOUT_OPTIMIZATIONS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes nearly all the time
 
 
 def run_aurora(folder: Path, *arguments: str, devices: int = 2) -> tuple[str, str]:
-    process = start(folder, *arguments, devices=devices, base=SMALL, env=WITHOUT_OPTIMIZATIONS)
+    process = start(folder, *arguments, devices=devices, base=SMALL)
     return finish(process, folder, seconds=500)
 
 

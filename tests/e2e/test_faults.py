@@ -129,8 +129,7 @@ def overflowing(tmp_path) -> list[str]:
 
 
 def start_unbounded(folder: Path, *arguments: str) -> subprocess.Popen:
-    """Few steps: compiling takes nearly all the time."""
-    return start(folder, *arguments, base=UNBOUNDED, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+    return start(folder, *arguments, base=UNBOUNDED)
 
 
 def run_unbounded(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
