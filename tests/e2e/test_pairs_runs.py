@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import assert_identical, copy, finish, losses, once, start, state
+from runs import assert_identical, copy, environment, finish, losses, once, start, state
 
 import visionfm_jax
 from visionfm_jax import predict
@@ -43,8 +43,11 @@ LARGER = [
 
 def run_pairs(folder: Path, *arguments: str, base: list[str] = SMALL, log: Path | None = None) -> tuple[str, str]:
     log = log or folder
-    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "01"[base is LARGER]}  # many steps take longer without them
-    return finish(start(folder, *arguments, base=base, log=log, env=env), log, seconds=400)
+    env = {}
+    if base is not LARGER:  # its many steps take longer without any optimisation
+        flags = f"{environment(2)['XLA_FLAGS']} --xla_backend_optimization_level=1"
+        env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": flags}
+    return finish(start(folder, *arguments, base=base, log=log, env=env), log, seconds=550)
 
 
 @pytest.fixture(scope="session")
