@@ -67,9 +67,8 @@ def _checkpoint_problems(c: Config) -> list[Problem]:
     if not c.checkpoint.weights:
         for leaf in of_weights:
             if value := getattr(c.checkpoint, leaf):
-                out.append(
-                    (f"checkpoint.{leaf}", value, "has no effect without checkpoint.weights", "name the weights")
-                )
+                remedy = f"name the weights, or set it to {type(value)()!r} to start without"
+                out.append((f"checkpoint.{leaf}", value, "has no effect without checkpoint.weights", remedy))
     if c.checkpoint.keep_best and not c.checkpoint.best_metric:
         out.append(("checkpoint.best_metric", "", "is needed by checkpoint.keep_best", 'set e.g. "val/top1"'))
     return out

@@ -248,9 +248,9 @@ class DamageLog:
         allowed = self._max * self.seen
         if self.damaged > allowed + (4 * allowed**0.5 + 1 if self._max else 0):
             raise DataError(
-                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) could not be decoded, more "
-                f"than config.data.max_damaged = {self._max:g} allows; the log names the records, {self.records} since "
-                "this start: repair or remove them, or raise the limit"
+                f"{self.damaged} of {self.seen} samples ({self.damaged / self.seen:.2%}) are of damaged records, more "
+                f"than config.data.max_damaged = {self._max:g} allows; the log names these, {self.records} since this "
+                "start, and why: repair or remove them, or raise the limit"
             )
 
     def _see_captions(self, text: np.ndarray, truncated: np.ndarray) -> None:
@@ -271,9 +271,18 @@ class DamageLog:
             if (source, damaged) not in self._known:
                 self._known.add((source, damaged))
                 logging.warning(
-                    "%s: record %s is damaged (sample %d of the run); the next readable record replaces it",
-                    dataset.name, dataset.key(damaged), sample,
+                    "%s: record %s is damaged (sample %d of the run)%s; the next readable record replaces it",
+                    dataset.name, dataset.key(damaged), sample, _why(dataset, damaged),
                 )  # fmt: skip
+
+
+def _why(source: Source, record: int) -> str:
+    """Why a record is damaged, behind a colon, by reading it once more; "": now it could be read."""
+    try:
+        Chain((), 1)(read_record(source, record), np.random.default_rng(0))
+    except DAMAGED as error:
+        return f": {error}"
+    return ""
 
 
 class _TrainRow(grain.transforms.RandomMap):

@@ -214,7 +214,8 @@ def boxes(
       title: above the picture.
     """
     shown_from = f"{least_score:.2f} or more (the best F1)"
-    says = f"left: objects, red if missed; right: boxes of score {shown_from}, red if wrong (IoU < 0.5)"
+    says = "left: objects, green if found, dashed orange if missed; right: boxes of score "
+    says += f"{shown_from}, green if right, orange if wrong (IoU < 0.5)"
 
     def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:
         truth, found = entry["truth"], entry["found"]

@@ -137,7 +137,12 @@ def pairs() -> Config:
         ("model.text.context", 2, ["[3, 16384]"]),
         ("task.loss", "hinge", ["softmax, sigmoid"]),
         ("task.mixup", -1.0, ["0 or [0.001, 100]"]),
-        ("checkpoint.weights_into", "image", ["has no effect without checkpoint.weights"]),
+        (
+            "checkpoint.weights_into",
+            "image",
+            ["checkpoint.weights; name the weights, or set it to '' to start"],
+        ),
+        ("checkpoint.skip", ("head",), ["without checkpoint.weights; name the weights, or set it to () to start"]),
     ],
 )
 def test_a_broken_rule_of_pairs(name, value, words):

@@ -265,7 +265,7 @@ def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
     lines = [r.message for r in caplog.records if " is damaged " in r.message]
     assert len(lines) == 2
     assert all(line.startswith("pictures: record pictures/") and "is damaged" in line for line in lines)
-    assert f"(sample {first} of the run)" in lines[0]
+    assert f"(sample {first} of the run): is none of AVIF, BMP," in lines[0]
     assert (log.seen, log.damaged, log.records) == (208, 32, 2)
     strict = DamageLog(sources, 0.05, batch_size=8)
     with pytest.raises(DataError, match=r"of \d+ samples \(.*%\).*data\.max_damaged = 0\.05"):

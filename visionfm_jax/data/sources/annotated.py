@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class AnnotatedFiles(ListedFiles):
       class_names: by label.
       relative: whether boxes are in units of the upright image's width and height, else in pixels as it is stored.
       sizes: (H, W) of each image that the annotations are for, 0: not known; a file of another size is damaged.
+      others: files below `root` that are known to be of another split.
 
     Raises:
       DataError: as `ListedFiles`; or it has objects, but none of a known class.
@@ -125,6 +126,7 @@ class AnnotatedFiles(ListedFiles):
         class_names: Sequence[str],
         relative: bool = False,
         sizes: Sequence[tuple[int, int]] = (),
+        others: Collection[str] = (),
     ):
         super().__init__(config, root, files)
         self.class_names, self.num_classes = tuple(class_names), len(class_names)
@@ -136,7 +138,8 @@ class AnnotatedFiles(ListedFiles):
                 f"{self.name}: no object can be used, and {len(objects.left[unknown[0]]):,} are {unknown[0]}, such as "
                 f"{printable(objects.left[unknown[0]][0])}; compare these numbers with the list of classes"
             )
-        self.log(objects.left | {"images that the annotations do not list": self.unlisted()})
+        left = [file for file in self.unlisted() if file not in others]
+        self.log(objects.left | {"images that the annotations do not list": left})
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes and its objects."""

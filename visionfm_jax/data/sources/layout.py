@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from itertools import chain, islice
 from pathlib import Path
@@ -52,8 +53,12 @@ def check_path(config: SourceConfig) -> Path:
 
 
 def misfit(config: SourceConfig, expected: str) -> DataError:
-    """The error for a path that holds something else than `expected`."""
+    """The error for a path that holds something else than `expected`, or names what is there otherwise."""
     found, remedy = _guess(Path(config.path).expanduser())
+    texts = (field.name for field in dataclasses.fields(config) if isinstance(getattr(config, field.name), str))
+    names = [name for name in texts if name not in ("path", "split")]
+    if names and remedy.startswith(f"use {type(config).__name__} ") and "named here" not in remedy:
+        remedy = f"set the names of files and folders to those that are there ({', '.join(names)})"
     return DataError(f"{describe(config)}: expected {expected}, found {found}; {remedy}")
 
 

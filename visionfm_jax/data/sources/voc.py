@@ -66,7 +66,9 @@ def open_voc(config: VocConfig) -> AnnotatedFiles:
             difficult = _text(one, "difficult") == "1"
             size = tuple(side or float("inf") for side in sizes[i])
             objects.add(i, label, _from_zero(box), where, size, difficult)
-    return AnnotatedFiles(config, images, [files.get(n, f"{n}.jpg") for n in wanted], objects, names, sizes=sizes)
+    others = {files[name] for name in there if name in files}  # all splits are in one folder
+    wanted = [files.get(name, f"{name}.jpg") for name in wanted]
+    return AnnotatedFiles(config, images, wanted, objects, names, sizes=sizes, others=others)
 
 
 def parse(config: VocConfig, path: Path) -> Element:
