@@ -94,5 +94,5 @@ def test_loaded_it_writes_the_captions_of_its_eval(aurora):
     for stage, found in zip((3, 0), model.features(images, [-1, 0], pooled=False), strict=True):
         np.testing.assert_allclose(found, maps[stage], rtol=1e-3, atol=1e-4)
     hidden = model.reconstruct([source[i]["image"] for i in range(2)])
-    assert hidden.shape == (2, 64, 64, 3)
+    assert hidden.shape == (2, 32, 32, 3)
     assert hidden.dtype == np.uint8
