@@ -26,6 +26,8 @@ from visionfm_jax.models.backbones.vit import size_of, table_grid
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 COUNT = 5
 
 
