@@ -116,7 +116,8 @@ def test_global_blocks_end_groups_of_equal_length_and_blocks_keep_their_places(f
     x = images(4)
     model, blocks = ViT(config), params["params"]["blocks"]
 
-    def one_by_one(self, x, grid, keys):
+    def one_by_one(self, x, grid, keys, part):
+        assert part == slice(None)
         turn = rotation(grid, 4, 16, 100.0) if config.rope_theta else None
         for i, window in enumerate([2, 2, 0, 2, 2, 0]):
             block = Block(

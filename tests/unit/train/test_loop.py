@@ -15,6 +15,7 @@ from orbax.checkpoint._src.path import atomicity
 
 from visionfm_jax.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
 from visionfm_jax.data.loader import DamageLog
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import CheckpointError, DataError, StorageError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
@@ -38,6 +39,9 @@ class Damaged:
 
     def key(self, index: int) -> str:
         return str(index)
+
+    def __getitem__(self, index: int):
+        raise DamagedRecord(f"record {index} cannot be read")
 
 
 class Toy:
