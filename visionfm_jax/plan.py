@@ -79,6 +79,8 @@ def plan_for_gpus(console: Console, config: Config, cluster: Cluster, *, search:
     """Print and return the plan, and the exit code."""
     base = settings.setting_of(config)
     bar = tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty())
+    if bar.disable:
+        print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
 
     def on_progress(done: int, of: int) -> None:
         bar.total = of

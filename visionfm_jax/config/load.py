@@ -310,17 +310,14 @@ def _of_kind(group: Choice, name: str, kind: str) -> Choice:
         near = difflib.get_close_matches(kind, group.kinds, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(group.kinds)}"
         raise ConfigError(f"--config.{name}={_beginning(kind)}: no such kind; {hint}")
-    cls, values = group.kinds[kind], {}
-    for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
-        if value == field.default:
-            continue
-        if field.name not in types_of(cls):
-            raise ConfigError(
-                f"--config.{name}={kind}: a {cls.__name__} has no {field.name}, which is {value!r}; "
-                f"set --config.{name.removesuffix('kind')}{field.name}={field.default} to drop it"
-            )
-        values[field.name] = value
+    cls = group.kinds[kind]
+    values = {f.name: getattr(group, f.name) for f in dataclasses.fields(group) if getattr(group, f.name) != f.default}
+    if lost := [field for field in dataclasses.fields(group) if field.name in values.keys() - types_of(cls).keys()]:
+        was = ", ".join(f"{field.name}, which is {values[field.name]!r}" for field in lost)
+        flags = " ".join(f"--config.{name.removesuffix('kind')}{field.name}={field.default}" for field in lost)
+        raise ConfigError(
+            f"--config.{name}={kind}: a {cls.__name__} has no {was}; to drop this, set the defaults: {flags}"
+        )
     return cls(**values)
 
 
