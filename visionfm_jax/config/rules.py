@@ -58,6 +58,12 @@ def _accumulate_problems(c: Config) -> list[Problem]:
     return [("train.batch_size", c.train.batch_size, rule, f"the nearest is {near}")]
 
 
+def _profile_problems(c: Config) -> list[Problem]:
+    first, last = steps = c.telemetry.profile_steps
+    rule = "needs first <= last, and few steps: a trace has every operation of each"
+    return [] if first <= last < first + 1000 else [("telemetry.profile_steps", steps, rule, f"set {first, first + 4}")]
+
+
 def _checkpoint_problems(c: Config) -> list[Problem]:
     out: list[Problem] = []
     if c.checkpoint.resume and c.checkpoint.weights:
@@ -140,6 +146,7 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_accumulate_problems, "train.batch_size", "train.accumulate"),
     (_length_problems, "train.steps", "train.epochs", "train.batch_size", "data.num_examples", "optim.warmup_steps"),
     (_optim_problems, "optim.lr", "optim.final_lr"),
+    (_profile_problems, "telemetry.profile_steps"),
     (_transform_problems, "data.transforms", "evals"),
     (_source_problems, "data.train"),
     (_checkpoint_problems, "checkpoint"),

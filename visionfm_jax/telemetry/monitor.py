@@ -12,6 +12,7 @@ from visionfm_jax.config import Config
 from visionfm_jax.errors import OutputError
 from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.telemetry.progress import Progress
+from visionfm_jax.telemetry.trace import StepTrace
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import MetricWriter
 
@@ -26,11 +27,17 @@ class RunMonitor:
         self.writer = None
         if first:
             self.writer = MetricWriter(folder, start_step=start, tensorboard=telemetry.tensorboard, note=self.note)
+        self.trace = StepTrace(telemetry.profile_steps, folder, self.note)
         self.watchdog = watchdog
         watchdog.beat(start)
 
+    def dispatching(self, step: int) -> contextlib.AbstractContextManager:
+        """Around the dispatch of `step`, counted from 0."""
+        return self.trace.dispatching(step)
+
     def step_done(self, step: int) -> None:
         """The device has finished `step`."""
+        self.trace.finished(step)
         self.watchdog.beat(step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -50,6 +57,7 @@ class RunMonitor:
 
     def close(self) -> None:
         """Flush files, free the terminal."""
+        self.trace.close()
         self.progress.close()
         if self.writer:
             self.writer.close()

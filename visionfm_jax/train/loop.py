@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import jax
@@ -30,8 +31,11 @@ SPIKE, SPIKE_WINDOW, SPIKE_AFTER = 10.0, 256, 64
 class Monitor(Protocol):
     """The interface to what a person sees; `telemetry.monitor` implements it."""
 
+    def dispatching(self, step: int) -> AbstractContextManager:
+        """Around the dispatch of `step`, counted from 0."""
+
     def step_done(self, step: int) -> None:
-        """The device has finished `step`."""
+        """The device has finished `step`, counted from 1."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Scalars of `step`, among them loss, images_per_s and data_wait."""
@@ -117,7 +121,8 @@ def train(
         with window.waiting_for_data():
             batch = next(batches)
         hooks.batch_seen(batch)
-        state, metrics = trainer.step(state, to_global(trainer.mesh, {k: batch[k] for k in fields}))
+        with hooks.monitor.dispatching(step):
+            state, metrics = trainer.step(state, to_global(trainer.mesh, {k: batch[k] for k in fields}))
         window.add(_Pending(step, metrics, batch))
         again = checkpoints.failed()
 

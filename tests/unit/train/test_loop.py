@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import types
@@ -91,7 +92,12 @@ class Toy:
                 return asked[0] == stop_after
 
             with MetricWriter(self.folder, start_step=int(state.step), tensorboard=False) as writer:
-                monitor = types.SimpleNamespace(step_done=lambda s: None, log=writer.write, note=print)
+                monitor = types.SimpleNamespace(
+                    dispatching=lambda s: contextlib.nullcontext(),
+                    step_done=lambda s: None,
+                    log=writer.write,
+                    note=print,
+                )
                 hooks = Hooks(
                     monitor=monitor,
                     eval_due=lambda done: done in self.evaluate_at,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from pathlib import Path
 
@@ -63,7 +64,12 @@ def run(folder: Path, norms: dict[int, float], *, steps: int, start: int = 0, re
         task=types.SimpleNamespace(batch_spec=lambda size: {"image": None}, step_flops=1.0),
     )  # fmt: skip
     notes: list[str] = []
-    monitor = types.SimpleNamespace(step_done=lambda s: None, log=lambda s, m: None, note=notes.append)
+    monitor = types.SimpleNamespace(
+        dispatching=lambda s: contextlib.nullcontext(),
+        step_done=lambda s: None,
+        log=lambda s, m: None,
+        note=notes.append,
+    )
     hooks = Hooks(
         monitor=monitor, eval_due=lambda s: False, evaluate=lambda s, state: {},
             protocols=lambda s: {}, stop_requested=lambda: False,
