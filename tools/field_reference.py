@@ -80,7 +80,7 @@ def section(cls: type, places: list[str]) -> str:
     for field in dataclasses.fields(cls):
         kind, default = kind_of(cls, field), default_of(field)
         if field.name in groups:
-            kinds = [kind for group in groups[field.name][0] for kind in _kinds(group)]
+            kinds = dict.fromkeys(kind for group in groups[field.name][0] for kind in _kinds(group))
             kind = ", ".join(f"[{kind.__name__}](#{kind.__name__.lower()})" for kind in kinds)
         cells = f"`{field.name}`", kind, f"`{default}`" if default else ""
         rows.append(f"| {' | '.join(_escaped(cell) for cell in (*cells, meaning_of(cls, field)))} |")
