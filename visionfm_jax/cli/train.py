@@ -21,6 +21,7 @@ from visionfm_jax.train.folder import RunFolder
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.provenance import provenance_of
+from visionfm_jax.train.sessions import Session
 from visionfm_jax.train.spikes import SpikeFolder
 from visionfm_jax.train.step import Trainer
 from visionfm_jax.train.timing import SaveTimer, StopSignal
@@ -61,6 +62,12 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
             counts=record.get("samples", ()),
         )  # fmt: skip
         with (
+            Session(
+                folder.path if host == 0 else None,
+                start,
+                devices=trainer.mesh.size,
+                parameters=sum(p.size for p in jax.tree.leaves(trainer.shapes.params)),
+            ) as session,
             RunMonitor(config, folder.path, start, watchdog) as monitor,
             open_loader(config, sources, fields, start) as batches,
         ):
@@ -84,6 +91,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
+            session.ends(int(state.step), "finished" if finished else "stopped")
         if damage.damaged:
             say(
                 f"  damaged          {count(damage.damaged, 'sample')} of the run ({count(damage.records, 'record')} "

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from visionfm_jax.errors import OutputError, complain, count
-from visionfm_jax.storage import CHECKSUM, read_bytes, seal, unseal, unwritable, write, write_text
+from visionfm_jax.storage import CHECKSUM, append_line, read_bytes, seal, unseal, unwritable, write, write_text
 
 FILE = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -217,15 +217,11 @@ def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[
     path = Path(folder) / EVALUATIONS
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     values = {name: _plain(v) if isinstance(v, float) else v for name, v in found.items()}
-    line = seal({"step": step, "time": now, **values}).encode() + b"\n"
+    line = seal({"step": step, "time": now, **values})
 
     def append() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read() not in (b"", b"\n")  # what was cut off while it was written
-            file.write(b"\n" * torn + line)
+        append_line(path, line)
 
     write(append, path)
     return path
