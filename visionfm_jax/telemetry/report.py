@@ -23,6 +23,7 @@ SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 INK = "#1F2937"
 DPI = 120
 
+LINEAR = ("learning rate", "evaluation")  # panels whose values lie between 0 and a bound
 PARTS = ("masked_image", "contrastive", "captioning", "masked_language")  # losses of a task that has several
 
 
@@ -178,7 +179,7 @@ def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarra
         )
         _curve(ax, key, steps, values, colour, dashed=hides)
         above.append(values)
-    if finite.min() > 0 and finite.max() / finite.min() > 50:
+    if name not in LINEAR and finite.min() > 0 and finite.max() / finite.min() > 50:
         ax.set_yscale("log")
     else:
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 5))

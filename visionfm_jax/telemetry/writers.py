@@ -154,12 +154,12 @@ class _Events:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of FOLDER/metrics.jsonl in order, "nan" and "inf" as floats again; [] where there is no file.
+    """The lines of FOLDER/metrics.jsonl in order, "nan", "inf" and null as floats; [] where there is no file.
 
     Damaged lines are left out and counted on stderr.
     """
     return [
-        {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+        {k: math.nan if v is None else float(v) if isinstance(v, str) else v for k, v in row.items()}
         for _, row in _whole_lines(Path(folder) / FILE)
     ]
 
@@ -255,10 +255,11 @@ def _parse(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
     if CHECKSUM in row:
-        with contextlib.suppress(ValueError):
-            return unseal(line)
-        return None
-    plain = all(isinstance(v, int | float) or v in ("nan", "inf", "-inf") for v in row.values())
+        try:
+            row = unseal(line)
+        except ValueError:
+            return None
+    plain = all(v is None or isinstance(v, int | float) or v in ("nan", "inf", "-inf") for v in row.values())
     return row if plain else None
 
 
