@@ -99,7 +99,7 @@ def test_losses_that_are_not_finite_are_marked(tmp_path):
 def test_the_running_mean_steps_over_holes():
     values = np.full(90, 3.0)
     values[40] = np.nan
-    np.testing.assert_allclose(report._running_mean(values), 3.0)
+    np.testing.assert_allclose(report.running_mean(values), 3.0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
