@@ -14,6 +14,7 @@ from visionfm_jax.evals.run import check_labels, due_evals, measure, open_evals
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
 from visionfm_jax.telemetry.console import describe, describe_rows, describe_start, say, summary
 from visionfm_jax.telemetry.monitor import RunMonitor
+from visionfm_jax.telemetry.page import leave_page
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import Checkpoints
@@ -102,4 +103,5 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         if host == 0 and (metrics := read_metrics(folder.path)):
             last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
             say(summary(folder.path, config, evals, last, int(state.step), metrics))
+            say(leave_page(folder.path))
     return 0 if finished else stop.exit_code

@@ -56,8 +56,8 @@ i{display:inline-block;width:14px;height:4px;margin-right:5px;vertical-align:mid
 caption{text-align:left;font-weight:600;padding:2px 0}
 th,td{text-align:left;padding:3px 12px 3px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td:first-child{overflow-wrap:normal}td{min-width:3.5em;max-width:34em}
-img{max-width:100%;height:auto;background:#fff;border-radius:6px;margin:4px 0}
+td,th{overflow-wrap:break-word;max-width:34em}
+img{max-width:100%;height:auto;background:#fff;border-radius:6px;margin:10px 0 0}
 details{margin:.5em 0}summary{cursor:pointer;color:var(--soft)}.warn{border-left:4px solid var(--c3);padding-left:10px}
 """ + "".join(
     f".k{i}{{--c:var(--c{i})}}path.k{i}{{stroke:var(--c{i})}}circle.k{i}{{fill:var(--c{i})}}i.k{i}{{background:var(--c{i})}}"
@@ -182,7 +182,9 @@ def _facts(run: Facts) -> dict[str, str]:
     if waits := _values(run, "data_wait"):
         out["waiting for data, mean"] = f"{np.mean(waits):.1%}"
     if run.sessions:
-        out["time of the sessions"] = _duration(sum(run.session_hours()))
+        first = run.sessions[0].get("first")  # later ones begin where a release that kept no sessions has ended
+        since = f", from step {first:,}" if type(first) is int and first else ""
+        out[f"time of the sessions{since}"] = _duration(sum(run.session_hours()))
     if run.hours:
         out["time of training steps"] = _duration(run.hours)
     if found := run.device_hours():
@@ -200,7 +202,7 @@ def _training(run: Facts) -> list[str]:
     ratios = [key for key in keys if key.startswith("update_ratio/")]
     accuracies = [key for key in keys if "accuracy" in key and key not in KNOWN]
     others = [k for k in keys if k not in KNOWN and k not in ratios and k not in accuracies]
-    scale = [series(rows, key) for key in ratios]
+    scale = [series(rows, key, key.removeprefix("update_ratio/")) for key in ratios]
     return [
         chart("training loss", [series(rows, "loss")], log=None, marks=marks),
         chart("parts of the loss", [series(rows, key) for key in parts], log=None, marks=marks),
