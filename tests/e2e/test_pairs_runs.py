@@ -79,7 +79,6 @@ def test_it_learns_and_reports_retrieval_and_groups(pairs):
     assert scores["unseen/candidates"] == 3949
     assert scores["unseen/image_to_text_r10"] > 4 * 10 / 3949  # four times chance
     assert 0 <= scores["groups/top1"] <= 1
-    assert "finished, step " in (pairs / "report.html").read_text()
     for name in ("retrieval_unseen.png", "predictions_groups.png", "confusion_groups.png"):
         assert (pairs / name).stat().st_size > 10_000
         assert name in out
