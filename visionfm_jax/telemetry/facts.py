@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from visionfm_jax.api import saved_config
+from visionfm_jax.config.saved import of_run
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import ConfigError, UserError, one_line, printable
 from visionfm_jax.parallel.targets import design_power
@@ -89,8 +89,8 @@ class Facts:
     def chosen(self) -> list[Setting]:
         """Every field of the configuration, with its default where its class is known to this version."""
         try:
-            defaults = dict(_defaults(saved_config(self.folder)))
-        except (UserError, RecursionError):  # of another version, or of classes that are not there
+            defaults = dict(_defaults(of_run(self.folder)))
+        except (UserError, OSError, RecursionError):  # of another version, or of classes that are not there
             defaults = None
         shown = flat(self.config)
         return [Setting(k, shown[k], None if defaults is None else defaults.get(k)) for k in shown]
