@@ -181,6 +181,19 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, behind the end of a line that was cut off while it was written.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * torn + line.encode() + b"\n")
+
+
 def seal(value: Mapping[str, Any]) -> str:
     """A line of JSON, `value` with a checksum of itself as the last entry; of at least one entry."""
     return _sealed(json.dumps(value).removesuffix("}"))

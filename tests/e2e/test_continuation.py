@@ -52,6 +52,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, whole):
     assert f"starts from      step {STEPS} of its own folder" in out
     assert f"the run was complete already, with {STEPS} steps; to train on, raise config.train.steps" in out
     assert losses(folder) == losses(whole)
+    assert f"finished, step {STEPS} of {STEPS}" in (whole / "report.html").read_text()
     # Also where the run was shortened meanwhile: a scheduler must not start it again and again.
     run(folder, f"--config.train.steps={STEPS - 10}")
 

@@ -14,6 +14,7 @@ from visionfm_jax.evals.run import check_labels, due_evals, measure, open_evals
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
 from visionfm_jax.telemetry.console import describe, describe_rows, describe_start, say, summary
 from visionfm_jax.telemetry.monitor import RunMonitor
+from visionfm_jax.telemetry.page import leave_page
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import Checkpoints
@@ -21,6 +22,7 @@ from visionfm_jax.train.folder import RunFolder
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.provenance import provenance_of
+from visionfm_jax.train.sessions import Session
 from visionfm_jax.train.spikes import SpikeFolder
 from visionfm_jax.train.step import Trainer
 from visionfm_jax.train.timing import SaveTimer, StopSignal
@@ -61,6 +63,12 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
             counts=record.get("samples", ()),
         )  # fmt: skip
         with (
+            Session(
+                folder.path if host == 0 else None,
+                start,
+                devices=trainer.mesh.size,
+                parameters=sum(p.size for p in jax.tree.leaves(trainer.shapes.params)),
+            ) as session,
             RunMonitor(config, folder.path, start, watchdog) as monitor,
             open_loader(config, sources, fields, start) as batches,
         ):
@@ -84,6 +92,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
+            session.ends(int(state.step), "finished" if finished else "stopped")
         if damage.damaged:
             say(
                 f"  damaged          {count(damage.damaged, 'sample')} of the run ({count(damage.records, 'record')} "
@@ -94,4 +103,5 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         if host == 0 and (metrics := read_metrics(folder.path)):
             last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
             say(summary(folder.path, config, evals, last, int(state.step), metrics))
+            say(leave_page(folder.path))
     return 0 if finished else stop.exit_code

@@ -8,6 +8,7 @@ Sources, all NVIDIA; peaks are dense (the sheets print twice that, "with sparsit
   h200  "NVIDIA H200 Tensor Core GPU" data sheet, SXM: 1,979 TFLOPS BF16 with sparsity; 141 GB at 4.8 TB/s
   b200  "NVIDIA DGX B200" data sheet, an eighth of the system: 4.5 PFLOPS BF16 with sparsity; 180 GB at 8 TB/s;
         NVLink 14.4 TB/s both ways among eight
+Power is the TDP that the same sheets state for a GPU: 400, 700, 700 and 1,000 W.
 Networks between hosts are those of the makers' own machines: DGX A100 has one 200 Gb/s adapter per GPU, DGX H100,
 H200 and B200 one of 400 Gb/s.
 """
@@ -74,6 +75,8 @@ TARGETS: dict[str, Target] = {
     )
 }
 
+WATTS = {"a100-40gb": 400, "a100-80gb": 400, "h100": 700, "h200": 700, "b200": 1000}  # thermal design power of a GPU
+
 # What `launch/env.sh` sets for training, with a reason for each: a plan compiles with the same.
 XLA_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -103,6 +106,12 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a `jax.Device.device_kind`; None for CPUs and whatever is not in the table."""
     target = find_target(device_kind)
     return None if target is None else target.peak_flops
+
+
+def design_power(device_kind: str) -> float | None:
+    """Watts of a `jax.Device.device_kind`; None for CPUs, boards for PCIe and whatever is not in the table."""
+    target = None if "pcie" in device_kind.lower() else find_target(device_kind)
+    return None if target is None else WATTS.get(target.name)
 
 
 @dataclass(frozen=True)

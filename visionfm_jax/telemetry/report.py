@@ -23,6 +23,7 @@ SERIES = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 INK = "#1F2937"
 DPI = 120
 
+LINEAR = ("learning rate", "evaluation")  # panels whose values lie between 0 and a bound
 PARTS = ("masked_image", "contrastive", "captioning", "masked_language")  # losses of a task that has several
 
 
@@ -178,7 +179,7 @@ def _panel(ax: Axes, name: str, series: Mapping[str, tuple[np.ndarray, np.ndarra
         )
         _curve(ax, key, steps, values, colour, dashed=hides)
         above.append(values)
-    if finite.min() > 0 and finite.max() / finite.min() > 50:
+    if name not in LINEAR and finite.min() > 0 and finite.max() / finite.min() > 50:
         ax.set_yscale("log")
     else:
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 5))
@@ -199,9 +200,9 @@ def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: st
     if len(values) == 1:  # hollow, so that it hides no other
         side = 4 if dashed else 7
         ax.plot(steps, values, "D", color=colour, ms=side, markerfacecolor="none", markeredgewidth=1.8, label=label)
-    elif _noisy(values[finite]):
+    elif noisy(values[finite]):
         ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-        ax.plot(steps, _running_mean(values), color=colour, linewidth=1.8, linestyle=style, label=label)
+        ax.plot(steps, running_mean(values), color=colour, linewidth=1.8, linestyle=style, label=label)
     else:
         marker = "o" if len(values) <= 30 else None
         ax.plot(steps, values, color=colour, linewidth=1.8, linestyle=style, marker=marker, markersize=4, label=label)
@@ -210,12 +211,12 @@ def _curve(ax: Axes, key: str, steps: np.ndarray, values: np.ndarray, colour: st
         ax.plot(lost, np.full(len(lost), values[finite].min()), "x", color=RED, markersize=7, label="not finite")
 
 
-def _noisy(values: np.ndarray) -> bool:
+def noisy(values: np.ndarray) -> bool:
     """Whether a curve of many points goes up and down rather than somewhere."""
     return len(values) >= 60 and np.abs(np.diff(values)).sum() > 3 * np.ptp(values)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """The centred mean over about a thirtieth of the curve, over what is finite there."""
     window = np.ones(max(3, len(values) // 30) | 1)  # odd, so that it has a centre
     finite = np.isfinite(values)

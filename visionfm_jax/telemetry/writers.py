@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from visionfm_jax.errors import OutputError, complain, count
-from visionfm_jax.storage import CHECKSUM, read_bytes, seal, unseal, unwritable, write, write_text
+from visionfm_jax.storage import CHECKSUM, append_line, read_bytes, seal, unseal, unwritable, write, write_text
 
 FILE = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -154,12 +154,12 @@ class _Events:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of FOLDER/metrics.jsonl in order, "nan" and "inf" as floats again; [] where there is no file.
+    """The lines of FOLDER/metrics.jsonl in order, "nan", "inf" and null as floats; [] where there is no file.
 
     Damaged lines are left out and counted on stderr.
     """
     return [
-        {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+        {k: math.nan if v is None else float(v) if isinstance(v, str) else v for k, v in row.items()}
         for _, row in _whole_lines(Path(folder) / FILE)
     ]
 
@@ -217,15 +217,11 @@ def append_evaluation(folder: str | os.PathLike[str], step: int, found: Mapping[
     path = Path(folder) / EVALUATIONS
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     values = {name: _plain(v) if isinstance(v, float) else v for name, v in found.items()}
-    line = seal({"step": step, "time": now, **values}).encode() + b"\n"
+    line = seal({"step": step, "time": now, **values})
 
     def append() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read() not in (b"", b"\n")  # what was cut off while it was written
-            file.write(b"\n" * torn + line)
+        append_line(path, line)
 
     write(append, path)
     return path
@@ -259,10 +255,11 @@ def _parse(line: str) -> dict[str, Any] | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
     if CHECKSUM in row:
-        with contextlib.suppress(ValueError):
-            return unseal(line)
-        return None
-    plain = all(isinstance(v, int | float) or v in ("nan", "inf", "-inf") for v in row.values())
+        try:
+            row = unseal(line)
+        except ValueError:
+            return None
+    plain = all(v is None or isinstance(v, int | float) or v in ("nan", "inf", "-inf") for v in row.values())
     return row if plain else None
 
 

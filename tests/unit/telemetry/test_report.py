@@ -65,6 +65,14 @@ def test_what_was_measured_once_is_a_point_at_its_step_and_no_legend_covers_it(t
     assert (once.get_xdata().tolist(), once.get_ydata().tolist()) == ([200], [0.9])
 
 
+def test_only_losses_and_norms_have_a_log_axis(monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    rows = [{"step": s, "loss": 100 / s, "grad_norm": 100 / s, "lr": 1e-6 * s, "v/top1": s / 100} for s in range(1, 99)]
+    report.learning_curves(rows, "x.png", shares=["v/top1"])
+    assert [ax.get_yscale() for ax in figures[0].axes] == ["log", "linear", "log", "linear"]
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -91,7 +99,7 @@ def test_losses_that_are_not_finite_are_marked(tmp_path):
 def test_the_running_mean_steps_over_holes():
     values = np.full(90, 3.0)
     values[40] = np.nan
-    np.testing.assert_allclose(report._running_mean(values), 3.0)
+    np.testing.assert_allclose(report.running_mean(values), 3.0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from visionfm_jax.errors import OutputError
-from visionfm_jax.storage import unseal
+from visionfm_jax.storage import seal, unseal
 from visionfm_jax.telemetry.writers import MetricWriter, append_evaluation, read_metrics, write_details
 
 
@@ -228,3 +228,13 @@ def test_details_replace_the_former_ones_whole(tmp_path):
     path = write_details(tmp_path, "val", {"step": 2})
     assert json.loads(path.read_text()) == {"step": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["eval_val.json"]
+
+
+def test_values_that_are_no_numbers_are_not_read(tmp_path, capsys):
+    values = [None, "nan", "much", [1], {"a": 1}, True]
+    lines = [seal({"step": n, "loss": value}) for n, value in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6, "loss": null}', ""]))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 5, 6]
+    assert [math.isnan(row["loss"]) for row in rows] == [True, True, False, True]
+    assert "3 damaged lines left out" in capsys.readouterr().err
