@@ -173,6 +173,7 @@ def _folder(model: Model, to: str, trained: Trained) -> Folder:
     except UserError as error:
         others = [other for other in FOLDERS if other != to and _has(model, other)]
         remedy = f"--to={' or --to='.join(others)} works" if others else "no other library has it either; keep the run"
+        remedy += " (transformers opens that folder, too)" if others == ["timm"] and to == "transformers" else ""
         raise UserError(f"--to={to}: {_named(str(error), model)}; {remedy}") from error
 
 

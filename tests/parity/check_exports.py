@@ -91,6 +91,7 @@ def cases() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
 
 def made(task: str, network: Any, more: dict[str, Any]) -> Any:
     """The configuration of a run."""
+    from visionfm_jax.config import PreprocessConfig
     from visionfm_jax.config.load import load_file
     from visionfm_jax.models.clip import ClipConfig
     from visionfm_jax.models.text import TextConfig
@@ -100,9 +101,8 @@ def made(task: str, network: Any, more: dict[str, Any]) -> Any:
     config.model, config.train.precision = network, "fp32"
     config.data.augment.mean, config.data.augment.std = (0.48, 0.45, 0.4), (0.26, 0.27, 0.28)
     config.evals = config.evals[:1]
-    how = config.evals[0].preprocess
-    how.crop, how.resize = more.get("crop", 1.0), more.get("resize", "crop")
-    how.interpolation = more.get("interpolation", "bicubic")
+    how = {"crop": 1.0, **{name: more[name] for name in ("crop", "resize", "interpolation") if name in more}}
+    config.evals[0].preprocess = PreprocessConfig(**how)
     config.evals[0].image_size = more.get("eval_size", 0)
     if task == "classes":
         config.task.num_classes = CLASSES
@@ -278,7 +278,7 @@ def compare(folder: Path, only: str) -> int:
                 expected = found[name]
                 error = np.abs(theirs.numpy() - expected).max() / np.abs(expected).max()
                 grey = np.abs((pixels[0].transpose(1, 2, 0) * std + mean) * 255 - found["pixels"])
-                past = error > GATE or grey.mean() > GREY
+                past = bool(error > GATE or grey.mean() > GREY)
                 worst += past
                 line = f"{file.parent.name:22} {file.stem:13} {name:7} {error:.1e}"
                 line += f"   grey levels: mean {grey.mean():.2f}, most {grey.max():.0f}"
