@@ -171,6 +171,7 @@ def write(folder: Path, only: str) -> None:
     from visionfm_jax.parallel.mesh import make_mesh
     from visionfm_jax.train.step import Trainer
 
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling takes nearly all of the time
     random = np.random.default_rng(1)
     for name, task, network, more in cases():
         if only not in name:

@@ -14,7 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from visionfm_jax.api import Model
-from visionfm_jax.config.schema import PreprocessConfig
+from visionfm_jax.config import PreprocessConfig
+from visionfm_jax.config.load import load_file
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.tokenizer.files import huggingface_files
 from visionfm_jax.errors import ConfigError, UserError
@@ -26,7 +27,8 @@ from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.initialise import find_weights
 from visionfm_jax.train.step import Trainer
 
-CHECK = runpy.run_path(str(Path(__file__).parents[1] / "parity" / "check_exports.py"))
+ROOT = Path(__file__).parents[2]
+CHECK = runpy.run_path(f"{ROOT}/tests/parity/check_exports.py")
 CASES = {name: (task, network, more) for name, task, network, more in CHECK["cases"]()}
 FORMS = ("timm", "transformers", "open_clip")
 # Which forms the cases have, by the first letter.
@@ -139,6 +141,20 @@ def test_what_open_clip_is_told(tmp_path):
     assert about["preprocess_cfg"]["size"] == 32
     assert [note for note in notes if "kept 0.875 of each side" in note]
     assert (tmp_path / "out/tokenizer.model").is_file()
+
+
+@pytest.mark.parametrize("name", ["vit_huge_coco", "vit_huge_ade20k", "aurora_xl"])
+def test_the_backbone_of_other_tasks(tmp_path, name):
+    config = load_file(f"{ROOT}/configs/{name}.py:tiny")
+    trainer = on_one(config)
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), trainer.shapes.params)
+    export(Model(trainer, zeros, ()), "timm", tmp_path / "out")
+    about = json.loads((tmp_path / "out/config.json").read_text())
+    assert about["num_classes"] == 0
+    assert "label_names" not in about
+    tensors = read_weights(tmp_path / "out/model.safetensors").tensors
+    assert not [key for key in tensors if key.startswith("head")]
+    assert "image-feature-extraction" in (tmp_path / "out/README.md").read_text()
 
 
 def test_several_files_with_an_index(tmp_path):
