@@ -55,6 +55,7 @@ SLOW = (
     "parity/test_clip_parity.py",
     "parity/test_vit_parity.py",
     "parity/test_aurora_parity.py",
+    "unit/test_export.py",
     "unit/models/test_swin_v2.py",
     "unit/models/test_aurora.py",
     "unit/models/test_vit.py",

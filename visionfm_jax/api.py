@@ -117,7 +117,8 @@ def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None)
     config.checkpoint.weights = ""  # what it began from
     mesh = make_mesh(1, devices)
     trainer = Trainer(config, mesh)
-    return Model(trainer, weights_to_evaluate(trainer).params, tuple(classes_of(folder)))
+    weights = weights_to_evaluate(trainer)
+    return Model(trainer, weights.params, tuple(classes_of(folder)), weights.step)
 
 
 class Model:
@@ -131,13 +132,14 @@ class Model:
       params: the weights, sharded over the devices.
       class_names: by label, the number where the name is not known; (): it was trained on none.
       transform: the preprocessing of images.
+      step: of the run, after which the weights are.
     """
 
-    def __init__(self, trainer: Trainer, params: Any, class_names: tuple[str, ...]):
+    def __init__(self, trainer: Trainer, params: Any, class_names: tuple[str, ...], step: int = 0):
         self.config, self.params = trainer.config, params
         classes = getattr(trainer.config.task, "num_classes", 0)
         self.class_names = (*class_names, *map(str, range(len(class_names), classes)))
-        self._trainer = trainer
+        self._trainer, self.step = trainer, step
         self.transform = _transform(trainer.config)
 
     @functools.cached_property

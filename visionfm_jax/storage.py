@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import secrets
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -160,6 +161,29 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which takes its place with all that is in it, if all went well.
+
+    `path` is not there, or an empty folder; those above it are made.
+
+    Raises:
+      OSError: it cannot be written, or somebody else has filled `path` in the meantime.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    part.mkdir()
+    try:
+        yield part
+        for file in part.iterdir():
+            with file.open("r+b") as written:
+                os.fsync(written.fileno())
+        part.replace(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
         raise
 
 

@@ -29,7 +29,7 @@ PACKAGES = [
     "planning",
     "cli",
 ]
-ENTRY_POINTS = ["__main__", "main", "bench", "plan", "predict", "report"]
+ENTRY_POINTS = ["__main__", "main", "bench", "plan", "predict", "export", "report"]
 
 
 def imports(path: Path) -> set[str]:

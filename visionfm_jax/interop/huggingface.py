@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from visionfm_jax.config.limits import height_width, shortest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import (
     Leaf,
@@ -26,7 +27,7 @@ from visionfm_jax.interop.leaves import (
     without_prefix,
 )  # fmt: skip
 from visionfm_jax.interop.timm import resized
-from visionfm_jax.interop.vit import Form, Names
+from visionfm_jax.interop.vit import Form, Names, no_windows, only_square, require_network
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of
 
 _VIT = Names(
@@ -216,3 +217,80 @@ def vit_to_huggingface(params: Params, config: ViTConfig, model_type: str = "vit
     state = export_tree(params, _form(model_type, config).leaves(config, "head" in params), "ViT")
     prefix = _model(model_type).prefix
     return {k if k.startswith("classifier.") else f"{prefix}{k}": v for k, v in state.items()}
+
+
+# Those that a run is written as, the first that computes its network, and their classes without and with a classifier.
+_CLASSES = {
+    "vit": ("ViTModel", "ViTForImageClassification"),
+    "dinov2": ("Dinov2Model", "Dinov2ForImageClassification"),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersForImageClassification"),
+    "dinov3_vit": ("DINOv3ViTModel", ""),
+    "clip_vision_model": ("CLIPVisionModel", ""),
+    "siglip_vision_model": ("SiglipVisionModel", ""),
+}
+HIDDEN_ACT = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "swiglu": "silu"}
+
+
+def vit_huggingface_config(config: ViTConfig, head: bool) -> dict[str, Any]:
+    """The `config.json` of transformers' first ViT that computes `config`, with or without a classifier.
+
+    Raises:
+      UserError: there is none; the line is about the one that is nearest.
+    """
+    wrong = {model_type: vit_differences(model_type, config, head) for model_type in _CLASSES}
+    model_type = min(wrong, key=lambda name: len(wrong[name]))
+    require_network(f"transformers ({model_type} is nearest)", wrong[model_type])
+    return {"architectures": [_CLASSES[model_type][head]], **vit_settings(model_type, config)}
+
+
+def vit_differences(model_type: str, config: ViTConfig, head: bool) -> list[str]:
+    """What stands in the way of a `model_type`."""
+    wrong = _form(model_type, config).differences(config) + no_windows(config)
+    if head and not _CLASSES[model_type][1]:
+        wrong.append("ClassificationConfig.num_classes is set, there no classifier")
+    if model_type.startswith("dinov2"):
+        if config.pool in ("cls", "cls_gap") and head != (config.pool == "cls_gap"):
+            which = "cls_gap under a classifier" if head else "cls without a classifier"
+            wrong.append(f"ViTConfig.pool = {config.pool!r}, there {which}")
+        if _dinov2_ratio(config) is None:
+            wrong.append(f"ViTConfig.mlp = {size_of(config).mlp}, there of a whole mlp_ratio")
+    if model_type != "vit" and not config.rope_theta:
+        wrong += only_square(config.image_size)
+    return wrong
+
+
+def _dinov2_ratio(config: ViTConfig) -> int | None:
+    """The `mlp_ratio`, a whole number; None: there is none. Of SwiGLU two thirds are kept, in eights."""
+    size = size_of(config)
+    if config.activation != "swiglu":
+        return size.mlp // size.width if size.mlp % size.width == 0 else None
+    about = round(size.mlp * 1.5 / size.width)
+    fits = (n for n in (about - 1, about, about + 1) if (int(size.width * n * 2 / 3) + 7) // 8 * 8 == size.mlp)
+    return next(fits, None)
+
+
+def vit_settings(model_type: str, config: ViTConfig) -> dict[str, Any]:
+    """What a `config.json` says of a network that is a `model_type`."""
+    size, gated = size_of(config), config.activation == "swiglu"
+    own: dict[str, Any] = {
+        "model_type": model_type, "hidden_size": size.width, "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads, "hidden_act": HIDDEN_ACT[config.activation],
+        "layer_norm_eps": config.norm_eps, "patch_size": config.patch_size, "num_channels": 3,
+        "image_size": shortest(height_width(config.image_size)),
+    }  # fmt: skip
+    if model_type.startswith("dinov2"):
+        own |= {"hidden_act": "gelu"} if gated else {}
+        own |= {"mlp_ratio": _dinov2_ratio(config), "use_swiglu_ffn": gated, "qkv_bias": config.qkv_bias != "none"}
+        own |= {"layerscale_value": config.layer_scale}
+        own |= {"num_register_tokens": config.registers} if config.registers else {"use_mask_token": False}
+    elif model_type == "dinov3_vit":
+        biased = config.qkv_bias != "none"
+        own |= {
+            "intermediate_size": size.mlp, "use_gated_mlp": gated, "rope_theta": config.rope_theta,
+            "query_bias": biased, "key_bias": config.qkv_bias == "all", "value_bias": biased, "proj_bias": True,
+            "mlp_bias": True, "layerscale_value": config.layer_scale, "num_register_tokens": config.registers,
+        }  # fmt: skip
+    else:
+        own |= {"intermediate_size": size.mlp}
+        own |= {"qkv_bias": config.qkv_bias != "none"} if model_type == "vit" else {}
+    return own

@@ -14,8 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visionfm_jax.errors import UserError
-from visionfm_jax.interop.huggingface import ACTIVATIONS, setting, vit_from_huggingface, vit_to_huggingface
+from visionfm_jax.interop.huggingface import (
+    ACTIVATIONS,
+    HIDDEN_ACT,
+    setting,
+    vit_differences,
+    vit_from_huggingface,
+    vit_settings,
+    vit_to_huggingface,
+)
 from visionfm_jax.interop.leaves import Leaf, Params, affine, export_tree, import_state, layer_norm, require_same
+from visionfm_jax.interop.vit import require_network
+from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import size_of
 
@@ -114,6 +124,55 @@ def clip_to_huggingface(params: Params, config: ClipConfig, model_type: str) -> 
     rest = {k: np.reshape(v, (1,)) if shapes.get(k) == (1,) else v for k, v in rest.items()}
     state = export_tree(rest, _TEXT + form.joint, f"Hugging Face {model_type}")
     return state | vit_to_huggingface(params["image"], config.image, form.vision)
+
+
+def clip_huggingface_config(config: ClipConfig, sigmoid: bool) -> dict[str, Any]:
+    """The `config.json` of transformers' model of two towers that computes `config`.
+
+    Args:
+      config: of the model.
+      sigmoid: it was trained by the sigmoid loss, whose logits have a bias.
+
+    Raises:
+      UserError: there is none; the line is about the one that is nearest.
+    """
+    if not isinstance(config.image, ViTConfig):
+        require_network("transformers", [f"ClipConfig.image is a {type(config.image).__name__}, there a ViT"])
+    wrong = {model_type: _differences(model_type, config, sigmoid) for model_type in _FORMS}
+    model_type = min(wrong, key=lambda name: len(wrong[name]))
+    require_network(f"transformers ({model_type} is nearest)", wrong[model_type])
+    text, size = config.text, size_of(config.text)
+    text_config = {
+        "model_type": f"{model_type}_text_model", "vocab_size": text.vocab_size, "hidden_size": size.width,
+        "intermediate_size": size.mlp, "num_hidden_layers": size.depth, "num_attention_heads": size.heads,
+        "max_position_embeddings": text.context, "hidden_act": HIDDEN_ACT[text.activation],
+        "layer_norm_eps": text.norm_eps, "eos_token_id": text.end_token,
+    }  # fmt: skip
+    vision_config = vit_settings(f"{model_type}_vision_model", config.image)
+    out = {"model_type": model_type, "text_config": text_config, "vision_config": vision_config}
+    if model_type == "siglip":
+        text_config["projection_size"] = config.embed_dim
+        return {"architectures": ["SiglipModel"], **out}
+    for part in (text_config, vision_config, out):
+        part["projection_dim"] = config.embed_dim
+    return {"architectures": ["CLIPModel"], **out}
+
+
+def _differences(model_type: str, config: ClipConfig, sigmoid: bool) -> list[str]:
+    """What stands in the way of a `model_type`."""
+    form = _FORMS[model_type]
+    wrong = vit_differences(form.vision, config.image, False)
+    for name, wanted in form.fields.items():
+        if (value := _get(config, name)) != wanted:
+            kind = "TextConfig" if name.startswith("text.") else "ClipConfig"
+            wrong.append(f"{kind}.{name.removeprefix('text.')} = {value!r}, there {wanted!r}")
+    if sigmoid != (model_type == "siglip"):
+        loss, there = ("sigmoid", "softmax") if sigmoid else ("softmax", "sigmoid")
+        wrong.append(f"ContrastiveConfig.loss = {loss!r}, there {there!r}")
+    text = config.text
+    if model_type == "clip" and text.end_token == 2 != text.vocab_size - 1:
+        wrong.append("TextConfig.end_token = 2, which stands for the largest id there")
+    return wrong
 
 
 def _form(theirs: Mapping[str, Any]) -> _Form:

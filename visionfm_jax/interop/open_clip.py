@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from visionfm_jax.config.limits import height_width, shortest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import (
     Leaf,
@@ -27,9 +28,10 @@ from visionfm_jax.interop.leaves import (
     without_prefix,
 )  # fmt: skip
 from visionfm_jax.interop.timm import resized
-from visionfm_jax.interop.vit import Form, Names
+from visionfm_jax.interop.vit import Form, Names, no_windows, ratio_of, require_network
 from visionfm_jax.models.backbones import vit
 from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig, size_of
 
 # The image tower, and a mask that follows from the positions, which older files hold.
@@ -54,7 +56,7 @@ _OF_LOGITS = (Leaf("scale", ("logit_scale",), "vector", ()), Leaf("bias", ("logi
 # What `text_cfg` may hold beside what is compared: shapes, which the state has too, and what the tokenizer needs.
 _KNOWN = {
     "context_length", "vocab_size", "width", "layers", "mlp_ratio", "heads", "pool_type", "eos_id", "pad_id", "bos_id",
-    "tokenizer_kwargs", "tokenizer_mode", "tokenizer_type",
+    "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "tokenizer_type",
 }  # fmt: skip
 
 
@@ -133,8 +135,12 @@ _KNOWN_VISUAL = {
 }  # fmt: skip
 
 
+def _visual_form() -> Form:
+    return Form("OpenCLIP image tower", _VISUAL, _OF_VISUAL)
+
+
 def _visual_leaves(config: ViTConfig, projected: bool) -> tuple[Leaf, ...]:
-    leaves = Form("OpenCLIP image tower", _VISUAL, _OF_VISUAL).leaves(config, False)
+    leaves = _visual_form().leaves(config, False)
     packed = {"attn.in_proj.weight": "attn.in_proj_weight", "attn.in_proj.bias": "attn.in_proj_bias"}
 
     def named(name: str) -> str:
@@ -185,3 +191,45 @@ def visual_to_open_clip(params: Params, config: ViTConfig) -> dict[str, np.ndarr
       UserError: `params` is not the tree of `config`, or OpenCLIP's ViT cannot be that.
     """
     return export_tree(params, _visual_leaves(config, "projection" in params), "ViT")
+
+
+def clip_open_clip_config(config: ClipConfig, sigmoid: bool) -> dict[str, Any]:
+    """OpenCLIP's `model_cfg` of the network of `config`, of an image tower that is a ViT.
+
+    Args:
+      config: of the model.
+      sigmoid: the logits have a bias, as those of the sigmoid loss do.
+
+    Raises:
+      UserError: OpenCLIP has no such network.
+    """
+    image, text = config.image, config.text
+    if not isinstance(image, ViTConfig):
+        require_network("OpenCLIP", [f"ClipConfig.image is a {type(image).__name__}, there a ViT"])
+    wrong = _visual_form().differences(image) + no_windows(image)
+    for name, wanted in {"image_projection": True, "text_bias": False}.items():
+        if getattr(config, name) != wanted:
+            wrong.append(f"ClipConfig.{name} = {not wanted}, there {wanted}")
+    for name, wanted in {"pool": "end", "causal": True, "activation": image.activation}.items():
+        if getattr(text, name) != wanted:
+            wrong.append(f"TextConfig.{name} = {getattr(text, name)!r}, there {wanted!r}")
+    for tower in (image, text):
+        if tower.norm_eps != 1e-5:
+            wrong.append(f"{type(tower).__name__}.norm_eps = {tower.norm_eps:g}, there 1e-05")
+    require_network("OpenCLIP", wrong)
+    size, of_text = vit.size_of(image), size_of(text)
+    vision_cfg = {
+        "image_size": shortest(height_width(image.image_size)), "layers": size.depth, "width": size.width,
+        "head_width": size.width // size.heads, "mlp_ratio": ratio_of(size.width, size.mlp),
+        "patch_size": image.patch_size, "no_ln_pre": not image.pre_norm,
+        "ls_init_value": image.layer_scale or None,
+    }  # fmt: skip
+    text_cfg = {
+        "context_length": text.context, "vocab_size": text.vocab_size, "width": of_text.width, "heads": of_text.heads,
+        "layers": of_text.depth, "mlp_ratio": ratio_of(of_text.width, of_text.mlp),
+    }  # fmt: skip
+    if text.end_token != text.vocab_size - 1:  # else that of the largest id
+        text_cfg |= {"pool_type": "eos", "eos_id": text.end_token}
+    out = {"embed_dim": config.embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    out |= {"quick_gelu": True} if image.activation == "quick_gelu" else {}
+    return out | ({"init_logit_bias": -10.0} if sigmoid else {})

@@ -33,14 +33,15 @@ _READABLE = {  # of timm's `model_args`: what the weights show, and what is of t
     "img_size", "patch_size", "embed_dim", "depth", "depths", "mlp_ratio", "num_classes", "in_chans", "init_values",
     "class_token", "reg_tokens", "num_reg_tokens", "qkv_bias", "dynamic_img_size", "drop_rate", "drop_path_rate",
     "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "strict_img_size",
+    "fc_norm", "pre_norm", "qk_norm", "swiglu_align_to",
 }  # fmt: skip
 # What a config.json of a stranger may hold under the names that are read here.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("architecture", "model_type", "hidden_act", "global_pool", "act_layer", "pool_type"), str),
     **dict.fromkeys(("timm_model_name", "timm_pool"), (str, type(None))),
     **dict.fromkeys(("vision_config", "text_config", "model_cfg", "vision_cfg", "text_cfg", "model_args"), dict),
-    **dict.fromkeys(("window_size", "width", "heads", "head_width", "num_heads", "num_attention_heads"), int),
-    "vocab_size": int,
+    **dict.fromkeys(("width", "heads", "head_width", "num_attention_heads", "vocab_size"), int),
+    **dict.fromkeys(("window_size", "num_heads"), (int, list)),  # of SwinV2's stages, and its windows' sides
     **dict.fromkeys(("layer_norm_eps", "norm_eps", "rope_theta", "rope_temperature"), (int, float)),
     "pretrained_window_sizes": list,
 }
@@ -116,7 +117,7 @@ def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
     """Refuse a config.json that holds something else than is read under a name, at any depth that is read."""
     for name, value in about.items():
         kind = _KINDS.get(name, object)
-        number = kind in (int, (int, float))
+        number = isinstance(value, int | float) and kind is not object
         if not isinstance(value, kind) or (number and (isinstance(value, bool) or abs(value) >= 2**31)):
             raise UserError(f"config.json: {name} = {value!r:.60} is not a valid value; get the file again")
         if kind is dict and depth < 2:
@@ -190,6 +191,10 @@ def _timm_facts(about: Mapping[str, Any] | str, kind: str) -> dict[str, Any]:
     arguments = {**about.get("model_args", {})}
     if kind == "SwinV2" and arguments.get("global_pool") == "avg":
         del arguments["global_pool"]
+    if kind == "SwinV2":
+        arguments.pop("num_heads", None)  # the weights show them
+    elif "rope_temperature" not in facts:
+        facts.setdefault("no_embed_class", False)
     if other := sorted(arguments.keys() - facts.keys() - _READABLE):
         raise UserError(
             f"the model_args {', '.join(other)} of config.json are not understood; if config.model is that network, "

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from visionfm_jax.config.limits import HeightWidth, ImageSize, shortest
+from visionfm_jax.config.limits import HeightWidth, ImageSize, height_width, shortest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import ACTIVATIONS, setting
 from visionfm_jax.interop.leaves import (
@@ -30,14 +30,17 @@ from visionfm_jax.interop.leaves import (
     require_same,
     sides_of,
 )
+from visionfm_jax.interop.vit import only_square, require_network
 from visionfm_jax.models.backbones.swin_v2 import (
     BIAS_HIDDEN,
     EPS,
     SwinV2Config,
+    SwinV2Size,
     bias_windows,
     group_of,
     maps_of,
     pretrained_windows,
+    size_of,
     windows_of,
 )
 
@@ -207,6 +210,9 @@ def _require_same(
     `trained`: size of the images that the model was made for, 0: unknown, and shape of its patch embedding's weight.
     """
     window, eps, activation, pretrained = theirs
+    if (sides := sides_of(theirs[window])) is None or min(sides) < 1:
+        raise UserError(f"the {what} has {window} = {theirs[window]!r:.60}, which is no window; get config.json again")
+    theirs[window] = shortest(sides)
     facts = {
         eps: (theirs[eps], "this project's SwinV2", EPS),
         activation: (ACTIVATIONS.get(theirs[activation], theirs[activation]), "this project's SwinV2", "gelu"),
@@ -221,13 +227,65 @@ def _require_same(
         ours = bias_windows(config)
         fields = f"SwinV2Config.window, or for other windows than its {theirs[window]} at {shortest(size)} px {fields},"
     else:
-        facts[window] = (theirs[window], "SwinV2Config.window", config.window)
+        facts[window] = (theirs[window], "SwinV2Config.window", shortest(height_width(config.window)))
     require_same(what, **{pretrained: (_written(before), fields, _written(ours))}, **facts)
-    all_windows = [
-        windows_of(map, config.window, (0, 0), True) for map in maps_of(config.image_size, config.patch_size)
-    ]
-    if any(any(w.shift) and w.padded != w.map for w in all_windows):
+    if _rolls_what_it_pads(config):
         require_same(what, rolls_before_padding=(rolls_first, "SwinV2Config.roll_first", config.roll_first))
+
+
+def _rolls_what_it_pads(config: SwinV2Config) -> bool:
+    """Whether the order of the two makes a difference."""
+    maps = maps_of(config.image_size, config.patch_size)
+    return any(any(w.shift) and w.padded != w.map for w in (windows_of(m, config.window, (0, 0), True) for m in maps))
+
+
+def swin_v2_timm_config(config: SwinV2Config) -> dict[str, Any]:
+    """What timm's `config.json` says of the network of `config`: an architecture, and what differs from it.
+
+    Raises:
+      UserError: timm has no such network.
+    """
+    size = _size("timm", config, True)
+    model_args = {
+        "img_size": shortest(height_width(config.image_size)), "patch_size": config.patch_size,
+        "embed_dim": size.width, "depths": list(size.depths), "num_heads": list(size.heads),
+        "window_size": shortest(height_width(config.window)), "mlp_ratio": config.mlp_ratio,
+        "pretrained_window_sizes": _written(pretrained_windows(config)),
+    }  # fmt: skip
+    return {"architecture": "swinv2_base_window8_256", "num_features": config.features, "global_pool": "avg",
+            "model_args": model_args}  # fmt: skip
+
+
+def swin_v2_huggingface_config(config: SwinV2Config, head: bool) -> dict[str, Any]:
+    """The `config.json` of transformers' SwinV2 for `config`, with or without a classifier.
+
+    Raises:
+      UserError: it has no such network.
+    """
+    size = _size("transformers", config, False)
+    return {
+        "architectures": ["Swinv2ForImageClassification" if head else "Swinv2Model"], "model_type": "swinv2",
+        "image_size": shortest(height_width(config.image_size)), "patch_size": config.patch_size, "num_channels": 3,
+        "embed_dim": size.width, "depths": list(size.depths), "num_heads": list(size.heads),
+        "window_size": height_width(config.window)[0], "mlp_ratio": float(config.mlp_ratio), "qkv_bias": True,
+        "pretrained_window_sizes": _written(pretrained_windows(config)), "hidden_act": "gelu", "layer_norm_eps": EPS,
+        "use_absolute_embeddings": False,
+    }  # fmt: skip
+
+
+def _size(library: str, config: SwinV2Config, rolls_first: bool) -> SwinV2Size:
+    """Widths, depths and heads, if the library has the network."""
+    size, wrong = size_of(config), []
+    if size.extra_norm_every:
+        norms = f"with norms of the main branch every {size.extra_norm_every} blocks"
+        wrong.append(f"SwinV2Config.size = {config.size!r}, {norms}, there none")
+    if _rolls_what_it_pads(config) and config.roll_first != rolls_first:
+        wrong.append(f"SwinV2Config.roll_first = {config.roll_first}, there {rolls_first}")
+    if not rolls_first:
+        wrong += only_square(config.window, "SwinV2Config.window")
+        wrong += only_square(config.pretrained_window, "SwinV2Config.pretrained_window")
+    require_network(library, wrong)
+    return size
 
 
 def _written(windows: Sequence[HeightWidth | None]) -> list[ImageSize | None]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from visionfm_jax.config.limits import height_width
+from visionfm_jax.config.limits import height_width, shortest
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import (
     Leaf,
@@ -25,8 +26,8 @@ from visionfm_jax.interop.leaves import (
     require_same,
 )
 from visionfm_jax.interop.resample import square_grid
-from visionfm_jax.interop.vit import Form, Names
-from visionfm_jax.models.backbones.vit import ViTConfig, size_of, table_first, table_grid
+from visionfm_jax.interop.vit import Form, Names, no_windows, ratio_of, require_network
+from visionfm_jax.models.backbones.vit import ViTConfig, first_tokens, size_of, table_first, table_grid
 
 _POOL = (
     Leaf("pool/probe", ("attn_pool.latent",), "table", (1, 1, "D")),
@@ -143,7 +144,60 @@ def vit_to_timm(params: Params, config: ViTConfig) -> dict[str, np.ndarray]:
       UserError: `params` is not the tree of `config`: its missing and unknown leaves; or no network of timm's is that
         of `config`.
     """
-    return export_tree(params, _form(config).leaves(config, "head" in params), "ViT")
+    state = export_tree(params, _form(config).leaves(config, "head" in params), "ViT")
+    if "pos_embed" in state and 0 < (rows := table_first(config)) < (tokens := first_tokens(config)):
+        table = state["pos_embed"]  # whose registers have rows there, which add nothing
+        state["pos_embed"] = np.insert(table, [rows] * (tokens - rows), 0, axis=1)
+    return state
+
+
+# By width, timm's architecture of that name; all of it that may be another is written beside it.
+_BY_WIDTH = {192: "tiny_patch16_224", 384: "small_patch16_224", 768: "base_patch16_224", 1024: "large_patch16_224",
+             1280: "huge_patch14_224"}  # fmt: skip
+_POOLS = {"cls": "token", "gap": "avg", "norm_gap": "avg", "map": "map"}
+
+
+def vit_timm_config(config: ViTConfig) -> dict[str, Any]:
+    """What timm's `config.json` says of the network of `config`: the architecture, and what differs from it.
+
+    Raises:
+      UserError: timm has no such network.
+    """
+    size, gated, rotary = size_of(config), config.activation == "swiglu", bool(config.rope_theta)
+    wrong = _form(config).differences(config) + no_windows(config)
+    eps = (1e-5,) if rotary else (1e-6,) if gated else (1e-6, 1e-5)
+    if config.norm_eps not in eps:
+        wrong.append(f"ViTConfig.norm_eps = {config.norm_eps:g}, there {' or '.join(f'{e:g}' for e in eps)}")
+    if rotary and not config.patch_bias:
+        wrong.append("ViTConfig.patch_bias = False, there set")
+    require_network("timm", wrong)
+    model_args: dict[str, Any] = {
+        "img_size": shortest(height_width(config.image_size)), "patch_size": config.patch_size,
+        "embed_dim": size.width, "depth": size.depth, "num_heads": size.heads,
+        "mlp_ratio": ratio_of(size.width, size.mlp), "class_token": config.has_class_token,
+        "global_pool": _POOLS[config.pool], "qkv_bias": config.qkv_bias != "none", "qk_norm": config.qk_norm,
+    }  # fmt: skip
+    if rotary:
+        architecture = "vit_huge_plus_patch16_dinov3" if gated else "vit_base_patch16_dinov3"
+        model_args |= {"num_reg_tokens": config.registers, "rope_temperature": config.rope_theta}
+        model_args |= {"init_values": config.layer_scale or None}
+        model_args |= {"swiglu_align_to": 1} if gated else {}
+    else:
+        architecture = f"vit_{_BY_WIDTH.get(size.width, 'base_patch16_224')}"
+        if config.norm_eps == 1e-5:
+            architecture = "vit_base_patch16_clip_224"
+        if gated:  # both halves in one
+            architecture = "vit_giant_patch14_dinov2"
+            model_args["mlp_ratio"] = ratio_of(size.width, 2 * size.mlp)
+        else:
+            model_args["act_layer"] = config.activation
+        positions, tokens = table_first(config), first_tokens(config)
+        model_args |= {
+            "reg_tokens": config.registers, "no_embed_class": positions == 0 < tokens, "pre_norm": config.pre_norm,
+            "fc_norm": config.pool == "gap", "init_values": config.layer_scale,
+        }  # fmt: skip
+    return {"architecture": architecture, "num_features": size.width, "global_pool": _POOLS[config.pool],
+            "model_args": model_args}  # fmt: skip
 
 
 def resized(how: str, config: ViTConfig, table: np.ndarray | None) -> dict[str, tuple[str, str, str]]:

@@ -6,11 +6,14 @@ R registers, C classes, Q numbers in a patch.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from visionfm_jax.config.limits import ImageSize, height_width
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.leaves import Leaf, affine, layer_norm
-from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.backbones.vit import ViTConfig, grid_of, windows_of
 
 
 class Names(NamedTuple):
@@ -50,24 +53,63 @@ class Form(NamedTuple):
     names: Names
     has: dict[str, Any]
 
-    def leaves(self, config: ViTConfig, head: bool) -> tuple[Leaf, ...]:
-        """The naming of the tree of `config`.
-
-        Raises:
-          UserError: this network cannot compute what the configuration says: all fields that differ, in one line.
-        """
+    def differences(self, config: ViTConfig) -> list[str]:
+        """What this network cannot compute of what the configuration says, by field; []: it is that network."""
         wrong = []
         for field, allowed in self.has.items():
             value = getattr(config, field)
             if not (bool(value) == allowed if isinstance(allowed, bool) else value in allowed):
                 which = ("set" if allowed else "not set") if isinstance(allowed, bool) else " or ".join(allowed)
                 wrong.append(f"ViTConfig.{field} = {value!r}, there {which}")
-        if wrong:
+        return wrong
+
+    def leaves(self, config: ViTConfig, head: bool) -> tuple[Leaf, ...]:
+        """The naming of the tree of `config`.
+
+        Raises:
+          UserError: this network cannot compute what the configuration says: all fields that differ, in one line.
+        """
+        if wrong := self.differences(config):
             raise UserError(
                 f"the {self.what} is another network than the configuration's: {'; '.join(wrong)}. Set the fields to "
                 "what the weights were trained with, or use another model"
             )
         return _leaves(self.names, config, head)
+
+
+def require_network(what: str, wrong: Sequence[str]) -> None:
+    """Refuse to write a network that a library does not have.
+
+    Args:
+      what: the library, or a network of it.
+      wrong: of each field that stands in the way, its value and what there is.
+
+    Raises:
+      UserError: there are such fields, all of them in one line.
+    """
+    if wrong:
+        raise UserError(f"{what} has no such network: {'; '.join(wrong)}")
+
+
+def no_windows(config: ViTConfig) -> list[str]:
+    """For `require_network`: of windows, which our ViT alone has, what stands in the way."""
+    if windows_of(config, grid_of(config, height_width(config.image_size))) == [0]:
+        return []
+    return [f"ViTConfig.window = {config.window}, there all blocks attend globally"]
+
+
+def only_square(size: ImageSize, field: str = "ViTConfig.image_size") -> list[str]:
+    """For `require_network`, where a library has positions for squares alone."""
+    height, width = height_width(size)
+    return [] if height == width else [f"{field} = {(height, width)}, there a square"]
+
+
+def ratio_of(width: int, hidden: int) -> float:
+    """The `mlp_ratio` with which a library comes to `hidden`, as it rounds their product down."""
+    if hidden % width == 0:
+        return hidden // width
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _leaves(names: Names, config: ViTConfig, head: bool) -> tuple[Leaf, ...]:

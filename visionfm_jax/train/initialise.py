@@ -228,7 +228,7 @@ def _of_file(trainer: Trainer) -> Found:
         except UserError as error:
             if type(error) not in (UserError, OtherSettings):
                 raise
-            problems.append(f"{file}: {_with_fields(str(error), trainer.config)}")
+            problems.append(f"{file}: {with_fields(str(error), trainer.config)}")
             if not (isinstance(error, OtherSettings) and _set(needed, error.fields)):
                 break
     if found is None or any(path.endswith("embed/kernel") for path in found.arrays):  # of pixels
@@ -474,7 +474,7 @@ def _networks(config: Config) -> dict[str, Any]:
     return {name.removeprefix("model").lstrip(".").replace(".", "/"): network for name, network in networks.items()}
 
 
-def _with_fields(text: str, config: Config) -> str:
+def with_fields(text: str, config: Config) -> str:
     """An error of an importer, which names "ViTConfig.heads", with the fields of this configuration."""
     for name, network in {"model": config.model, **config.model.networks()}.items():
         text = re.sub(rf"\b{type(network).__name__}\.", f"config.{name}.", text)

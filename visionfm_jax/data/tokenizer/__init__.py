@@ -137,14 +137,8 @@ def file_digest(name: str) -> str:
 def _clip() -> Model:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    file = resources.files(_TEXTS) / CLIP_VOCABULARY
-    lines = gzip.decompress(file.read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 1 + CLIP_MERGES]]
-    # A byte's sign: itself where that can be seen; the others follow in order, as signs from 256 on.
-    seen = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
-    unseen = [b for b in range(256) if b not in seen]
-    signs = [chr(b) for b in seen] + [chr(256 + i) for i in range(len(unseen))]
-    words = signs + [sign + "</w>" for sign in signs] + ["".join(pair) for pair in merges]
+    signs, merges = clip_pairs()
+    words = [*signs, *(sign + "</w>" for sign in signs), *map("".join, merges)]
     vocabulary = {word: i for i, word in enumerate(words)}
     core = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
     core.pre_tokenizer = pre_tokenizers.Sequence([
@@ -152,13 +146,28 @@ def _clip() -> Model:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     begin, end = len(words), len(words) + 1
-    byte_of = dict(zip([*signs, " "], [*seen, *unseen, ord(" ")], strict=True))
+    byte_of = {**dict(zip(signs, clip_bytes(), strict=True)), " ": ord(" ")}
 
     def decode(ids: list[int]) -> str:
         text = "".join(words[i] for i in ids if i < begin).replace("</w>", " ")
         return bytes(byte_of[sign] for sign in text).decode(errors="replace")
 
     return Model(end + 1, begin, end, None, None, lambda text: core.encode(_cleaned(text)).ids, decode)
+
+
+def clip_bytes() -> list[int]:
+    """The bytes in the order of CLIP's vocabulary: first those whose sign is a character that can be seen."""
+    seen = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
+    return seen + [b for b in range(256) if b not in seen]
+
+
+def clip_pairs() -> tuple[list[str], list[tuple[str, str]]]:
+    """The signs of the 256 bytes in CLIP's order, and the pairs that become one word, in order."""
+    lines = gzip.decompress((resources.files(_TEXTS) / CLIP_VOCABULARY).read_bytes()).decode().split("\n")
+    # A byte's sign: itself where that can be seen; the others follow in order, as signs from 256 on.
+    seen = [chr(b) for b in clip_bytes() if chr(b).isprintable() and not chr(b).isspace()]
+    signs = seen + [chr(256 + i) for i in range(256 - len(seen))]
+    return signs, [tuple(line.split()) for line in lines[1 : 1 + CLIP_MERGES]]
 
 
 def _cleaned(text: str) -> str:

@@ -1,0 +1,178 @@
+"""The model card of an exported model: README.md, whose header hubs read.
+
+It says what the run's folder says: the recipe, the data, the steps, and what its evaluations have found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from visionfm_jax.api import Model
+from visionfm_jax.errors import UserError, printable
+from visionfm_jax.interop.files import read_json
+from visionfm_jax.interop.hub import Folder, Trained
+from visionfm_jax.models.clip import ClipConfig
+from visionfm_jax.telemetry.writers import read_metrics
+from visionfm_jax.train.provenance import read_provenance
+
+TITLES = {"image-classification": "image classifier", "image-feature-extraction": "image encoder",
+          "zero-shot-image-classification": "image and text encoder"}  # fmt: skip
+_TIMM = """import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # on a hub: "hf-hub:NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    out = model(transform(Image.open("cat.jpg").convert("RGB"))[None])  # SHAPE"""
+_TRANSFORMERS = """import torch
+from PIL import Image
+from transformers import AutoImageProcessor, CLASS
+
+model = CLASS.from_pretrained("FOLDER"MORE).eval()
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+with torch.no_grad():
+    out = model(**processor(Image.open("cat.jpg"), return_tensors="pt"))RESULT"""
+_TWO_TOWERS = """import torch
+from PIL import Image
+from transformers import AutoImageProcessor, CLASS
+
+model = CLASS.from_pretrained("FOLDER").eval()
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+with torch.no_grad():
+    out = model.get_image_features(**processor(Image.open("cat.jpg"), return_tensors="pt"))"""
+_TEXTS = """
+    texts = AutoTokenizer.from_pretrained("FOLDER")(["a cat"], padding="max_length", max_length=LENGTH, truncation=True,
+                                                    return_tensors="pt")
+    text = model.get_text_features(input_ids=texts["input_ids"])"""
+_OPEN_CLIP = """import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")  # on a hub: "hf-hub:NAME"
+model.eval()
+with torch.no_grad():
+    image = model.encode_image(preprocess(Image.open("cat.jpg"))[None], normalize=True)"""
+_OPEN_CLIP_TEXTS = """
+    tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+    text = model.encode_text(tokenizer(["a cat"]), normalize=True)"""
+
+
+def card(
+    model: Model, folder: Folder, trained: Trained, notes: Sequence[str], license: str, tokenized: bool = False
+) -> str:
+    """The text of README.md.
+
+    Args:
+      model: that was exported.
+      folder: what was made of it.
+      trained: what of it that was.
+      notes: sentences for people, without their full stops.
+      license: of the weights, as hubs name it.
+      tokenized: the library reads texts as the model does.
+    """
+    config = model.config
+    two_towers = isinstance(trained.config, ClipConfig)
+    task = "image-classification" if trained.names else "image-feature-extraction"
+    task = "zero-shot-image-classification" if two_towers else task
+    tags = dict.fromkeys([task, folder.library, "visionfm_jax"])
+    header = {"license": license, "library_name": folder.library, "pipeline_tag": task, "tags": list(tags)}
+    size = " x ".join(map(str, trained.pixels.size))
+    kind = getattr(config.task, "kind", type(config.task).__name__)
+    averaged = f", averaged over steps with decay {config.optim.ema:g}" if config.optim.ema else ""
+    count = sum(tensor.size for tensor in folder.tensors.values())
+    facts = {
+        "network": f"{type(config.model).__name__}, {count:,} numbers, images of {size} pixels",
+        "objective": kind, "weights": f"after step {model.step:,} of {config.total_steps:,}{averaged}",
+        "batch": f"{config.train.batch_size:,}", "precision": config.train.precision,
+        "learning rate": f"{config.optim.lr:g}, weight decay {config.optim.weight_decay:g}",
+        "pixels": f"(value / 255 - {_numbers(trained.pixels.mean)}) / {_numbers(trained.pixels.std)}",
+    }  # fmt: skip
+    parts = [
+        "---", *(f"{name}: {json.dumps(value)}" for name, value in header.items()), "---", "",
+        f"# {_plain(config.name)}", "",
+        f"An {TITLES[task]}, trained with visionfm_jax and written for {folder.library}.", "",
+        "## Open it", "", "```python", _code(folder, trained, tokenized), "```", "", *(f"{note}.\n" for note in notes),
+        "## Training", "", "| | |", "|---|---|", *(f"| {name} | {_plain(v)} |" for name, v in facts.items()), "",
+        "Data:", "", *(_data(model) or ["- not known"]), "",
+        "## Evaluation", "", *_evaluations(model),
+    ]  # fmt: skip
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _code(folder: Folder, trained: Trained, tokenized: bool) -> str:
+    """How the folder is opened."""
+    if folder.library == "timm":
+        shape = f"(1, {len(trained.names)}), logits" if trained.names else "pooled features"
+        return _TIMM.replace("SHAPE", shape)
+    if folder.library == "open_clip":
+        return _OPEN_CLIP + _OPEN_CLIP_TEXTS * tokenized
+    settings = folder.texts["config.json"]
+    name = settings["architectures"][0]
+    if isinstance(trained.config, ClipConfig):
+        code = _TWO_TOWERS + _TEXTS.replace("LENGTH", str(trained.config.text.context)) * tokenized
+        return code.replace("CLASS", f"AutoTokenizer, {name}" if tokenized else name, 1).replace("CLASS", name)
+    more = ", add_pooling_layer=False" if name == "ViTModel" else ""
+    result = ".logits" if trained.names else ".last_hidden_state[:, 0]" if name == "ViTModel" else ".pooler_output"
+    return _TRANSFORMERS.replace("CLASS", name).replace("MORE", more).replace("RESULT", result)
+
+
+def _data(model: Model) -> list[str]:
+    """A line for each dataset of training; of a path its last part alone."""
+    kept = read_provenance(Path(model.config.folder)).data.get("sources", [])
+    lines = []
+    for i, source in enumerate(model.config.data.train):
+        known = kept[i] if i < len(kept) and isinstance(kept[i], dict) else {}
+        facts = [getattr(source, "split", "") and f"split {source.split}"]
+        facts += [f"{known['records']:,} records"] if isinstance(known.get("records"), int) else []
+        facts += [f"{len(known['classes']):,} classes"] if known.get("classes") else []
+        name = Path(source.path.rstrip("/")).name or source.path
+        kind = getattr(source, "kind", type(source).__name__)
+        lines.append(f"- {_plain(name)} ({kind}): {_plain(', '.join(filter(None, facts)))}".rstrip(": "))
+    return lines
+
+
+def _evaluations(model: Model) -> list[str]:
+    """A table of what the run's evaluations have found; of one without details, what the metrics of training say."""
+    folder, rows = Path(model.config.folder), []
+    last: dict[str, tuple[int, Any]] = {}
+    for row in read_metrics(folder):
+        last |= {name: (row["step"], value) for name, value in row.items() if name != "step"}
+    for one in model.config.evals:
+        found = _details(folder / f"eval_{one.name}.json")
+        metrics, step = found.get("metrics"), found.get("step", "")
+        if not isinstance(metrics, dict):
+            prefix = f"{one.name}/"
+            own = {name.removeprefix(prefix): v for name, v in last.items() if name.startswith(prefix)}
+            metrics, step = {k: v for k, (_, v) in own.items()}, max((s for s, _ in own.values()), default="")
+        protocol = found.get("protocol", "")
+        numbers = ((k, v) for k, v in metrics.items() if isinstance(v, int | float))
+        rows += [f"| {one.name} | {step} | {protocol} | {k} | {v:.6g} |" for k, v in numbers]
+    if not rows:
+        return ["There is none in the run's folder."]
+    head = ["| evaluation | step | protocol | metric | value |", "|---|--:|---|---|--:|"]
+    return [*head, *map(_plain_row, rows), "", "Numbers of the same protocol were measured in the same way."]
+
+
+def _details(path: Path) -> dict[str, Any]:
+    """Of an evaluation; {}: not there, or damaged."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except UserError:
+        return {}
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:g}' for value in values)})"
+
+
+def _plain(text: str) -> str:
+    """For a table of Markdown."""
+    return printable(str(text)).replace("|", "/")
+
+
+def _plain_row(row: str) -> str:
+    return printable(row)
