@@ -119,8 +119,10 @@ def vit_from_timm(
     if "pos_embed" in state:
         table = "patches" if no_embed_class else "all" if "reg_token" in state else "class"
     ours = config.pos_embed
-    if table == "patches" and ours == "class" and not config.has_class_token:
-        ours = "patches"  # the same
+    if (table == "patches" and ours == "class" and not config.has_class_token) or (
+        "none" not in (table, ours) and not first_tokens(config)
+    ):
+        ours = table  # the same, for want of the tokens in which they differ
     if is_named("pos_embed", skip):
         table = ours
     require_same(
