@@ -78,28 +78,28 @@ def panoptic() -> Config:
 
 
 def scenes(style: str, split: str, count: int) -> ScenesConfig:
-    return ScenesConfig(path=style, split=split, size=96, scenes=count)
+    return ScenesConfig(path=style, split=split, size=64, scenes=count, most=4)
 
 
 def tiny() -> Config:
     return Config(
         name="vit_huge_coco_tiny",
-        model=ViTConfig(size="P", patch_size=8, image_size=96, pool="gap", drop_path=0.05, remat="dots"),
+        model=ViTConfig(size="P", patch_size=8, image_size=64, pool="gap", drop_path=0.05, remat="dots"),
         task=DetectionConfig(
-            num_classes=9, most_objects=8, width=96, heads=4, mlp=192, encoder_depth=1, decoder_depth=3, stride=8,
-            queries=30, many_queries=48, copies=4, detections=30,
+            num_classes=9, most_objects=4, width=96, heads=4, mlp=192, encoder_depth=1, decoder_depth=2, stride=8,
+            queries=20, many_queries=24, copies=4, detections=20,
         ),
         data=DataConfig(
-            train=(scenes("twemoji", "train", 512), scenes("noto", "train", 512), scenes("noto", "test", 512)),
+            train=(scenes("twemoji", "train", 2048), scenes("noto", "train", 2048), scenes("noto", "test", 2048)),
             transforms=(Resize(to="longer", scale=(0.75, 1.5)), Flip(), RandomCrop(min_visible=0.3)),
             threads=2,
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, b2=0.99, weight_decay=0.05, clip_norm=0.1, layer_decay=0.8),
         parallel=ParallelConfig(stage=3),
-        train=TrainConfig(batch_size=16, steps=400, precision="bf16"),
+        train=TrainConfig(batch_size=16, steps=600, precision="bf16"),
         checkpoint=CheckpointConfig(
-            every_steps=200, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
+            every_steps=300, keep_last=2, weights="runs/vit_huge_tiny", skip=("head",)
         ),
-        evals=(BoxesConfig(name="held_out", source=scenes("twemoji", "test", 256), every_steps=200),),
+        evals=(BoxesConfig(name="held_out", source=scenes("twemoji", "test", 256), every_steps=300),),
         telemetry=TelemetryConfig(log_every=20),
     )  # fmt: skip

@@ -20,6 +20,7 @@ import optax
 from visionfm_jax.models.boxes import Predicted, encode, giou, to_centres, to_corners
 
 ALPHA, GAMMA = 0.25, 2  # of the focal loss (Lin et al. 2017, "RetinaNet")
+FEW = 32  # objects, of which any number is matched by one program: it takes less time than others take to compile
 UNLIKELY, NEVER = 1e6, 1e8  # costs: beyond all that are finite, and of what must not be
 
 
@@ -69,7 +70,7 @@ def match(costs: jax.Array, present: jax.Array, count: jax.Array | None = None) 
         Few take fewer steps.
     """
     M = len(costs)
-    if count is None:
+    if count is None or M <= FEW:
         return _match(M, costs, present)
     sizes = sorted({max(1, M // 8), max(1, M // 2), M})
     branches = [functools.partial(_match, size) for size in sizes]

@@ -157,8 +157,8 @@ def test_a_flag_for_steps_overrides_epochs_and_the_reverse():
         ([f"--config={QUICK}", "--config.evals[0].source.kind=tars"], "a TarsConfig has no split, which is 'test'"),
         (
             ["--config=configs/vit_huge_coco.py:tiny", "--config.data.train[0].kind=coco"],
-            "has no scenes, which is 512, size, which is 96; to drop this, set the defaults: "
-            "--config.data.train[0].scenes=4096 --config.data.train[0].size=128",
+            "has no scenes, which is 2048, size, which is 64, most, which is 4; to drop this, set the defaults: "
+            "--config.data.train[0].scenes=4096 --config.data.train[0].size=128 --config.data.train[0].most=8",
         ),
     ],
 )

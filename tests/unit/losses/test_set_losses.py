@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from visionfm_jax.losses.detection import Truth, Weights, match, set_losses
+from visionfm_jax.losses.detection import FEW, Truth, Weights, match, set_losses
 from visionfm_jax.models.boxes import MOST_SCALING, Predicted, decode, encode, giou, to_centres, to_corners
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -97,10 +97,11 @@ def test_matching_of_equal_costs():
 
 def test_matching_of_few_takes_the_same():
     rng = np.random.default_rng(7)
-    costs = rng.normal(size=(PROBLEMS, M, Q)).astype(np.float32)
+    most = FEW + 8
+    costs = rng.normal(size=(5, most, most + 5)).astype(np.float32)
     program = jax.jit(lambda c, p, n: jax.vmap(lambda c, p: match(c, p, n))(c, p))
-    for count in (0, 1, 2, 6, 7, M):
-        present = np.arange(M) < np.minimum(rng.integers(0, M + 1, (PROBLEMS, 1)), count)
+    for count in (0, 1, 5, 6, 20, 21, most):  # by three programs
+        present = np.arange(most) < np.minimum(rng.integers(0, most + 1, (5, 1)), count)
         found, expected = program(costs, present, count), matcher()(costs, present)
         np.testing.assert_array_equal(np.where(present, found, -1), np.where(present, expected, -1))
 
