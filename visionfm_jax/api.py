@@ -51,7 +51,7 @@ from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.parallel.zero import gather_params
 from visionfm_jax.storage import read
 from visionfm_jax.tasks.task import DTYPES
-from visionfm_jax.train.initialise import weights_to_evaluate
+from visionfm_jax.train.initialise import described, is_of_others, weights_to_evaluate
 from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
@@ -101,17 +101,26 @@ class Detected(NamedTuple):
 
 
 def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> Model:
-    """The model of a run, with its newest weights: of the moving average where the run has one.
+    """The model of a run, with its newest weights: of the moving average where the run has one; or one of another
+    library, in fp32.
 
     Args:
-      run: the run's folder.
+      run: the run's folder; or a folder of timm, Hugging Face or OpenCLIP (weights, `config.json`, and what says how
+        images and texts are read), such as `visionfm export` writes, or its file of weights.
       devices: over which weights and batches are sharded; None: all.
 
     Raises:
-      ConfigError: the folder is not one of a run, its settings are damaged, or they name classes that are not there.
+      ConfigError: the folder is neither, its settings are damaged, or they name classes that are not there.
       CheckpointError: it holds no complete checkpoint, or a damaged one.
+      UserError: the other library's model is of a kind that ours cannot be; the line says why.
     """
     folder = Path(run)
+    if read(lambda: is_of_others(folder), lambda: str(folder)):
+        config, said = described(folder)
+        trainer = Trainer(config, make_mesh(1, devices))
+        model = Model(trainer, weights_to_evaluate(trainer).params, said.names)
+        model.transform = EvalTransform(config.model.image_size, said.preprocess, config.data.max_pixels)
+        return model
     config = read(lambda: of_run(folder), lambda: str(folder))
     config.parallel.replicas = 1
     config.checkpoint.weights = ""  # what it began from

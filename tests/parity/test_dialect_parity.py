@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 from gates import GRADIENT, GRADIENT_TENSOR, check_forward, relative, sample, tensors
+from safetensors.numpy import save_file
 
+import visionfm_jax
 from visionfm_jax.errors import UserError
 from visionfm_jax.interop.huggingface import vit_from_huggingface, vit_to_huggingface
 from visionfm_jax.interop.leaves import flatten
@@ -176,3 +178,24 @@ def test_a_network_of_another_kind_is_refused() -> None:
         vit_to_huggingface(reference.imported(), ViTConfig(**{**vars(reference.config), "qkv_bias": "no_key"}), "vit")
     with pytest.raises(UserError, match=r"model_type = 'beit' is none of the ViTs known here: vit, dinov2, "):
         vit_from_huggingface({}, reference.config, {**reference.asked, "model_type": "beit"})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("huggingface")])
+def test_loaded_from_its_folder_alone(name: str, tmp_path: Path) -> None:
+    """`visionfm_jax.load` finds the network by the peer's own names and `config.json`."""
+    reference = load(name)
+    images = reference.data["images0"].astype(np.float32)
+    height, width = images.shape[1:3]
+    said = {
+        "size": {"height": height, "width": width}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "do_normalize": True,
+    }  # fmt: skip
+    save_file(reference.state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(reference.asked))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    model = visionfm_jax.load(tmp_path, devices=jax.devices()[:1])
+    network, params = model.backbone
+    outputs = network.apply({"params": {k: v for k, v in params.items() if k != "head"}}, images).pooled
+    if "head" in params:
+        outputs = outputs @ params["head"]["kernel"] + params["head"]["bias"]
+    check_forward(outputs, reference.data["outputs0"], "images0")

@@ -134,6 +134,13 @@ def _model(model_type: str) -> _Model:
     return _MODELS[model_type]
 
 
+def names_of(theirs: Mapping[str, Any]) -> tuple[Names, Mapping[str, Any], str]:
+    """The names of the ViT of a `config.json`, what of our fields it can have, and what its names may begin with."""
+    model = _model(setting(theirs, "model_type"))
+    gated = theirs.get("use_swiglu_ffn", False) and model.names is _DINOV2
+    return model.names._replace(**_SWIGLU) if gated else model.names, model.has, model.prefix
+
+
 def _form(model_type: str, config: ViTConfig) -> Form:
     model = _model(model_type)
     gated = config.activation == "swiglu" and model.names is _DINOV2

@@ -87,7 +87,7 @@ def clip_from_huggingface(
     Raises:
       UserError: as `vit_from_huggingface`.
     """
-    form, what = _form(theirs), f"Hugging Face {theirs['model_type']}"
+    form, what = form_of(theirs), f"Hugging Face {theirs['model_type']}"
     text = setting(theirs, "text_config")
     activation = setting(text, "hidden_act")
     end = setting(text, "eos_token_id")
@@ -118,7 +118,7 @@ def clip_to_huggingface(params: Params, config: ClipConfig, model_type: str) -> 
     Raises:
       UserError: `params` is not the tree of `config`, or that model is another network.
     """
-    form = _form({"model_type": model_type})
+    form = form_of({"model_type": model_type})
     rest = {k: v for k, v in params.items() if k != "image"}
     shapes = {leaf.ours: leaf.shape for leaf in form.joint}
     rest = {k: np.reshape(v, (1,)) if shapes.get(k) == (1,) else v for k, v in rest.items()}
@@ -175,7 +175,12 @@ def _differences(model_type: str, config: ClipConfig, sigmoid: bool) -> list[str
     return wrong
 
 
-def _form(theirs: Mapping[str, Any]) -> _Form:
+def form_of(theirs: Mapping[str, Any]) -> _Form:
+    """That of a `config.json`.
+
+    Raises:
+      UserError: it is of no model of two towers that is known here.
+    """
     model_type = setting(theirs, "model_type")
     if model_type not in _FORMS:
         raise UserError(

@@ -118,7 +118,7 @@ def text_to_open_clip(params: Params) -> dict[str, np.ndarray]:
     return export_tree(params, leaves, "CLIP text")
 
 
-_VISUAL = Names(
+VISUAL = Names(
     patches="conv1", cls_token="class_embedding", token_kind="vector", table="positional_embedding",
     table_kind="vector", norm_pre="ln_pre", block="transformer.resblocks.{}.", ln1="ln_1", qkv=("attn.in_proj",),
     out="attn.out_proj", ln2="ln_2", fc1="mlp.c_fc", fc2="mlp.c_proj", layer_scale=("ls_1.gamma", "ls_2.gamma"),
@@ -136,7 +136,7 @@ _KNOWN_VISUAL = {
 
 
 def _visual_form() -> Form:
-    return Form("OpenCLIP image tower", _VISUAL, _OF_VISUAL)
+    return Form("OpenCLIP image tower", VISUAL, _OF_VISUAL)
 
 
 def _visual_leaves(config: ViTConfig, projected: bool) -> tuple[Leaf, ...]:

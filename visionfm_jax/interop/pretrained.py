@@ -74,7 +74,7 @@ def import_weights(
     """
     if not isinstance(about, str):
         _check_kinds(about)
-    library = _library(state, about)
+    library = library_of(state, about)
     listed = [name for name in state if is_named(name, skip)]
     state = {name: tensor for name, tensor in state.items() if not is_named(name, skip)}
     left = {"listed in checkpoint.skip": listed}
@@ -124,7 +124,7 @@ def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
             _check_kinds(value, depth + 1)
 
 
-def _library(state: State, about: Mapping[str, Any] | str) -> str:
+def library_of(state: State, about: Mapping[str, Any] | str) -> str:
     """By what is said of the model, or, where that is nothing, by its names."""
     if isinstance(about, str) and about != AS_MODEL:
         return "timm"
@@ -171,7 +171,7 @@ def timm_architectures() -> dict[str, dict[str, Any]]:
     return {name: row["facts"] for row in table["architectures"] for name in row["of"]}
 
 
-def _timm_facts(about: Mapping[str, Any] | str, kind: str) -> dict[str, Any]:
+def timm_facts(about: Mapping[str, Any] | str, kind: str) -> dict[str, Any]:
     """What timm's importers ask for, of an architecture, with what its config.json changes of it."""
     name = about if isinstance(about, str) else about["architecture"]
     known = timm_architectures()
@@ -219,7 +219,7 @@ def _vit_of_timm(
             "rope_temperature": tower.rope_theta,
         }  # fmt: skip
     else:
-        facts = _timm_facts(about, "ViT")
+        facts = timm_facts(about, "ViT")
     return vit_from_timm(state, tower, skip=skip, **facts)
 
 
@@ -233,7 +233,7 @@ def _swin_of_timm(
             "norm_eps": swin_v2.EPS, "act_layer": "gelu",
         }  # fmt: skip
     else:
-        facts = _timm_facts(about, "SwinV2")
+        facts = timm_facts(about, "SwinV2")
     return swin_v2.swin_v2_from_timm(state, tower, skip=skip, **facts) | _head(state, "head.fc", skip)
 
 

@@ -50,7 +50,7 @@ _NAMES = Names(
 )  # fmt: skip
 
 
-def _form(config: ViTConfig) -> Form:
+def form_of(config: ViTConfig) -> Form:
     """timm's network that computes `config`: with rotary positions an `Eva`, else a `VisionTransformer`."""
     if config.rope_theta:
         names = _NAMES._replace(
@@ -135,7 +135,7 @@ def vit_from_timm(
         rope_temperature=(rope_temperature, "ViTConfig.rope_theta", config.rope_theta),
         **resized("bicubic_antialias", config, state.get("pos_embed")),
     )
-    form = _form(config)
+    form = form_of(config)
     return import_state(state, form.leaves(config, any(k.startswith("head.") for k in state)), form.what, skip)
 
 
@@ -146,7 +146,7 @@ def vit_to_timm(params: Params, config: ViTConfig) -> dict[str, np.ndarray]:
       UserError: `params` is not the tree of `config`: its missing and unknown leaves; or no network of timm's is that
         of `config`.
     """
-    state = export_tree(params, _form(config).leaves(config, "head" in params), "ViT")
+    state = export_tree(params, form_of(config).leaves(config, "head" in params), "ViT")
     if "pos_embed" in state and 0 < (rows := table_first(config)) < (tokens := first_tokens(config)):
         table = state["pos_embed"]  # whose registers have rows there, which add nothing
         state["pos_embed"] = np.insert(table, [rows] * (tokens - rows), 0, axis=1)
@@ -166,7 +166,7 @@ def vit_timm_config(config: ViTConfig) -> dict[str, Any]:
       UserError: timm has no such network.
     """
     size, gated, rotary = size_of(config), config.activation == "swiglu", bool(config.rope_theta)
-    wrong = _form(config).differences(config) + no_windows(config)
+    wrong = form_of(config).differences(config) + no_windows(config)
     eps = (1e-5,) if rotary else (1e-6,) if gated else (1e-6, 1e-5)
     if config.norm_eps not in eps:
         wrong.append(f"ViTConfig.norm_eps = {config.norm_eps:g}, there {' or '.join(f'{e:g}' for e in eps)}")

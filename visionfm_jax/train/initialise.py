@@ -8,6 +8,7 @@ does not fit is refused, unless `config.checkpoint.skip` lists it, and all of it
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -19,17 +20,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from visionfm_jax.config import CheckpointConfig, Config
+from visionfm_jax.config import CheckpointConfig, Config, OptimConfig, TrainConfig, rules
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import CheckpointError, ConfigError, UserError, count, printable
 from visionfm_jax.interop import files
+from visionfm_jax.interop.described import Described, describe
 from visionfm_jax.interop.leaves import OtherSettings, flatten, grouped, is_named, sides_of, some, unflatten
-from visionfm_jax.interop.pretrained import AS_MODEL, import_weights, timm_architectures
+from visionfm_jax.interop.pretrained import AS_MODEL, State, import_weights, timm_architectures
 from visionfm_jax.interop.resample import Way, way
+from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.parallel.agreement import from_first, require_same
 from visionfm_jax.parallel.mesh import REPLICATED
 from visionfm_jax.storage import read
+from visionfm_jax.tasks.classification import ClassificationConfig
+from visionfm_jax.tasks.contrastive import ContrastiveConfig
+from visionfm_jax.tasks.features import FeaturesConfig
 from visionfm_jax.train.checkpoint import SUBFOLDER, Checkpoints, Restored
 from visionfm_jax.train.provenance import leaf_changes, read_provenance
 from visionfm_jax.train.state import TrainState
@@ -196,13 +202,14 @@ def find_weights(trainer: Trainer) -> Found:
             f"config.checkpoint.weights = {where!r}: there is no such folder or file; name that of a run, or weights "
             "of timm, Hugging Face or OpenCLIP"
         )
-    of_file = from_first(lambda: read(lambda: _is_file(Path(where)), lambda: where))
+    of_file = from_first(lambda: read(lambda: is_of_others(Path(where)), lambda: where))
     return _of_file(trainer) if of_file else _of_run(trainer)
 
 
-def _is_file(where: Path) -> bool:
-    if where.is_file():
-        return True
+def is_of_others(where: Path) -> bool:
+    """Whether it is a file of weights, or a folder with one, and no run."""
+    if not where.is_dir():
+        return where.is_file()
     return not (where / SUBFOLDER).is_dir() and any(path.name.endswith(files.SUFFIXES) for path in where.iterdir())
 
 
@@ -220,17 +227,8 @@ def _of_file(trainer: Trainer) -> Found:
             f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} has this prefix; there are "
             f"{some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
         )
-    needed, problems = copy.deepcopy(trainer.config), []
-    found = fit = None
-    while found is None:  # under the settings that the weights need, to find all that does not fit
-        try:
-            found = import_weights(state, about, _networks(needed), config.weights_into, config.skip)
-        except UserError as error:
-            if type(error) not in (UserError, OtherSettings):
-                raise
-            problems.append(f"{file}: {with_fields(str(error), trainer.config)}")
-            if not (isinstance(error, OtherSettings) and _set(needed, error.fields)):
-                break
+    needed, found, problems = _settled(trainer.config, file, state, about)
+    fit = None
     if found is None or any(path.endswith("embed/kernel") for path in found.arrays):  # of pixels
         said = from_first(lambda: files.normalization(file, about))
         problems += _normalization_problems(trainer.config, said, file)
@@ -250,14 +248,58 @@ def _of_file(trainer: Trainer) -> Found:
     return Found(found.arrays, str(file), 0, fit, kept, notes)
 
 
+def _settled(config: Config, file: Path, state: State, about: Mapping[str, Any] | str) -> tuple[Config, Any, list[str]]:
+    """The configuration that the weights need, what they are under it (None: nothing known), and all that differs."""
+    needed, problems = copy.deepcopy(config), []
+    while True:
+        try:
+            where = config.checkpoint
+            return needed, import_weights(state, about, _networks(needed), where.weights_into, where.skip), problems
+        except UserError as error:
+            if type(error) not in (UserError, OtherSettings):
+                raise
+            problems.append(f"{file}: {with_fields(str(error), config)}")
+            if not (isinstance(error, OtherSettings) and _set(needed, error.fields)):
+                return needed, None, problems
+
+
+def described(where: Path) -> tuple[Config, Described]:
+    """The configuration of a model of timm, Hugging Face or OpenCLIP for its use, from the folder alone.
+
+    Raises:
+      UserError: it holds no weights, or is of a kind that is not known here.
+      DataError, StorageError: it cannot be read.
+    """
+    file = files.file_in(where, "checkpoint.weights")
+    state, about = files.read_weights(file).tensors, files.about(file)
+    if about is None:
+        raise ConfigError(f"{file}: has no config.json next to it, which says what model it is; get the folder again")
+    said = describe(file, state, about)
+    task = FeaturesConfig()
+    if isinstance(said.model, ClipConfig):
+        task = ContrastiveConfig(loss="sigmoid" if said.sigmoid else "softmax", tokenizer=said.tokenizer)
+    elif said.names:
+        task = ClassificationConfig(num_classes=len(said.names))
+    untrained = {"optim": OptimConfig(warmup_steps=0), "train": TrainConfig(steps=1, precision="fp32")}
+    config = Config(name=where.name or "model", model=said.model, task=task, **untrained)
+    config.data.augment.mean, config.data.augment.std = said.mean, said.std
+    config.checkpoint.weights = str(where)
+    needed, found, problems = _settled(config, file, state, about)
+    if found is None:
+        raise ConfigError(problems[-1])
+    rules.check([problem for problem in rules.problems(needed) if problem[0].startswith("model")])
+    return needed, said
+
+
 def _set(config: Config, fields: Mapping[str, Any]) -> bool:
     """Set fields of networks by names such as "ViTConfig.pool"; whether any had another value."""
     changed = False
     for network in _networks(config).values():
         for name, value in fields.items():
-            kind, _, field = name.partition(".")
-            if kind == type(network).__name__ and getattr(network, field, value) != value:
-                setattr(network, field, value)
+            kind, *path, field = name.split(".")
+            holder = functools.reduce(lambda part, one: getattr(part, one, None), path, network)
+            if kind == type(network).__name__ and getattr(holder, field, value) != value:
+                setattr(holder, field, value)
                 changed = True
     return changed
 

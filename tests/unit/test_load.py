@@ -1,0 +1,144 @@
+"""Models of other libraries, loaded from their folders alone: what they compute, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import visionfm_jax as vfm
+from tests.unit.test_export import CASES, FORMS, HAS, NAMES, config_of, model_of
+from visionfm_jax.errors import ConfigError, UserError
+from visionfm_jax.export import export, trained_of
+from visionfm_jax.interop.leaves import flatten
+from visionfm_jax.predict import main as predict
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+PICTURES = [np.random.default_rng(i).integers(0, 256, (50 + 9 * i, 61, 3), np.uint8) for i in range(2)]
+EXACT = 3e-6
+
+
+def close(found, expected):
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= EXACT * np.abs(expected).max()
+
+
+def outputs(model, of_texts):
+    found = {"features": model.features(PICTURES)}
+    if of_texts:
+        found |= {"images": model.embed_images(PICTURES), "texts": model.embed_texts(["a red bird", "two cats"])}
+    elif "labels" in model.config.task.predictions:
+        found["probabilities"] = model.classify(PICTURES).probability
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_loaded(tmp_path, name):
+    model = model_of(config_of(name))
+    first = True
+    for to in (to for to, letter in zip(FORMS, HAS[name], strict=False) if letter != "-"):
+        export(model, to, tmp_path / to)
+        loaded = vfm.load(tmp_path / to, devices=jax.devices()[:1])
+        expected, found = flatten(trained_of(model, to)[0].params), flatten(loaded.params)
+        if name == "vit_registers" and to == "timm":  # which has rows for registers, which are zero
+            expected.pop("pos_embed"), found.pop("pos_embed")
+        assert found.keys() == expected.keys()
+        for path, value in found.items():
+            assert np.asarray(value).tobytes() == np.asarray(expected[path]).tobytes(), path
+        two = "clip" in name.split("_")[0] and to != "timm"
+        assert loaded.class_names == (NAMES if model.class_names and not two and "head/bias" in found else ())
+        if first:
+            mine, theirs = (outputs(m, two) for m in (loaded, model))
+            for what in mine:
+                close(mine[what], theirs[what])
+        first = False
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A classifier as timm's and transformers' folder, and two towers as OpenCLIP's."""
+    base = tmp_path_factory.mktemp("exported")
+    classifier = model_of(config_of("vit_cls"))
+    for to in ("timm", "transformers"):
+        export(classifier, to, base / to)
+    export(model_of(config_of("clip")), "open_clip", base / "open_clip")
+    return base
+
+
+def changed(exported, tmp_path, to, file, change):
+    folder = tmp_path / to
+    shutil.copytree(exported / to, folder)
+    about = json.loads((folder / file).read_text())
+    change(about)
+    (folder / file).write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("to", "file", "change", "says"),
+    [
+        ("timm", "config.json", lambda a: a.update(architecture="vit_of_mine"), "timm's architecture 'vit_of_mine'"),
+        ("timm", "config.json", lambda a: a["pretrained_cfg"].update(crop_mode="border"), "crop_mode = 'border'"),
+        ("timm", "config.json", lambda a: a["pretrained_cfg"].pop("mean"), "nothing says how its images are norm"),
+        ("timm", "config.json", lambda a: a["pretrained_cfg"].update(interpolation="random"), "resized by 'random'"),
+        ("transformers", "config.json", lambda a: a.update(model_type="bert"), "model_type = 'bert' is none of"),
+        ("transformers", "config.json", lambda a: a.update(num_attention_heads=5), "heads"),
+        ("transformers", "preprocessor_config.json", lambda a: a.update(resample=0), "resample = 0"),
+        ("transformers", "preprocessor_config.json", lambda a: a.update(do_resize=False), "do_resize = False"),
+        ("open_clip", "open_clip_config.json", lambda a: a["preprocess_cfg"].update(resize_mode="longest"), "not known here"),
+        ("open_clip", "open_clip_config.json", lambda a: a["model_cfg"]["text_cfg"].update(hf_model_name="bert"),
+         "hf_model_name"),
+        ("open_clip", "open_clip_config.json", lambda a: a["model_cfg"]["vision_cfg"].update(timm_model_name="x"),
+         "image tower is timm's x"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(exported, tmp_path, to, file, change, says):
+    with pytest.raises(UserError) as error:
+        vfm.load(changed(exported, tmp_path, to, file, change))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_model(exported, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"it has no config\.json; name the folder of a run"):
+        vfm.load(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        vfm.load(tmp_path / "none")
+    (tmp_path / "cat.txt").write_text("cat")
+    with pytest.raises(UserError, match="is not a weights file by its name"):
+        vfm.load(tmp_path / "cat.txt")
+    shutil.copytree(exported / "timm", tmp_path / "half")
+    file = tmp_path / "half/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        vfm.load(tmp_path / "half")
+    shutil.copytree(exported / "timm", tmp_path / "alone")
+    (tmp_path / "alone/config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        vfm.load(tmp_path / "alone")
+    shutil.copytree(exported / "transformers", tmp_path / "blind")
+    (tmp_path / "blind/preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"no preprocessor_config\.json beside it"):
+        vfm.load(tmp_path / "blind")
+
+
+def test_what_it_cannot_do_is_said(exported):
+    model = vfm.load(exported / "timm")
+    with pytest.raises(UserError, match="has no text tower"):
+        model.embed_texts("a cat")
+    with pytest.raises(UserError, match="has no embeddings"):
+        model.embed_images(PICTURES)
+    assert model.features(PICTURES).shape == (2, 48)
+
+
+def test_the_command(exported, tmp_path, capsys):
+    from PIL import Image
+
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    predict([str(exported / "open_clip"), str(tmp_path / "a.png"), "--names=cat,dog"], mode="classify")
+    assert "cat" in capsys.readouterr().out
