@@ -3,6 +3,7 @@
     visionfm export runs/vit_huge --to=timm --out=exported/vit_huge
     visionfm export runs/vit_huge --to=transformers --out=exported/vit_huge
     visionfm export runs/clip --to=open_clip --out=exported/clip
+    visionfm export runs/vit_huge --to=stablehlo --out=exported/vit_huge
 
 The folder holds the newest weights (of the moving average where the run has one) in safetensors, the settings of the
 network and of the preprocessing of images, the names of the classes, a tokenizer where there are texts and the library
@@ -10,6 +11,7 @@ has a place for it, and README.md, a model card that says how it was trained and
 
 timm: the backbone, with its classifier if it was trained on classes; of two towers, that of images. transformers: the
 same, or CLIP and SigLIP with both towers. open_clip: both towers. A network that the library does not have is refused.
+stablehlo: any network, as programs that need JAX alone (`visionfm_jax.programs`), for batches of any size.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ from visionfm_jax.interop.resample import resize_positions
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig, table_grid
 from visionfm_jax.models.layers import no_gather
+from visionfm_jax.programs import PLATFORMS, programs_of
 from visionfm_jax.storage import replacing_folder
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.telemetry.card import card
 from visionfm_jax.train.initialise import with_fields
 
+FORMS = (*FOLDERS, "stablehlo")
 LARGEST = 5 * 10**9  # bytes of a file, of libraries that read several by an index
 
 
@@ -53,7 +57,7 @@ def export(
 
     Args:
       run: the folder of a run, or a loaded model.
-      to: timm, transformers or open_clip.
+      to: timm, transformers, open_clip or stablehlo.
       out: a new or empty folder.
       license: of the weights, as hubs name it, for the model card.
       largest: bytes of a file of weights, where the library reads several.
@@ -67,22 +71,22 @@ def export(
       UserError: the library has no such network, or the folder cannot be written.
     """
     out = Path(out)
-    if to not in FOLDERS:
-        raise ConfigError(f"--to={to}: there are {', '.join(FOLDERS)}; name one of them")
+    if to not in FORMS:
+        raise ConfigError(f"--to={to}: there are {', '.join(FORMS)}; name one of them")
     _require_empty(out)
     model = run if isinstance(run, Model) else load(run)
-    trained, notes = trained_of(model, to)
-    folder = _folder(model, to, trained)
+    trained, notes = _programmed(model) if to == "stablehlo" else trained_of(model, to)
+    folder, programs = _programs(model, trained) if to == "stablehlo" else (_folder(model, to, trained), {})
     extra, about_texts = _tokenizer(model, to, trained, folder)
     notes += [about_texts] if about_texts else []
-    notes += [note] if (note := other_pixels(folder.library, trained.pixels)) else []
+    notes += [note] if to != "stablehlo" and (note := other_pixels(folder.library, trained.pixels)) else []
     texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in folder.texts.items()}
     tokenized = bool(about_texts) and "tokenizer.model" not in extra
     texts["README.md"] = card(model, folder, trained, notes, license, tokenized)
     try:
         with replacing_folder(out) as part:
             _write_weights(part, folder, largest if folder.indexed else sys.maxsize)
-            for name, content in {**{name: text.encode() for name, text in texts.items()}, **extra}.items():
+            for name, content in {**{name: text.encode() for name, text in texts.items()}, **extra, **programs}.items():
                 (part / name).write_bytes(content)
     except OSError as error:
         raise UserError(f"--out={out}: {error.strerror or error}; name a folder that can be written") from error
@@ -124,6 +128,23 @@ def trained_of(model: Model, to: str) -> tuple[Trained, list[str]]:
     notes += [note] if note else []
     sigmoid = two_towers and config.task.loss == "sigmoid"
     return Trained(params, network, pixels, names, sigmoid), notes
+
+
+def _programmed(model: Model) -> tuple[Trained, list[str]]:
+    """The whole of a model, whose programs take images of its evaluation's size; and what people should know."""
+    names = model.class_names if "labels" in model.config.task.predictions else ()
+    note = "The programs normalise the pixels themselves; they run on CPUs and on GPUs of NVIDIA"
+    return Trained(model.params, model.config.model, _pixels(model)[0], names), [note]
+
+
+def _programs(model: Model, trained: Trained) -> tuple[Folder, dict[str, bytes]]:
+    """Weights and settings, and the programs by file."""
+    weights, files, outputs = programs_of(model)
+    about = {"images": [*trained.pixels.size, 3], "outputs": list(outputs), "platforms": list(PLATFORMS)}
+    if "texts.stablehlo" in files:
+        about["tokens"] = model.config.model.text.context
+    about |= {"class_names": list(trained.names)} if trained.names else {}
+    return Folder("jax", weights, "model.safetensors", {"config.json": about}), files
 
 
 def _names_of(network: BackboneConfig) -> set[str]:
@@ -226,7 +247,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.export") ->
     """Load the run and write the folder."""
     parser = Parser(program, __doc__)
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--to", required=True, help=f"library that opens it: {', '.join(FOLDERS)}")
+    parser.add_argument("--to", required=True, help=f"what opens it: {', '.join(FORMS)}")
     parser.add_argument("--out", required=True, help="folder to write; new or empty")
     parser.add_argument("--license", default="unknown", help="of the weights, for the model card (%(default)s)")
     arguments = parser.parse_args(argv)

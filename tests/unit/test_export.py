@@ -206,7 +206,7 @@ def test_a_network_that_a_library_does_not_have(tmp_path, name, to, changed, say
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     model = model_of(config_of("vit_cls"))
-    with pytest.raises(ConfigError, match=r"--to=torch: there are timm, transformers, open_clip"):
+    with pytest.raises(ConfigError, match=r"--to=torch: there are timm, transformers, open_clip, stablehlo"):
         export(model, "torch", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a").touch()

@@ -169,7 +169,7 @@ class Attention(nn.Module):
 
         `lengths` (B,): only the first tokens of a sequence are seen; None: all. `mask` as `attention` takes it.
         """
-        B, D = len(x), x.shape[-1]
+        B, D = x.shape[0], x.shape[-1]
         heads = functools.partial(rearrange, pattern="b t (n k) -> b t n k", n=self.heads)
         qkv = [heads(a) for a in Qkv(self.dtype, self.biases, name="qkv")(x)]
         if self.qk_norm:

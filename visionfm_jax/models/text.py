@@ -108,7 +108,7 @@ class TextTransformer(nn.Module):
         )  # fmt: skip
         x = scan_blocks(self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat)
         end = jnp.argmax(tokens == config.end_token, 1) if config.pool == "end" else tokens.shape[1] - 1
-        return layer_norm(jnp.float32, "norm", epsilon=config.norm_eps)(x[jnp.arange(len(x)), end])
+        return layer_norm(jnp.float32, "norm", epsilon=config.norm_eps)(x[jnp.arange(x.shape[0]), end])
 
 
 def forward_flops(config: TextConfig) -> float:

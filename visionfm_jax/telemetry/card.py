@@ -60,6 +60,22 @@ _OPEN_CLIP_TEXTS = """
     tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
     text = model.encode_text(tokenizer(["a cat"]), normalize=True)"""
 
+_PROGRAMS = """import jax  # pip install jax flatbuffers safetensors
+import numpy as np
+from jax import export
+from safetensors.numpy import load_file
+
+weights = load_file("FOLDER/model.safetensors")
+with open("FOLDER/images.stablehlo", "rb") as file:
+    encode_images = jax.jit(export.deserialize(bytearray(file.read())).call)
+images = np.zeros((3, HEIGHT, WIDTH, 3), np.uint8)  # any number of RGB images of this size
+out = encode_images(weights, images)  # a dictionary of arrays: OUTPUTS"""
+_TEXT_PROGRAM = """
+with open("FOLDER/texts.stablehlo", "rb") as file:
+    encode_texts = jax.jit(export.deserialize(bytearray(file.read())).call)
+tokens = np.zeros((3, LENGTH), np.int32)  # any number of texts, as ids of the tokenizer, zeros behind them
+text = encode_texts(weights, tokens)["text_embedding"]"""
+
 
 def card(
     model: Model, folder: Folder, trained: Trained, notes: Sequence[str], license: str, tokenized: bool = False
@@ -105,6 +121,12 @@ def card(
 
 def _code(folder: Folder, trained: Trained, tokenized: bool) -> str:
     """How the folder is opened."""
+    if folder.library == "jax":
+        about = folder.texts["config.json"]
+        height, width, _ = about["images"]
+        code = _PROGRAMS.replace("HEIGHT", str(height)).replace("WIDTH", str(width))
+        code = code.replace("OUTPUTS", ", ".join(about["outputs"]))
+        return code + (_TEXT_PROGRAM.replace("LENGTH", str(about["tokens"])) if "tokens" in about else "")
     if folder.library == "timm":
         shape = f"(1, {len(trained.names)}), logits" if trained.names else "pooled features"
         return _TIMM.replace("SHAPE", shape)

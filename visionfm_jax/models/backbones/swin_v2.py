@@ -477,5 +477,5 @@ class SwinV2(nn.Module):
             if i < 3:
                 x = PatchMerging(self.dtype, name=f"merging{i}")(x)
         normed = layer_norm(jnp.float32, "norm", epsilon=EPS)(x)
-        prefix = jnp.zeros((len(x), 0, x.shape[-1]))
+        prefix = jnp.zeros((x.shape[0], 0, x.shape[-1]))
         return Features(tuple(maps), normed, prefix, normed.mean((1, 2)), tuple(maps[i] for i in layers))

@@ -239,7 +239,7 @@ class ViT(nn.Module):
             first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))
         if first:
             own = jnp.concatenate(first).astype(x.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(own, (len(x), *own.shape)), x], 1)
+            x = jnp.concatenate([jnp.broadcast_to(own, (x.shape[0], *own.shape)), x], 1)
         if config.pos_embed != "none":
             x = x + self.positions(grid).astype(x.dtype)
         return layer_norm(self.dtype, "norm_pre", config.norm_eps)(x) if config.pre_norm else x
