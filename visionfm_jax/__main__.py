@@ -24,7 +24,7 @@ COMMANDS = {  # module and what it does
     "detect": ("predict", "find the objects in images"),
     "segment": ("predict", "write the class of each pixel of images"),
     "report": ("report", "write a page about a run, or about several side by side"),
-    "export": ("export", "write a trained model as a folder of timm, transformers or OpenCLIP"),
+    "export": ("export", "write a trained model as a folder of timm, transformers, OpenCLIP or JAX"),
     "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
     "bench": ("bench", "time the training step on synthetic data"),
     "select": ("data.select", "select image-text pairs of a folder of tars by their metadata"),

@@ -1,4 +1,4 @@
-"""Write a trained model as a folder that another library opens.
+"""Write a trained model, of a run or of another library, as a folder that another library opens.
 
     visionfm export runs/vit_huge --to=timm --out=exported/vit_huge
     visionfm export runs/vit_huge --to=transformers --out=exported/vit_huge
@@ -56,7 +56,7 @@ def export(
     """Write a trained model as the folder `out`, whole or not at all.
 
     Args:
-      run: the folder of a run, or a loaded model.
+      run: a folder that `api.load` takes, or a loaded model.
       to: timm, transformers, open_clip or stablehlo.
       out: a new or empty folder.
       license: of the weights, as hubs name it, for the model card.
@@ -246,7 +246,7 @@ def _write_weights(part: Path, folder: Folder, most: int) -> None:
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.export") -> None:
     """Load the run and write the folder."""
     parser = Parser(program, __doc__)
-    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("run", help="folder of a run, or of a model of timm, Hugging Face or OpenCLIP")
     parser.add_argument("--to", required=True, help=f"what opens it: {', '.join(FORMS)}")
     parser.add_argument("--out", required=True, help="folder to write; new or empty")
     parser.add_argument("--license", default="unknown", help="of the weights, for the model card (%(default)s)")

@@ -1,6 +1,7 @@
 """Use a trained model on images.
 
     visionfm embed runs/swinv2_g_clip photos/ --out=photos.npz
+    visionfm embed runs/swinv2_g_clip photos/ --out=photos_index/ --process=0/4
     visionfm search runs/swinv2_g_clip photos/ --text='a dog on a beach' --picture=found.png
     visionfm search runs/swinv2_g_clip --index=photos.npz --text='a dog on a beach'
     visionfm classify runs/swinv2_g_clip photos/ --names=cat,dog,bird
@@ -8,8 +9,12 @@
     visionfm detect runs/vit_huge_coco photos/ --out=found.json --picture=found.png
     visionfm segment runs/vit_huge_ade20k photos/ --out=maps/ --picture=maps.png
 
-The first argument is the folder of a run. The others are image files, folders (all images below them) or patterns such
-as 'photos/*.jpg'. An image that cannot be read is named in a warning; its row holds NaN or null.
+The first argument is the folder of a run, or of a model of timm, Hugging Face or OpenCLIP. The others are image files,
+folders (all images below them) or patterns such as 'photos/*.jpg'. An image that cannot be read is named in a warning;
+its row holds NaN or null.
+
+embed writes one file, .npz or .parquet, or, into a folder, parts of 4,096 images each. When the command is stopped and
+started again, the parts that are there are kept. Several processes, each with its own --process=I/N, share the work.
 
 detect writes COCO's JSON, with a score for each object; files are named below the folder that all images share.
 segment writes a PNG for each image, whose values are the numbers of classes, and names.txt, their names in order: a
@@ -34,6 +39,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from visionfm_jax import index
 from visionfm_jax.api import Model, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.images import opened
@@ -73,11 +79,23 @@ def images_of(words: Sequence[str]) -> list[str]:
 
 
 def embed(model: Model, arguments: Namespace) -> None:
-    """Embeddings, or with --features those of the backbone, as arrays `embedding` (N, E) and `name` (N,)."""
-    names = _needed(arguments.images)
-    rows = model.features(names) if arguments.features else model.embed_images(names)
-    _write(arguments.out, Path(arguments.out), lambda file: np.savez(file, embedding=rows, name=np.array(names)))
-    print(f"{len(rows):,} rows of {rows.shape[1]:,} numbers: {arguments.out}")
+    """Embeddings, or with --features what the backbone makes of images."""
+    names, out = _needed(arguments.images), Path(arguments.out)
+    share = _share(arguments.process, out)
+    about = {"model": model.config.name, "weights": model.config.folder, "step": model.step}
+    about |= {"features": arguments.features}
+    index.write_index(out, names, model.features if arguments.features else model.embed_images, about, share)
+    print(f"{len(names):,} images: {arguments.out}")
+
+
+def _share(word: str, out: Path) -> tuple[int, int]:
+    """(i, n) of --process=i/n."""
+    first, _, count = word.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise ConfigError(f"--process={printable(word)}: is not I/N, such as 0/4 for the first of four; give that")
+    if int(count) > 1 and out.suffix:
+        raise ConfigError(f"--out={printable(str(out))}: is one file, which one process writes; name a folder")
+    return int(first), int(count)
 
 
 def search(model: Model, arguments: Namespace) -> None:
@@ -86,7 +104,7 @@ def search(model: Model, arguments: Namespace) -> None:
         raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
     if bool(arguments.index) == bool(arguments.images):
         raise ConfigError("search needs images, or --index=FILE of visionfm embed; give one of them")
-    names, rows = _read_index(arguments.index) if arguments.index else _indexed(model, arguments.images)
+    names, rows = index.read_index(arguments.index) if arguments.index else _indexed(model, arguments.images)
     query = model.embed_texts(arguments.text) if arguments.text else model.embed_images(arguments.image)
     if not np.isfinite(query).all():
         raise DataError(f"--image={arguments.image}: cannot be read")
@@ -95,14 +113,14 @@ def search(model: Model, arguments: Namespace) -> None:
             f"--index={arguments.index}: has rows of {rows.shape[1]} numbers, and embeddings of this model have "
             f"{query.shape[1]}; make it with this run"
         )
-    (index,), (score,) = best(query, rows, min(arguments.count, len(names)))
-    for place, (i, cosine) in enumerate(zip(index, score, strict=True), 1):
+    (found_at,), (score,) = best(query, rows, min(arguments.count, len(names)))
+    for place, (i, cosine) in enumerate(zip(found_at, score, strict=True), 1):
         print(f"{place:4}  {cosine:6.3f}  {printable(names[i])}")
-    found = [{"image": names[i], "cosine": float(cosine)} for i, cosine in zip(index, score, strict=True)]
+    found = [{"image": names[i], "cosine": float(cosine)} for i, cosine in zip(found_at, score, strict=True)]
     _write_json(arguments.out, found)
     about = arguments.text or arguments.image
     labels = [f"{cosine:.3f}" for cosine in score]
-    _draw(arguments.picture, lambda path: _contact_sheet([names[i] for i in index], labels, path, about))
+    _draw(arguments.picture, lambda path: _contact_sheet([names[i] for i in found_at], labels, path, about))
 
 
 def classify(model: Model, arguments: Namespace) -> None:
@@ -184,7 +202,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "embed": Command(embed, ".npz", writes=True),
+    "embed": Command(embed, "", writes=True),
     "search": Command(search, ".json"),
     "classify": Command(classify, ".json"),
     "caption": Command(caption, ".json"),
@@ -223,19 +241,6 @@ def _needed(words: Sequence[str]) -> list[str]:
 def _indexed(model: Model, words: Sequence[str]) -> tuple[list[str], np.ndarray]:
     names = images_of(words)
     return names, model.embed_images(names)
-
-
-def _read_index(path: str) -> tuple[list[str], np.ndarray]:
-    """The names and rows of a file of `embed`."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names, rows = arrays["name"].tolist(), arrays["embedding"]
-        if rows.ndim == 2 and rows.dtype == np.float32 and len(rows) == len(names) > 0:
-            return list(map(str, names)), rows
-        why = f"its arrays are {rows.dtype} {rows.shape} and {len(names)} names"
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        why = str(error)
-    raise DataError(f"--index={path}: is no file of visionfm embed --out=NAME.npz: {why}")
 
 
 def _write(field: str, path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -297,12 +302,15 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
         parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("images", nargs="*", help="files, folders or patterns")
-    parser.add_argument("--out", default="", help="file to write, .npz or .json; segment: a folder; see above")
+    parser.add_argument(
+        "--out", default="", help="file to write, .npz, .parquet or .json; embed, segment: or a folder; see above"
+    )
     parser.add_argument("--picture", default="", help="PNG to draw: search, detect, segment")
     parser.add_argument("--features", action="store_true", help="embed: features of the backbone")
     parser.add_argument("--text", default="", help="search: what is looked for")
     parser.add_argument("--image", default="", help="search: an image like those that are looked for")
-    parser.add_argument("--index", default="", help="search: a file of embed --out=NAME.npz, in place of images")
+    parser.add_argument("--process", default="0/1", help="embed: I/N, of a folder, this of N processes (%(default)s)")
+    parser.add_argument("--index", default="", help="search: what embed has written, in place of images")
     parser.add_argument("--names", default="", help="classify: names of classes, separated by commas")
     parser.add_argument("--prompts", default="", help="classify: a text with {}, or a file of such texts")
     parser.add_argument("--least_score", type=float, default=0.3, help="detect: of an object (%(default)s)")
@@ -312,6 +320,8 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
         raise ConfigError(f"--count={arguments.count}: must be 1 or more")
     mode = mode or arguments.command
     command = COMMANDS[mode]
+    if mode == "embed":
+        index.check_name(arguments.out)
     if (arguments.out or command.writes) and not (arguments.out and arguments.out.endswith(command.ending)):
         what = f"a file {command.ending}" if command.ending else "a folder"
         raise ConfigError(f"--out={arguments.out}: {mode} writes {what}; name one")

@@ -142,11 +142,11 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
     predict.main([str(pairs), str(tmp_path / "07.png"), "--names=face, flag", "--count=2"], mode="classify")
     assert " %, " in capsys.readouterr().out
     for words, mode, message in (
-        ([str(tmp_path / "none")], "embed", "--out=: embed writes a file .npz"),
+        ([str(tmp_path / "none")], "embed", "--out=: name a file .npz or .parquet, or a folder"),
         ([str(tmp_path / "none"), "--out=a.npz"], "embed", "there is no such file or folder"),
         (["--text=a"], "search", "needs images, or --index"),
         ([str(tmp_path), "--text=a", "--image=b"], "search", "give one of them"),
-        ([f"--index={sheet}", "--text=a"], "search", "is no file of visionfm embed"),
+        ([f"--index={sheet}", "--text=a"], "search", "is no index of visionfm embed"),
         ([str(tmp_path)], "caption", "writes no captions"),
         ([str(tmp_path)], "classify", "give their names"),
     ):

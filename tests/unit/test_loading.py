@@ -137,6 +137,18 @@ def test_what_it_cannot_do_is_said(exported):
     assert model.features(PICTURES).shape == (2, 48)
 
 
+def test_another_library_s_folder_is_written_again(exported, tmp_path):
+    """From transformers to timm, and back to the bit; the card says whose the weights are."""
+    export(exported / "transformers", "timm", tmp_path / "timm")
+    export(tmp_path / "timm", "transformers", tmp_path / "transformers")
+    files = [folder / "transformers/model.safetensors" for folder in (exported, tmp_path)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    card = (tmp_path / "timm/README.md").read_text()
+    assert "converted with visionfm_jax" in card
+    assert "| weights | converted from transformers |" in card
+    assert "learning rate" not in card
+
+
 def test_the_command(exported, tmp_path, capsys):
     from PIL import Image
 

@@ -100,21 +100,29 @@ def card(
     kind = getattr(config.task, "kind", type(config.task).__name__)
     averaged = f", averaged over steps with decay {config.optim.ema:g}" if config.optim.ema else ""
     count = sum(tensor.size for tensor in folder.tensors.values())
+    converted = config.checkpoint.weights  # of another library: `api.load`
     facts = {
         "network": f"{type(config.model).__name__}, {count:,} numbers, images of {size} pixels",
+        "pixels": f"(value / 255 - {_numbers(trained.pixels.mean)}) / {_numbers(trained.pixels.std)}",
+    }
+    training = {
         "objective": kind, "weights": f"after step {model.step:,} of {config.total_steps:,}{averaged}",
         "batch": f"{config.train.batch_size:,}", "precision": config.train.precision,
         "learning rate": f"{config.optim.lr:g}, weight decay {config.optim.weight_decay:g}",
-        "pixels": f"(value / 255 - {_numbers(trained.pixels.mean)}) / {_numbers(trained.pixels.std)}",
     }  # fmt: skip
+    about = ["Data:", "", *(_data(model) or ["- not known"]), "", "## Evaluation", "", *_evaluations(model)]
+    if converted:
+        training = {"weights": f"converted from {Path(converted).name}"}
+        about = ["How they were trained and evaluated, and their licence, is what their own model card says."]
     parts = [
         "---", *(f"{name}: {json.dumps(value)}" for name, value in header.items()), "---", "",
         f"# {_plain(config.name)}", "",
-        f"An {TITLES[task]}, trained with visionfm_jax and written for {folder.library}.", "",
+        f"An {TITLES[task]}, {'converted' if converted else 'trained'} with visionfm_jax and written for "
+        f"{folder.library}.", "",
         "## Open it", "", "```python", _code(folder, trained, tokenized), "```", "", *(f"{note}.\n" for note in notes),
-        "## Training", "", "| | |", "|---|---|", *(f"| {name} | {_plain(v)} |" for name, v in facts.items()), "",
-        "Data:", "", *(_data(model) or ["- not known"]), "",
-        "## Evaluation", "", *_evaluations(model),
+        "## Weights" if converted else "## Training", "",
+        "| | |", "|---|---|", *(f"| {name} | {_plain(v)} |" for name, v in (facts | training).items()), "",
+        *about,
     ]  # fmt: skip
     return "\n".join(parts).rstrip() + "\n"
 

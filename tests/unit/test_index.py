@@ -1,0 +1,132 @@
+"""Embeddings in files and folders: what is read is what was written; stopped, continued, shared, damaged."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from visionfm_jax import index
+from visionfm_jax.errors import ConfigError, DataError, UserError
+from visionfm_jax.index import check_name, read_index, write_index
+
+NAMES = [f"photos/ñ {i}.jpg" for i in range(11)]
+ABOUT = {"model": "clip", "step": 7}
+WHOLE = (0, 1)
+
+
+def embed(names):
+    rows = np.array([[len(name), sum(map(ord, name)) / 1e3, 1] for name in names], np.float32)
+    rows[[i for i, name in enumerate(names) if name == NAMES[5]]] = np.nan
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(index, "ROWS", 4)
+
+
+def same(found):
+    names, rows = found
+    assert names == NAMES
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, embed(NAMES))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.parquet", "folder"])
+def test_what_is_written_is_read(tmp_path, name):
+    write_index(tmp_path / name, NAMES, embed, ABOUT, WHOLE)
+    same(read_index(str(tmp_path / name)))
+
+
+def test_a_stopped_index_is_continued(tmp_path):
+    asked = []
+
+    def until(last):
+        def some(names):
+            asked.append(names)
+            if len(asked) > last:
+                raise KeyboardInterrupt
+            return embed(names)
+
+        return some
+
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    write_index(whole, NAMES, embed, ABOUT, WHOLE)
+    with pytest.raises(KeyboardInterrupt):
+        write_index(out, NAMES, until(2), ABOUT, WHOLE)
+    (out / f".part-00002.parquet.{'0' * 16}").write_bytes(b"half")  # what a kill leaves
+    with pytest.raises(DataError, match=r"1 of 3 parts are missing, such as part-00002\.parquet; run the same"):
+        read_index(str(out))
+    asked.clear()
+    write_index(out, NAMES, until(9), ABOUT, WHOLE)
+    assert asked == [NAMES[8:]]
+    same(read_index(str(out)))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_processes_share_the_parts(tmp_path):
+    asked = []
+
+    def noted(names):
+        asked.extend(names)
+        return embed(names)
+
+    for i in (1, 0):
+        write_index(tmp_path / "out", NAMES, noted, ABOUT, (i, 2))
+    assert sorted(asked) == sorted(NAMES)
+    same(read_index(str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("names", "about", "says"),
+    [
+        (NAMES[:-1], ABOUT, "differs in images, names"),
+        ([*NAMES[:-1], "x.jpg"], ABOUT, "differs in names"),
+        (NAMES, {**ABOUT, "step": 8}, "differs in step"),
+    ],
+)
+def test_an_index_of_other_rows_is_not_continued(tmp_path, names, about, says):
+    write_index(tmp_path / "out", NAMES, embed, ABOUT, WHOLE)
+    with pytest.raises(ConfigError, match=says):
+        write_index(tmp_path / "out", names, embed, about, WHOLE)
+    same(read_index(str(tmp_path / "out")))
+
+
+def test_folders_of_other_files_are_left_alone(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is a folder of other files"):
+        write_index(tmp_path, NAMES, embed, ABOUT, WHOLE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*name one that can be written"):
+        write_index(tmp_path / "file", NAMES, embed, ABOUT, WHOLE)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/index.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"index\.json in it is damaged"):
+        write_index(tmp_path / "damaged", NAMES, embed, ABOUT, WHOLE)
+
+
+def test_what_is_no_index(tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"images": "many"}))
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    np.savez(tmp_path / "short.npz", name=np.array(["a"]), embedding=np.zeros((2, 3), np.float32))
+    np.savez(tmp_path / "double.npz", name=np.array(["a"]), embedding=np.zeros((1, 3)))
+    np.savez(tmp_path / "objects.npz", name=np.array([{}], object), embedding=np.zeros((1, 3), np.float32))
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04torn")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1torn")
+    (tmp_path / "text.npz").write_text("text")
+    for name in ("", "other.npz", "short.npz", "double.npz", "objects.npz", "torn.npz", "torn.parquet", "text.npz",
+                 "none.npz"):  # fmt: skip
+        with pytest.raises(DataError) as error:
+            read_index(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def test_names_of_files(tmp_path):
+    check_name("a.npz"), check_name("a.parquet"), check_name("folder/"), check_name("new")
+    (tmp_path / "v1.2").mkdir()
+    check_name(str(tmp_path / "v1.2"))
+    for name in ("", "a.csv"):
+        with pytest.raises(ConfigError, match="name a file"):
+            check_name(name)
