@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """`visionfm_jax.load` and what else `api` has; loaded when it is asked for, as programs need only parts."""
-    if name in ("Model", "load"):
+    if name in ("Model", "create", "list_models", "load"):
         from visionfm_jax import api
 
         return getattr(api, name)

@@ -15,6 +15,7 @@ Shapes: N images or texts, E embedding, D width, C classes, H W image, K detecti
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import itertools
 import os
@@ -44,6 +45,8 @@ from visionfm_jax.errors import DataError, UserError
 from visionfm_jax.evals.detection import on_image
 from visionfm_jax.evals.metrics import best, class_embeddings
 from visionfm_jax.evals.segmentation import Grid, guess_of
+from visionfm_jax.interop.described import Described, architectures, by_name
+from visionfm_jax.interop.pretrained import timm_architectures
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of
 from visionfm_jax.models.generate import Decoding
 from visionfm_jax.models.layers import no_gather
@@ -51,7 +54,14 @@ from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.parallel.zero import gather_params
 from visionfm_jax.storage import read
 from visionfm_jax.tasks.task import DTYPES
-from visionfm_jax.train.initialise import described, is_of_others, weights_to_evaluate
+from visionfm_jax.train.initialise import (
+    described,
+    find_weights,
+    is_of_others,
+    placed,
+    untrained,
+    weights_to_evaluate,
+)
 from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
@@ -118,9 +128,7 @@ def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None)
     if read(lambda: is_of_others(folder), lambda: str(folder)):
         config, said = described(folder)
         trainer = Trainer(config, make_mesh(1, devices))
-        model = Model(trainer, weights_to_evaluate(trainer).params, said.names)
-        model.transform = EvalTransform(config.model.image_size, said.preprocess, config.data.max_pixels)
-        return model
+        return _used(trainer, placed(trainer, find_weights(trainer), None), said)
     config = read(lambda: of_run(folder), lambda: str(folder))
     config.parallel.replicas = 1
     config.checkpoint.weights = ""  # what it began from
@@ -128,6 +136,51 @@ def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None)
     trainer = Trainer(config, mesh)
     weights = weights_to_evaluate(trainer)
     return Model(trainer, weights.params, tuple(classes_of(folder)), weights.step)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create` knows, timm's and OpenCLIP's, as far as they fit a pattern such as "vit_base*"."""
+    return fnmatch.filter(architectures(), pattern)
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int = 0,
+    weights: str | os.PathLike = "",
+    seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+) -> Model:
+    """A model by the name that timm or OpenCLIP has for it, in fp32.
+
+    Args:
+      name: one of `list_models()`, such as "vit_base_patch16_224" or "ViT-B-32".
+      num_classes: of a classifier on the backbone; 0: none.
+      weights: a file or folder of that library; "": random ones.
+      seed: of random weights.
+      devices: as for `load`.
+
+    Raises:
+      UserError: there is no such name, or the weights are not those of this model.
+    """
+    said = by_name(name, num_classes)
+    config = untrained(name, said)
+    trainer = Trainer(config, make_mesh(1, devices))
+    if weights:
+        config.checkpoint.weights = os.fspath(weights)
+        if name in timm_architectures():
+            config.checkpoint.weights_config = name
+        params = placed(trainer, find_weights(trainer), None)
+    else:
+        params = jax.jit(trainer.task.init, out_shardings=trainer.shardings.params)(jax.random.key(seed))
+    return _used(trainer, params, said)
+
+
+def _used(trainer: Trainer, params: Any, said: Described) -> Model:
+    """A model that is another library's, with the preprocessing that its images have there."""
+    model = Model(trainer, params, said.names)
+    model.transform = EvalTransform(trainer.config.model.image_size, said.preprocess, trainer.config.data.max_pixels)
+    return model
 
 
 class Model:

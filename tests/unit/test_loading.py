@@ -13,8 +13,10 @@ import visionfm_jax as vfm
 from tests.unit.test_export import CASES, FORMS, HAS, NAMES, config_of, model_of
 from visionfm_jax.errors import ConfigError, UserError
 from visionfm_jax.export import export, trained_of
+from visionfm_jax.interop.described import by_name
 from visionfm_jax.interop.leaves import flatten
 from visionfm_jax.predict import main as predict
+from visionfm_jax.train.initialise import untrained
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -135,6 +137,51 @@ def test_what_it_cannot_do_is_said(exported):
     with pytest.raises(UserError, match="has no embeddings"):
         model.embed_images(PICTURES)
     assert model.features(PICTURES).shape == (2, 48)
+
+
+def test_names_of_networks():
+    names = vfm.list_models()
+    assert {"vit_base_patch16_224", "swinv2_tiny_window8_256", "vit_small_patch16_dinov3", "ViT-B-32"} <= set(names)
+    assert vfm.list_models("ViT-L-14*")[0] == "ViT-L-14"
+    for name in names:
+        said = by_name(name)
+        config = untrained(name, said)
+        config.validate_model()
+        assert said.preprocess.problems("preprocess") == []
+        assert config.task.predictions == {"features"} | ({"embeddings"} if name.startswith("ViT-") else set())
+
+
+def test_a_network_by_its_name(exported, tmp_path):
+    devices = jax.devices()[:1]
+    one, other, again = (vfm.create("vit_tiny_patch16_224", seed=seed, devices=devices) for seed in (0, 1, 0))
+    kernel = "blocks/mlp/fc1/kernel"
+    first, second, third = (np.asarray(flatten(model.params)[kernel]) for model in (one, other, again))
+    assert first.shape == (12, 192, 768)
+    assert first.std() > 0.01
+    assert (first == third).all()
+    assert not (first == second).any()
+    export(one, "timm", tmp_path / "timm")
+    file = tmp_path / "timm/model.safetensors"
+    read = vfm.create("vit_tiny_patch16_224", weights=file, devices=devices)
+    for path, value in flatten(read.params).items():
+        assert np.asarray(value).tobytes() == np.asarray(flatten(one.params)[path]).tobytes(), path
+    assert read.transform == one.transform
+    with pytest.raises(UserError, match=r"do not fit the model|is no timm ViT"):
+        vfm.create("vit_small_patch16_224", weights=file, devices=devices)
+    with pytest.raises(ConfigError, match=r"leave .*head.* untrained"):
+        vfm.create("vit_tiny_patch16_224", weights=file, num_classes=10, devices=devices)
+    for words, says in (
+        (
+            {"name": "vit_bass_patch16_224"},
+            r"there is no model 'vit_bass_patch16_224'; did you mean vit_base_patch16_224",
+        ),
+        ({"name": "?"}, r"list_models\(\) has the names"),
+        ({"name": "ViT-B-32", "num_classes": 3}, "has two towers"),
+        ({"name": "vit_tiny_patch16_224", "num_classes": 1}, "two classes or more"),
+        ({"name": "vit_tiny_patch16_224", "weights": "none"}, "there is no such folder or file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            vfm.create(**words)
 
 
 def test_another_library_s_folder_is_written_again(exported, tmp_path):

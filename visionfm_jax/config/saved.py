@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from visionfm_jax.config.limits import types_of
-from visionfm_jax.config.schema import Choice, Config
+from visionfm_jax.config.schema import Choice, Config, ModelConfig
 from visionfm_jax.errors import ConfigError, printable
 
 SETTINGS = "config.json"  # of a run folder
@@ -63,6 +63,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     config = _group(Config, values, "config")
     config.validate()
     return config
+
+
+def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """The model that `values` are of; what they lack has defaults.
+
+    Raises:
+      ConfigError: no such class or field is there.
+    """
+    _import_classes()
+    return _group(ModelConfig, values, "config.model")
 
 
 def _group(cls: type, values: Any, name: str) -> Any:

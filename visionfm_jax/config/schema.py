@@ -525,6 +525,14 @@ class Config:
         """
         rules.check(rules.problems(self))
 
+    def validate_model(self) -> None:
+        """Check the rules of the model alone, of a configuration by which nothing is trained.
+
+        Raises:
+          ConfigError: as `validate`.
+        """
+        rules.check([problem for problem in rules.problems(self) if problem[0].startswith("model")])
+
     def validate_devices(self, devices: int, hosts: int = 1) -> None:
         """Check the rules that tie the batch and the mesh to `devices` (all hosts') and `hosts`.
 

@@ -7,15 +7,20 @@ it should have been (`leaves.OtherSettings`), so that they are settled when the 
 
 from __future__ import annotations
 
+import difflib
+import functools
+import json
 import math
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from visionfm_jax.config import BackboneConfig, PreprocessConfig
 from visionfm_jax.config.limits import HeightWidth, ImageSize, shortest
-from visionfm_jax.errors import UserError
+from visionfm_jax.config.saved import model_from_dict
+from visionfm_jax.errors import UserError, printable
 from visionfm_jax.interop import files, huggingface, huggingface_clip, open_clip, timm
 from visionfm_jax.interop.leaves import sides_of, without_prefix
 from visionfm_jax.interop.pretrained import State, library_of, timm_facts
@@ -81,6 +86,34 @@ def describe(file: Path, state: State, about: Mapping[str, Any]) -> Described:
     two = isinstance(model, ClipConfig)
     tokenizer = _tokenizer(file.parent, model.text, about) if two else ""
     return Described(model, names, two and "logit_bias" in state, tokenizer, **(said or _OPENAI), preprocess=preprocess)
+
+
+@functools.cache
+def architectures() -> dict[str, dict[str, Any]]:
+    """Networks and their preprocessing by the names of timm and OpenCLIP; written by `tools/architectures.py`."""
+    return json.loads(resources.files("visionfm_jax.interop").joinpath("architectures.json").read_text())["models"]
+
+
+def by_name(name: str, num_classes: int = 0) -> Described:
+    """The model that a name of `architectures` stands for, of two towers, or a backbone with as many classes.
+
+    Raises:
+      UserError: there is no such name, or a model of two towers would have classes.
+    """
+    if name not in architectures():
+        near = difflib.get_close_matches(name, architectures(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has the names"
+        raise UserError(f"there is no model {printable(name)!r}; {hint}")
+    said = architectures()[name]
+    model = model_from_dict(said["model"])
+    two = isinstance(model, ClipConfig)
+    if num_classes < 0 or num_classes == 1 or (two and num_classes):
+        rule = f"{name} has two towers, which name classes by texts" if two else "a classifier has two classes or more"
+        raise UserError(f"num_classes = {num_classes}: {rule}; set it to 0")
+    preprocess = PreprocessConfig(**{key: said[key] for key in ("crop", "resize", "interpolation")})
+    names = tuple(map(str, range(num_classes)))
+    mean, std = tuple(said["mean"]), tuple(said["std"])
+    return Described(model, names, False, "clip" if two else "", mean, std, preprocess)
 
 
 # Networks

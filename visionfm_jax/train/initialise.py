@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from visionfm_jax.config import CheckpointConfig, Config, OptimConfig, TrainConfig, rules
+from visionfm_jax.config import CheckpointConfig, Config, OptimConfig, TrainConfig
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import CheckpointError, ConfigError, UserError, count, printable
@@ -227,7 +227,7 @@ def _of_file(trainer: Trainer) -> Found:
             f"config.checkpoint.weights_from = {config.weights_from!r}: no name in {file} has this prefix; there are "
             f"{some(sorted({name.partition('.')[0] for name in weights.tensors}))}; set one of them"
         )
-    needed, found, problems = _settled(trainer.config, file, state, about)
+    needed, found, problems = settled(trainer.config, file, state, about)
     fit = None
     if found is None or any(path.endswith("embed/kernel") for path in found.arrays):  # of pixels
         said = from_first(lambda: files.normalization(file, about))
@@ -248,7 +248,7 @@ def _of_file(trainer: Trainer) -> Found:
     return Found(found.arrays, str(file), 0, fit, kept, notes)
 
 
-def _settled(config: Config, file: Path, state: State, about: Mapping[str, Any] | str) -> tuple[Config, Any, list[str]]:
+def settled(config: Config, file: Path, state: State, about: Mapping[str, Any] | str) -> tuple[Config, Any, list[str]]:
     """The configuration that the weights need, what they are under it (None: nothing known), and all that differs."""
     needed, problems = copy.deepcopy(config), []
     while True:
@@ -275,20 +275,26 @@ def described(where: Path) -> tuple[Config, Described]:
     if about is None:
         raise ConfigError(f"{file}: has no config.json next to it, which says what model it is; get the folder again")
     said = describe(file, state, about)
+    config = untrained(where.name or "model", said)
+    config.checkpoint.weights = str(where)
+    needed, found, problems = settled(config, file, state, about)
+    if found is None:
+        raise ConfigError(problems[-1])
+    needed.validate_model()
+    return needed, said
+
+
+def untrained(name: str, said: Described) -> Config:
+    """The configuration of a model that is used, and not trained."""
     task = FeaturesConfig()
     if isinstance(said.model, ClipConfig):
         task = ContrastiveConfig(loss="sigmoid" if said.sigmoid else "softmax", tokenizer=said.tokenizer)
     elif said.names:
         task = ClassificationConfig(num_classes=len(said.names))
-    untrained = {"optim": OptimConfig(warmup_steps=0), "train": TrainConfig(steps=1, precision="fp32")}
-    config = Config(name=where.name or "model", model=said.model, task=task, **untrained)
+    once = {"optim": OptimConfig(warmup_steps=0), "train": TrainConfig(steps=1, precision="fp32")}
+    config = Config(name=name, model=said.model, task=task, **once)
     config.data.augment.mean, config.data.augment.std = said.mean, said.std
-    config.checkpoint.weights = str(where)
-    needed, found, problems = _settled(config, file, state, about)
-    if found is None:
-        raise ConfigError(problems[-1])
-    rules.check([problem for problem in rules.problems(needed) if problem[0].startswith("model")])
-    return needed, said
+    return config
 
 
 def _set(config: Config, fields: Mapping[str, Any]) -> bool:
