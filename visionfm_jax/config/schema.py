@@ -456,11 +456,13 @@ class TelemetryConfig:
     log_every: int = 50  # logging interval, steps
     progress: bool = True  # show a progress bar in the terminal
     tensorboard: bool = True  # also write TensorBoard event files
+    trackers: tuple[str, ...] = ()  # services that also get the metrics: wandb | mlflow
     stuck_minutes: float = 30.0  # if no step finishes for this long: dump stacks, name the process, exit; 0: off
     profile_steps: tuple[int, int] = (0, 0)  # first and last step, from 0, of a trace for XProf; (0, 0): none
 
     limits: ClassVar[Limits] = {
         "log_every": Range(1, 2**30),  # steps
+        "trackers": OneOf(("wandb", "mlflow")),
         "stuck_minutes": Range(0.01, 1e6, off=True),
         "profile_steps": STEPS,
     }

@@ -9,10 +9,12 @@ from typing import Self
 import jax
 
 from visionfm_jax.config import Config
+from visionfm_jax.config.schema import to_dict
 from visionfm_jax.errors import OutputError
 from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.telemetry.progress import Progress
 from visionfm_jax.telemetry.trace import StepTrace
+from visionfm_jax.telemetry.trackers import open_trackers
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import MetricWriter
 
@@ -26,7 +28,9 @@ class RunMonitor:
         self.progress = Progress(config.total_steps, start, enabled=first and telemetry.progress)
         self.writer = None
         if first:
-            self.writer = MetricWriter(folder, start_step=start, tensorboard=telemetry.tensorboard, note=self.note)
+            trackers = open_trackers(telemetry.trackers, folder, to_dict(config), self.note)
+            more = {"tensorboard": telemetry.tensorboard, "trackers": trackers}
+            self.writer = MetricWriter(folder, start_step=start, note=self.note, **more)
         self.trace = StepTrace(telemetry.profile_steps, folder, self.note)
         self.watchdog = watchdog
         watchdog.beat(start)

@@ -12,11 +12,12 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Self
 
-from visionfm_jax.errors import OutputError, complain, count
+from visionfm_jax.errors import OutputError, complain, count, one_line
 from visionfm_jax.storage import CHECKSUM, append_line, read_bytes, seal, unseal, unwritable, write, write_text
+from visionfm_jax.telemetry.trackers import Tracker
 
 FILE = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -39,6 +40,7 @@ class MetricWriter:
       folder: the run folder; made if missing.
       start_step: the last step that the resumed state contains; 0 for a new run.
       tensorboard: also write event files.
+      trackers: services by name, which get the same scalars; the writer closes them.
       note: shows a line to people.
 
     Raises:
@@ -51,12 +53,13 @@ class MetricWriter:
         *,
         start_step: int = 0,
         tensorboard: bool = True,
+        trackers: Mapping[str, Tracker] = MappingProxyType({}),
         note: Callable[[str], None] = print,
     ) -> None:
         self._path, self._note = Path(folder) / FILE, note
         self._waiting: list[bytes] = []
         self._failed: OSError | None = None
-        self._events = None
+        self._events, self._trackers = None, dict(trackers)
 
         def begin() -> BinaryIO:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +83,12 @@ class MetricWriter:
             except OSError as error:
                 self._note(f"tensorboard: {error.strerror}; no further events are written; {FILE} goes on")
                 self._events = None
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                tracker.write(step, values)
+            except Exception as error:  # whatever a client of a service raises must not end a run
+                self._note(f"{name}: {one_line(error)}; it gets no further metrics; {FILE} goes on")
+                del self._trackers[name]
 
     def _append(self) -> None:
         """Write the lines that wait; where that fails, all of the first that is not whole waits on."""
@@ -109,6 +118,11 @@ class MetricWriter:
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:  # likewise
+                self._note(f"{name}: {one_line(error)}; its last metrics may be missing")
         if self._failed is not None:
             raise unwritable(self._path, self._failed, f"{len(self._waiting)} lines of metrics are lost; ")
 
