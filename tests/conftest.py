@@ -56,6 +56,8 @@ SLOW = (
     "parity/test_vit_parity.py",
     "parity/test_aurora_parity.py",
     "unit/test_export.py",
+    "unit/test_loading.py",
+    "unit/test_programs.py",
     "unit/models/test_swin_v2.py",
     "unit/models/test_aurora.py",
     "unit/models/test_vit.py",
