@@ -41,6 +41,7 @@ from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.images import DamagedImage, opened
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
+from visionfm_jax.data.tokenizer.files import require_same_texts
 from visionfm_jax.errors import DataError, UserError
 from visionfm_jax.evals.detection import on_image
 from visionfm_jax.evals.metrics import best, class_embeddings
@@ -208,7 +209,10 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Of its texts."""
         self._require(hasattr(self.config.task, "tokenizer"), "has no text tower")
-        return open_tokenizer(self.config.task.tokenizer)
+        name = self.config.task.tokenizer
+        if self.config.checkpoint.weights and name.endswith(".json"):  # of another library
+            require_same_texts(name, self.config.model.text.pool == "last")
+        return open_tokenizer(name)
 
     def embed_images(self, images: Any) -> np.ndarray:
         """float32 (N, E), rows of length 1."""

@@ -8,9 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import visionfm_jax as vfm
 from tests.unit.test_export import CASES, FORMS, HAS, NAMES, config_of, model_of
+from visionfm_jax.data.tokenizer.files import require_same_texts
 from visionfm_jax.errors import ConfigError, UserError
 from visionfm_jax.export import export, trained_of
 from visionfm_jax.interop.described import by_name
@@ -72,6 +74,7 @@ def exported(tmp_path_factory):
 
 
 def changed(exported, tmp_path, to, file, change):
+    """A copy of one of the folders, with a JSON file changed."""
     folder = tmp_path / to
     shutil.copytree(exported / to, folder)
     about = json.loads((folder / file).read_text())
@@ -104,6 +107,43 @@ def test_what_cannot_be_is_refused(exported, tmp_path, to, file, change, says):
         vfm.load(changed(exported, tmp_path, to, file, change))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_preprocessors_of_older_versions(exported, tmp_path):
+    """One number is the shorter edge where a centre is cut out, and else both edges."""
+
+    def older(crop):
+        def change(about):
+            about.update(size=40, do_center_crop=crop, crop_size=32)
+            del about["image_processor_type"]
+
+        return change
+
+    for crop, resize, size in ((True, "crop", 32), (False, "squash", 40)):
+        folder = changed(exported, tmp_path / str(crop), "transformers", "preprocessor_config.json", older(crop))
+        model = vfm.load(folder, devices=jax.devices()[:1])
+        assert (model.transform.preprocess.resize, model.transform.size) == (resize, size)
+        assert int(size / model.transform.preprocess.crop) == 40
+
+
+def tokenizer_json(folder, end, pad):
+    """A tokenizer of four words, whose texts end by `end` tokens of an end and are padded by `pad`."""
+    words = {"[PAD]": 0, "<s>": 1, "</s>": 2, "two": 3, "cats": 4, "on": 5, "a": 6, "sofa": 7, "<unk>": 8}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    single = " ".join(["<s> $A", *["</s>"] * end])
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    return str(folder / "tokenizer.json")
+
+
+def test_texts_that_another_library_reads_otherwise_are_refused(tmp_path):
+    require_same_texts(tokenizer_json(tmp_path, 1, {"content": "[PAD]"}), True)
+    require_same_texts(tokenizer_json(tmp_path, 1, "</s>"), False)
+    for end, pad, says in ((1, "</s>", "padded by '</s>'"), (2, "[PAD]", r"reads 'two cats on a sofa' as \[1, 3")):
+        with pytest.raises(UserError, match=says):
+            require_same_texts(tokenizer_json(tmp_path, end, pad), True)
 
 
 def test_what_is_no_model(exported, tmp_path):

@@ -280,8 +280,11 @@ def _class_names(state: State, about: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _tokenizer(folder: Path, text: TextConfig, about: Mapping[str, Any]) -> str:
-    """A file of the folder, or CLIP's own; a file that is not there is missed when texts come."""
-    if (folder / "tokenizer.model").is_file():
+    """A file of the folder, or CLIP's own; a file that is not there is missed when texts come.
+
+    A `tokenizer.model` alone is as `export` writes it; beside others it is read by rules of theirs.
+    """
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file():
         return str(folder / "tokenizer.model")
     other = about.get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name")
     if text.vocab_size == CLIP_WORDS and text.pool == "end" and not other:
@@ -322,11 +325,12 @@ def _of_processor(file: Path, about: Mapping[str, Any]) -> tuple[HeightWidth, Pr
         )
     said = files.read_json(path)
     resized, cropped = (_processor_size(said.get(key)) for key in ("size", "crop_size"))
-    crops = bool(said.get("do_center_crop", cropped and said.get("image_processor_type", "").startswith("CLIP")))
+    crops = bool(said.get("do_center_crop", cropped))
     size = cropped if crops and cropped else resized
     by = _INTERPOLATIONS.get(said.get("resample"))
     plain = said.get("do_resize", True) and math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3)
-    shorter = isinstance(said.get("size"), dict) and "shortest_edge" in said["size"]
+    # Files of older versions have one number, which is that of the shorter edge where there is a crop.
+    shorter = "shortest_edge" in said["size"] if isinstance(said.get("size"), dict) else crops
     if not size or not resized or not by or not plain or (shorter and not crops):
         keys = ("size", "crop_size", "do_center_crop", "resample", "do_resize", "rescale_factor")
         given = ", ".join(f"{key} = {said[key]!r:.60}" for key in keys if key in said)

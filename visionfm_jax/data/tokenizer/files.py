@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from visionfm_jax.data.tokenizer import SHIPPED, clip_pairs, open_tokenizer
-from visionfm_jax.storage import read
+from visionfm_jax.errors import DataError, UserError
+from visionfm_jax.storage import read, read_bytes
 
 _TEXTS = "visionfm_jax.data.text"
 
@@ -33,6 +34,38 @@ def huggingface_files(name: str, length: int) -> dict[str, bytes]:
         open_tokenizer(name)
         return {"tokenizer.model": read(Path(name).read_bytes, lambda: f"tokenizer {name}")}
     return _json_files(name, length)
+
+
+def require_same_texts(name: str, padding_counts: bool) -> None:
+    """Refuse a `tokenizer.json` whose library gives a text other ids than training here would: begin, text, end, zeros.
+
+    Args:
+      name: the file, in the folder of its model.
+      padding_counts: the model reads what stands behind the end, too.
+
+    Raises:
+      UserError: it does.
+      DataError: as `open_tokenizer`.
+    """
+    from tokenizers import Tokenizer
+
+    ours, core = open_tokenizer(name), Tokenizer.from_file(name)
+    core.no_truncation()
+    core.no_padding()
+    words = "two cats on a sofa"
+    there, here = core.encode(words).ids, [ours.begin, *ours.encode(words), ours.end]
+    if there != here:
+        raise UserError(
+            f"{name}: reads {words!r} as {there}, and here it would be {here}; use the model for images alone"
+        )
+    path = Path(name).with_name("tokenizer_config.json")
+    try:
+        said = json.loads(read_bytes(path) or b"{}").get("pad_token")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: is no JSON object; get the file again") from error
+    pad = said.get("content") if isinstance(said, dict) else said
+    if padding_counts and core.token_to_id(str(pad)) != 0:
+        raise UserError(f"{name}: texts are padded by {pad!r}, and here by the token 0; use the model for images alone")
 
 
 def _clip_files(length: int) -> dict[str, bytes]:
