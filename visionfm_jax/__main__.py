@@ -16,6 +16,7 @@ from visionfm_jax.errors import UserError, entry_point
 COMMANDS = {  # module and what it does
     "train": ("main", "train, or continue a run"),
     "evaluate": ("main", "run the evals on the newest checkpoint of a run"),
+    "board": ("board", "measure models on the sets of image benchmarks that are on disk"),
     "replay": ("main", "run one step of a run again, with statistics of every layer"),
     "embed": ("predict", "embed images with a trained model, into a file"),
     "search": ("predict", "find the images that fit a text, or another image"),

@@ -14,6 +14,7 @@ process hangs or was lost, or storage failed for too long · 74 a checkpoint or 
 from __future__ import annotations
 
 import faulthandler
+import re
 import sys
 from collections.abc import Sequence
 
@@ -30,8 +31,9 @@ from visionfm_jax.train.timing import StopSignal
 ABOUT = {
     "train": "Train the model of a configuration, or continue a run from its newest checkpoint.",
     "evaluate": "Run the evals on the newest checkpoint of a run, or on `config.checkpoint.weights`.\n\n"
-    "    visionfm evaluate --config=runs/swinv2_g_clip --eval=zero_shot --data=/data/pets \\\n"
-    "        --config.evals[0].source.split=test --config.evals[0].prompts='a photo of a {}'",
+    "    visionfm evaluate --run=runs/swinv2_g_clip --eval=zero_shot --data=/data/pets \\\n"
+    "        --config.evals[0].source.split=test --classes=names.txt --prompts=pets_prompts\n\n"
+    "--run=FOLDER is the same as --config=FOLDER.",
     "replay": "Run one step of a run again and write statistics of every layer to RUN/replay.",
 }
 
@@ -56,6 +58,8 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.main", mode
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0, with --coordinator")
     if mode in ("", "evaluate"):
         add_arguments(parser)
+    if mode == "evaluate":
+        argv = [re.sub(r"^--run(?==|$)", "--config", word) for word in argv]
     config, arguments = parser.parse_with_config(argv, with_eval)
     if not mode:
         mode = arguments.mode

@@ -10,9 +10,11 @@ from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.load import load_file
 from visionfm_jax.config.schema import to_dict
-from visionfm_jax.data.sources.kinds import FolderConfig, TarsConfig
+from visionfm_jax.data.sources.kinds import BenchmarkConfig, FolderConfig, TarsConfig
+from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.evals.kinds import KnnConfig, RetrievalConfig, ZeroShotConfig
+from visionfm_jax.main import main
 
 
 @pytest.fixture
@@ -46,6 +48,20 @@ def test_an_eval_from_the_command_line(run):
     assert made == ZeroShotConfig(name="zero_shot", source=source, prompts="a photo of a {}", preprocess=own)
 
 
+def test_names_and_prompts_from_the_command_line(run, monkeypatch):
+    [made] = parsed(
+        f"--config={run}", "--eval=zero_shot", "--data=benchmark:/data/flowers", "--classes=flowers_classes",
+        "--prompts=flowers_prompts",
+    ).evals  # fmt: skip
+    assert (made.source, made.classes) == (BenchmarkConfig(path="/data/flowers"), "flowers_classes")
+    assert (len(read_lines(made.classes)), read_lines(made.prompts)) == (102, ("a photo of a {}, a type of flower.",))
+    seen = []
+    monkeypatch.setattr(Parser, "parse_with_config", lambda self, argv, change: seen.extend(argv) or exit(0))
+    with pytest.raises(SystemExit):
+        main(["--run=a", "--eval=knn", "--run", "b"], mode="evaluate")
+    assert seen == ["--config=a", "--eval=knn", "--config", "b"]
+
+
 def test_data_of_other_kinds_and_a_gallery(run):
     [made] = parsed(f"--config={run}", "--eval=knn", "--data=folder:a/b", "--gallery=a/c:d").evals
     assert isinstance(made, KnnConfig)
@@ -63,6 +79,7 @@ def test_data_of_other_kinds_and_a_gallery(run):
         (("--data=a",), "--data=a: needs --eval=KIND"),
         (("--eval=zero_shot", "--data=fold:a"), "--data=fold:a: 'fold' is no kind of data; there is "),
         (("--eval=zero_shot", "--data=a", "--gallery=b"), "--gallery=b: --eval=zero_shot has none; leave it out"),
+        (("--eval=knn", "--data=a", "--classes=b"), "--classes=b: --eval=knn has none; leave it out"),
         (("--eval=captioning", "--data=tars:a"), "captioning"),
     ],
 )

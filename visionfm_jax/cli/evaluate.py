@@ -25,6 +25,8 @@ from visionfm_jax.train.initialise import weights_to_evaluate
 from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
+FLAGS = ("eval", "data", "gallery", "classes", "prompts")
+
 
 def add_arguments(parser: Parser) -> None:
     """Those of an eval that the run does not have."""
@@ -33,7 +35,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--data", metavar="[KIND:]PATH", help="of --eval; KIND as config.data.train[0].kind, by default folder"
     )
-    parser.add_argument("--gallery", metavar="[KIND:]PATH", help="of --eval=knn or retrieval, likewise")
+    parser.add_argument("--gallery", metavar="[KIND:]PATH", help="of --eval=knn, linear_probe or retrieval, likewise")
+    parser.add_argument("--classes", metavar="NAMES", help="of --eval=zero_shot: a shipped list, or a file, of names")
+    parser.add_argument(
+        "--prompts", metavar="PROMPTS", help="of --eval=zero_shot: a list, a file, or 'a photo of a {}'"
+    )
 
 
 def with_eval(config: Config, values: Namespace) -> None:
@@ -41,7 +47,7 @@ def with_eval(config: Config, values: Namespace) -> None:
 
     It is named by its kind, and looks at images as the run's first eval does.
     """
-    given = {name: value for name in ("eval", "data", "gallery") if (value := getattr(values, name, None))}
+    given = {name: value for name in FLAGS if (value := getattr(values, name, None))}
     if not given:
         return
     word = "--{}={}".format(*next(iter(given.items())))
@@ -60,6 +66,11 @@ def with_eval(config: Config, values: Namespace) -> None:
         if "gallery" not in names:
             raise ConfigError(f"--gallery={values.gallery}: --eval={values.eval} has none; leave it out")
         settings["gallery"] = (_source("gallery", values.gallery),)
+    for name in ("classes", "prompts"):
+        if value := getattr(values, name):
+            if name not in names:
+                raise ConfigError(f"--{name}={value}: --eval={values.eval} has none; leave it out")
+            settings[name] = value
     if config.evals:
         settings["preprocess"] = config.evals[0].preprocess
     config.evals = (kind(**settings),)

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from importlib import resources
 from pathlib import Path
 
 from visionfm_jax.errors import DataError
 
 
+@functools.cache
+def benchmarks() -> dict[str, dict[str, list[str]]]:
+    """By set: its `prompts`, and `classes` where labels or folders are only numbers."""
+    return json.loads((resources.files("visionfm_jax.data.text") / "benchmarks.json").read_text("utf-8"))
+
+
+def _of_benchmarks() -> dict[str, tuple[str, ...]]:
+    """SET_prompts and SET_classes."""
+    return {f"{name}_{what}": tuple(x) for name, lists in benchmarks().items() for what, x in lists.items()}
+
+
 def list_names() -> list[str]:
     """The shipped lists."""
     files = resources.files("visionfm_jax.data.text").iterdir()
-    return sorted(f.name.removesuffix(".txt") for f in files if f.name.endswith(".txt"))
+    return sorted([*(f.name.removesuffix(".txt") for f in files if f.name.endswith(".txt")), *_of_benchmarks()])
 
 
 def read_lines(name: str) -> tuple[str, ...]:
     """The lines of a shipped list or of a UTF-8 text file, without blanks around them; at least one.
 
     Args:
-      name: of a shipped list ("imagenet_prompts", "imagenet_prompts_short", "imagenet_classes"), or a path.
+      name: of a shipped list ("imagenet_prompts", "imagenet_classes", "food101_prompts", …), or a path.
     Raises:
       DataError: no such list or file, a file that cannot be read as text, one without lines, or with a blank one.
     """
+    if name in _of_benchmarks():
+        return _of_benchmarks()[name]
     shipped = list_names()
     file = resources.files("visionfm_jax.data.text") / f"{name}.txt" if name in shipped else Path(name)
     try:

@@ -71,6 +71,7 @@ class ZeroShotEval(LabelledEval):
     def _prompts(self) -> tuple[str, ...]:
         prompts = self.config.prompts or PROMPTS
         lines = (prompts,) if "{}" in prompts else read_lines(prompts)
+        lines = tuple(line.replace("{c}", "{}") for line in lines)  # as CLIP_benchmark's files have it
         for number, line in enumerate(lines, 1):
             if line.count("{}") != 1:
                 raise DataError(

@@ -100,16 +100,16 @@ def one_run(run: Facts) -> str:
         f"<h1>{_e(run.name)}</h1>",
         f'<p class="soft">{_e(run.state)}{_e(_best(run))}</p>',
         _cards(run),
-        _section("Newest scores", _scores([run], [""])),
-        _section("Training", _panels(_training(run))),
-        _section("Speed, memory and data", _panels(_speed(run)), _tables(*_resources(run))),
+        section("Newest scores", _scores([run], [""])),
+        section("Training", _panels(_training(run))),
+        section("Speed, memory and data", _panels(_speed(run)), _tables(*_resources(run))),
         *(_evaluation(run, name) for name in run.evals),
-        _section("Evaluations apart from training", _apart(run)),
-        _section("Other pictures", _details("show", _images(run, _other_pictures(run)))),
-        _section("Origin", _tables(*_origin(run))),
-        _section("Configuration", _configuration(run)),
-        _section("Changed on the way", _table(["until step", "setting"], [[f"{s:,}", c] for s, c in run.changed], "n")),
-        _section("Software and sessions", _tables(*_software(run))),
+        section("Evaluations apart from training", _apart(run)),
+        section("Other pictures", _details("show", _images(run, _other_pictures(run)))),
+        section("Origin", _tables(*_origin(run))),
+        section("Configuration", _configuration(run)),
+        section("Changed on the way", table(["until step", "setting"], [[f"{s:,}", c] for s, c in run.changed], "n")),
+        section("Software and sessions", _tables(*_software(run))),
     ]
     return _page(run.name, body, [run])
 
@@ -125,26 +125,32 @@ def several_runs(runs: Sequence[Facts]) -> str:
     ]
     body = [
         f"<h1>{_e(count(len(runs), 'run'))} side by side</h1>",
-        _table(rows[0], rows[1:]),
-        _section("Newest scores", _scores(runs, names)),
-        _section("Curves", _panels(_overlaid(runs, names))),
-        _section("Settings in which they differ", _differing(runs, names)),
+        table(rows[0], rows[1:]),
+        section("Newest scores", _scores(runs, names)),
+        section("Curves", _panels(_overlaid(runs, names))),
+        section("Settings in which they differ", _differing(runs, names)),
     ]
     return _page(" · ".join(names), body, runs)
 
 
 def _page(title: str, body: Iterable[str], runs: Sequence[Facts]) -> str:
     """With what could not be read, as reading is over by now."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
-    text = "\n".join(filter(None, body))
+    parts = list(body)
     damaged = [f"{run.folder}: {what}" for run in runs for what in dict.fromkeys(run.damaged)]
     warning = f'<p class="warn">Left out, as it cannot be read: {_e("; ".join(damaged))}</p>' if damaged else ""
+    return document(title, [warning, *parts])
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A whole page of the parts of `body`, which are HTML."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
+    text = "\n".join(filter(None, body))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{_e(title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{warning}{text}\n"
+        f"<title>{_e(title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{text}\n"
         f'<p class="soft">Made by visionfm_jax, {_e(now.removesuffix("+00:00"))} UTC.</p>\n</main></body></html>\n'
     )
 
@@ -248,14 +254,14 @@ def _resources(run: Facts) -> list[str]:
         for what, key in (("peak of a device", "device_memory_bytes"), ("peak of a process", "host_memory_bytes"))
         if (sizes := [s[key] for s in run.sessions if type(s.get(key)) is int])
     ]
-    out.append(_table(["memory", ""], memory, "-n"))
+    out.append(table(["memory", ""], memory, "-n"))
     if run.samples:
         seen, damaged = run.samples
         share = f" ({damaged / seen:.3%})" if seen else ""
         rows = [["samples seen", f"{seen:,}"], ["damaged, and replaced by others", f"{damaged:,}{share}"]]
         if skips := [row["skipped_steps"] for row in run.rows if "skipped_steps" in row]:
             rows.append(["steps without an update, not finite", f"{skips[-1]:,.0f}"])
-        out.append(_table(["data", ""], rows, "-n"))
+        out.append(table(["data", ""], rows, "-n"))
     out.append(_planned(run))
     if energy := run.energy():
         hours, kind = run.device_hours() or (0.0, "")
@@ -279,7 +285,7 @@ def _planned(run: Facts) -> str:
         ["memory of a device", _gib(gpu.get("peak_bytes")) if _is_dict(gpu) else "", _gib(max(memory, default=None))],
         ["GPU-hours", _short(whole.get("gpu_hours")) if _is_dict(whole) else "", _short(hours[0]) if hours else ""],
     ]
-    return _table([f"{PLAN}, for {run.plan.get('cluster', '?')}", "planned", "measured"], rows, "-nn")
+    return table([f"{PLAN}, for {run.plan.get('cluster', '?')}", "planned", "measured"], rows, "-nn")
 
 
 def _evaluation(run: Facts, name: str) -> str:
@@ -296,7 +302,7 @@ def _evaluation(run: Facts, name: str) -> str:
     panels = [chart("scores", best_first[i : i + 8], marks=[]) for i in range(0, len(best_first), 8)]
     panels += [chart(c.name, [c], log=None) for c in others]
     shown = rows if len(rows) <= ROWS else [rows[i] for i in np.linspace(0, len(rows) - 1, ROWS).astype(int)]
-    table = _table(
+    scores = table(
         ["step", *(k.removeprefix(prefix) for k in keys)],
         [[f"{row['step']:,.0f}", *(_short(row.get(key)) for key in keys)] for row in reversed(shown)],
         "n" * (len(keys) + 1),
@@ -307,11 +313,11 @@ def _evaluation(run: Facts, name: str) -> str:
     protocol = f" <small>protocol {_e(run.protocols[name])}</small>" if name in run.protocols else ""
     settings = [[k, v] for k, v in flat(details.get("settings", {})).items() if k]
     mine = [path for path in run.pictures() if path.stem in {f"{kind}_{name}" for kind in KINDS}]
-    return _section(
+    return section(
         f"Evaluation: {name}",
-        _panels(panels), table, left, _images(run, mine),
+        _panels(panels), scores, left, _images(run, mine),
         _details("per class", _classes(details.get("classes"))),
-        _details("settings of its protocol", _table(["setting", ""], settings)),
+        _details("settings of its protocol", table(["setting", ""], settings)),
         more=protocol,
     )  # fmt: skip
 
@@ -322,7 +328,7 @@ def _classes(classes: Any) -> str:
     keys = _all(classes)
     rows = [[_short(row.get(key)) for key in keys] for row in classes[:CLASSES]]
     left = f'<p class="soft">{CLASSES} of {len(classes):,}</p>' if len(classes) > CLASSES else ""
-    return _table(keys, rows, "-" + "n" * (len(keys) - 1)) + left
+    return table(keys, rows, "-" + "n" * (len(keys) - 1)) + left
 
 
 def _apart(run: Facts) -> str:
@@ -332,7 +338,7 @@ def _apart(run: Facts) -> str:
         protocols = flat(found.get("protocols", {}))
         said = ", ".join(f"{k} {v}" for k, v in protocols.items() if k)
         rows.append([_short(found.get("step")), str(found.get("time", ""))[:16], ", ".join(scores), said])
-    return _table(["step", "time", "scores", "protocols"], rows, "n")
+    return table(["step", "time", "scores", "protocols"], rows, "n")
 
 
 def _other_pictures(run: Facts) -> list[Path]:
@@ -370,7 +376,7 @@ def _scores(runs: Sequence[Facts], names: Sequence[str]) -> str:
         if differing
         else ""
     )
-    return note + _table(["metric", *(names if len(runs) > 1 else ["value"])], rows, "-" + "n" * len(runs))
+    return note + table(["metric", *(names if len(runs) > 1 else ["value"])], rows, "-" + "n" * len(runs))
 
 
 def _score(run: Facts, key: str) -> str:
@@ -405,7 +411,7 @@ def _differing(runs: Sequence[Facts], names: Sequence[str]) -> str:
     settings = [flat(run.config) if run.config else {} for run in runs]
     rows = [[key, *(s.get(key, "—") for s in settings)] for key in _all(settings)]
     rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in ("name", "workdir")]
-    return _table(["setting", *names], rows) or '<p class="soft">None.</p>'
+    return table(["setting", *names], rows) or '<p class="soft">None.</p>'
 
 
 def _origin(run: Facts) -> list[str]:
@@ -424,8 +430,8 @@ def _origin(run: Facts) -> list[str]:
         if _is_dict(source) and _is_dict(found)
     ]  # fmt: skip
     return [
-        _table(["weights at the beginning", ""], weights) or (f"<p>{_e(begun)}</p>" if run.config else ""),
-        _table(["training data", "path", "split", "records", "classes"], rows, "---nn"),
+        table(["weights at the beginning", ""], weights) or (f"<p>{_e(begun)}</p>" if run.config else ""),
+        table(["training data", "path", "split", "records", "classes"], rows, "---nn"),
     ]
 
 
@@ -436,9 +442,9 @@ def _configuration(run: Facts) -> str:
     same = [[s.name, s.value] for s in run.chosen if not s.chosen]
     if not same:
         note = '<p class="soft">Its defaults are not known: it is of another version, or of classes of its own.</p>'
-        return note + _details("all settings", _table(["setting", "value"], [row[:2] for row in chosen]))
-    return _table(["setting", "value", "default"], chosen) + _details(
-        f"{len(same)} settings at their defaults", _table(["setting", "value"], same)
+        return note + _details("all settings", table(["setting", "value"], [row[:2] for row in chosen]))
+    return table(["setting", "value", "default"], chosen) + _details(
+        f"{len(same)} settings at their defaults", table(["setting", "value"], same)
     )
 
 
@@ -457,10 +463,10 @@ def _software(run: Facts) -> list[str]:
     ]  # fmt: skip
     head = ["began (UTC)", "ended", "from step", "to step", "how", "devices", "processes", "time"]
     left = f'<p class="soft">the latest {MARKS} of {len(sessions):,}</p>' if len(sessions) > MARKS else ""
-    return [_table(["version", ""], rows), _table(head, sessions[-MARKS:], "--nn--nn") + left]
+    return [table(["version", ""], rows), table(head, sessions[-MARKS:], "--nn--nn") + left]
 
 
-def _section(title: str, *parts: str, more: str = "") -> str:
+def section(title: str, *parts: str, more: str = "") -> str:
     """Empty where it has no part."""
     body = "\n".join(filter(None, parts))
     return f"<section><h2>{_e(title)}{more}</h2>\n{body}</section>" if body else ""
@@ -479,7 +485,7 @@ def _details(title: str, body: str) -> str:
     return f"<details><summary>{_e(title)}</summary>{body}</details>" if body else ""
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]], columns: str = "") -> str:
+def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], columns: str = "") -> str:
     """Empty where it has no row; `columns` has an n for each column of numbers."""
     if not rows:
         return ""

@@ -43,10 +43,11 @@ class FolderSource:
                 raise no_split(config, splits)
             raise misfit(config, "PATH/SPLIT/CLASS/FILE")
         self.root = str(path / config.split)
-        self.class_names: tuple[str, ...] | None = _class_names(path, config.split)
-        self.num_classes = len(self.class_names)
+        self.folders = _class_names(path, config.split)
+        self.class_names: tuple[str, ...] | None = self.folders
+        self.num_classes = len(self.folders)
         others: dict[str, list[str]] = {}
-        files = [self._images(name, others) for name in self.class_names]
+        files = [self._images(name, others) for name in self.folders]
         if not any(files):
             raise misfit(config, "PATH/SPLIT/CLASS/FILE" if config.split else "PATH/CLASS/FILE")
         for reason, names in others.items():
@@ -72,18 +73,16 @@ class FolderSource:
         """Path of a record's file below `root`."""
         if not 0 <= index < len(self._files):
             raise IndexError(f"{self.name}: record {index} of {len(self._files)}")
-        assert self.class_names is not None
-        return os.path.join(self.class_names[self._labels[index]], os.fsdecode(bytes(self._files[index])))
+        return os.path.join(self.folders[self._labels[index]], os.fsdecode(bytes(self._files[index])))
 
     def listing(self) -> str:
         """Digest of the files' names."""
-        return digest(repr(self.class_names).encode(), self._labels, self._files)
+        return digest(repr(self.folders).encode(), self._labels, self._files)
 
     def fingerprint(self) -> dict[str, str]:
         """Of each class folder."""
-        assert self.class_names is not None
         ends = np.searchsorted(self._labels, np.arange(self.num_classes + 1))
-        files = {n: (n, self._files[ends[i] : ends[i + 1]].tolist()) for i, n in enumerate(self.class_names)}
+        files = {n: (n, self._files[ends[i] : ends[i + 1]].tolist()) for i, n in enumerate(self.folders)}
         return of_files(self.root, files)
 
     def _images(self, name: str, others: dict[str, list[str]]) -> list[bytes]:

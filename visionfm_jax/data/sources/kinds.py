@@ -111,6 +111,19 @@ class TarsConfig(Format):
 
 
 @dataclass(kw_only=True)
+class BenchmarkConfig(Format):
+    """A set of a benchmark as CLIP_benchmark lays it out: PATH/SPLIT/0.tar, … or class folders PATH/SPLIT/CLASS/FILE.
+
+    In tars a KEY.jpg has a KEY.cls, its label, or a KEY.txt, a caption a line. PATH/classnames.txt names the classes.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+    reader: ClassVar[str] = "benchmark:open_benchmark"
+
+    split: str = "test"  # name of the folder
+
+
+@dataclass(kw_only=True)
 class CocoCaptionsConfig(Format):
     """Images with several captions: PATH/annotations/captions_SPLIT.json beside PATH/SPLIT/FILE."""
 
@@ -230,7 +243,8 @@ KINDS = SourceConfig.kinds
 KINDS |= {
     cls.kind: cls
     for cls in (
-        TfdsConfig, FolderConfig, NumpyConfig, BundledConfig, TarsConfig, CocoCaptionsConfig, VisualGenomeConfig,
-        CocoConfig, CocoPanopticConfig, VocConfig, YoloConfig, ClassMapsConfig, Ade20kConfig, ScenesConfig,
+        TfdsConfig, FolderConfig, NumpyConfig, BundledConfig, TarsConfig, BenchmarkConfig, CocoCaptionsConfig,
+        VisualGenomeConfig, CocoConfig, CocoPanopticConfig, VocConfig, YoloConfig, ClassMapsConfig, Ade20kConfig,
+        ScenesConfig,
     )
 }  # fmt: skip

@@ -89,6 +89,11 @@ class TarPairs:
           DamagedRecord: the tar holds something else than when it was indexed, or the index is damaged.
           DataError: the tar is shorter than when it was indexed.
         """
+        picture, text = self.pair(index)
+        return {"image": picture} | ({"caption": text.decode().strip()} if self.has_captions else {})
+
+    def pair(self, index: int) -> tuple[bytes, bytes]:
+        """The encoded picture and its text; as `__getitem__`."""
         tar, row = self._locate(index)
         name, size, record = self.index.tars[tar]["name"], self.index.tars[tar]["size"], self.index.records[row]
         image, image_size, caption, caption_size, crc = record.tolist()
@@ -98,7 +103,7 @@ class TarPairs:
         picture, text = self._read(name, (image, image_size), (caption, caption_size))
         if tar_index.checksum(picture, text) != crc:
             raise DamagedRecord("it differs from what was indexed: the tar or its index is damaged")
-        return {"image": picture} | ({"caption": text.decode().strip()} if self.has_captions else {})
+        return picture, text
 
     def _read(self, name: str, image: tuple[int, int], caption: tuple[int, int]) -> tuple[bytes, bytes]:
         """The contents of two members, given by where they begin and how many bytes they have."""
