@@ -42,6 +42,7 @@ from visionfm_jax.errors import ConfigError, DataError, OutputError, UserError, 
 from visionfm_jax.evals.kinds import KnnConfig, LinearProbeConfig, RetrievalConfig, ZeroShotConfig
 from visionfm_jax.evals.run import measure
 from visionfm_jax.storage import write_text
+from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.page import document, section, table
 
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -177,7 +178,9 @@ def board(
                 if (old := before.get((weights, one.name, made.protocol))) and old["kind"] == config.kind:
                     yield {**old, "model": name}
                     continue
-                with tqdm(desc=f"{name}: {one.name}, {config.kind}", unit=" batches", leave=False) as bar:
+                batches = sum(-(-len(source) // made.batch_size) for source in made.sources)
+                what = f"{name}: {one.name}, {config.kind}"
+                with tqdm(desc=what, total=batches, unit=" batches", leave=False) as bar:
                     scores = measure(model._trainer, {config.name: made}, model.params, {}, bar.update)
                 assert scores is not None
                 metrics = {key.partition("/")[2]: value for key, value in scores.items()}
@@ -196,11 +199,12 @@ def means(rows: Sequence[dict], kind: str, names: Sequence[str]) -> list[float |
 
 def tables(rows: Sequence[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, head and rows of a table for each kind of measurement."""
-    names, out = list(dict.fromkeys(row["model"] for row in rows)), []
+    out = []
     for kind, title in TITLES.items():
         of_kind = [row for row in rows if row["kind"] == kind]
         if not of_kind:
             continue
+        names = list(dict.fromkeys(row["model"] for row in of_kind))
         columns = [MAIN[kind], *SHOWN[kind]] if len(names) == 1 else [MAIN[kind]]
         head = ["set", "images", *(columns if len(names) == 1 else names), "protocol"]
         body = []
@@ -213,7 +217,7 @@ def tables(rows: Sequence[dict]) -> list[tuple[str, list[str], list[list[str]]]]
         if len(body) > 1:
             means_of = [_percent(value) for value in means(of_kind, kind, names)]
             body.append(["mean", "", *means_of, *[""] * (len(columns) - 1 if len(names) == 1 else 0), ""])
-        out.append((f"{title}, {columns[0]} in %" if len(names) > 1 else f"{title}, in %", head, body))
+        out.append((f"{title}, {columns[0]} in %" if len(names) > 1 else f"{title}, {names[0]}, in %", head, body))
     return out
 
 
@@ -253,6 +257,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.board") -> 
     parser.add_argument("--probe", action="store_true", help="also k-NN and a linear probe, for models with texts")
     parser.add_argument("--out", required=True, help="folder to write")
     arguments = parser.parse_args(argv)
+    quiet_logs()
     sets = find_sets(Path(arguments.data), [name for name in arguments.sets.split(",") if name])
     out = Path(arguments.out)
     file = out / "board.json"
