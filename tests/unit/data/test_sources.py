@@ -26,7 +26,7 @@ from visionfm_jax import storage
 from visionfm_jax.config.limits import types_of
 from visionfm_jax.data import images
 from visionfm_jax.data.sources import open_source, read_record
-from visionfm_jax.data.sources.kinds import KINDS, BundledConfig, ScenesConfig
+from visionfm_jax.data.sources.kinds import KINDS, BenchmarkConfig, BundledConfig, ScenesConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
@@ -533,6 +533,7 @@ def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_p
     sources = [opened("tfds", written), opened("folder", folder), opened("numpy", archives)]
     sources.append(open_source(BundledConfig(path="digits")))
     sources.append(opened("tars", write_tars(tmp_path / "tars")))
+    sources.append(open_source(BenchmarkConfig(path=str(write_tars(tmp_path / "flickr8k/test").parent))))
     sources.append(opened("coco_captions", write_coco(tmp_path / "coco", [["a"], ["b", "c"]], "train")))
     sources.append(opened("visual_genome", write_visual_genome(tmp_path / "genome", [["a"], ["b", "c"]])))
     for kind in ("coco", "coco_panoptic", "voc", "yolo", "class_maps", "ade20k"):

@@ -9,7 +9,8 @@ from visionfm_jax.errors import DataError
 
 
 def test_shipped_lists():
-    assert list_names() == ["imagenet_classes", "imagenet_prompts", "imagenet_prompts_short"]
+    of_imagenet = [name for name in list_names() if name.startswith("imagenet")]
+    assert of_imagenet == ["imagenet_classes", "imagenet_prompts", "imagenet_prompts_short", "imagenet_synsets"]
     prompts, short, classes = (read_lines(f"imagenet_{n}") for n in ("prompts", "prompts_short", "classes"))
     assert (len(prompts), len(short), len(classes)) == (80, 7, 1000)
     assert all(p.count("{}") == p.count("{") == p.count("}") == 1 for p in prompts + short)
