@@ -9,10 +9,14 @@ holds for each set of labels NAME/cosines (N, C), NAME/top1 and NAME/top5; for p
 
 from __future__ import annotations
 
+import argparse
 import io
 import tarfile
 import tempfile
 from pathlib import Path
+
+if __name__ == "__main__":  # before torch, which takes seconds to import, where it is installed
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import open_clip
