@@ -7,8 +7,9 @@
     model.classify("cat.jpg", ["cat", "dog"])       # probabilities (1, 2)
 
 A run's folder is enough: its configuration says which model it is, its tokenizer and the preprocessing of its
-evaluations come with it. An image is a path, a PIL image, or an array of uint8 (H, W), (H, W, 3) or (H, W, 4). One that
-cannot be read keeps its place: NaN, -1 or None stands there, and a warning names it.
+evaluations come with it. An image is a path, a PIL image, an array of uint8 (H, W), (H, W, 3) or (H, W, 4), or a
+`Stored`, which is read when its turn comes. One that cannot be read keeps its place: NaN, -1 or None stands there, and
+a warning names it.
 
 Shapes: N images or texts, E embedding, D width, C classes, H W image, K detections.
 """
@@ -22,6 +23,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ from visionfm_jax.config.schema import BackboneConfig, PreprocessConfig
 from visionfm_jax.data.augment import normalize
 from visionfm_jax.data.chain import EvalTransform
 from visionfm_jax.data.images import DamagedImage, opened
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.data.tokenizer.files import require_same_texts
@@ -70,6 +73,17 @@ PROMPTS = "imagenet_prompts_short"
 ROWS = (1, 8, 32)  # of a batch, on each device: few shapes, so that few programs are compiled
 AHEAD = 64  # images that are decoded before they are asked for
 LONG = 64  # rows from which on a progress bar is shown
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image that is read when its turn comes: its name, and what gives a file's content or an array."""
+
+    name: str
+    read: Callable[[], bytes | np.ndarray]
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Ranked(NamedTuple):
@@ -400,11 +414,11 @@ class Model:
     def _row(self, named: tuple[str, Any]) -> dict[str, Any] | None:
         name, image = named
         try:
-            with opened(_encoded(image), self.transform.max_pixels) as picture:
+            with opened(encoded(image), self.transform.max_pixels) as picture:
                 sample = self.transform.sample(picture)
                 size = np.array(sample.covered, np.int32)
                 return {"image": sample.image, "size": size, "place": (sample.placement, picture.size)}
-        except (DamagedImage, OSError) as error:
+        except (DamagedImage, DamagedRecord, OSError) as error:
             logging.warning("%s cannot be read: %s", name, error)
             return None
 
@@ -478,23 +492,26 @@ def _transform(config: Config) -> EvalTransform:
 
 def _named(images: Any) -> list[tuple[str, Any]]:
     """Images with names for people, from one of them or a sequence."""
-    if isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
+    if isinstance(images, str | os.PathLike | Stored | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
         images = [images]
     return [
-        (str(image) if isinstance(image, str | os.PathLike) else f"image {number}", image)
+        (str(image) if isinstance(image, str | os.PathLike | Stored) else f"image {number}", image)
         for number, image in enumerate(images)
     ]
 
 
-def _encoded(image: Any) -> bytes | np.ndarray:
+def encoded(image: Any) -> bytes | np.ndarray:
     """What `data.images.opened` takes.
 
     Raises:
       DamagedImage: it is of no type that is read.
+      DamagedRecord: the record that holds it is damaged.
       OSError: its file cannot be read.
     """
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes()
+    if isinstance(image, Stored):
+        return image.read()
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
         return np.asarray(upright if upright.mode in ("L", "RGB", "RGBA") else upright.convert("RGBA"))

@@ -44,6 +44,7 @@ from visionfm_jax.storage import replacing_folder
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.telemetry.card import card
+from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.train.initialise import with_fields
 
 FORMS = (*FOLDERS, "stablehlo")
@@ -251,6 +252,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.export") ->
     parser.add_argument("--out", required=True, help="folder to write; new or empty")
     parser.add_argument("--license", default="unknown", help="of the weights, for the model card (%(default)s)")
     arguments = parser.parse_args(argv)
+    quiet_logs()
     for note in export(arguments.run, arguments.to, arguments.out, arguments.license):
         print(f"note: {printable(note)}")
     size = sum(file.stat().st_size for file in Path(arguments.out).iterdir())

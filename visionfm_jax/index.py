@@ -1,4 +1,5 @@
-"""Embeddings of images in files: all in one, or in parts, of which the finished ones stand when the work is stopped.
+"""Embeddings of images or texts in files: all in one, or in parts, of which the finished ones stand when the work is
+stopped.
 
     x.npz        arrays `name` (N,) and `embedding` (N, E), float32
     x.parquet    columns `name` and `embedding`, a list of E float32
@@ -42,15 +43,18 @@ def check_name(out: str) -> None:
         raise ConfigError(f"--out={printable(out)}: name a file {' or '.join(FORMS)}, or a folder for many images")
 
 
-def write_index(out: Path, names: Sequence[str], embed: Embed, about: dict[str, Any], share: tuple[int, int]) -> None:
-    """Embed images into `out`, by its name a file or a folder.
+def write_index(
+    out: Path, names: Sequence[str], embed: Embed, about: dict[str, Any], share: tuple[int, int], what: str = "images"
+) -> None:
+    """Embed images, or texts, into `out`, by its name a file or a folder.
 
     Args:
       out: as `check_name` takes it.
-      names: files of the images.
+      names: of the images, or the texts.
       embed: (n,) names to (n, E).
       about: what the rows depend on, in plain values; a folder of other rows is not continued.
       share: (i, n): of a folder, the parts that process i of n makes.
+      what: the rows are of: images or texts.
 
     Raises:
       ConfigError: the folder holds an index of other images or of another model.
@@ -64,7 +68,7 @@ def write_index(out: Path, names: Sequence[str], embed: Embed, about: dict[str, 
         _write_part(out, names, embed)
         return
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    about = {**about, "images": len(names), "names": digest, "rows": ROWS}
+    about = {**about, what: len(names), "names": digest, "rows": ROWS}
     if (there := _about(out)) is not None and there != about:
         different = ", ".join(name for name in about if there.get(name) != about[name])
         raise ConfigError(
@@ -78,7 +82,7 @@ def write_index(out: Path, names: Sequence[str], embed: Embed, about: dict[str, 
         part = names[number * ROWS : (number + 1) * ROWS]
         if not (path := out / _part(number)).exists():
             _write_part(path, part, embed)
-            print(f"{number * ROWS + len(part):,} of {len(names):,} images")
+            print(f"{number * ROWS + len(part):,} of {len(names):,} {what}")
 
 
 def parts_of(images: int) -> int:
@@ -128,7 +132,7 @@ def _about(folder: Path) -> dict[str, Any] | None:
 def _parts(folder: Path) -> Iterator[Path]:
     """The parts of a complete index."""
     about = json.loads((folder / ABOUT).read_bytes())
-    count = -(-int(about["images"]) // int(about["rows"]))
+    count = -(-int(about.get("images", about.get("texts"))) // int(about["rows"]))
     missing = [name for name in map(_part, range(count)) if not (folder / name).is_file()]
     if missing:
         raise DataError(

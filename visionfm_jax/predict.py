@@ -2,6 +2,8 @@
 
     visionfm embed runs/swinv2_g_clip photos/ --out=photos.npz
     visionfm embed runs/swinv2_g_clip photos/ --out=photos_index/ --process=0/4
+    visionfm embed runs/swinv2_g_clip tars:/data/laion --out=laion_index/
+    visionfm embed runs/swinv2_g_clip --texts=captions.txt --out=texts.npz
     visionfm search runs/swinv2_g_clip photos/ --text='a dog on a beach' --picture=found.png
     visionfm search runs/swinv2_g_clip --index=photos.npz --text='a dog on a beach'
     visionfm classify runs/swinv2_g_clip photos/ --names=cat,dog,bird
@@ -10,11 +12,13 @@
     visionfm segment runs/vit_huge_ade20k photos/ --out=maps/ --picture=maps.png
 
 The first argument is the folder of a run, or of a model of timm, Hugging Face or OpenCLIP. The others are image files,
-folders (all images below them) or patterns such as 'photos/*.jpg'. An image that cannot be read is named in a warning;
+folders (all images below them, or all that its tars hold), patterns such as 'photos/*.jpg', or datasets as training
+reads them, KIND:PATH, whose images are named KIND:PATH#RECORD KEY. An image that cannot be read is named in a warning;
 its row holds NaN or null.
 
 embed writes one file, .npz or .parquet, or, into a folder, parts of 4,096 images each. When the command is stopped and
 started again, the parts that are there are kept. Several processes, each with its own --process=I/N, share the work.
+Of --texts it embeds each line; search --index finds the texts that fit an image in what it has written.
 
 detect writes COCO's JSON, with a score for each object; files are named below the folder that all images share.
 segment writes a PNG for each image, whose values are the numbers of classes, and names.txt, their names in order: a
@@ -28,10 +32,10 @@ import glob
 import itertools
 import json
 import os
+import re
 import sys
-import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -40,14 +44,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from visionfm_jax import index
-from visionfm_jax.api import Model, load
+from visionfm_jax.api import Model, Stored, encoded, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.images import opened
+from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
+from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point, printable
 from visionfm_jax.evals.metrics import best
 from visionfm_jax.storage import read, replacing
 from visionfm_jax.telemetry import pictures
+from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.report import DPI, GREY, INK, drawable, save
 
 SIDE = 192  # pixels, of an image in a picture
@@ -55,37 +62,96 @@ PICTURED = 24  # images in a picture
 ROWS_AT_ONCE = 256  # images whose maps are in memory
 
 
-def images_of(words: Sequence[str]) -> list[str]:
-    """The image files that are named: files, all below folders, patterns; each once, in order.
+def images_of(words: Sequence[str], split: str) -> dict[str, str | Stored]:
+    """The images that are named, by name: files, all below folders, patterns, datasets; each once, in order.
+
+    Args:
+      words: as people write them.
+      split: of datasets; "": the usual one.
 
     Raises:
-      DataError: there is no such file, or no image.
+      DataError: there is no such file or dataset, or no image.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str | Stored] = {}
     for word in words:
         path = Path(word)
         if path.is_dir():
             below = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not below:
+            if not below and any(path.glob("*.tar")):
+                found |= _records(f"tars:{word}", split)
+            elif not below:
                 raise DataError(f"{printable(word)}: no image below this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
         elif path.is_file():
             below = [word]
+        elif _is_dataset(word):
+            below = []
+            found |= _records(word, split)
         elif not (below := sorted(p for p in glob.glob(word, recursive=True) if Path(p).is_file())):
             raise DataError(
-                f"{printable(word)}: there is no such file or folder, and nothing that fits it as a pattern"
+                f"{printable(word)}: there is no such file or folder, nothing that fits it as a pattern, and it is no "
+                f"KIND:PATH of a dataset ({', '.join(KINDS)})"
             )
-        found |= dict.fromkeys(below)
-    return list(found)
+        if any(name.endswith(".tar") for name in below):
+            raise DataError(f"{printable(word)}: is a tar; name its folder, all of whose tars are read")
+        found |= {name: name for name in below}
+    return found
 
 
-def embed(model: Model, arguments: Namespace) -> None:
+def _is_dataset(word: str) -> bool:
+    return word.partition(":")[0] in KINDS and ":" in word
+
+
+def _records(word: str, split: str) -> dict[str, Stored]:
+    """The images of a dataset KIND:PATH, of which captions and labels are not needed."""
+    source = _opened(word, split)
+    place = f"{word}#" if not split else f"{word}@{split}#"
+    return {
+        (name := f"{place}{i} {source.key(i)}"): Stored(name, functools.partial(_image, source, i))
+        for i in range(len(source))
+    }
+
+
+@functools.cache
+def _opened(word: str, split: str) -> Source:
+    kind, _, path = word.partition(":")
+    config = KINDS[kind](path=path)
+    if hasattr(config, "caption_key"):
+        config.caption_key = ""
+    if split:
+        config.split = split
+    return open_source(config)
+
+
+def _image(source: Source, index: int) -> Any:
+    return read_record(source, index)["image"]
+
+
+def _again(name: str) -> str | Stored:
+    """The image that `images_of` has given this name."""
+    found = None if Path(name).exists() else re.fullmatch(r"(\w+:.*?)(?:@(\w+))?#(\d+) .*", name, re.DOTALL)
+    if not found or not _is_dataset(name):
+        return name
+    source = _opened(found[1], found[2] or "")
+    return Stored(name, functools.partial(_image, source, int(found[3])))
+
+
+Images = Mapping[str, str | Stored]  # by name
+
+
+def embed(model: Model, images: Images, arguments: Namespace) -> None:
     """Embeddings, or with --features what the backbone makes of images."""
-    names, out = _needed(arguments.images), Path(arguments.out)
+    out = Path(arguments.out)
     share = _share(arguments.process, out)
     about = {"model": model.config.name, "weights": model.config.folder, "step": model.step}
     about |= {"features": arguments.features}
-    index.write_index(out, names, model.features if arguments.features else model.embed_images, about, share)
-    print(f"{len(names):,} images: {arguments.out}")
+    if arguments.texts:
+        texts = read_lines(arguments.texts)
+        index.write_index(out, texts, model.embed_texts, about, share, "texts")
+        print(f"{len(texts):,} texts: {arguments.out}")
+        return
+    make = model.features if arguments.features else model.embed_images
+    index.write_index(out, list(images), lambda names: make([images[name] for name in names]), about, share)
+    print(f"{len(images):,} images: {arguments.out}")
 
 
 def _share(word: str, out: Path) -> tuple[int, int]:
@@ -98,13 +164,12 @@ def _share(word: str, out: Path) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def search(model: Model, arguments: Namespace) -> None:
+def search(model: Model, images: Images, arguments: Namespace) -> None:
     """The images that fit a text, or another image, best."""
-    if bool(arguments.text) == bool(arguments.image):
-        raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
-    if bool(arguments.index) == bool(arguments.images):
-        raise ConfigError("search needs images, or --index=FILE of visionfm embed; give one of them")
-    names, rows = index.read_index(arguments.index) if arguments.index else _indexed(model, arguments.images)
+    if arguments.index:
+        names, rows = index.read_index(arguments.index)
+    else:
+        names, rows = list(images), model.embed_images(images.values())
     query = model.embed_texts(arguments.text) if arguments.text else model.embed_images(arguments.image)
     if not np.isfinite(query).all():
         raise DataError(f"--image={arguments.image}: cannot be read")
@@ -123,48 +188,45 @@ def search(model: Model, arguments: Namespace) -> None:
     _draw(arguments.picture, lambda path: _contact_sheet([names[i] for i in found_at], labels, path, about))
 
 
-def classify(model: Model, arguments: Namespace) -> None:
+def classify(model: Model, images: Images, arguments: Namespace) -> None:
     """The likeliest classes of each image."""
-    names = _needed(arguments.images)
     classes = [name.strip() for name in arguments.names.split(",")] if arguments.names else None
     prompts = {"prompts": arguments.prompts} if arguments.prompts else {}
-    found = model.classify(names, classes, **prompts).best(arguments.count)
-    for name, classes_of in zip(names, found, strict=True):
+    found = model.classify(images.values(), classes, **prompts).best(arguments.count)
+    for name, classes_of in zip(images, found, strict=True):
         print(f"{printable(name)}: " + (", ".join(f"{k} {100 * p:.1f} %" for k, p in classes_of) or "cannot be read"))
-    _write_json(arguments.out, {name: dict(f) or None for name, f in zip(names, found, strict=True)})
+    _write_json(arguments.out, {name: dict(f) or None for name, f in zip(images, found, strict=True)})
 
 
-def caption(model: Model, arguments: Namespace) -> None:
+def caption(model: Model, images: Images, arguments: Namespace) -> None:
     """A text for each image."""
-    names = _needed(arguments.images)
-    found = model.caption(names)
-    for name, text in zip(names, found, strict=True):
+    found = dict(zip(images, model.caption(images.values()), strict=True))
+    for name, text in found.items():
         print(f"{printable(name)}: {'cannot be read' if text is None else printable(text)}")
-    _write_json(arguments.out, dict(zip(names, found, strict=True)))
+    _write_json(arguments.out, found)
 
 
-def detect(model: Model, arguments: Namespace) -> None:
+def detect(model: Model, images: Images, arguments: Namespace) -> None:
     """The objects of each image, as COCO's JSON."""
-    names = _needed(arguments.images)
-    found = model.detect(names, arguments.least_score)
-    images, notes, files = [], [], _below(names)
-    for name, objects in _there(names, found):
+    found = model.detect(images.values(), arguments.least_score)
+    entries, notes, files = [], [], _below(images)
+    for name, objects in _there(images, found):
         height, width = objects.size
-        images.append({"id": len(images), "file_name": files[name], "height": height, "width": width})
+        entries.append({"id": len(entries), "file_name": files[name], "height": height, "width": width})
         for (left, top, right, bottom), label, score in zip(
             objects.boxes.tolist(), objects.labels.tolist(), objects.scores.tolist(), strict=True
         ):
             width, height = right - left, bottom - top
-            note = {"id": len(notes) + 1, "image_id": images[-1]["id"], "category_id": label + 1, "score": score}
+            note = {"id": len(notes) + 1, "image_id": entries[-1]["id"], "category_id": label + 1, "score": score}
             notes.append(note | {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0})
     categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, 1)]
-    _write_json(arguments.out, {"images": images, "annotations": notes, "categories": categories})
-    print(f"{len(notes):,} objects of score {arguments.least_score:g} or more in {len(images):,} images")
+    _write_json(arguments.out, {"images": entries, "annotations": notes, "categories": categories})
+    print(f"{len(notes):,} objects of score {arguments.least_score:g} or more in {len(entries):,} images")
 
     def draw(path: str) -> None:
         shown = []
-        for name, objects in itertools.islice(_there(names, found), PICTURED):
-            image = _small(name)
+        for name, objects in itertools.islice(_there(images, found), PICTURED):
+            image = _small(images[name])
             scale = image.shape[0] / objects.size[0]
             boxes = {"boxes": objects.boxes * scale, "names": objects.names, "scores": objects.scores}
             shown.append({"image": image, "key": Path(name).name, **boxes})
@@ -173,17 +235,17 @@ def detect(model: Model, arguments: Namespace) -> None:
     _draw(arguments.picture, draw)
 
 
-def segment(model: Model, arguments: Namespace) -> None:
+def segment(model: Model, images: Images, arguments: Namespace) -> None:
     """A map of classes for each image."""
-    names = _needed(arguments.images)
-    folder, maps = Path(arguments.out), _map_names(names)
+    names = list(images)
+    folder, maps = Path(arguments.out), _map_names(images)
     dtype = np.uint8 if len(model.class_names) <= 255 else np.uint16
     shown, count = [], 0
     for first in range(0, len(names), ROWS_AT_ONCE):
         part = names[first : first + ROWS_AT_ONCE]
-        for name, found in _there(part, model.segment(part)):
+        for name, found in _there(part, model.segment([images[name] for name in part])):
             if len(shown) < PICTURED:
-                image = _small(name)
+                image = _small(images[name])
                 rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape, found.shape, strict=False))
                 shown.append({"image": image, "key": Path(name).name, "map": found[np.ix_(rows, columns)]})
             _write(arguments.out, folder / maps[name], functools.partial(_png, found.astype(dtype)))
@@ -196,7 +258,7 @@ def segment(model: Model, arguments: Namespace) -> None:
 class Command(NamedTuple):
     """One of this module: what it does, what `--out` ends in, and whether that must be given."""
 
-    run: Callable[[Model, Namespace], None]
+    run: Callable[[Model, Images, Namespace], None]
     ending: str
     writes: bool = False
 
@@ -211,20 +273,22 @@ COMMANDS = {
 }
 
 
-def _there(names: Sequence[str], found: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+def _there(names: Iterable[str], found: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """The images that could be read, and what was found."""
     return ((name, one) for name, one in zip(names, found, strict=True) if one is not None)
 
 
-def _below(names: Sequence[str]) -> dict[str, str]:
-    """The path of each image below the folder that all of them share."""
-    base = os.path.commonpath([os.path.abspath(os.path.dirname(name)) for name in names])
-    return {name: os.path.relpath(name, base) for name in names}
+def _below(images: Images) -> dict[str, str]:
+    """The path of each file below the folder that all of them share; of a record, its key."""
+    files = [name for name, image in images.items() if isinstance(image, str)]
+    base = os.path.commonpath([os.path.abspath(os.path.dirname(name)) for name in files]) if files else ""
+    keys = {name: name.partition("#")[2].partition(" ")[2] for name in images}
+    return {name: keys[name] if isinstance(images[name], Stored) else os.path.relpath(name, base) for name in images}
 
 
-def _map_names(names: Sequence[str]) -> dict[str, str]:
+def _map_names(images: Images) -> dict[str, str]:
     """The file of each image's map, as the image's but for the ending."""
-    maps = {name: os.path.splitext(file)[0] + ".png" for name, file in _below(names).items()}
+    maps = {name: os.path.splitext(file)[0] + ".png" for name, file in _below(images).items()}
     owners: dict[str, str] = {}
     for name, file in maps.items():
         if (other := owners.setdefault(file, name)) != name:
@@ -232,15 +296,29 @@ def _map_names(names: Sequence[str]) -> dict[str, str]:
     return maps
 
 
-def _needed(words: Sequence[str]) -> list[str]:
-    if not words:
-        raise ConfigError("no images are given; name files, folders or patterns")
-    return images_of(words)
+def _check(mode: str, arguments: Namespace) -> None:
+    """Refuse what does not go together, before any work.
 
-
-def _indexed(model: Model, words: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    names = images_of(words)
-    return names, model.embed_images(names)
+    Raises:
+      ConfigError: something does not.
+    """
+    command, out = COMMANDS[mode], arguments.out
+    if arguments.count < 1:
+        raise ConfigError(f"--count={arguments.count}: must be 1 or more")
+    if mode == "embed":
+        index.check_name(out)
+        _share(arguments.process, Path(out))
+    if (out or command.writes) and not (out and out.endswith(command.ending)):
+        what = f"a file {command.ending}" if command.ending else "a folder"
+        raise ConfigError(f"--out={out}: {mode} writes {what}; name one")
+    if mode == "search" and bool(arguments.text) == bool(arguments.image):
+        raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
+    if mode == "search" and bool(arguments.index) == bool(arguments.images):
+        raise ConfigError("search needs images, or --index=FILE of visionfm embed; give one of them")
+    if arguments.texts and (arguments.images or arguments.features):
+        raise ConfigError(f"--texts={printable(arguments.texts)}: leave images and --features out")
+    if not (arguments.images or arguments.index or arguments.texts):
+        raise ConfigError("no images are given; name files, folders, patterns or datasets (KIND:PATH)")
 
 
 def _write(field: str, path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -282,14 +360,15 @@ def _contact_sheet(names: Sequence[str], labels: Sequence[str], path: str, title
             (i % 5 / 5 + 0.01, 1 - (0.6 + 2.3 * (i // 5 + 1)) / (0.6 + 2.3 * rows), 0.18, 2 / (0.6 + 2.3 * rows))
         )
         axes.set_axis_off()
-        axes.imshow(_small(name))
-        axes.set_title(drawable(textwrap.shorten(f"{label}  {Path(name).name}", 30)), fontsize=8, color=GREY)
+        axes.imshow(_small(_again(name)))
+        title = f"{label}  {Path(name).name.rpartition('#')[2]}"
+        axes.set_title(drawable(title if len(title) <= 28 else f"{title[:27]}…"), fontsize=8, color=GREY)
     save(figure, path)
 
 
-def _small(name: str) -> np.ndarray:
+def _small(image: str | Stored) -> np.ndarray:
     """An image with at most `SIDE` pixels along its longer side."""
-    with opened(read(Path(name).read_bytes, lambda: name)) as picture:
+    with opened(read(lambda: encoded(image), lambda: str(image))) as picture:
         scale = min(1.0, SIDE / max(picture.size))
         size = tuple(max(1, round(scale * side)) for side in picture.size)
         return picture.parts([((0, 0, *picture.size), size)], exact=True)[0]
@@ -301,11 +380,13 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
     if not mode:
         parser.add_argument("command", choices=sorted(COMMANDS))
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("images", nargs="*", help="files, folders or patterns")
+    parser.add_argument("images", nargs="*", help="files, folders, patterns, or datasets KIND:PATH")
+    parser.add_argument("--split", default="", help="of KIND:PATH, such as test")
     parser.add_argument(
         "--out", default="", help="file to write, .npz, .parquet or .json; embed, segment: or a folder; see above"
     )
     parser.add_argument("--picture", default="", help="PNG to draw: search, detect, segment")
+    parser.add_argument("--texts", default="", help="embed: a file of texts, one a line, in place of images")
     parser.add_argument("--features", action="store_true", help="embed: features of the backbone")
     parser.add_argument("--text", default="", help="search: what is looked for")
     parser.add_argument("--image", default="", help="search: an image like those that are looked for")
@@ -316,16 +397,11 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
     parser.add_argument("--least_score", type=float, default=0.3, help="detect: of an object (%(default)s)")
     parser.add_argument("--count", type=int, default=5, help="search, classify: how many answers (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.count < 1:
-        raise ConfigError(f"--count={arguments.count}: must be 1 or more")
+    quiet_logs()
     mode = mode or arguments.command
-    command = COMMANDS[mode]
-    if mode == "embed":
-        index.check_name(arguments.out)
-    if (arguments.out or command.writes) and not (arguments.out and arguments.out.endswith(command.ending)):
-        what = f"a file {command.ending}" if command.ending else "a folder"
-        raise ConfigError(f"--out={arguments.out}: {mode} writes {what}; name one")
-    command.run(load(arguments.run), arguments)
+    _check(mode, arguments)
+    images = images_of(arguments.images, arguments.split)
+    COMMANDS[mode].run(load(arguments.run), images, arguments)
 
 
 if __name__ == "__main__":

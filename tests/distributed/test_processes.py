@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -107,6 +108,19 @@ def test_two_continue_what_one_has_saved(tmp_path, whole):
 
 
 @pytest.mark.usefixtures("whole")
+def test_two_measure_frozen_features_as_one(tmp_path, whole):
+    """k-NN and a linear probe, of labelled images that the processes share."""
+    for kind in ("knn", "linear_probe"):
+        words = ["--mode=evaluate", f"--eval={kind}", "--data=bundled:twemoji", "--gallery=bundled:noto"]
+        one, two = (copy(whole, tmp_path / f"{kind}{n}", STEPS) for n in (1, 2))
+        finish(start(one, *words, base=[f"--config={one}"]), one)
+        finish_two(start_two(two, *words, base=[f"--config={two}"]), two, 0)
+        found = [json.loads((folder / f"eval_{kind}.json").read_text()) for folder in (one, two)]
+        assert [details.pop("weights") for details in found] == [str(one), str(two)]
+        assert found[0] == found[1]
+        assert found[0]["metrics"]["top1"] > 0.5
+
+
 def test_the_failure_of_one_ends_the_other(tmp_path):
     """The disk of one host goes away in the middle of training."""
     rng = np.random.default_rng(0)

@@ -24,6 +24,7 @@ from visionfm_jax.evals.run import measure
 from visionfm_jax.evals.segmentation import confusion_of, score
 from visionfm_jax.models.backbones.vit import size_of, table_grid
 from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.predict import images_of
 from visionfm_jax.train.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -195,14 +196,16 @@ def written(folder: Path, images: list) -> list[str]:
     return [str(folder / f"{'odd' if i % 2 else 'even'}/{i}.png") for i in range(len(images))]
 
 
-def arguments(images: Path, out: Path, picture: Path) -> Namespace:
-    return Namespace(images=[str(images)], out=str(out), picture=str(picture), least_score=0.0)
+def arguments(out: Path, picture: Path) -> Namespace:
+    return Namespace(out=str(out), picture=str(picture), least_score=0.0)
 
 
 def check_written_objects(folder: Path, model: vfm.Model, images: list, found: list[vfm.api.Detected]) -> None:
     """As training reads COCO's files."""
     names = written(folder / "images", images[:6])
-    predict.detect(model, arguments(folder / "images", folder / "found.json", folder / "found.png"))
+    predict.detect(
+        model, images_of([str(folder / "images")], ""), arguments(folder / "found.json", folder / "found.png")
+    )
     source = open_source(
         CocoConfig(path=str(folder), split="", annotations="found.json", images="images"),
     )
@@ -217,7 +220,7 @@ def check_written_objects(folder: Path, model: vfm.Model, images: list, found: l
 def check_written_maps(folder: Path, model: vfm.Model, images: list, maps: list[np.ndarray]) -> None:
     """As training reads folders of maps."""
     names = written(folder / "images", images[:6])
-    predict.segment(model, arguments(folder / "images", folder / "maps", folder / "maps.png"))
+    predict.segment(model, images_of([str(folder / "images")], ""), arguments(folder / "maps", folder / "maps.png"))
     source = open_source(
         ClassMapsConfig(
             path=str(folder),
@@ -236,4 +239,4 @@ def check_written_maps(folder: Path, model: vfm.Model, images: list, maps: list[
     assert (folder / "maps.png").stat().st_size > 5000
     (folder / "images/odd/1.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"1\.jpg and .*1\.png would share the map odd/1\.png"):
-        predict.segment(model, arguments(folder / "images", folder / "maps", folder / "maps.png"))
+        predict.segment(model, images_of([str(folder / "images")], ""), arguments(folder / "maps", folder / "maps.png"))

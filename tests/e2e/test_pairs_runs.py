@@ -1,16 +1,21 @@
 """SwinV2-G-CLIP's tiny runs, made smaller: continued, evaluated alone, continued at twice the resolution."""
 
 import json
+import tarfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from runs import assert_identical, copy, environment, finish, losses, once, start, state
 
 import visionfm_jax
 from visionfm_jax import predict
+from visionfm_jax.data.fields import NoFields
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import UserError
+from visionfm_jax.evals.eval import make_evals
+from visionfm_jax.parallel.mesh import to_global
 from visionfm_jax.telemetry.writers import read_metrics
 
 STEPS, EVERY, BATCH = 120, 20, 64
@@ -108,9 +113,10 @@ def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
     assert details["metrics"]["majority"] == kept["groups/majority"]
 
 
-def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
+def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys, caplog):
     """`visionfm_jax.load` and the commands, in this process, whose devices are others."""
     model = visionfm_jax.load(pairs)
+    assert not caplog.records
     source = open_source(model.config.evals[1].source)
     labels = np.array([source[i]["label"] for i in range(len(source))])
     found = model.classify([source[i]["image"] for i in range(len(source))], source.class_names, "{}")
@@ -118,9 +124,14 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
     scores = {k: v for row in read_metrics(pairs) for k, v in row.items()}
     assert top1 == pytest.approx(scores["groups/top1"], abs=1.1 / len(labels))
 
+    measured = make_evals(model.config, 0, 1)["groups"]  # as training and `evaluate` read and embed its images
+    trainer, batch = model._trainer, next(iter(measured.batches(measured.source, NoFields())))
+    evaluated = jax.device_get(trainer.predict(model.params, to_global(trainer.mesh, batch), "embeddings"))
+
     texts = ["grinning face", "cat face", "red heart"]
     images, rows = model.embed_images([source[i]["image"] for i in range(40)]), model.embed_texts(texts)
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(images, evaluated["image_embedding"][:40], atol=2e-3)  # other batches, in float16
     ranked = model.search([source[i]["image"] for i in range(40)], texts, count=3)
     np.testing.assert_array_equal(ranked.index[:, 0], (rows @ images.T).argmax(1))
     np.testing.assert_allclose(ranked.score[:, 0], (rows @ images.T).max(1), rtol=1e-5)
@@ -130,8 +141,9 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
     index, sheet = str(tmp_path / "a/index.npz"), tmp_path / "found.png"
     predict.main([str(pairs), str(tmp_path), f"--out={index}"], mode="embed")
     with np.load(index) as kept:
-        np.testing.assert_allclose(kept["embedding"], images, atol=2e-3)  # other batches, in float16
+        np.testing.assert_allclose(kept["embedding"], images, atol=2e-3)
         assert kept["name"].tolist() == [str(tmp_path / f"{i:02}.png") for i in range(40)]
+    check_datasets(tmp_path, pairs, images, capsys)
     capsys.readouterr()
     predict.main([str(pairs), f"--index={index}", "--text=cat face", f"--picture={sheet}"], mode="search")
     lines = capsys.readouterr().out.splitlines()
@@ -144,6 +156,9 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
     for words, mode, message in (
         ([str(tmp_path / "none")], "embed", "--out=: name a file .npz or .parquet, or a folder"),
         ([str(tmp_path / "none"), "--out=a.npz"], "embed", "there is no such file or folder"),
+        (["coco:/none", "--out=a.npz"], "embed", r"coco /none \[train2017\]: the path does not exist"),
+        (["scenes:noto", "--split=other", "--out=a.npz"], "embed", "other"),
+        (["--texts=a.txt", "--features", "--out=a.npz"], "embed", "leave images and --features out"),
         (["--text=a"], "search", "needs images, or --index"),
         ([str(tmp_path), "--text=a", "--image=b"], "search", "give one of them"),
         ([f"--index={sheet}", "--text=a"], "search", "is no index of visionfm embed"),
@@ -152,6 +167,34 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys):
     ):
         with pytest.raises(UserError, match=message):
             predict.main([str(pairs), *words], mode=mode)
+
+
+def check_datasets(folder, pairs, images, capsys):
+    """Images of datasets, and texts, by the names that an index gives them."""
+    tars, index, sheet = folder / "tars", folder / "b/datasets.npz", folder / "b/found.png"
+    tars.mkdir()
+    with tarfile.open(tars / "00.tar", "w") as tar:
+        for i in range(3):
+            tar.add(folder / f"0{i}.png", f"0{i}.png")
+    predict.main([str(pairs), str(tars), f"--out={index}"], mode="embed")
+    with np.load(index) as kept:
+        np.testing.assert_allclose(kept["embedding"], images[:3], atol=2e-3)
+        assert kept["name"].tolist() == [f"tars:{tars}#{i} 00/0{i}" for i in range(3)]
+    predict.main([str(pairs), "bundled:twemoji", "--split=test", f"--out={index}"], mode="embed")
+    with np.load(index) as kept:
+        np.testing.assert_allclose(kept["embedding"][:40], images, atol=2e-3)
+        name = str(kept["name"][7])
+    assert name.startswith("bundled:twemoji@test#7 ")
+    capsys.readouterr()
+    words = [f"--index={index}", f"--image={folder / '07.png'}", "--count=1", f"--picture={sheet}"]
+    predict.main([str(pairs), *words], mode="search")
+    assert capsys.readouterr().out.splitlines()[0] == f"   1   1.000  {name}"
+    assert sheet.stat().st_size > 3000
+
+    (folder / "texts.txt").write_text("cat face\nred heart\n")
+    predict.main([str(pairs), f"--texts={folder / 'texts.txt'}", f"--out={folder / 'b/texts'}"], mode="embed")
+    predict.main([str(pairs), f"--index={folder / 'b/texts'}", f"--image={folder / '07.png'}"], mode="search")
+    assert sorted(line[14:] for line in capsys.readouterr().out.splitlines()[-2:]) == ["cat face", "red heart"]
 
 
 def test_at_twice_the_resolution_the_loss_does_not_jump(tmp_path, pairs):

@@ -110,8 +110,9 @@ class LinearProbeConfig(Measurement):
 
     gallery: tuple[SourceConfig, ...] = ()  # labelled images to learn from
     shots: int = 0  # of each class, that are learned from; 0: all
+    solver: str = "lbfgs"  # lbfgs, on all features at once, chooses a penalty | sgd, on batches, a learning rate
 
-    limits: ClassVar[Limits] = {"shots": Range(0, 10_000)}
+    limits: ClassVar[Limits] = {"shots": Range(0, 10_000), "solver": OneOf(("lbfgs", "sgd"))}
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

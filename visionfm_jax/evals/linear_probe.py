@@ -15,26 +15,32 @@ from visionfm_jax.evals.by_class import by_class
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.gallery import GalleryEval
 from visionfm_jax.evals.kinds import LinearProbeConfig
-from visionfm_jax.evals.logistic import Linear, fit, zeros
+from visionfm_jax.evals.logistic import BATCH, EPOCHS, MOMENTUM, STEPS, Linear, fit, fit_by_sgd, zeros
 
-PENALTIES = tuple(10.0**power for power in range(-4, 5))  # that are tried
-KEPT = 5  # every fifth image of the gallery chooses the penalty, unless `shots` limits those that are learned from
+PENALTIES = tuple(10.0**power for power in range(-4, 5))  # that L-BFGS tries
+RATES = tuple(10.0 ** (power / 2) for power in range(-6, 3))  # that SGD tries
+KEPT = 5  # every fifth image of the gallery chooses between them, unless `shots` limits those that are learned from
 DRAWS = 5  # of a few images
+AT_ONCE = 2**15  # rows that are classified
 MAX_NUMBERS = 2**32  # of the gallery's features: 16 GiB on one device
 
 
 class LinearProbeEval(GalleryEval):
     """The `evals.eval.Eval` of a logistic regression on frozen features.
 
-    top1 and balanced_accuracy, the mean over classes. The penalty on the weights is the one that does best on a part of
-    the gallery that the classifier has not seen; then it is fitted to all of it. With `shots` the classifier learns
-    from so many images of each class, and the scores are means over `DRAWS` choices of them. An image whose features
-    are not finite is never right.
+    top1 and balanced_accuracy, the mean over classes. The penalty on the weights, or the learning rate of SGD, is the
+    one that does best on a part of the gallery that the classifier has not seen; then it is fitted to all of it. With
+    `shots` the classifier learns from so many images of each class, the scores are means over `DRAWS` choices of them,
+    and top1_std is the standard deviation of top1 between these. An image whose features are not finite is never right.
     """
 
     def __init__(self, config: LinearProbeConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
-        self.settings |= {"shots": config.shots, "penalties": PENALTIES, "draws": DRAWS if config.shots else 1}
+        self.settings |= {"shots": config.shots, "draws": DRAWS if config.shots else 1}
+        if config.solver == "sgd":
+            self.settings |= {"rates": RATES, "batch": BATCH, "epochs": EPOCHS, "steps": STEPS, "momentum": MOMENTUM}
+        else:
+            self.settings |= {"penalties": PENALTIES}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Scores over the whole source, each record once."""
@@ -45,21 +51,26 @@ class LinearProbeEval(GalleryEval):
         mean, rms = moments(gallery["features"][use])
         x, queries = (((rows["features"] - mean) / rms).astype(np.float32) for rows in (gallery, held_out))
         x, y, queries = x[use], gallery["label"][use], np.where(finite[:, None], queries, 0)
-        if x.size > MAX_NUMBERS:
+        by_sgd = self.config.solver == "sgd"
+        if x.size > MAX_NUMBERS and not by_sgd:
             raise DataError(
                 f"{len(x):,} images of {x.shape[1]:,} features in the gallery are more than fit on a device "
-                f"({MAX_NUMBERS:,} numbers); set shots, or a smaller gallery"
+                f"({MAX_NUMBERS:,} numbers); set solver='sgd', or shots, or a smaller gallery"
             )
         found, classes = [], self.source.num_classes
         for draw in range(DRAWS if self.config.shots else 1):
             learn, choose = split(y, self.config.shots, draw)
-            classifier, penalty = probe(x, y, learn, choose, classes, final=not self.config.shots)
-            guess = np.where(finite, np.asarray(classifier(queries)).argmax(1), -1)
+            chosen = probe_by_sgd if by_sgd else probe
+            classifier, best = chosen(x, y, learn, choose, classes, final=not self.config.shots)
+            guess = np.where(finite, _guess(classifier, queries), -1)
             counted = by_class(held_out["label"], guess, classes)
             top1 = float((guess == held_out["label"]).mean())
-            found.append({"top1": top1, "balanced_accuracy": counted.balanced_accuracy, "penalty": penalty})
+            found.append({"top1": top1, "balanced_accuracy": counted.balanced_accuracy})
+            found[-1]["learning_rate" if by_sgd else "penalty"] = best
         self.describe(draws=found)
-        return {name: statistics.mean(one[name] for one in found) for name in ("top1", "balanced_accuracy")}
+        scores = {name: statistics.mean(one[name] for one in found) for name in ("top1", "balanced_accuracy")}
+        spread = {"top1_std": statistics.stdev(one["top1"] for one in found)} if len(found) > 1 else {}
+        return scores | spread
 
 
 def moments(x: np.ndarray) -> tuple[np.ndarray, float]:
@@ -106,7 +117,30 @@ def probe(
     weights = zeros(x.shape[1], classes)
     for penalty in sorted(PENALTIES if len(choose) else (1.0,), reverse=True):  # from which the next is not far
         weights = kept[penalty] = fit(x[learn], y[learn], penalty, weights)
-        right = float((np.asarray(weights(x[choose])).argmax(1) == y[choose]).mean()) if len(choose) else 0.0
+        right = _share_right(weights, x, y, choose)
         best = max(best, (right, penalty))  # of equals the greater penalty
     weights, penalty = kept[best[1]], best[1]
     return (fit(x, y, penalty, weights) if final else weights), penalty
+
+
+def probe_by_sgd(
+    x: np.ndarray, y: np.ndarray, learn: np.ndarray, choose: np.ndarray, classes: int, final: bool
+) -> tuple[Linear, float]:
+    """As `probe`, of the learning rate that does best; where there are no rows to choose by, it is 0.1."""
+    rates = RATES if len(choose) else (0.1,)
+    found = fit_by_sgd(x, y, learn, rates, classes)
+    best = int(np.argmax([_share_right(one, x, y, choose) for one in found]))  # of equals the lower rate
+    if final:
+        [found[best]] = fit_by_sgd(x, y, np.arange(len(x)), rates[best : best + 1], classes)
+    return found[best], rates[best]
+
+
+def _share_right(classifier: Linear, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> float:
+    """Of these rows; 0 without rows."""
+    return float((_guess(classifier, x[rows]) == y[rows]).mean()) if len(rows) else 0.0
+
+
+def _guess(classifier: Linear, x: np.ndarray) -> np.ndarray:
+    """The class (N,) of each row, some at a time; -1 where the classifier is not finite."""
+    parts = [np.asarray(classifier(x[first : first + AT_ONCE])) for first in range(0, len(x), AT_ONCE)]
+    return np.concatenate([np.where(np.isfinite(part).all(1), part.argmax(1), -1) for part in parts])

@@ -1,14 +1,22 @@
-"""Multinomial logistic regression, all of the data at every iteration. Shapes: N rows, D features, C classes."""
+"""Multinomial logistic regression, on all rows at every iteration (`fit`) or on batches of them (`fit_by_sgd`).
+
+Shapes: N rows, D features, C classes, B batch, R learning rates, K steps.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 ITERATIONS, TOLERANCE = 500, 1e-5  # at most; and of the largest number of the gradient, which is of the mean loss
+BATCH, EPOCHS, STEPS = 1024, 10, 1000  # of SGD: steps at least, however few the rows are
+MOMENTUM, AT_ONCE = 0.9, 25  # steps that are on the device at a time
 
 
 class Linear(NamedTuple):
@@ -59,3 +67,57 @@ def fit(x: jax.Array, y: jax.Array, penalty: jax.Array, start: Linear) -> Linear
         return optax.apply_updates(w, updates), state, steps + 1, steepest
 
     return jax.lax.while_loop(again, iterate, (start, solver.init(start), 0, jnp.inf))[0]
+
+
+def fit_by_sgd(x: np.ndarray, y: np.ndarray, rows: np.ndarray, rates: Sequence[float], classes: int) -> list[Linear]:
+    """A classifier for each learning rate: SGD with momentum, the rate falling to 0 by a cosine, without a penalty.
+
+    All of them see the same batches, so that one pass over the rows serves all (Oquab et al. 2023, "DINOv2", appendix
+    B.3). Only batches are on the device.
+
+    Args:
+      x: float32 (N, D), on the host.
+      y: labels (N,).
+      rows: numbers of the rows to learn from, which are shuffled anew in every epoch.
+      rates: at the first step; one that is far too high gives numbers that are not finite.
+      classes: C.
+    """
+    size = min(BATCH, len(rows))
+    steps = max(STEPS, EPOCHS * len(rows) // size)
+    start = zeros(x.shape[1], classes)
+    w = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(rates), *a.shape)), start)
+    trace = jax.tree.map(jnp.zeros_like, w)
+    batches = _batches(rows, size)
+    for first in range(0, steps, AT_ONCE):
+        here = np.stack([next(batches) for _ in range(min(AT_ONCE, steps - first))])
+        w, trace = _descend(w, trace, jnp.asarray(rates, jnp.float32), x[here], y[here], first, steps)
+    return [jax.tree.map(lambda a, i=i: a[i], w) for i in range(len(rates))]
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Row numbers (B,), whole batches of one epoch after the other."""
+    for epoch in range(2**62):
+        shuffled = np.random.default_rng([epoch]).permutation(rows)
+        yield from shuffled[: len(rows) // size * size].reshape(-1, size)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="steps")
+def _descend(
+    w: Linear, trace: Linear, rates: jax.Array, x: jax.Array, y: jax.Array, first: jax.Array, steps: int
+) -> tuple[Linear, Linear]:
+    """K steps on x (K, B, D) and y (K, B), from number `first` of `steps` on; w and trace have a leading R."""
+    cosine = optax.cosine_decay_schedule(1.0, steps)
+
+    def loss(w: Linear, x: jax.Array, y: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(w(x), y).mean()
+
+    def step(carry: tuple[Linear, Linear], batch: tuple) -> tuple:
+        w, trace = carry
+        number, x, y = batch
+        grads = jax.vmap(jax.grad(loss), (0, None, None))(w, x, y)
+        trace = jax.tree.map(lambda t, g: MOMENTUM * t + g, trace, grads)
+        now = rates * cosine(number)
+        return (jax.tree.map(lambda a, t: a - now.reshape(-1, *[1] * (t.ndim - 1)) * t, w, trace), trace), None
+
+    numbers = first + jnp.arange(len(x))
+    return jax.lax.scan(step, (w, trace), (numbers, x, y))[0]

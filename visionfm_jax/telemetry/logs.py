@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging as standard_logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -21,7 +24,7 @@ def quiet_logs() -> None:
     standard_logging.basicConfig(handlers=[handler], force=True)
     logging.set_verbosity(logging.WARNING)
     inside = f"{os.sep}orbax{os.sep}", f"{os.sep}asyncio{os.sep}"
-    logging.get_absl_logger().addFilter(lambda record: inside[0] not in record.pathname)
+    logging.get_absl_logger().addFilter(_not_of_orbax)
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
 
     def unraisable(info: sys.UnraisableHookArgs) -> None:
@@ -31,3 +34,19 @@ def quiet_logs() -> None:
 
     sys.unraisablehook = unraisable
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+
+
+@contextlib.contextmanager
+def without_orbax() -> Iterator[None]:
+    """Nothing that Orbax logs, in programs whose logs are others'."""
+    logger = logging.get_absl_logger()
+    hide = functools.partial(_not_of_orbax)  # not the one of `quiet_logs`, which stays
+    logger.addFilter(hide)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hide)
+
+
+def _not_of_orbax(record: standard_logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

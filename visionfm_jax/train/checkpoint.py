@@ -23,6 +23,7 @@ from visionfm_jax.errors import CheckpointError, StorageError, UserError, one_li
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.parallel import agreement
 from visionfm_jax.storage import seal, unseal
+from visionfm_jax.telemetry.logs import without_orbax
 from visionfm_jax.train.checksum import checksums, name_of
 from visionfm_jax.train.state import TrainState
 
@@ -75,7 +76,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(single_host_load_and_broadcast=True, **more)
             self._arrays = ocp.PyTreeCheckpointHandler()
             self._open = lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=self._arrays)
-            self._manager = self._open()
+            with without_orbax() if read_only else contextlib.nullcontext():  # it warns that the folder is read only
+                self._manager = self._open()
         self._failures = 0  # in a row
 
     def latest(self) -> int | None:
@@ -84,7 +86,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Of the complete checkpoints that count, newest first."""
-        steps = self._manager.all_steps()
+        steps = map(int, self._manager.all_steps())  # of several processes they are NumPy's
         return sorted((s for s in steps if self._until is None or s <= self._until), reverse=True)
 
     def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:

@@ -186,7 +186,7 @@ ODD = "class Odd(BaseException):\n    def __str__(self): raise self\n"
     [
         ("def get_config(variant=''):\n    return 1 / 0", "line 2: ZeroDivisionError: division by zero; fix the file"),
         ("import sys\nsys.exit(3)", "line 2: SystemExit: 3; fix the file"),
-        ("import sys\n\nsys.exit()", "line 3: SystemExit: no reason given; fix the file"),
+        ("\n\nraise SystemExit", "line 3: SystemExit: no reason given; fix the file"),
         ("x = 1\n\ndef get_config(:", "line 3: SyntaxError: invalid syntax"),
         ("def get_config(variant=''):\n    return get_config()", "line 2: RecursionError: maximum recursion depth"),
         (ODD + "raise Odd", "line 3: Odd: its text cannot be had (Odd); fix the file"),

@@ -8,10 +8,10 @@ from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.config.load import from_arguments
 from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.errors import DataError
-from visionfm_jax.evals import linear_probe
+from visionfm_jax.evals import linear_probe, logistic
 from visionfm_jax.evals.kinds import LinearProbeConfig
-from visionfm_jax.evals.linear_probe import LinearProbeEval, probe, split
-from visionfm_jax.evals.logistic import fit, zeros
+from visionfm_jax.evals.linear_probe import RATES, LinearProbeEval, probe, probe_by_sgd, split
+from visionfm_jax.evals.logistic import fit, fit_by_sgd, zeros
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -50,6 +50,49 @@ def test_the_penalty_is_the_one_that_unseen_images_choose():
     assert (np.argmax(classifier(x), 1) == whole.predict(x)).mean() > 0.99
 
 
+def test_sgd_takes_the_steps_of_its_definition(monkeypatch):
+    """Written out in NumPy: softmax, momentum, a cosine to 0; a new order of the rows in each epoch."""
+    monkeypatch.setattr(logistic, "BATCH", 64)
+    monkeypatch.setattr(logistic, "STEPS", 30)
+    monkeypatch.setattr(logistic, "EPOCHS", 1)
+    x, y = blobs()
+    rows, rates, steps = np.arange(20, 220), (0.03, 0.3), 30
+    found = fit_by_sgd(x, y, rows, rates, 4)
+    for rate, ours in zip(rates, found, strict=True):
+        kernel, bias, moving = np.zeros((12, 4)), np.zeros(4), [0.0, 0.0]
+        orders = np.concatenate([np.random.default_rng([e]).permutation(rows)[:192] for e in range(10)])
+        for number in range(steps):
+            batch = orders[number * 64 : (number + 1) * 64]
+            logits = x[batch] @ kernel + bias
+            share = np.exp(logits - logits.max(1, keepdims=True))
+            wrong = (share / share.sum(1, keepdims=True) - np.eye(4)[y[batch]]) / 64
+            moving = [0.9 * m + g for m, g in zip(moving, (x[batch].T @ wrong, wrong.sum(0)), strict=True)]
+            now = rate * (1 + np.cos(np.pi * number / steps)) / 2
+            kernel, bias = kernel - now * moving[0], bias - now * moving[1]
+        np.testing.assert_allclose(ours.kernel, kernel, atol=1e-5)
+        np.testing.assert_allclose(ours.bias, bias, atol=1e-5)
+    assert len({tuple(orders[i : i + 192]) for i in range(0, 768, 192)}) == 4
+
+
+def test_sgd_finds_what_the_best_penalty_finds():
+    x, y = blobs(1500)
+    learn, choose = split(y[:1000], 0, 0)
+    classifier, rate = probe_by_sgd(x[:1000], y[:1000], learn, choose, 4, final=True)
+    best, _ = probe(x[:1000], y[:1000], learn, choose, 4, final=True)
+    ours, theirs = (float(np.mean(np.argmax(c(x[1000:]), 1) == y[1000:])) for c in (classifier, best))
+    assert rate in RATES
+    assert ours == pytest.approx(theirs, abs=0.02)
+    assert theirs > 0.7
+
+
+def test_a_rate_at_which_sgd_diverges_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(linear_probe, "RATES", (0.1, 1e38))
+    x, y = blobs()
+    learn, choose = split(y, 0, 0)
+    assert not np.isfinite(fit_by_sgd(x, y, learn, (1e38,), 4)[0].kernel).all()
+    assert probe_by_sgd(x, y, learn, choose, 4, final=False)[1] == 0.1
+
+
 def test_shots_are_so_many_of_each_class_and_others_for_every_draw():
     labels = np.repeat([0, 1, 2], [50, 9, 2])
     (learn, choose), (other, _) = split(labels, 3, 0), split(labels, 3, 1)
@@ -81,6 +124,19 @@ def test_features_that_are_the_pixels():
     draws = measured.details["draws"]
     assert len({one["top1"] for one in draws}) > 1
     assert scores["top1"] == pytest.approx(np.mean([one["top1"] for one in draws]))
+    assert scores["top1_std"] == pytest.approx(np.std([one["top1"] for one in draws], ddof=1))
+
+
+def test_sgd_in_place_of_lbfgs():
+    """With more features than a device holds, too."""
+    by_sgd = eval_of(solver="sgd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_probe, "MAX_NUMBERS", 1000)
+        scores = by_sgd.run(pixels)
+    assert scores["top1"] == pytest.approx(eval_of().run(pixels)["top1"], abs=0.03)
+    assert "top1_std" not in scores
+    assert by_sgd.details["draws"][0]["learning_rate"] in RATES
+    assert by_sgd.protocol != eval_of().protocol
 
 
 def test_what_is_not_finite_is_never_right_and_teaches_nothing():
@@ -99,7 +155,7 @@ def test_what_is_not_finite_is_never_right_and_teaches_nothing():
 
 def test_more_features_than_a_device_holds(monkeypatch):
     monkeypatch.setattr(linear_probe, "MAX_NUMBERS", 1000)
-    with pytest.raises(DataError, match=r"4,000 images of 196 features in the gallery .*; set shots"):
+    with pytest.raises(DataError, match=r"4,000 images of 196 features in the gallery .*; set solver='sgd', or shots"):
         eval_of().run(pixels)
     with pytest.raises(DataError, match="a linear_probe eval needs labelled images to learn from; add a source"):
         eval_of(gallery=())
