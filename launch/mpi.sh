@@ -8,12 +8,12 @@ usage: launch/mpi.sh MPIRUN OPTIONS ... -- [ARGUMENTS ...]
 
 e.g.   launch/mpi.sh -np 16 --hostfile hosts -- --config=configs/vit_huge.py
 
-Runs python -m visionfm_jax.main ARGUMENTS in every process. The repository must be at the same path on all hosts. A
+Runs python -m visionfm_jax.main ARGUMENTS in every process. The folder that holds launch/ must be at the same path on all hosts. A
 short mpirun first determines the address of rank 0, where the processes connect.
 
   MPIRUN=mpiexec                     command to use instead of mpirun
   VISIONFM_COORDINATOR=HOST:PORT     address of rank 0, instead of determining it
-  PYTHON=/path/to/python             Python to run (default: .venv/bin/python of the repository)
+  PYTHON=/path/to/python             Python to run (default: .venv/bin/python of that folder)
 TEXT
 }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

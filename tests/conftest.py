@@ -29,6 +29,7 @@ MANY = 20_000
 # are busy to the end and what the tests of a file share is made once; with --quick it leaves these out.
 SLOW = (
     "e2e/test_pairs_runs.py",
+    "e2e/test_documents_run.py",
     "distributed/test_contrastive_step.py",
     "e2e/test_aurora_runs.py",
     "distributed/test_compiled_clip.py",

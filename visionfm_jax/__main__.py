@@ -27,6 +27,7 @@ COMMANDS = {  # module and what it does
     "report": ("report", "write a page about a run, or about several side by side"),
     "export": ("export", "write a trained model as a folder of timm, transformers, OpenCLIP or JAX"),
     "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
+    "scripts": ("scripts", "copy the launch scripts of SLURM, MPI, Kubernetes and one machine into a folder"),
     "bench": ("bench", "time the training step on synthetic data"),
     "select": ("data.select", "select image-text pairs of a folder of tars by their metadata"),
     "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on the captions of a configuration"),

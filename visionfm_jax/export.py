@@ -4,6 +4,7 @@
     visionfm export runs/vit_huge --to=transformers --out=exported/vit_huge
     visionfm export runs/clip --to=open_clip --out=exported/clip
     visionfm export runs/vit_huge --to=stablehlo --out=exported/vit_huge
+    visionfm export runs/vit_huge --to=onnx --out=exported/vit_huge
 
 The folder holds the newest weights (of the moving average where the run has one) in safetensors, the settings of the
 network and of the preprocessing of images, the names of the classes, a tokenizer where there are texts and the library
@@ -11,7 +12,8 @@ has a place for it, and README.md, a model card that says how it was trained and
 
 timm: the backbone, with its classifier if it was trained on classes; of two towers, that of images. transformers: the
 same, or CLIP and SigLIP with both towers. open_clip: both towers. A network that the library does not have is refused.
-stablehlo: any network, as programs that need JAX alone (`visionfm_jax.programs`), for batches of any size.
+stablehlo: networks of images, as programs that need JAX alone (`visionfm_jax.programs`), for batches of any size. onnx:
+ViTs and CLIPs of them, likewise, for ONNX Runtime; needs jax2onnx here (docs/export.md).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from visionfm_jax.interop.resample import resize_positions
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig, table_grid
 from visionfm_jax.models.layers import no_gather
-from visionfm_jax.programs import PLATFORMS, programs_of
+from visionfm_jax.programs import PLATFORMS, onnx_of, stablehlo_of
 from visionfm_jax.storage import replacing_folder
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
@@ -47,7 +49,8 @@ from visionfm_jax.telemetry.card import card
 from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.train.initialise import with_fields
 
-FORMS = (*FOLDERS, "stablehlo")
+PROGRAMS = ("stablehlo", "onnx")
+FORMS = (*FOLDERS, *PROGRAMS)
 LARGEST = 5 * 10**9  # bytes of a file, of libraries that read several by an index
 
 
@@ -58,7 +61,7 @@ def export(
 
     Args:
       run: a folder that `api.load` takes, or a loaded model.
-      to: timm, transformers, open_clip or stablehlo.
+      to: timm, transformers, open_clip, stablehlo or onnx.
       out: a new or empty folder.
       license: of the weights, as hubs name it, for the model card.
       largest: bytes of a file of weights, where the library reads several.
@@ -76,17 +79,18 @@ def export(
         raise ConfigError(f"--to={to}: there are {', '.join(FORMS)}; name one of them")
     _require_empty(out)
     model = run if isinstance(run, Model) else load(run)
-    trained, notes = _programmed(model) if to == "stablehlo" else trained_of(model, to)
-    folder, programs = _programs(model, trained) if to == "stablehlo" else (_folder(model, to, trained), {})
+    trained, notes = _programmed(model, to) if to in PROGRAMS else trained_of(model, to)
+    folder, programs = _programs(model, to, trained) if to in PROGRAMS else (_folder(model, to, trained), {})
     extra, about_texts = _tokenizer(model, to, trained, folder)
     notes += [about_texts] if about_texts else []
-    notes += [note] if to != "stablehlo" and (note := other_pixels(folder.library, trained.pixels)) else []
+    notes += [note] if to not in PROGRAMS and (note := other_pixels(folder.library, trained.pixels)) else []
     texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in folder.texts.items()}
     tokenized = bool(about_texts) and "tokenizer.model" not in extra
     texts["README.md"] = card(model, folder, trained, notes, license, tokenized)
     try:
         with replacing_folder(out) as part:
-            _write_weights(part, folder, largest if folder.indexed else sys.maxsize)
+            if folder.tensors:  # else the programs hold them
+                _write_weights(part, folder, largest if folder.indexed else sys.maxsize)
             for name, content in {**{name: text.encode() for name, text in texts.items()}, **extra, **programs}.items():
                 (part / name).write_bytes(content)
     except OSError as error:
@@ -131,21 +135,29 @@ def trained_of(model: Model, to: str) -> tuple[Trained, list[str]]:
     return Trained(params, network, pixels, names, sigmoid), notes
 
 
-def _programmed(model: Model) -> tuple[Trained, list[str]]:
+def _programmed(model: Model, to: str) -> tuple[Trained, list[str]]:
     """The whole of a model, whose programs take images of its evaluation's size; and what people should know."""
     names = model.class_names if "labels" in model.config.task.predictions else ()
-    note = "The programs normalise the pixels themselves; they run on CPUs and on GPUs of NVIDIA"
-    return Trained(model.params, model.config.model, _pixels(model)[0], names), [note]
+    notes = ["The programs normalise the pixels themselves"]
+    notes[0] += "; they run on CPUs and on GPUs of NVIDIA" if to == "stablehlo" else " and compute in fp32"
+    if to == "stablehlo" and model.config.train.precision == "fp16":
+        notes.append("The run was trained in fp16; the programs compute in fp32")
+    return Trained(model.params, model.config.model, _pixels(model)[0], names), notes
 
 
-def _programs(model: Model, trained: Trained) -> tuple[Folder, dict[str, bytes]]:
+def _programs(model: Model, to: str, trained: Trained) -> tuple[Folder, dict[str, bytes]]:
     """Weights and settings, and the programs by file."""
-    weights, files, outputs = programs_of(model)
-    about = {"images": [*trained.pixels.size, 3], "outputs": list(outputs), "platforms": list(PLATFORMS)}
-    if "texts.stablehlo" in files:
+    about: dict[str, Any] = {"images": [*trained.pixels.size, 3]}
+    if to == "onnx":
+        (files, outputs), weights = onnx_of(model), {}
+    else:
+        weights, files, outputs = stablehlo_of(model)
+        about["platforms"] = list(PLATFORMS)
+    about["outputs"] = list(outputs)
+    if f"texts.{to}" in files:
         about["tokens"] = model.config.model.text.context
     about |= {"class_names": list(trained.names)} if trained.names else {}
-    return Folder("jax", weights, "model.safetensors", {"config.json": about}), files
+    return Folder("onnx" if to == "onnx" else "jax", weights, "model.safetensors", {"config.json": about}), files
 
 
 def _names_of(network: BackboneConfig) -> set[str]:

@@ -1,11 +1,14 @@
-"""A trained model as programs that run without this package: StableHLO, as `jax.export` keeps it.
+"""A trained model as programs that run without this package: StableHLO, as `jax.export` keeps it, and ONNX.
 
 Shapes: N images or texts, any number; H W image, T tokens of a text, C classes, D width, E embedding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import logging as standard_logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,54 +17,136 @@ from jax import export as jax_export
 
 from visionfm_jax.api import Model
 from visionfm_jax.config.limits import height_width
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import UserError, one_line
 from visionfm_jax.interop.leaves import flatten, unflatten
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.layers import no_gather
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.tasks.task import make_task
 
 PLATFORMS = ("cpu", "cuda")
+OPSET = 21  # of ONNX, since version 1.16
+MOST = 2**31 - 2**20  # bytes of an ONNX file, whose lengths are 32 bit
+NEEDED = "onnx onnx_ir onnxruntime sympy mpmath equinox jaxtyping wadler_lindig"  # by jax2onnx
+REMEDY = (
+    f"pip install --no-deps jax2onnx, then pip install {NEEDED}, best into an environment of its own: jax2onnx asks "
+    "for an older Orbax, which it does not use"
+)
 
 
-def programs_of(model: Model) -> tuple[dict[str, np.ndarray], dict[str, bytes], tuple[str, ...]]:
-    """The weights by name, the serialised programs by file, and the names of what that of images gives.
+class Program(NamedTuple):
+    """A function of (params, rows), and what one of the rows is."""
 
-    Each program is called as (weights, rows) and returns a dictionary of float32 arrays:
-      images.stablehlo: uint8 (N, H, W, 3), not normalised, to `features` (N, D) and, where the model has them,
-        `probabilities` (N, C) or `image_embedding` (N, E), of length 1.
-      texts.stablehlo, of two towers: int32 (N, T) to `text_embedding` (N, E), of length 1.
+    function: Callable[[Any, jax.Array], dict[str, jax.Array]]
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _programs(model: Model, to: str, precision: str) -> tuple[dict[str, Program], tuple[str, ...]]:
+    """The programs by name, and the names of what that of images gives.
+
+      images: uint8 (N, H, W, 3), not normalised, to `features` (N, D) and, where the model has them, `probabilities`
+        (N, C) or `image_embedding` (N, E), of length 1.
+      texts, of two towers: int32 (N, T) to `text_embedding` (N, E), of length 1.
 
     Raises:
       UserError: the model has no features of images.
     """
-    config = model.config
+    config = copy.deepcopy(model.config)
+    config.train.precision = precision
     task, predictions = make_task(config, no_gather), config.task.predictions
     if "features" not in predictions:
-        raise UserError(f"--to=stablehlo: {type(config.task).__name__} makes no features of images; keep the run")
-    outputs = ["features"]
-    outputs += ["probabilities"] if "labels" in predictions else []
-    outputs += ["embeddings"] if "embeddings" in predictions else []
+        raise UserError(f"--to={to}: {type(config.task).__name__} makes no features of images; keep the run")
+    what = ["features"]
+    what += ["probabilities"] if "labels" in predictions else []
+    what += ["embeddings"] if "embeddings" in predictions else []
 
-    def images(weights: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
-        params, out = unflatten(weights), {}
-        for what in outputs:
-            out |= task.predict(params, {"image": rows}, what)
+    def images(params: Any, rows: jax.Array) -> dict[str, jax.Array]:
+        out = {}
+        for one in what:
+            out |= task.predict(params, {"image": rows}, one)
         return {name: value.astype(jnp.float32) for name, value in out.items()}
 
-    def texts(weights: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
-        return task.predict(unflatten(weights), {"text": rows}, "embeddings")
+    def texts(params: Any, rows: jax.Array) -> dict[str, jax.Array]:
+        return task.predict(params, {"text": rows}, "embeddings")
 
+    found = {"images": Program(images, (*height_width(model.transform.size), 3), jnp.uint8)}
+    if isinstance(config.task, ContrastiveConfig):
+        found["texts"] = Program(texts, (config.model.text.context,), jnp.int32)
+    named = {"features": "features", "probabilities": "probabilities", "embeddings": "image_embedding"}
+    return found, tuple(named[one] for one in what)
+
+
+def stablehlo_of(model: Model) -> tuple[dict[str, np.ndarray], dict[str, bytes], tuple[str, ...]]:
+    """The weights by name, the serialised programs by file, and the names of what that of images gives.
+
+    Each is called as (weights, rows), and computes in the precision of the run; in fp32 where that is fp16, whose
+    products CPUs and GPUs make by different programs.
+
+    Raises:
+      UserError: the model has no features of images.
+    """
+    precision = model.config.train.precision
+    programs, outputs = _programs(model, "stablehlo", "fp32" if precision == "fp16" else precision)
     weights = {name: np.asarray(value) for name, value in flatten(model.params).items()}
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
     (count,) = jax_export.symbolic_shape("n")
 
-    def serialised(function: Any, shape: tuple[int, ...], dtype: Any) -> bytes:
-        exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)
-        return bytes(exported(shapes, jax.ShapeDtypeStruct((count, *shape), dtype)).serialize())
+    def serialised(program: Program) -> bytes:
+        called = jax.jit(lambda weights, rows: program.function(unflatten(weights), rows))
+        exported = jax_export.export(called, platforms=PLATFORMS)
+        return bytes(exported(shapes, jax.ShapeDtypeStruct((count, *program.shape), program.dtype)).serialize())
 
-    size = height_width(model.transform.size)
-    files = {"images.stablehlo": serialised(images, (*size, 3), jnp.uint8)}
-    named = {"features": "features", "probabilities": "probabilities", "embeddings": "image_embedding"}
-    if isinstance(config.task, ContrastiveConfig):
-        files["texts.stablehlo"] = serialised(texts, (config.model.text.context,), jnp.int32)
-    return weights, files, tuple(named[what] for what in outputs)
+    return weights, {f"{name}.stablehlo": serialised(program) for name, program in programs.items()}, outputs
+
+
+def onnx_of(model: Model) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The programs by file, which hold the weights and compute in fp32, and the names of what that of images gives.
+
+    Raises:
+      UserError: jax2onnx is missing, the model is not of ViTs, or too large.
+    """
+    network = model.config.model.image if isinstance(model.config.model, ClipConfig) else model.config.model
+    if not isinstance(network, ViTConfig):
+        kind = type(network).__name__
+        raise UserError(f"--to=onnx: is for ViTs, and CLIPs of them, and this is a {kind}; --to=stablehlo works")
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise UserError(f"--to=onnx: needs jax2onnx ({error}); {REMEDY}") from error
+    standard_logging.getLogger("onnx_ir").setLevel(standard_logging.ERROR)  # it warns of shapes that it does not know
+    programs, outputs = _programs(model, "onnx", "fp32")
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), model.params)
+    if (size := sum(x.nbytes for x in jax.tree.leaves(params))) > MOST:
+        raise UserError(f"--to=onnx: {size:,} bytes of weights do not fit into one ONNX file; --to=stablehlo works")
+
+    def converted(name: str, program: Program) -> bytes:
+        names = outputs if name == "images" else ("text_embedding",)
+
+        def called(rows: jax.Array) -> tuple[jax.Array, ...]:
+            out = program.function(params, rows)
+            return tuple(out[one] for one in names)
+
+        # What is called "B" is any number of rows.
+        try:
+            made = to_onnx(called, [jax.ShapeDtypeStruct(("B", *program.shape), program.dtype)], opset=OPSET)
+        except NotImplementedError as error:
+            raise UserError(f"--to=onnx: jax2onnx has no {one_line(error)}; --to=stablehlo works") from error
+        inside = (*made.graph.input, *made.graph.output)
+        _rename(made.graph, dict(zip((value.name for value in inside), (name, *names), strict=True)))
+        return made.SerializeToString()
+
+    return {f"{name}.onnx": converted(name, program) for name, program in programs.items()}, outputs
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    """Name values of an ONNX graph, and where the graphs inside it use them."""
+    for value in (*graph.input, *graph.output):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, names)

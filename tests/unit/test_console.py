@@ -1,5 +1,6 @@
 """`visionfm COMMAND`, and the configurations that come with the package."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 from visionfm_jax import __main__ as console
+from visionfm_jax import scripts
 from visionfm_jax.config import load
 from visionfm_jax.errors import ConfigError, complain
 from visionfm_jax.interop.leaves import some
@@ -74,28 +76,63 @@ def test_a_file_in_the_working_folder_comes_first(tmp_path, monkeypatch):
         load.load_file("/configs/vit_huge.py")
 
 
-def test_a_wheel_has_all_that_the_package_needs_and_finds_its_configurations(tmp_path):
-    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """What a wheel installs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
-        names = set(archive.namelist())
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def in_empty_folder(installed: Path, folder: Path, *words: str) -> str:
+    """The output of Python outside the repository, where the package is that of the wheel."""
+    env = {**os.environ, "PYTHONPATH": str(installed), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_wheel_has_all_that_the_package_needs_and_finds_its_configurations(installed, tmp_path):
     folder = ROOT / "visionfm_jax"
     files = {str(p.relative_to(ROOT)) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    configs = {f"visionfm_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
-    assert files | configs == {name for name in names if ".dist-info/" not in name}
-    empty = tmp_path / "empty"
-    empty.mkdir()
+    files |= {f"visionfm_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    files |= {f"visionfm_jax/launch/{name}" for name in scripts.NAMES}
+    found = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file()}
+    assert files == {name for name in found if ".dist-info/" not in name}
     code = (
         "import visionfm_jax; from visionfm_jax.config import load; print(visionfm_jax.__file__);"
         "print(load.load_file('configs/vit_huge.py:tiny').name, *load.shipped().values())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=empty, env=environment, capture_output=True, text=True, check=True
-    )
-    place, found = done.stdout.splitlines()
-    assert place.startswith(str(tmp_path))
-    assert found.startswith(f"vit_huge_tiny {tmp_path}/installed/visionfm_jax/configs/aurora_xl.py ")
+    place, found = in_empty_folder(installed, tmp_path, "-c", code).splitlines()
+    assert place.startswith(str(installed))
+    assert found.startswith(f"vit_huge_tiny {installed}/visionfm_jax/configs/aurora_xl.py ")
+
+
+def test_a_wheel_trains_and_is_used_outside_the_repository(installed, tmp_path):
+    """A model is trained by the script that it copies, in a process that the script starts, loaded, and exported."""
+    run = functools.partial(in_empty_folder, installed, tmp_path)
+    assert run("-m", "visionfm_jax", "scripts").startswith("env.sh, ")
+    assert os.access(tmp_path / "launch/slurm.sbatch", os.X_OK)
+    small = ["--config.train.steps=2", "--config.train.batch_size=16", "--config.model.image_size=16"]
+    words = ["--config=vit_huge:tiny", *small, "--config.evals=()", "--config.optim.warmup_steps=1"]
+    env = {**os.environ, "PYTHONPATH": str(installed), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHON": sys.executable}
+    script = ["bash", str(tmp_path / "launch/local.sh"), "1", *words]
+    subprocess.run(script, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / "runs/vit_huge_tiny/report.html").is_file()
+    assert "timm folder of" in run("-m", "visionfm_jax", "export", "runs/vit_huge_tiny", "--to=timm", "--out=timm")
+    code = "import visionfm_jax as v, numpy as n; print(v.load('timm').features(n.zeros((16, 16, 3), 'uint8')).shape)"
+    assert run("-c", code).strip() == "(1, 192)"
+
+
+def test_scripts_that_were_changed_are_not_overwritten(tmp_path, capsys):
+    assert console.main(["scripts", str(tmp_path)]) == 0
+    assert console.main(["scripts", str(tmp_path)]) == 0
+    (tmp_path / "launch/mpi.sh").write_text("mine")
+    assert console.main(["scripts", str(tmp_path)]) == 2
+    assert "mpi.sh: differ from those of this version; move them away" in capsys.readouterr().err
+    assert (tmp_path / "launch/mpi.sh").read_text() == "mine"
 
 
 def test_the_script_is_installed_under_its_name():

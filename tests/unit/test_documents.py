@@ -8,38 +8,14 @@ import importlib
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from documents import OTHERS, OURS, ROOT, RUNS, commands
 
 from visionfm_jax.__main__ import COMMANDS
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.load import load_file
 from visionfm_jax.config.schema import to_dict
-
-ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
-# The runs that commands name, and of which configuration they are.
-RUNS = {
-    "quickstart": "quickstart", "vit_huge": "vit_huge:tiny", "vit_huge_longer": "vit_huge:tiny",
-    "swinv2_g_clip": "swinv2_g_clip:tiny", "swinv2_g_clip_tiny": "swinv2_g_clip:tiny", "clip": "swinv2_g_clip:tiny",
-    "aurora_xl_tiny": "aurora_xl:tiny", "vit_huge_coco_tiny": "vit_huge_coco:tiny",
-    "vit_huge_ade20k_tiny": "vit_huge_ade20k:tiny",
-}  # fmt: skip
-OURS = re.compile(r"(visionfm|(\.venv/bin/)?python -m visionfm_jax)\b")
-OTHERS = re.compile(
-    r"(\./launch/|\.ci/|pip |hf |git |python3\.12 -m venv |sbatch |source |python |kubectl |docker |srun )"
-)
-
-
-def commands():
-    """(page, command) of every block, a line each; what "…" or brackets leave open is a description."""
-    for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        for line in re.findall(r"(?m)^ {4,}(\S.*)$", text):
-            for part in re.split(r"\s&&\s", line):
-                if (OURS.match(part) or OTHERS.match(part)) and not re.search(r"…|\[-|FILE\.py", part):
-                    yield page.relative_to(ROOT).as_posix(), part
 
 
 class Understood(BaseException):

@@ -197,7 +197,7 @@ def test_slurm_asks_for_a_warning_and_for_the_repository(tmp_path):
     assert "#SBATCH --requeue" in text
     result = bash(ROOT / "launch/slurm.sbatch", SLURM_JOB_ID="1", SLURM_SUBMIT_DIR=str(tmp_path))
     assert result.returncode == 2
-    assert "is not the repository" in result.stderr
+    assert "has no launch/env.sh; submit from the folder" in result.stderr
 
 
 FAKE_MPIRUN = """

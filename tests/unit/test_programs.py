@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from visionfm_jax.api import Model
 from visionfm_jax.errors import UserError
 from visionfm_jax.export import export
 from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.programs import NEEDED
 from visionfm_jax.train.step import Trainer
 
 CHECK = runpy.run_path(f"{Path(__file__).parents[2]}/tests/parity/check_exports.py")
@@ -66,6 +68,33 @@ def test_the_lines_of_the_readme_run_without_this_package(tmp_path, name):
                 ours = np.asarray(value)[:rows]
                 assert found[key].shape == ours.shape
                 assert np.abs(found[key] - ours).max() <= GATE * np.abs(ours).max(), (key, rows)
+
+
+@pytest.mark.parametrize("name", ["vit_cls", "clip"])
+def test_what_was_trained_in_fp16_is_computed_in_fp32(tmp_path, name):
+    """fp16 of CPUs and of GPUs are different programs."""
+    model = model_of(name)
+    expected = model._trainer.task.predict(model.params, {"image": np.full((2, 32, 32, 3), 90, np.uint8)}, "features")
+    model.config.train.precision = "fp16"
+    notes = export(model, "stablehlo", tmp_path / "out")
+    assert "The run was trained in fp16; the programs compute in fp32" in notes
+    program = jax.export.deserialize(bytearray((tmp_path / "out/images.stablehlo").read_bytes()))
+    found = program.call(load_file(tmp_path / "out/model.safetensors"), np.full((2, 32, 32, 3), 90, np.uint8))
+    ours = np.asarray(expected["features"])
+    assert np.abs(found["features"] - ours).max() <= GATE * np.abs(ours).max()
+
+
+def test_onnx_says_what_it_needs_and_for_what_it_is(tmp_path):
+    """tests/parity/check_onnx.py runs what is written, in an environment that has jax2onnx."""
+    with pytest.raises(UserError, match=r"--to=onnx: needs jax2onnx .*; pip install --no-deps jax2onnx, then pip"):
+        export(model_of("vit_cls"), "onnx", tmp_path / "out")
+    with pytest.raises(
+        UserError, match="is for ViTs, and CLIPs of them, and this is a SwinV2Config; --to=stablehlo works"
+    ):
+        export(model_of("swin"), "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    page = Path(__file__).parents[2] / "docs/export.md"
+    assert f"    pip install --no-deps jax2onnx\n    pip install {NEEDED}\n" in page.read_text()
 
 
 def test_a_model_without_features_is_refused(tmp_path, monkeypatch):

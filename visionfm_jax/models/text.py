@@ -107,8 +107,11 @@ class TextTransformer(nn.Module):
             activation=config.activation, parent=None,
         )  # fmt: skip
         x = scan_blocks(self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat)
-        end = jnp.argmax(tokens == config.end_token, 1) if config.pool == "end" else tokens.shape[1] - 1
-        return layer_norm(jnp.float32, "norm", epsilon=config.norm_eps)(x[jnp.arange(x.shape[0]), end])
+        if config.pool == "end":
+            end = jnp.argmax(tokens == config.end_token, 1)
+            x = jnp.take_along_axis(x, end[:, None, None], axis=1)
+        x = x[:, -1]
+        return layer_norm(jnp.float32, "norm", epsilon=config.norm_eps)(x)
 
 
 def forward_flops(config: TextConfig) -> float:

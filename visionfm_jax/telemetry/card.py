@@ -5,10 +5,13 @@ It says what the run's folder says: the recipe, the data, the steps, and what it
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from visionfm_jax.api import Model
 from visionfm_jax.errors import UserError, printable
@@ -77,6 +80,19 @@ tokens = np.zeros((3, LENGTH), np.int32)  # any number of texts, as ids of the t
 text = encode_texts(weights, tokens)["text_embedding"]"""
 
 
+_ONNX = """import numpy as np
+import onnxruntime  # pip install onnxruntime
+
+onnxruntime.set_default_logger_severity(3)  # else it names each constant that it drops
+encode_images = onnxruntime.InferenceSession("FOLDER/images.onnx")
+images = np.zeros((3, HEIGHT, WIDTH, 3), np.uint8)  # any number of RGB images of this size
+out = dict(zip([OUTPUTS], encode_images.run([OUTPUTS], {"images": images})))"""
+_TEXT_ONNX = """
+encode_texts = onnxruntime.InferenceSession("FOLDER/texts.onnx")
+tokens = np.zeros((3, LENGTH), np.int32)  # any number of texts, as ids of the tokenizer, zeros behind them
+[text] = encode_texts.run(["text_embedding"], {"texts": tokens})"""
+
+
 def card(
     model: Model, folder: Folder, trained: Trained, notes: Sequence[str], license: str, tokenized: bool = False
 ) -> str:
@@ -99,7 +115,7 @@ def card(
     size = " x ".join(map(str, trained.pixels.size))
     kind = getattr(config.task, "kind", type(config.task).__name__)
     averaged = f", averaged over steps with decay {config.optim.ema:g}" if config.optim.ema else ""
-    count = sum(tensor.size for tensor in folder.tensors.values())
+    count = sum(tensor.size for tensor in folder.tensors.values() or jax.tree.leaves(trained.params))
     converted = config.checkpoint.weights  # of another library: `api.load`
     facts = {
         "network": f"{type(config.model).__name__}, {count:,} numbers, images of {size} pixels",
@@ -129,12 +145,14 @@ def card(
 
 def _code(folder: Folder, trained: Trained, tokenized: bool) -> str:
     """How the folder is opened."""
-    if folder.library == "jax":
+    if folder.library in ("jax", "onnx"):
         about = folder.texts["config.json"]
         height, width, _ = about["images"]
-        code = _PROGRAMS.replace("HEIGHT", str(height)).replace("WIDTH", str(width))
-        code = code.replace("OUTPUTS", ", ".join(about["outputs"]))
-        return code + (_TEXT_PROGRAM.replace("LENGTH", str(about["tokens"])) if "tokens" in about else "")
+        jaxs = folder.library == "jax"
+        outputs = ", ".join(about["outputs"] if jaxs else map(json.dumps, about["outputs"]))
+        code = (_PROGRAMS if jaxs else _ONNX) + (_TEXT_PROGRAM if jaxs else _TEXT_ONNX) * ("tokens" in about)
+        sizes = {"HEIGHT": height, "WIDTH": width, "LENGTH": about.get("tokens"), "OUTPUTS": outputs}
+        return functools.reduce(lambda text, name: text.replace(name, str(sizes[name])), sizes, code)
     if folder.library == "timm":
         shape = f"(1, {len(trained.names)}), logits" if trained.names else "pooled features"
         return _TIMM.replace("SHAPE", shape)
