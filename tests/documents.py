@@ -14,6 +14,7 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.m
 # The runs that commands name, and of which configuration they are.
 RUNS = {
     "quickstart": "quickstart", "vit_huge": "vit_huge:tiny", "vit_huge_longer": "vit_huge:tiny",
+    "vit_huge_tiny": "vit_huge:tiny",
     "swinv2_g_clip": "swinv2_g_clip:tiny", "swinv2_g_clip_tiny": "swinv2_g_clip:tiny", "clip": "swinv2_g_clip:tiny",
     "aurora_xl_tiny": "aurora_xl:tiny", "vit_huge_coco_tiny": "vit_huge_coco:tiny",
     "vit_huge_ade20k_tiny": "vit_huge_ade20k:tiny",

@@ -123,7 +123,7 @@ def test_a_wheel_trains_and_is_used_outside_the_repository(installed, tmp_path):
     assert (tmp_path / "runs/vit_huge_tiny/report.html").is_file()
     assert "timm folder of" in run("-m", "visionfm_jax", "export", "runs/vit_huge_tiny", "--to=timm", "--out=timm")
     code = "import visionfm_jax as v, numpy as n; print(v.load('timm').features(n.zeros((16, 16, 3), 'uint8')).shape)"
-    assert run("-c", code).strip() == "(1, 192)"
+    assert run("-c", code).strip() == "(1, 96)"
 
 
 def test_scripts_that_were_changed_are_not_overwritten(tmp_path, capsys):
