@@ -70,6 +70,7 @@ SLOW = (
     "unit/data/test_loader.py",
     "unit/test_layers.py",
     "unit/test_attacks.py",
+    "e2e/test_notebooks.py",
 )
 
 

@@ -81,7 +81,8 @@ def train(base: Path, name: str) -> None:
 def line_of(base: Path, words: str) -> list[str]:
     """A command's words, with data where it is here."""
     return [
-        re.sub(r"^((?:--\w+=)?(?:\w+:)?)/data/", rf"\1{base}/data/", word) for word in shlex.split(words, comments=True)
+        re.sub(r"^((?:--[\w.\[\]]+=)?(?:\w+:)?)/data/", rf"\1{base}/data/", word)
+        for word in shlex.split(words, comments=True)
     ]
 
 
