@@ -26,6 +26,7 @@ COMMANDS = {  # module and what it does
     "segment": ("predict", "write the class of each pixel of images"),
     "report": ("report", "write a page about a run, or about several side by side"),
     "export": ("export", "write a trained model as a folder of timm, transformers, OpenCLIP or JAX"),
+    "convert": ("export", "the same: another library's folder for timm, transformers, OpenCLIP or JAX"),
     "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
     "scripts": ("scripts", "copy the launch scripts of SLURM, MPI, Kubernetes and one machine into a folder"),
     "bench": ("bench", "time the training step on synthetic data"),

@@ -1,12 +1,13 @@
 """Open exported folders in the libraries that they are for, and compare what is computed there with ours.
 
-    python tests/parity/check_exports.py write FOLDER            # where this project is installed
+    python tests/parity/check_exports.py write FOLDER [RUN ...]     # where this project is installed
     peers/bin/python tests/parity/check_exports.py compare FOLDER   # where timm, transformers and OpenCLIP are
 
-`write` makes tiny models with every number random, exports each in every form that it has, and keeps beside each folder
-what our network computes on random pixels, and what our preprocessing makes of an image. `compare` prints the relative
-error (largest difference / largest value) of each, and how many grey levels the library's own preprocessing is off;
-it ends with 1 if one is past its gate.
+`write` makes tiny models with every number random, or loads trained runs, exports each in every form that it has, and
+keeps beside each folder what our network computes on random pixels, and what our preprocessing makes of an image. The
+weights of runs are in several files with an index, where the library reads that, and must be read back to the bit.
+`compare` prints the relative error (largest difference / largest value) of each, and how many grey levels the library's
+own preprocessing is off; it ends with 1 if one is past its gate.
 """
 
 from __future__ import annotations
@@ -160,43 +161,70 @@ def photo() -> Image.Image:
     return Image.fromarray((127.5 * (1 + np.stack(channels, -1))).astype(np.uint8))
 
 
-def write(folder: Path, only: str) -> None:
-    """Each case in each form that it has."""
+def write(folder: Path, only: str, runs: list[Path]) -> None:
+    """Each case, or run, in each form that it has."""
     import jax
 
-    from visionfm_jax.api import Model
+    from visionfm_jax.api import Model, load
     from visionfm_jax.errors import UserError
-    from visionfm_jax.export import export
+    from visionfm_jax.export import LARGEST, export
     from visionfm_jax.interop.hub import FOLDERS
+    from visionfm_jax.models.clip import ClipConfig
     from visionfm_jax.parallel.mesh import make_mesh
     from visionfm_jax.train.step import Trainer
 
+    def models() -> Iterator[tuple[str, Model]]:
+        yield from ((run.name, load(run)) for run in runs)
+        for name, task, network, more in () if runs else cases():
+            if only in name:
+                trainer = Trainer(made(task, network, more), make_mesh(1, jax.devices()[:1]))
+                names = tuple(f"class {i}" for i in range(CLASSES)) if task == "classes" else ()
+                yield name, Model(trainer, random_like(trainer.shapes.params), names)
+
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes nearly all of the time
     random = np.random.default_rng(1)
-    for name, task, network, more in cases():
-        if only not in name:
-            continue
-        trainer = Trainer(made(task, network, more), make_mesh(1, jax.devices()[:1]))
-        names = tuple(f"class {i}" for i in range(CLASSES)) if task == "classes" else ()
-        model = Model(trainer, random_like(trainer.shapes.params), names)
+    for name, model in models():
         size = model.transform.size
         height, width = (size, size) if isinstance(size, int) else size
         images = random.standard_normal((2, height, width, 3), np.float32)
         tokens = random.integers(3, 39, (2, 12))
-        if task == "pairs":
+        if isinstance(model.config.model, ClipConfig):
+            tokens = random.integers(3, 39, (2, model.config.model.text.context))
             tokens[0, 5:], tokens[1, 9:] = 0, 0
-            tokens[[0, 1], [4, 8]] = trainer.config.model.text.end_token
+            tokens[[0, 1], [4, 8]] = model.config.model.text.end_token
         pixels = model.transform(np.asarray(photo()))
         found = {**ours(model, images, tokens), "images": images, "tokens": tokens, "pixels": pixels}
+        augment = model.config.data.augment
+        found |= {
+            "mean": np.float32(augment.mean),
+            "std": np.float32(augment.std),
+            "names": np.array(model.class_names),
+        }
         refused = {}
         for to in FOLDERS:
             where = folder / name / to
             try:
-                export(model, to, where)
+                export(model, to, where, largest=200_000 if runs else LARGEST)
+                if runs:
+                    require_same(model, load(where))
                 np.savez(where.with_suffix(".npz"), **found)
             except UserError as error:
                 refused[to] = str(error)
         print(name, *(f"\n    {line}" for line in refused.values()), flush=True)
+
+
+def require_same(model: Any, again: Any) -> None:
+    """What was exported and is read back has the very numbers, those of the image tower at least."""
+    import jax
+
+    ours, theirs = (
+        {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(m.params)}
+        for m in (model, again)
+    )
+    ours = {name.removeprefix("['image']") if name not in theirs else name: value for name, value in ours.items()}
+    assert theirs.keys() <= ours.keys(), theirs.keys() - ours.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(value, ours[name], name)
 
 
 # What is compared: the libraries
@@ -239,7 +267,6 @@ def transformers_outputs(folder: Path, images: Any, tokens: Any) -> Iterator[tup
         return
     out = model(pixel_values=images)
     if "ForImageClassification" in name:
-        assert about["id2label"] == {str(i): f"class {i}" for i in range(CLASSES)}
         yield "logits", out.logits, pixels
     else:
         yield "pooled", out.last_hidden_state[:, 0] if name == "ViTModel" else out.pooler_output, pixels
@@ -266,19 +293,21 @@ def compare(folder: Path, only: str) -> int:
 
     torch.set_num_threads(1)
     worst = 0
-    mean, std = np.float32([0.48, 0.45, 0.4]), np.float32([0.26, 0.27, 0.28])
     for file in sorted(folder.glob("*/*.npz")):
         if only not in str(file):
             continue
         with np.load(file) as kept:
             found = dict(kept)
+        about = file.with_suffix("") / "config.json"
+        if file.stem == "transformers" and "id2label" in (about := json.loads(about.read_text())):
+            assert list(about["id2label"].values()) == found["names"].tolist()
         images = torch.from_numpy(found["images"].transpose(0, 3, 1, 2).copy())
         tokens = torch.from_numpy(found["tokens"])
         with torch.no_grad():
             for name, theirs, pixels in OUTPUTS[file.stem](file.with_suffix(""), images, tokens):
                 expected = found[name]
                 error = np.abs(theirs.numpy() - expected).max() / np.abs(expected).max()
-                grey = np.abs((pixels[0].transpose(1, 2, 0) * std + mean) * 255 - found["pixels"])
+                grey = np.abs((pixels[0].transpose(1, 2, 0) * found["std"] + found["mean"]) * 255 - found["pixels"])
                 past = bool(error > GATE or grey.mean() > GREY)
                 worst += past
                 line = f"{file.parent.name:22} {file.stem:13} {name:7} {error:.1e}"
@@ -292,6 +321,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["write", "compare"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path, help="of write: folders of runs, in place of random weights")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     arguments = parser.parse_args()
-    sys.exit({"write": write, "compare": compare}[arguments.what](arguments.folder, arguments.only))
+    if arguments.what == "compare":
+        sys.exit(compare(arguments.folder, arguments.only))
+    write(arguments.folder, arguments.only, arguments.runs)
