@@ -41,8 +41,8 @@ from visionfm_jax.data.text_lists import benchmarks
 from visionfm_jax.errors import ConfigError, DataError, OutputError, UserError, complain, entry_point, printable
 from visionfm_jax.evals.kinds import KnnConfig, LinearProbeConfig, RetrievalConfig, ZeroShotConfig
 from visionfm_jax.evals.run import measure
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import write_text
-from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.page import document, section, table
 
 TEMPLATES = "zeroshot_classification_templates.txt"

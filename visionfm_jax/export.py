@@ -38,6 +38,7 @@ from visionfm_jax.data.tokenizer.files import huggingface_files
 from visionfm_jax.errors import ConfigError, UserError, entry_point, printable
 from visionfm_jax.interop.hub import FOLDERS, SETTINGS, Folder, Pixels, Trained, other_pixels, parts_of
 from visionfm_jax.interop.resample import resize_positions
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig, table_grid
 from visionfm_jax.models.layers import no_gather
@@ -46,7 +47,6 @@ from visionfm_jax.storage import replacing_folder
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.telemetry.card import card
-from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.train.initialise import with_fields
 
 PROGRAMS = ("stablehlo", "onnx")

@@ -23,8 +23,8 @@ from visionfm_jax.cli.replay import replay
 from visionfm_jax.cli.train import run
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import entry_point
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.parallel import cluster
-from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.train.timing import StopSignal
 

@@ -52,9 +52,9 @@ from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point, printable
 from visionfm_jax.evals.metrics import best
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import read, replacing
 from visionfm_jax.telemetry import pictures
-from visionfm_jax.telemetry.logs import quiet_logs
 from visionfm_jax.telemetry.report import DPI, GREY, INK, drawable, save
 
 SIDE = 192  # pixels, of an image in a picture

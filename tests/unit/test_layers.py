@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "visionfm_jax"
 PACKAGES = [
     "errors",
     "storage",
+    "logs",
     "config",
     "models",
     "losses",

@@ -49,9 +49,9 @@ from visionfm_jax.data.sources import open_source, selection  # noqa: E402
 from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig, NumpyConfig, TfdsConfig  # noqa: E402
 from visionfm_jax.data.sources.tars import TarPairs  # noqa: E402
 from visionfm_jax.errors import UserError  # noqa: E402
+from visionfm_jax.logs import quiet_logs  # noqa: E402
 from visionfm_jax.models.backbones.vit import ViTConfig  # noqa: E402
 from visionfm_jax.tasks.classification import ClassificationConfig  # noqa: E402
-from visionfm_jax.telemetry.logs import quiet_logs  # noqa: E402
 from visionfm_jax.telemetry.writers import MetricWriter, read_metrics  # noqa: E402
 from visionfm_jax.train.checkpoint import Checkpoints  # noqa: E402
 from visionfm_jax.train.folder import RunFolder  # noqa: E402

@@ -20,10 +20,10 @@ from orbax.checkpoint import checkpoint_managers as managers
 from visionfm_jax import storage
 from visionfm_jax.config import CheckpointConfig
 from visionfm_jax.errors import CheckpointError, StorageError, UserError, one_line
+from visionfm_jax.logs import without_orbax
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.parallel import agreement
 from visionfm_jax.storage import seal, unseal
-from visionfm_jax.telemetry.logs import without_orbax
 from visionfm_jax.train.checksum import checksums, name_of
 from visionfm_jax.train.state import TrainState
 
