@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
@@ -57,7 +58,7 @@ from visionfm_jax.models.layers import no_gather
 from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.parallel.zero import gather_params
 from visionfm_jax.storage import read
-from visionfm_jax.tasks.task import DTYPES
+from visionfm_jax.tasks.task import DTYPES, make_task
 from visionfm_jax.train.initialise import (
     described,
     find_weights,
@@ -71,6 +72,7 @@ from visionfm_jax.train.step import Trainer
 
 PROMPTS = "imagenet_prompts_short"
 ROWS = (1, 8, 32)  # of a batch, on each device: few shapes, so that few programs are compiled
+PREDICTED = {"labels": "probabilities", "embeddings": "embeddings"}  # by what a task can do, what it is asked for
 AHEAD = 64  # images that are decoded before they are asked for
 LONG = 64  # rows from which on a progress bar is shown
 
@@ -198,6 +200,31 @@ def _used(trainer: Trainer, params: Any, said: Described) -> Model:
     return model
 
 
+def function_of(config: Config) -> Callable[..., dict[str, jax.Array]]:
+    """`Model.apply` of a configuration.
+
+    Raises:
+      UserError: its model has no features of images.
+    """
+    task, predictions = make_task(config, no_gather), config.task.predictions
+    if "features" not in predictions:
+        raise UserError(f"{config.name}: {type(config.task).__name__} has no features of images")
+    of_images = ["features", *(what for kind, what in PREDICTED.items() if kind in predictions)]
+
+    def function(params: Any, images: jax.Array | None = None, texts: jax.Array | None = None) -> dict[str, jax.Array]:
+        out: dict[str, jax.Array] = {}
+        if images is not None:
+            for what in of_images:
+                out |= task.predict(params, {"image": images}, what)
+        if texts is not None:
+            if "embeddings" not in predictions:
+                raise UserError(f"{config.name}: {type(config.task).__name__} has no text tower")
+            out |= task.predict(params, {"text": texts}, "embeddings")
+        return {name: value.astype(jnp.float32) for name, value in out.items()}
+
+    return function
+
+
 class Model:
     """A trained model.
 
@@ -236,9 +263,7 @@ class Model:
     def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
         """float32 (N, E), rows of length 1."""
         self._require("embeddings" in self.config.task.predictions, "has no text tower")
-        length, tokenizer = self.config.model.text.context, self.tokenizer
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = [{"text": np.asarray(tokenizer(text, length), np.int32)} for text in texts]
+        rows = [{"text": row} for row in self.tokenize(texts)]
         return self._stacked(self._predict(iter(rows), len(rows), "embeddings"), "text_embedding")
 
     def features(
@@ -263,6 +288,34 @@ class Model:
             return self._stacked(iter(rows), "map")
         return [self._stacked(iter(rows), str(layer)) for layer in wanted]
 
+    def apply(
+        self, params: Any, images: jax.Array | None = None, texts: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """All that a model with features says of a batch, as a pure function: for `jax.jit`, `jax.grad` and `jax.vmap`.
+
+            embed = jax.jit(lambda params, images: model.apply(params, images)["image_embedding"])
+            embed(model.params, images)
+
+        Args:
+          params: weights, such as `self.params`.
+          images: uint8 (B, H, W, 3), as `transform` gives them.
+          texts: int32 (B, T), rows of `tokenize`.
+
+        Returns:
+          float32 arrays: of images `features` (B, D) and, where the model has them, `probabilities` (B, C) or
+          `image_embedding` (B, E), of length 1; of texts `text_embedding` (B, E).
+
+        Raises:
+          UserError: the model has no features of images, or no text tower.
+        """
+        return function_of(self.config)(params, images, texts)
+
+    def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+        """int32 (N, T): the token ids of each text, cut and padded to the length that the text tower takes."""
+        tokenizer, length = self.tokenizer, self.config.model.text.context
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        return np.array([tokenizer(text, length) for text in texts], np.int32).reshape(-1, length)
+
     @functools.cached_property
     def backbone(self) -> tuple[nn.Module, Any]:
         """The network that makes features of images, a `models.backbones.Backbone`, and its parameters.
@@ -273,7 +326,7 @@ class Model:
 
     def normalize(self, images: Any) -> jax.Array:
         """uint8 (B, H, W, 3), as `transform` gives them, to what networks take, float32."""
-        return normalize(jax.numpy.asarray(images), self.config.data.augment)
+        return normalize(jnp.asarray(images), self.config.data.augment)
 
     @property
     def _network(self) -> BackboneConfig:
@@ -308,7 +361,7 @@ class Model:
             found = network.apply({"params": params}, images, layers=layers)
             out = {str(n): x.mean((1, 2)) if pooled else x for n, x in zip(layers, found.layers, strict=True)}
             out = out or {"map": found.normed}
-            return {name: x.astype(jax.numpy.float32) for name, x in out.items()}
+            return {name: x.astype(jnp.float32) for name, x in out.items()}
 
         return self._trainer.over_rows(maps)
 

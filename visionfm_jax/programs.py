@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from visionfm_jax.api import Model
+from visionfm_jax.api import Model, function_of
 from visionfm_jax.config.limits import height_width
 from visionfm_jax.errors import UserError, one_line
 from visionfm_jax.interop.leaves import flatten, unflatten
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.clip import ClipConfig
-from visionfm_jax.models.layers import no_gather
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
-from visionfm_jax.tasks.task import make_task
 
 PLATFORMS = ("cpu", "cuda")
 OPSET = 21  # of ONNX, since version 1.16
@@ -55,27 +53,21 @@ def _programs(model: Model, to: str, precision: str) -> tuple[dict[str, Program]
     """
     config = copy.deepcopy(model.config)
     config.train.precision = precision
-    task, predictions = make_task(config, no_gather), config.task.predictions
-    if "features" not in predictions:
-        raise UserError(f"--to={to}: {type(config.task).__name__} makes no features of images; keep the run")
-    what = ["features"]
-    what += ["probabilities"] if "labels" in predictions else []
-    what += ["embeddings"] if "embeddings" in predictions else []
-
-    def images(params: Any, rows: jax.Array) -> dict[str, jax.Array]:
-        out = {}
-        for one in what:
-            out |= task.predict(params, {"image": rows}, one)
-        return {name: value.astype(jnp.float32) for name, value in out.items()}
-
-    def texts(params: Any, rows: jax.Array) -> dict[str, jax.Array]:
-        return task.predict(params, {"text": rows}, "embeddings")
-
-    found = {"images": Program(images, (*height_width(model.transform.size), 3), jnp.uint8)}
+    try:
+        function = function_of(config)
+    except UserError as error:
+        raise UserError(f"--to={to}: {error}; keep the run") from error
+    found = {
+        "images": Program(
+            lambda params, rows: function(params, images=rows), (*height_width(model.transform.size), 3), jnp.uint8
+        )
+    }
     if isinstance(config.task, ContrastiveConfig):
-        found["texts"] = Program(texts, (config.model.text.context,), jnp.int32)
-    named = {"features": "features", "probabilities": "probabilities", "embeddings": "image_embedding"}
-    return found, tuple(named[one] for one in what)
+        found["texts"] = Program(
+            lambda params, rows: function(params, texts=rows), (config.model.text.context,), jnp.int32
+        )
+    image = jax.ShapeDtypeStruct((1, *found["images"].shape), jnp.uint8)
+    return found, tuple(jax.eval_shape(found["images"].function, model.params, image))
 
 
 def stablehlo_of(model: Model) -> tuple[dict[str, np.ndarray], dict[str, bytes], tuple[str, ...]]:

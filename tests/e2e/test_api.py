@@ -105,6 +105,22 @@ def check_layers(model: vfm.Model, images: list[np.ndarray], layers: list[int]) 
     np.testing.assert_allclose(mean, np.mean(first, (1, 2)), **close)
 
 
+def test_the_pure_function_is_what_the_methods_use(model, images):
+    """Under jit, grad and vmap, on weights that are sharded over the devices."""
+    pixels = np.stack([model.transform(image) for image in images])
+    out = jax.jit(model.apply)(model.params, pixels)
+    assert out.keys() == {"features", "probabilities"}
+    np.testing.assert_allclose(out["features"], model.features(images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out["probabilities"], model.classify(images).probability, rtol=1e-4, atol=1e-5)
+    one = jax.vmap(lambda image: model.apply(model.params, image[None])["probabilities"][0])(pixels)
+    np.testing.assert_allclose(one, out["probabilities"], rtol=1e-4, atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda params: model.apply(params, pixels)["probabilities"][:, 0].mean()))(model.params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 1e-4
+    with pytest.raises(UserError, match="ClassificationConfig has no text tower"):
+        model.apply(model.params, texts=np.zeros((1, 8), np.int32))
+
+
 def test_maps_of_layers(model, images):
     depth = size_of(model.config.model).depth
     check_layers(model, images, [depth - 1, 1])

@@ -100,6 +100,6 @@ def test_onnx_says_what_it_needs_and_for_what_it_is(tmp_path):
 def test_a_model_without_features_is_refused(tmp_path, monkeypatch):
     model = model_of("vit_cls")
     monkeypatch.setattr(type(model.config.task), "predictions", frozenset({"labels"}))
-    with pytest.raises(UserError, match="--to=stablehlo: ClassificationConfig makes no features of images"):
+    with pytest.raises(UserError, match="--to=stablehlo: quickstart: ClassificationConfig has no features of images"):
         export(model, "stablehlo", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -21,10 +21,11 @@ from visionfm_jax.config.schema import Choice, Config, ModelConfig
 from visionfm_jax.errors import ConfigError, printable
 
 SETTINGS = "config.json"  # of a run folder
+TOKENIZER = "tokenizer"  # likewise, with the ending of the file that it is a copy of
 
 
 def of_run(folder: Path) -> Config:
-    """The configuration of the run in `folder`, wherever the folder is now.
+    """The configuration of the run in `folder`, wherever the folder is now, with the tokenizer that is kept there.
 
     Raises:
       ConfigError: the folder is not one of a run, its settings are damaged, or they name classes that are not there.
@@ -42,6 +43,9 @@ def of_run(folder: Path) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     config.workdir = str(folder)
+    name = getattr(config.task, "tokenizer", "")
+    if (kept := folder / f"{TOKENIZER}{Path(name).suffix}").is_file():
+        config.task.tokenizer = str(kept)
     return config
 
 

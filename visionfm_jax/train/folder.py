@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from visionfm_jax.config import Config
+from visionfm_jax.config.saved import TOKENIZER
+from visionfm_jax.data.tokenizer import content_of
 from visionfm_jax.errors import ConfigError, OutputError, UserError
-from visionfm_jax.storage import FULL, read, read_bytes, retry, write, write_text
+from visionfm_jax.storage import FULL, read, read_bytes, replacing, retry, write, write_text
 from visionfm_jax.train.provenance import (
     DATA,
     SETTINGS,
@@ -86,6 +88,7 @@ class RunFolder:
         path = self.path / SETTINGS
         self._keep_former(self.path / f"config-until-{step}.json", step, bool(changed))
         _write(self.path / DATA, json.dumps(new.data, indent=1) + "\n")
+        self._keep_tokenizer(new.config)
         _write(path, json.dumps(new.settings, indent=2) + "\n")
         if weights is not None:
             _write(self.path / WEIGHTS, json.dumps(weights, indent=1) + "\n")
@@ -93,6 +96,18 @@ class RunFolder:
             former = self.path / WEIGHTS
             write(lambda: former.unlink(missing_ok=True), former)
         return changed
+
+    def _keep_tokenizer(self, config: Config) -> None:
+        """Copy it, so that the folder alone is enough to use the model."""
+        if not config.task.reads_captions or (content := content_of(config.task.tokenizer)) is None:
+            return
+        path = self.path / f"{TOKENIZER}{Path(config.task.tokenizer).suffix}"
+
+        def copy() -> None:
+            with replacing(path) as part:
+                part.write_bytes(content)
+
+        write(copy, path)
 
     def _keep_former(self, path: Path, step: int, changed: bool) -> None:
         """Name the settings of the steps before `step` by it; those of later steps, which come anew, are dropped."""

@@ -6,14 +6,19 @@ import errno
 import fcntl
 import json
 import os
+from importlib import resources
 from pathlib import Path
 
 import pytest
+from runs import ROOT
 
 from visionfm_jax import storage
 from visionfm_jax.config import Config
+from visionfm_jax.config.load import load_file
+from visionfm_jax.config.saved import of_run
 from visionfm_jax.data.sources import open_source
 from visionfm_jax.data.sources.kinds import BundledConfig
+from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError, OutputError, StorageError, UserError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
@@ -50,6 +55,27 @@ def test_the_provenance_is_kept_once_it_fits(tmp_path):
     assert kept["config"]["train"]["steps"] == 20_000
     assert kept["derived"]["examples_seen"] == 20_000 * 2048
     assert json.loads((tmp_path / "data.json").read_text())["sources"][0]["records"] == len(SOURCES[0])
+
+
+def test_the_tokenizer_travels_with_the_folder(tmp_path):
+    """A file of captions' tokens may be gone, or be elsewhere, where the model is used."""
+    file = tmp_path / "captions.model"
+    file.write_bytes((resources.files("visionfm_jax.data.text") / "emoji.model").read_bytes())
+    config = load_file(f"{ROOT}/configs/aurora_xl.py:tiny")
+    config.workdir, config.task.tokenizer = str(tmp_path / "run"), str(file)
+    sources = [open_source(source) for source in config.data.train]
+    with RunFolder(config, owner=True) as folder:
+        folder.keep(provenance_of(config, sources), 0, "")
+    file.rename(tmp_path / "elsewhere.model")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    again = of_run(moved)
+    assert open_tokenizer(again.task.tokenizer).encode("waving hand") == open_tokenizer("emoji").encode("waving hand")
+    with RunFolder(again, owner=True) as folder:  # the copy is its own original
+        assert folder.keep(provenance_of(again, sources), 40, moved) == [
+            f"workdir: {tmp_path / 'run'} -> {moved}",
+            f"task.tokenizer: {file} -> {moved / 'tokenizer.model'}",
+        ]
+    assert (moved / "tokenizer.model").read_bytes() == (tmp_path / "elsewhere.model").read_bytes()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -120,18 +120,28 @@ def open_tokenizer(name: str) -> Tokenizer:
     return Tokenizer(name, opener(name))
 
 
+def content_of(name: str) -> bytes | None:
+    """Of the file `name`; None: it is a tokenizer that ships.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    if name == "clip" or name in SHIPPED:
+        return None
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer {name}: cannot be read ({error.strerror}); give this user access") from error
+
+
 def file_digest(name: str) -> str:
     """Of the tokenizer `name`: what ships by its name, a file by its content.
 
     Raises:
       DataError: it cannot be read.
     """
-    if name == "clip" or name in SHIPPED:
-        return name
-    try:
-        return f"{zlib.crc32(Path(name).read_bytes()):08x}"
-    except OSError as error:
-        raise DataError(f"tokenizer {name}: cannot be read ({error.strerror}); give this user access") from error
+    content = content_of(name)
+    return name if content is None else f"{zlib.crc32(content):08x}"
 
 
 def _clip() -> Model:
