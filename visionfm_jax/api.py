@@ -88,6 +88,10 @@ class Stored:
         return self.name
 
 
+class NothingRead(DataError):
+    """Not one of the images that were given could be read."""
+
+
 class Ranked(NamedTuple):
     """The best candidates of each query: `index` int (Q, K) among the candidates, `score` float32 (Q, K)."""
 
@@ -453,7 +457,9 @@ class Model:
         found = [None if row is None else row[name] for row in rows]
         some = next((row for row in found if row is not None), None)
         if some is None:
-            raise DataError("not one of the images could be read; the warnings say why" if found else "no images given")
+            if not found:
+                raise DataError("no images given")
+            raise NothingRead("not one of the images could be read; the warnings say why")
         return np.stack([np.full_like(some, np.nan) if row is None else row for row in found])
 
     def _images(

@@ -16,26 +16,27 @@ folders (all images below them, or all that its tars hold), patterns such as 'ph
 reads them, KIND:PATH, whose images are named KIND:PATH#RECORD KEY. An image that cannot be read is named in a warning;
 its row holds NaN or null.
 
-embed writes one file, .npz or .parquet, or, into a folder, parts of 4,096 images each. When the command is stopped and
-started again, the parts that are there are kept. Several processes, each with its own --process=I/N, share the work.
-Of --texts it embeds each line; search --index finds the texts that fit an image in what it has written.
+--out is one file (.npz or .parquet of embed, else .json), or, for many images, a folder of parts of 4,096 images each.
+When the command is stopped and started again, the parts that are there are kept. Several processes, each with its own
+--process=I/N, share the work. Parts are Parquet of embed, else JSON lines, one for each image: {"image": NAME} with
+"classes", "caption", "map", or "objects" of "name", "label", "score" and "box" (left, top, right, bottom in pixels).
 
-detect writes COCO's JSON, with a score for each object; files are named below the folder that all images share.
-segment writes a PNG for each image, whose values are the numbers of classes, and names.txt, their names in order: a
-folder of maps that training reads, too.
+Of --texts embed takes each line; search --index finds the texts that fit an image in what it has written. detect writes
+COCO's JSON into one file, with a score for each object; files are named below the folder that all images share. segment
+writes a PNG for each image, whose values are the numbers of classes, and names.txt, their names in order: a folder of
+maps that training reads, too.
 """
 
 from __future__ import annotations
 
 import functools
 import glob
-import itertools
 import json
 import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,8 +44,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from visionfm_jax import index
-from visionfm_jax.api import Model, Stored, encoded, load
+from visionfm_jax import index, parts
+from visionfm_jax.api import Detected, Model, NothingRead, Stored, encoded, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.images import opened
 from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
@@ -60,6 +61,7 @@ from visionfm_jax.telemetry.report import DPI, GREY, INK, drawable, save
 SIDE = 192  # pixels, of an image in a picture
 PICTURED = 24  # images in a picture
 ROWS_AT_ONCE = 256  # images whose maps are in memory
+LINES = ".jsonl"  # parts of records
 
 
 def images_of(words: Sequence[str], split: str) -> dict[str, str | Stored]:
@@ -141,17 +143,30 @@ Images = Mapping[str, str | Stored]  # by name
 def embed(model: Model, images: Images, arguments: Namespace) -> None:
     """Embeddings, or with --features what the backbone makes of images."""
     out = Path(arguments.out)
-    share = _share(arguments.process, out)
-    about = {"model": model.config.name, "weights": model.config.folder, "step": model.step}
-    about |= {"features": arguments.features}
+    share, about = _share(arguments.process, out), _about(model, features=arguments.features)
     if arguments.texts:
         texts = read_lines(arguments.texts)
         index.write_index(out, texts, model.embed_texts, about, share, "texts")
         print(f"{len(texts):,} texts: {arguments.out}")
         return
     make = model.features if arguments.features else model.embed_images
-    index.write_index(out, list(images), lambda names: make([images[name] for name in names]), about, share)
+
+    def rows(names: Sequence[str]) -> np.ndarray:
+        try:
+            return make([images[name] for name in names])
+        except NothingRead:
+            if out.suffix in index.FORMS:
+                raise
+            width = make(np.zeros((8, 8, 3), np.uint8)).shape[1]  # a part of many, which has its place
+            return np.full((len(names), width), np.nan, np.float32)
+
+    index.write_index(out, list(images), rows, about, share)
     print(f"{len(images):,} images: {arguments.out}")
+
+
+def _about(model: Model, **settings: Any) -> dict[str, Any]:
+    """What parts depend on."""
+    return {"model": model.config.name, "weights": model.config.folder, "step": model.step, **settings}
 
 
 def _share(word: str, out: Path) -> tuple[int, int]:
@@ -159,9 +174,37 @@ def _share(word: str, out: Path) -> tuple[int, int]:
     first, _, count = word.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise ConfigError(f"--process={printable(word)}: is not I/N, such as 0/4 for the first of four; give that")
-    if int(count) > 1 and out.suffix:
+    if int(count) > 1 and (not str(out) or out.suffix):
         raise ConfigError(f"--out={printable(str(out))}: is one file, which one process writes; name a folder")
     return int(first), int(count)
+
+
+Records = list[dict[str, Any]]
+
+
+def _records(
+    make: Callable[[Images], Records], images: Images, arguments: Namespace, about: dict[str, Any]
+) -> Records | None:
+    """What `make` finds in images, a record for each. None: a line for each is in the parts of a folder, --out."""
+    if not _has_parts(arguments):
+        return make(images)
+    out = Path(arguments.out)
+    for path, names in parts.missing(out, list(images), about, _share(arguments.process, out), LINES):
+        found = make({name: images[name] for name in names})
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+        parts.write(path, lambda file, lines=lines: file.write(lines.encode(errors="replace")))
+    print(f"{len(images):,} images: {arguments.out}")
+    return None
+
+
+def _has_parts(arguments: Namespace) -> bool:
+    return bool(arguments.out) and not arguments.out.endswith(".json")
+
+
+def _first_records(out: str) -> Records:
+    """Of the first part in a folder."""
+    first = next(iter(sorted(Path(out).glob(f"part-*{LINES}"))), None)
+    return [json.loads(line) for line in first.read_text().splitlines()] if first else []
 
 
 def search(model: Model, images: Images, arguments: Namespace) -> None:
@@ -192,90 +235,144 @@ def classify(model: Model, images: Images, arguments: Namespace) -> None:
     """The likeliest classes of each image."""
     classes = [name.strip() for name in arguments.names.split(",")] if arguments.names else None
     prompts = {"prompts": arguments.prompts} if arguments.prompts else {}
-    found = model.classify(images.values(), classes, **prompts).best(arguments.count)
-    for name, classes_of in zip(images, found, strict=True):
-        print(f"{printable(name)}: " + (", ".join(f"{k} {100 * p:.1f} %" for k, p in classes_of) or "cannot be read"))
-    _write_json(arguments.out, {name: dict(f) or None for name, f in zip(images, found, strict=True)})
+
+    def make(some: Images) -> Records:
+        try:
+            best = model.classify(some.values(), classes, **prompts).best(arguments.count)
+        except NothingRead:
+            if not _has_parts(arguments):
+                raise
+            best = [[] for _ in some]
+        return [{"image": name, "classes": dict(found) or None} for name, found in zip(some, best, strict=True)]
+
+    about = _about(model, names=arguments.names, prompts=arguments.prompts, count=arguments.count)
+    if (records := _records(make, images, arguments, about)) is None:
+        return
+    for record in records:
+        classes_of = ", ".join(f"{k} {100 * p:.1f} %" for k, p in (record["classes"] or {}).items())
+        print(f"{printable(record['image'])}: {classes_of or 'cannot be read'}")
+    _write_json(arguments.out, {record["image"]: record["classes"] for record in records})
 
 
 def caption(model: Model, images: Images, arguments: Namespace) -> None:
     """A text for each image."""
-    found = dict(zip(images, model.caption(images.values()), strict=True))
-    for name, text in found.items():
-        print(f"{printable(name)}: {'cannot be read' if text is None else printable(text)}")
-    _write_json(arguments.out, found)
+
+    def make(some: Images) -> Records:
+        return [{"image": name, "caption": text} for name, text in zip(some, model.caption(some.values()), strict=True)]
+
+    if (records := _records(make, images, arguments, _about(model))) is None:
+        return
+    for record in records:
+        text = record["caption"]
+        print(f"{printable(record['image'])}: {'cannot be read' if text is None else printable(text)}")
+    _write_json(arguments.out, {record["image"]: record["caption"] for record in records})
 
 
 def detect(model: Model, images: Images, arguments: Namespace) -> None:
-    """The objects of each image, as COCO's JSON."""
-    found = model.detect(images.values(), arguments.least_score)
-    entries, notes, files = [], [], _below(images)
-    for name, objects in _there(images, found):
-        height, width = objects.size
-        entries.append({"id": len(entries), "file_name": files[name], "height": height, "width": width})
-        for (left, top, right, bottom), label, score in zip(
-            objects.boxes.tolist(), objects.labels.tolist(), objects.scores.tolist(), strict=True
-        ):
-            width, height = right - left, bottom - top
-            note = {"id": len(notes) + 1, "image_id": entries[-1]["id"], "category_id": label + 1, "score": score}
-            notes.append(note | {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0})
-    categories = [{"id": i, "name": name} for i, name in enumerate(model.class_names, 1)]
-    _write_json(arguments.out, {"images": entries, "annotations": notes, "categories": categories})
-    print(f"{len(notes):,} objects of score {arguments.least_score:g} or more in {len(entries):,} images")
+    """The objects of each image: as COCO's JSON, or a line for each image."""
+
+    def make(some: Images) -> Records:
+        return [
+            {"image": name, **_objects(found)}
+            for name, found in zip(some, model.detect(some.values(), arguments.least_score), strict=True)
+        ]
+
+    records = _records(make, images, arguments, _about(model, least_score=arguments.least_score))
+    if records is not None:
+        read_ones = [record for record in records if record["objects"] is not None]
+        coco = _coco(read_ones, _below(images), model.class_names)
+        _write_json(arguments.out, coco)
+        count = len(coco["annotations"])
+        print(f"{count:,} objects of score {arguments.least_score:g} or more in {len(read_ones):,} images")
 
     def draw(path: str) -> None:
         shown = []
-        for name, objects in itertools.islice(_there(images, found), PICTURED):
-            image = _small(images[name])
-            scale = image.shape[0] / objects.size[0]
-            boxes = {"boxes": objects.boxes * scale, "names": objects.names, "scores": objects.scores}
-            shown.append({"image": image, "key": Path(name).name, **boxes})
+        for record in _first_records(arguments.out) if records is None else records:
+            if record["objects"] is not None and len(shown) < PICTURED:
+                image = _small(images[record["image"]])
+                scale, objects = image.shape[0] / record["height"], record["objects"]
+                boxes = np.array([one["box"] for one in objects]).reshape(-1, 4) * scale
+                names, scores = [one["name"] for one in objects], np.array([one["score"] for one in objects])
+                name = Path(record["image"]).name
+                shown.append({"image": image, "key": name, "boxes": boxes, "names": names, "scores": scores})
         pictures.detections(shown, path, model.config.name)
 
     _draw(arguments.picture, draw)
 
 
+def _objects(found: Detected | None) -> dict[str, Any]:
+    """Of an image, in plain values; boxes are left, top, right and bottom edge."""
+    if found is None:
+        return {"height": None, "width": None, "objects": None}
+    values = zip(found.names, found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    objects = [dict(zip(("name", "label", "score", "box"), each, strict=True)) for each in values]
+    return {"height": found.size[0], "width": found.size[1], "objects": objects}
+
+
+def _coco(records: Records, files: Mapping[str, str], class_names: Sequence[str]) -> dict[str, Any]:
+    """COCO's JSON, with a score for each object."""
+    entries, notes = [], []
+    for number, record in enumerate(records):
+        size = {"height": record["height"], "width": record["width"]}
+        entries.append({"id": number, "file_name": files[record["image"]], **size})
+        for found in record["objects"]:
+            left, top, right, bottom = found["box"]
+            width, height = right - left, bottom - top
+            note = {"id": len(notes) + 1, "image_id": number, "category_id": found["label"] + 1}
+            note |= {"score": found["score"], "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
+            notes.append(note)
+    categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
+    return {"images": entries, "annotations": notes, "categories": categories}
+
+
 def segment(model: Model, images: Images, arguments: Namespace) -> None:
-    """A map of classes for each image."""
-    names = list(images)
+    """A map of classes for each image, and a line that names it."""
     folder, maps = Path(arguments.out), _map_names(images)
     dtype = np.uint8 if len(model.class_names) <= 255 else np.uint16
-    shown, count = [], 0
-    for first in range(0, len(names), ROWS_AT_ONCE):
-        part = names[first : first + ROWS_AT_ONCE]
-        for name, found in _there(part, model.segment([images[name] for name in part])):
-            if len(shown) < PICTURED:
-                image = _small(images[name])
-                rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape, found.shape, strict=False))
-                shown.append({"image": image, "key": Path(name).name, "map": found[np.ix_(rows, columns)]})
-            _write(arguments.out, folder / maps[name], functools.partial(_png, found.astype(dtype)))
-            count += 1
+
+    def make(some: Images) -> Records:
+        names, records = list(some), []
+        for first in range(0, len(names), ROWS_AT_ONCE):
+            few = names[first : first + ROWS_AT_ONCE]
+            for name, found in zip(few, model.segment([images[name] for name in few]), strict=True):
+                if found is not None:
+                    _write(arguments.out, folder / maps[name], functools.partial(_png, found.astype(dtype)))
+                records.append({"image": name, "map": None if found is None else maps[name]})
+        return records
+
+    _records(make, images, arguments, _about(model))
     _write(arguments.out, folder / "names.txt", lambda file: file.write("\n".join([*model.class_names, ""]).encode()))
-    print(f"{count:,} maps of {len(model.class_names)} classes: {folder}")
-    _draw(arguments.picture, lambda path: pictures.areas(shown, model.class_names, path, model.config.name))
+
+    def draw(path: str) -> None:
+        shown = []
+        for record in _first_records(arguments.out):
+            if record["map"] is not None and len(shown) < PICTURED:
+                image, found = _small(images[record["image"]]), np.asarray(Image.open(folder / record["map"]))
+                rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape, found.shape, strict=False))
+                name = Path(record["image"]).name
+                shown.append({"image": image, "key": name, "map": found[np.ix_(rows, columns)].astype(np.int32)})
+        pictures.areas(shown, model.class_names, path, model.config.name)
+
+    _draw(arguments.picture, draw)
 
 
 class Command(NamedTuple):
-    """One of this module: what it does, what `--out` ends in, and whether that must be given."""
+    """One of this module: what it does, the endings of a file that `--out` may be, and how."""
 
     run: Callable[[Model, Images, Namespace], None]
-    ending: str
-    writes: bool = False
+    forms: tuple[str, ...]
+    writes: bool = False  # --out must be given
+    parts: bool = True  # --out may be a folder of parts
 
 
 COMMANDS = {
-    "embed": Command(embed, "", writes=True),
-    "search": Command(search, ".json"),
-    "classify": Command(classify, ".json"),
-    "caption": Command(caption, ".json"),
-    "detect": Command(detect, ".json"),
-    "segment": Command(segment, "", writes=True),
+    "embed": Command(embed, index.FORMS, writes=True),
+    "search": Command(search, (".json",), parts=False),
+    "classify": Command(classify, (".json",)),
+    "caption": Command(caption, (".json",)),
+    "detect": Command(detect, (".json",)),
+    "segment": Command(segment, (), writes=True),
 }
-
-
-def _there(names: Iterable[str], found: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """The images that could be read, and what was found."""
-    return ((name, one) for name, one in zip(names, found, strict=True) if one is not None)
 
 
 def _below(images: Images) -> dict[str, str]:
@@ -305,12 +402,13 @@ def _check(mode: str, arguments: Namespace) -> None:
     command, out = COMMANDS[mode], arguments.out
     if arguments.count < 1:
         raise ConfigError(f"--count={arguments.count}: must be 1 or more")
-    if mode == "embed":
-        index.check_name(out)
+    if command.writes or (out and command.parts):
+        parts.check_out(out, command.forms)
         _share(arguments.process, Path(out))
-    if (out or command.writes) and not (out and out.endswith(command.ending)):
-        what = f"a file {command.ending}" if command.ending else "a folder"
-        raise ConfigError(f"--out={out}: {mode} writes {what}; name one")
+    elif out and not out.endswith(command.forms):
+        raise ConfigError(f"--out={printable(out)}: {mode} writes a file {' or '.join(command.forms)}; name one")
+    if not out:
+        _share(arguments.process, Path())
     if mode == "search" and bool(arguments.text) == bool(arguments.image):
         raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
     if mode == "search" and bool(arguments.index) == bool(arguments.images):
@@ -383,14 +481,16 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
     parser.add_argument("images", nargs="*", help="files, folders, patterns, or datasets KIND:PATH")
     parser.add_argument("--split", default="", help="of KIND:PATH, such as test")
     parser.add_argument(
-        "--out", default="", help="file to write, .npz, .parquet or .json; embed, segment: or a folder; see above"
+        "--out", default="", help="file to write, .npz, .parquet or .json, or a folder of parts; see above"
     )
     parser.add_argument("--picture", default="", help="PNG to draw: search, detect, segment")
     parser.add_argument("--texts", default="", help="embed: a file of texts, one a line, in place of images")
     parser.add_argument("--features", action="store_true", help="embed: features of the backbone")
     parser.add_argument("--text", default="", help="search: what is looked for")
     parser.add_argument("--image", default="", help="search: an image like those that are looked for")
-    parser.add_argument("--process", default="0/1", help="embed: I/N, of a folder, this of N processes (%(default)s)")
+    parser.add_argument(
+        "--process", default="0/1", help="I/N: the share of parts that this of N processes makes (%(default)s)"
+    )
     parser.add_argument("--index", default="", help="search: what embed has written, in place of images")
     parser.add_argument("--names", default="", help="classify: names of classes, separated by commas")
     parser.add_argument("--prompts", default="", help="classify: a text with {}, or a file of such texts")

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from visionfm_jax import index
+from visionfm_jax import parts
 from visionfm_jax.errors import ConfigError, DataError, UserError
-from visionfm_jax.index import check_name, read_index, write_index
+from visionfm_jax.index import FORMS, read_index, write_index
+from visionfm_jax.parts import check_out
 
 NAMES = [f"photos/ñ {i}.jpg" for i in range(11)]
 ABOUT = {"model": "clip", "step": 7}
@@ -24,7 +25,7 @@ def embed(names):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(index, "ROWS", 4)
+    monkeypatch.setattr(parts, "ROWS", 4)
 
 
 def same(found):
@@ -124,9 +125,10 @@ def test_what_is_no_index(tmp_path):
 
 
 def test_names_of_files(tmp_path):
-    check_name("a.npz"), check_name("a.parquet"), check_name("folder/"), check_name("new")
+    for name in ("a.npz", "a.parquet", "folder/", "new"):
+        check_out(name, FORMS)
     (tmp_path / "v1.2").mkdir()
-    check_name(str(tmp_path / "v1.2"))
+    check_out(str(tmp_path / "v1.2"), FORMS)
     for name in ("", "a.csv"):
         with pytest.raises(ConfigError, match="name a file"):
-            check_name(name)
+            check_out(name, FORMS)
