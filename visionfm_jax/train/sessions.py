@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import platform
 import resource
 import sys
@@ -20,6 +19,7 @@ import jax
 
 import visionfm_jax
 from visionfm_jax.errors import one_line
+from visionfm_jax.machine import usable_cores
 from visionfm_jax.storage import append_line, read_bytes, seal, unseal
 
 FILE = "sessions.jsonl"
@@ -41,7 +41,7 @@ class Session:
         device = jax.devices()[0]
         self._write(
             began=_now(), first=step, devices=devices, device=device.device_kind, platform=device.platform,
-            processes=jax.process_count(), cores=_cores(), versions=_versions(), **more,
+            processes=jax.process_count(), cores=usable_cores(), versions=_versions(), **more,
         )  # fmt: skip
 
     def ends(self, step: int, state: str) -> None:
@@ -89,11 +89,6 @@ def _now() -> str:
 
 def _seconds(time: str) -> float:
     return datetime.datetime.fromisoformat(time).timestamp()
-
-
-def _cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions() -> dict[str, str]:
