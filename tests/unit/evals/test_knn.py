@@ -53,8 +53,8 @@ def test_large_images_are_averaged():
 
 def eval_of(**changes):
     config, _ = from_arguments(["--config=configs/quickstart.py"])
-    digits = BundledConfig(path="digits", split="test")
-    settings = {"source": digits, "gallery": (digits,), "preprocess": PreprocessConfig(crop=1.0)} | changes
+    digits, train = (BundledConfig(path="digits", split=split) for split in ("test", "train"))
+    settings = {"source": digits, "gallery": (train,), "preprocess": PreprocessConfig(crop=1.0)} | changes
     return knn.KnnEval(KnnConfig(batch_size=250, **settings), config, 0, 1)
 
 
@@ -83,6 +83,11 @@ def test_sources_that_cannot_serve_are_refused():
         eval_of(gallery=())
     with pytest.raises(DataError, match="9 classes"):
         eval_of(gallery=(BundledConfig(path="noto", split="test"),))
+    train, same = (BundledConfig(path="digits", split=split) for split in ("train", "test"))
+    with pytest.raises(
+        DataError, match=r"^gallery: bundled digits/test holds the images that are measured.*; set anot"
+    ):
+        eval_of(gallery=(train, same))
 
 
 def test_a_gallery_whose_labels_mean_other_classes_is_refused(tmp_path):
