@@ -114,7 +114,7 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
     ) as bar:
         scores = measure(
             trainer, evals, found.params, {"weights": found.name, "step": found.step},
-            lambda: (bar.set_description_str("evaluating", refresh=False), bar.update(), watchdog.beat(-1)),
+            lambda n: (bar.set_description_str("evaluating", refresh=False), bar.update(n), watchdog.beat(-1)),
         )  # fmt: skip
     if host == 0:
         say(summary(Path(config.folder), config, evals, {k: (v, found.step) for k, v in scores.items()}, found.step))
