@@ -233,7 +233,7 @@ def test_objects_and_maps_are_those_of_the_eval(tmp_path, name):
     random = np.random.default_rng(0)  # heads begin with zeros
     params = jax.tree.map(lambda p: p + 0.05 * random.standard_normal(p.shape, np.float32), trainer.init().params)
     evals = make_evals(config, 0, 1)
-    scores = measure(trainer, evals, params, {}, lambda: None)
+    scores = measure(trainer, evals, params, {}, lambda n: None)
     source = evals["held_out"].source
     model = Model(trainer, params, source.class_names)
     images = [source[i]["image"] for i in range(len(source))]

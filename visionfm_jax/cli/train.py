@@ -80,7 +80,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                     {e.name: evals[e.name] for e in due_evals(config, step)},
                     state.averaged,
                     {"weights": str(folder.path), "step": step},
-                    lambda: monitor.step_done(step),  # a long evaluation is no standstill
+                    lambda _: monitor.step_done(step),  # a long evaluation is no standstill
                     stop,
                 ),
                 protocols=lambda step: {e.name: evals[e.name].protocol or "" for e in due_evals(config, step)},
