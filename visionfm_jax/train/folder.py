@@ -160,7 +160,8 @@ def _write(path: Path, text: str) -> None:
 def refuse_links(folder: str | Path) -> None:
     """Refuse a run folder, perhaps somebody else's, of which a file would be written elsewhere.
 
-    The folder itself may be reached by a link. What is within an array store of a checkpoint is only read.
+    The folder itself may be reached by a link. What is within an array store of a checkpoint is only read. In wandb/
+    Weights & Biases writes new folders alone, with links of its own.
 
     Raises:
       UserError: something in it is neither a file nor a folder.
@@ -188,3 +189,5 @@ def _refuse_links(folder: str | Path) -> None:
                 )
         if "default" in folders and Path(at).parent.name == "checkpoints":
             folders.remove("default")
+        if "wandb" in folders and at == str(folder):
+            folders.remove("wandb")
