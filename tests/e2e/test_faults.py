@@ -89,7 +89,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, whole):
     line = only_error(finish(process, folder, code=74)[1])
     assert "the disk is full; free space and start again: earlier checkpoints are intact" in line
     assert steps(folder) == [EVERY]
-    assert ": OutputError: " in (folder / "report.html").read_text()
+    assert ": CheckpointError: " in (folder / "report.html").read_text()
 
     out, _ = run(folder)
     assert f"starts from      step {EVERY} of its own folder" in out

@@ -20,7 +20,7 @@ from visionfm_jax.telemetry.page import leave_page
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import Checkpoints
-from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.folder import RunFolder, damage_file
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.provenance import provenance_of
@@ -65,7 +65,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
-            counts=record.get("samples", ()),
+            counts=record.get("samples", ()), keep=damage_file(folder.path, host),
         )  # fmt: skip
         with (
             Session(
@@ -97,7 +97,8 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
-            session.ends(int(state.step), "finished" if finished else "stopped")
+            captions = {"captions": damage.captions, "truncated": damage.truncated} if damage.captions else {}
+            session.ends(int(state.step), "finished" if finished else "stopped", **captions)
             monitor.ends(finished)
         if damage.damaged:
             say(

@@ -39,7 +39,7 @@ class Session:
     """
 
     def __init__(self, folder: Path | None, step: int, *, devices: int, **more: Any):
-        self._folder, self._last, self._state = folder, step, "stopped"
+        self._folder, self._end = folder, {"last": step, "state": "stopped"}
         device, self._told = jax.devices()[0], time.monotonic()
         self._write(
             began=_now(), first=step, devices=devices, device=device.device_kind, platform=device.platform,
@@ -52,16 +52,16 @@ class Session:
             self._told = now
             self._write(seen=_now(), last=step)
 
-    def ends(self, step: int, state: str) -> None:
-        """What the second line will say: the last step, and whether the run is finished or was stopped there."""
-        self._last, self._state = step, state
+    def ends(self, step: int, state: str, **more: Any) -> None:
+        """What the last line will say: the last step, whether the run is finished or was stopped there, and `more`."""
+        self._end = {"last": step, "state": state, **more}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if error is None:
-            self._write(ended=_now(), last=self._last, state=self._state, **_memory())
+            self._write(ended=_now(), **self._end, **_memory())
         else:
             self._write(ended=_now(), state=f"{type(error).__name__}: {one_line(error)}")
 
