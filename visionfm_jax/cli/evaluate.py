@@ -18,6 +18,8 @@ from visionfm_jax.evals.run import check_labels, measure, open_evals
 from visionfm_jax.parallel.agreement import from_first
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.telemetry.console import describe, describe_start, say, summary
+from visionfm_jax.telemetry.facts import is_run
+from visionfm_jax.telemetry.page import leave_page
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import append_evaluation
 from visionfm_jax.train.folder import refuse_links
@@ -120,4 +122,6 @@ def evaluate(config: Config, watchdog: Watchdog) -> int:
         say(summary(Path(config.folder), config, evals, {k: (v, found.step) for k, v in scores.items()}, found.step))
         line = {"weights": found.name, "protocols": {name: e.protocol for name, e in evals.items()}, **scores}
         say(f"  {append_evaluation(config.folder, found.step, line)}")
+        if is_run(Path(config.folder)):
+            say(leave_page(Path(config.folder)))
     return 0
