@@ -365,7 +365,10 @@ def _data(run: Facts) -> list[str]:
         )
         for source, names in run.damaged_records.items()
     )
-    return [table(["data", ""], [[what, value] for what, value in _counts(run).items()], "-n"), f"<div>{named}</div>"]
+    return [
+        table(["data", ""], [[what, value] for what, value in _counts(run).items()], "-n"),
+        named and f"<div>{named}</div>",
+    ]
 
 
 def _planned(run: Facts) -> str:
@@ -380,16 +383,18 @@ def _plan(run: Facts) -> str:
     step, gpu, whole = (found if _is_dict(found := run.plan.get(k)) else {} for k in ("step", "per_gpu", "run"))
     speeds, hours = _values(run, "images_per_s"), run.device_hours()
     trained = found if _is_dict(found := run.config.get("train")) else {}
-    session = run.sessions[-1] if run.sessions else {}
     on_gpus = hours and hours[1] != CORE
-    target = find_target(kind := str(session.get("device")))
-    name, _, shape = str(run.plan.get("cluster", "")).partition(":")
-    planned = math.prod(int(n) for n in re.findall(r"\d{1,6}", shape)[:2])
+    cluster = re.fullmatch(r"(.+):(\d{1,6})x(\d{1,6})", str(run.plan.get("cluster", "")))
+    planned = f"{int(cluster[2]) * int(cluster[3])} x {cluster[1]}" if cluster else ""
+    used = ""
+    for session in run.sessions[-1:]:
+        target = find_target(kind := str(session.get("device")))
+        used = f"{session.get('devices')} x {target.name if target else kind}"
     same = [
         ["configuration", str(run.plan.get("config", "")), run.name],
         ["batch size", _short(run.plan.get("batch_size")), _short(trained.get("batch_size"))],
-        ["devices", f"{planned} x {name}", f"{session.get('devices')} x {target.name if target else kind}"],
-    ]  # fmt: skip
+        ["devices", planned, used],
+    ]
     other = [what for what, one, two in same if one and two and one != two]
     rows = [
         *same,
