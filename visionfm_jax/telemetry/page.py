@@ -461,7 +461,8 @@ def _apart(run: Facts) -> str:
         scores = [f"{k} {_short(v)}" for k, v in found.items() if "/" in k]
         protocols = flat(found.get("protocols", {}))
         said = ", ".join(f"{k} {v}" for k, v in protocols.items() if k)
-        rows.append([_short(found.get("step")), str(found.get("time", ""))[:16].replace("T", " "), ", ".join(scores), said])
+        time = str(found.get("time", ""))[:16].replace("T", " ")
+        rows.append([_short(found.get("step")), time, ", ".join(scores), said])
     return table(["step", "time (UTC)", "scores", "protocols"], rows, "n")
 
 
