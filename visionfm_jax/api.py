@@ -7,33 +7,27 @@
     model.classify("cat.jpg", ["cat", "dog"])       # probabilities (1, 2)
 
 A run's folder is enough: its configuration says which model it is, its tokenizer and the preprocessing of its
-evaluations come with it. An image is a path, a PIL image, an array of uint8 (H, W), (H, W, 3) or (H, W, 4), or a
-`Stored`, which is read when its turn comes. One that cannot be read keeps its place: NaN, -1 or None stands there, and
-a warning names it.
+evaluations come with it. An image is a path, an encoded file (bytes), a PIL image, an array of uint8 (H, W), (H, W, 3)
+or (H, W, 4), or an `inference.Stored`, which is read when its turn comes. One that cannot be read keeps its place: NaN
+or None stands there, and a warning names it.
 
-Shapes: N images or texts, E embedding, D width, C classes, H W image, K detections.
+Shapes: N images or texts, E embedding, D width, C classes, H W image, K detections, S segments.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import linen as nn
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from hotcoco import mask as rle
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.limits import height_width
@@ -41,21 +35,26 @@ from visionfm_jax.config.saved import of_run
 from visionfm_jax.config.schema import BackboneConfig, PreprocessConfig
 from visionfm_jax.data.augment import normalize
 from visionfm_jax.data.chain import EvalTransform
-from visionfm_jax.data.images import DamagedImage, opened
-from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.text_lists import read_lines
 from visionfm_jax.data.tokenizer import Tokenizer, open_tokenizer
 from visionfm_jax.data.tokenizer.files import require_same_texts
 from visionfm_jax.errors import DataError, UserError
+from visionfm_jax.evals.coco import Found
 from visionfm_jax.evals.detection import on_image
+from visionfm_jax.evals.instances import instances_of
+from visionfm_jax.evals.kinds import PanopticConfig
+from visionfm_jax.evals.masks import chances
 from visionfm_jax.evals.metrics import best, class_embeddings
+from visionfm_jax.evals.protocol import digest_of
 from visionfm_jax.evals.segmentation import Grid, guess_of
+from visionfm_jax.evals.segments import found_on
+from visionfm_jax.inference import Row, predict_images, predict_rows
 from visionfm_jax.interop.described import Described, architectures, by_name
 from visionfm_jax.interop.pretrained import timm_architectures
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of
 from visionfm_jax.models.generate import Decoding
 from visionfm_jax.models.layers import no_gather
-from visionfm_jax.parallel.mesh import make_mesh, to_global
+from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.zero import gather_params
 from visionfm_jax.storage import read
 from visionfm_jax.tasks.task import DTYPES, make_task
@@ -71,21 +70,7 @@ from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
 PROMPTS = "imagenet_prompts_short"
-ROWS = (1, 8, 32)  # of a batch, on each device: few shapes, so that few programs are compiled
 PREDICTED = {"labels": "probabilities", "embeddings": "embeddings"}  # by what a task can do, what it is asked for
-AHEAD = 64  # images that are decoded before they are asked for
-LONG = 64  # rows from which on a progress bar is shown
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An image that is read when its turn comes: its name, and what gives a file's content or an array."""
-
-    name: str
-    read: Callable[[], bytes | np.ndarray]
-
-    def __str__(self) -> str:
-        return self.name
 
 
 class NothingRead(DataError):
@@ -122,6 +107,7 @@ class Detected(NamedTuple):
       scores: float32 (K,) from 0 to 1.
       labels: int32 (K,); `names` (K,) are those of the classes.
       size: (H, W) of the image.
+      masks: of a model of masks, K of them as COCO packs them (RLE); else None.
     """
 
     boxes: np.ndarray
@@ -129,6 +115,26 @@ class Detected(NamedTuple):
     labels: np.ndarray
     names: tuple[str, ...]
     size: tuple[int, int]
+    masks: tuple[dict[str, Any], ...] | None = None
+
+    def mask(self, k: int) -> np.ndarray:
+        """bool (H, W): the pixels of object k.
+
+        Raises:
+          UserError: the model has no masks.
+        """
+        if self.masks is None:
+            raise UserError("this model finds boxes, and no masks")
+        return rle.decode(self.masks[k]).astype(bool)
+
+
+class Segmented(NamedTuple):
+    """Segments of an image: `map` int32 (H, W), -1 where there is none, else the segment's number; `labels` int32 (S,)
+    and `names` (S,) of their classes."""
+
+    map: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
 
 
 def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> Model:
@@ -251,6 +257,11 @@ class Model:
         self.transform = _transform(trainer.config)
 
     @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits of the weights, and of what decides what they compute."""
+        return digest_of(self.params, self.config)
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Of its texts."""
         self._require(hasattr(self.config.task, "tokenizer"), "has no text tower")
@@ -268,7 +279,8 @@ class Model:
         """float32 (N, E), rows of length 1."""
         self._require("embeddings" in self.config.task.predictions, "has no text tower")
         rows = [{"text": row} for row in self.tokenize(texts)]
-        return self._stacked(self._predict(iter(rows), len(rows), "embeddings"), "text_embedding")
+        found = predict_rows(self._trainer, self.params, iter(rows), len(rows), "embeddings")
+        return self._stacked(found, "text_embedding", "texts")
 
     def features(
         self, images: Any, layers: Sequence[int] | None = None, pooled: bool = True
@@ -312,7 +324,11 @@ class Model:
         Raises:
           UserError: the model has no features of images, or no text tower.
         """
-        return function_of(self.config)(params, images, texts)
+        return self._function(params, images, texts)
+
+    @functools.cached_property
+    def _function(self) -> Callable[..., dict[str, jax.Array]]:
+        return function_of(self.config)
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """int32 (N, T): the token ids of each text, cut and padded to the length that the text tower takes."""
@@ -378,12 +394,19 @@ class Model:
           images: to be classified.
           names: of the classes, for a model of images and texts; a classifier has its own.
           prompts: texts with one {} each, where the name of a class goes, or the name of a list of them.
+
+        Returns:
+          What the loss of training makes of logits: a softmax, whose probabilities add up to 1, or, after training
+          with the sigmoid loss, the chance of each class by itself.
         """
         if "embeddings" in self.config.task.predictions:
-            self._require(names is not None, "knows no classes of its own; give their names")
-            classes = self._class_embeddings(names, prompts)
+            self._require(bool(names), "knows no classes of its own; give their names")
+            self._require(not isinstance(names, str), f"needs a list of names, not {names!r:.60}")
+            embeddings = self._class_embeddings(names, prompts)
             # Scaled as in training, so that these are the probabilities that the loss has seen.
-            logits = self.embed_images(images) @ classes.T * float(np.exp(np.asarray(self.params["scale"])))
+            logits = self.embed_images(images) @ embeddings.T * float(np.exp(np.asarray(self.params["scale"])))
+            if self.config.task.loss == "sigmoid":
+                return Classified(tuple(names), chances(logits + float(np.asarray(self.params["bias"]))))
             return Classified(tuple(names), _softmax(logits))
         self._require("labels" in self.config.task.predictions, "does not classify images")
         self._require(names is None, "has classes of its own; leave names out")
@@ -409,31 +432,70 @@ class Model:
         return np.stack([blank if row is None else row["reconstruction"] for row in out])
 
     def detect(self, images: Any, least_score: float = 0.3) -> list[Detected | None]:
-        """The objects of each image whose score is `least_score` or more."""
-        self._require("boxes" in self.config.task.predictions, "detects no objects")
+        """The objects of each image whose score is `least_score` or more: boxes, and of a model of masks those."""
+        predictions = self.config.task.predictions
+        self._require(bool(predictions & {"boxes", "masks"}), "detects no objects")
+        found_in = self._by_masks if "masks" in predictions else self._by_boxes
 
-        def detected(row: dict[str, Any] | None) -> Detected | None:
+        def detected(row: Row | None) -> Detected | None:
             if row is None:
                 return None
-            use = (row["scores"] >= least_score) & np.isfinite(row["boxes"]).all(-1)
-            labels, (placement, size) = row["box_labels"][use], row["place"]
-            boxes = on_image(row["boxes"][use], placement, size)
+            found = found_in(row)
+            use = np.flatnonzero(found.scores >= least_score)
+            use = use[np.argsort(-found.scores[use], kind="stable")]
+            labels = found.labels[use].astype(np.int32)
             names = tuple(self.class_names[label] for label in labels.tolist())
-            return Detected(boxes, row["scores"][use], labels, names, size)
+            masks = None if found.masks is None else tuple(found.masks[i] for i in use)
+            return Detected(
+                found.boxes[use], found.scores[use].astype(np.float32), labels, names, row["place"][1], masks
+            )
 
-        return [detected(row) for row in self._images(images, "boxes")]
+        return [detected(row) for row in self._images(images, "masks" if "masks" in predictions else "boxes")]
+
+    @staticmethod
+    def _by_boxes(row: Row) -> Found:
+        use = np.isfinite(row["boxes"]).all(-1)
+        return Found(on_image(row["boxes"][use], *row["place"]), row["box_labels"][use], row["scores"][use])
+
+    @staticmethod
+    def _by_masks(row: Row) -> Found:
+        return instances_of(row["masks"], row["scores"], row["mask_labels"], *row["place"])[0]
 
     def segment(self, images: Any) -> list[np.ndarray | None]:
-        """The class of each pixel, int32 (H, W), at the size of each image."""
+        """The class of each pixel, int32 (H, W), at the size of each image; -1 where the model says none."""
+        return list(self.iterate_segment(images))
+
+    def iterate_segment(self, images: Any) -> Iterator[np.ndarray | None]:
+        """As `segment`, one image at a time: maps of many large images do not fit into memory."""
+        if "segments" in self.config.task.predictions:
+            for found in self._segments(images):
+                yield None if found is None else np.array([-1, *found.labels], np.int32)[found.map + 1]
+            return
         self._require("logits" in self.config.task.predictions, "has no class for each pixel")
-
-        def segmented(row: dict[str, Any] | None) -> np.ndarray | None:
+        for row in self._images(images, "logits"):
             if row is None:
-                return None
+                yield None
+                continue
             placement, size = row["place"]
-            return guess_of([Grid([placement.rows], [placement.columns])], row["logits"][None], size).astype(np.int32)
+            classes = guess_of([Grid([placement.rows], [placement.columns])], row["logits"][None], size)
+            yield np.where(classes == row["logits"].shape[-1], -1, classes).astype(np.int32)
 
-        return [segmented(row) for row in self._images(images, "logits")]
+    def segments(self, images: Any) -> list[Segmented | None]:
+        """The segments of each image, of which each pixel is in one at most, by a model of panoptic segments."""
+        return list(self._segments(images))
+
+    def _segments(self, images: Any) -> Iterator[Segmented | None]:
+        self._require("segments" in self.config.task.predictions, "finds no segments")
+        by = next((e for e in self.config.evals if isinstance(e, PanopticConfig)), PanopticConfig)
+        things = np.ones(len(self.class_names), bool)  # so that segments of one class stay apart
+        for row in self._images(images, "segments"):
+            if row is None:
+                yield None
+                continue
+            parts = (row[name] for name in ("masks", "scores", "mask_labels"))
+            found, _ = found_on(*parts, *row["place"], things, by.least_score, by.least_visible)
+            labels = found.labels.astype(np.int32)
+            yield Segmented(found.map - 1, labels, tuple(self.class_names[label] for label in labels.tolist()))
 
     def _require(self, can: bool, what: str) -> None:
         if not can:
@@ -452,92 +514,20 @@ class Model:
         return self._stacked(self._images(images, *what), name)
 
     @staticmethod
-    def _stacked(rows: Iterator[dict[str, np.ndarray] | None], name: str) -> np.ndarray:
+    def _stacked(rows: Iterator[Row | None], name: str, what: str = "images") -> np.ndarray:
         """(N, …), NaN for a row that is not there."""
         found = [None if row is None else row[name] for row in rows]
         some = next((row for row in found if row is not None), None)
         if some is None:
             if not found:
-                raise DataError("no images given")
+                raise DataError(f"no {what} given")
             raise NothingRead("not one of the images could be read; the warnings say why")
         return np.stack([np.full_like(some, np.nan) if row is None else row for row in found])
 
     def _images(
         self, images: Any, *what: Hashable, function: Callable[..., dict] | None = None
-    ) -> Iterator[dict[str, np.ndarray] | None]:
-        """What is predicted of each image, and `place`, its placement and size; None where it cannot be read."""
-        named = _named(images)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from self._predict(_ahead(pool, self._row, named), len(named), *what, function=function)
-
-    def _row(self, named: tuple[str, Any]) -> dict[str, Any] | None:
-        name, image = named
-        try:
-            with opened(encoded(image), self.transform.max_pixels) as picture:
-                sample = self.transform.sample(picture)
-                size = np.array(sample.covered, np.int32)
-                return {"image": sample.image, "size": size, "place": (sample.placement, picture.size)}
-        except (DamagedImage, DamagedRecord, OSError) as error:
-            logging.warning("%s cannot be read: %s", name, error)
-            return None
-
-    def _predict(
-        self,
-        rows: Iterator[dict[str, Any] | None],
-        count: int,
-        *what: Hashable,
-        function: Callable[..., dict] | None = None,
-    ) -> Iterator[dict[str, Any] | None]:
-        """What `function` of (params, batch, *what), by default the task's prediction, gives of each of `count` rows.
-
-        With its `place` if it has one; None for None.
-
-        The next batch is read while the devices work on the one before.
-        """
-        most = 8 if self._trainer.mesh.devices.flat[0].platform == "cpu" else ROWS[-1]  # whose caches are small
-        sizes = [n * self._trainer.mesh.size for n in ROWS if n <= most]
-        before: tuple[list, dict] = [], {}
-        with tqdm(total=count, disable=None if count >= LONG else True, unit=" rows") as bar:
-            for first in range(0, count + sizes[-1], sizes[-1]):
-                part = list(itertools.islice(rows, sizes[-1]))
-                started = part, self._start(part, first, sizes, function or self._trainer.predict, what)
-                yield from _with_places(before[0], jax.device_get(before[1]))
-                bar.update(len(before[0]))
-                before = started
-
-    def _start(
-        self,
-        part: Sequence[dict | None],
-        first: int,
-        sizes: Sequence[int],
-        function: Callable[..., dict],
-        what: tuple,
-    ) -> dict[str, jax.Array]:
-        """Begin to predict the rows that are there; a row that is not is left out."""
-        there = [(i, row) for i, row in enumerate(part) if row is not None]
-        if not there:
-            return {}
-        rows = next(size for size in sizes if size >= len(there))
-        batch = {"record": np.zeros(rows, np.int32), "mask": np.zeros(rows, np.float32)}
-        for name, value in there[0][1].items():
-            if name != "place":
-                batch[name] = np.zeros((rows, *value.shape), value.dtype)
-        for to, (i, row) in enumerate(there):
-            batch["record"][to], batch["mask"][to] = first + i, 1
-            for name in batch.keys() & row.keys():
-                batch[name][to] = row[name]
-        return function(self.params, to_global(self._trainer.mesh, batch), *what)
-
-
-def _with_places(part: Sequence[dict | None], out: dict[str, np.ndarray]) -> Iterator[dict[str, Any] | None]:
-    """The rows of what was predicted of those of `part` that are there."""
-    number = itertools.count()
-    for row in part:
-        if row is None:
-            yield None
-        else:
-            at = next(number)
-            yield {name: value[at] for name, value in out.items()} | {"place": row.get("place")}
+    ) -> Iterator[Row | None]:
+        return predict_images(self._trainer, self.params, self.transform, images, *what, function=function)
 
 
 def _transform(config: Config) -> EvalTransform:
@@ -547,49 +537,6 @@ def _transform(config: Config) -> EvalTransform:
     whole = config.task.predictions & {"boxes", "class_map", "masks", "segments"}
     preprocess = PreprocessConfig(crop=1.0, resize="pad") if whole else PreprocessConfig()
     return EvalTransform(config.model.image_size, preprocess, config.data.max_pixels)
-
-
-def _named(images: Any) -> list[tuple[str, Any]]:
-    """Images with names for people, from one of them or a sequence."""
-    if isinstance(images, str | os.PathLike | Stored | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
-        images = [images]
-    return [
-        (str(image) if isinstance(image, str | os.PathLike | Stored) else f"image {number}", image)
-        for number, image in enumerate(images)
-    ]
-
-
-def encoded(image: Any) -> bytes | np.ndarray:
-    """What `data.images.opened` takes.
-
-    Raises:
-      DamagedImage: it is of no type that is read.
-      DamagedRecord: the record that holds it is damaged.
-      OSError: its file cannot be read.
-    """
-    if isinstance(image, str | os.PathLike):
-        return Path(image).read_bytes()
-    if isinstance(image, Stored):
-        return image.read()
-    if isinstance(image, Image.Image):
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray(upright if upright.mode in ("L", "RGB", "RGBA") else upright.convert("RGBA"))
-    if isinstance(image, bytes):
-        return image
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8:
-        raise DamagedImage(f"an array of {pixels.dtype}; give uint8 from 0 to 255")
-    return pixels
-
-
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """`function` of each item in order, up to `AHEAD` of them before they are asked for."""
-    jobs = deque(pool.submit(function, item) for item in items[:AHEAD])
-    for number in range(len(items)):
-        result = jobs.popleft().result()
-        if number + AHEAD < len(items):
-            jobs.append(pool.submit(function, items[number + AHEAD]))
-        yield result
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

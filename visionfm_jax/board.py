@@ -13,22 +13,24 @@ always, by k-NN and a linear probe on frozen features, of sets that have a part 
 classnames.txt; without it WordNet ids and numbers stand for the published names, other folders for themselves. Prompts
 are those of the set's file, else the published ones of the set, else "a photo of a {}.".
 
---out holds board.json, board.md and board.html. Beside each number stands its protocol: equal digits mean that images,
-class names, prompts, preprocessing and tokenizer were equal. What board.json has of the same weights and protocol is
-not measured again.
+--out holds board.json, board.md and board.html, of all that was ever measured into it. Beside each number stands its
+protocol: equal digits mean that images, class names, prompts, preprocessing and tokenizer were equal. What board.json
+has of the same weights, network and protocol is not measured again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import hashlib
+import fcntl
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -40,6 +42,7 @@ from visionfm_jax.data.sources.kinds import BenchmarkConfig
 from visionfm_jax.data.text_lists import benchmarks
 from visionfm_jax.errors import ConfigError, DataError, OutputError, UserError, complain, entry_point, printable
 from visionfm_jax.evals.kinds import KnnConfig, LinearProbeConfig, RetrievalConfig, ZeroShotConfig
+from visionfm_jax.evals.protocol import digest_of
 from visionfm_jax.evals.run import measure
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import write_text
@@ -135,19 +138,10 @@ def evals_of(one: Set, model: Model, probe: bool) -> list[EvalConfig]:
     return found
 
 
-def digest_of(params: Any) -> str:
-    """16 hex digits of weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path, leaf in jax.tree.leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()
-
-
 def board(
     models: dict[str, str | Path | Model], sets: Sequence[Set], known: Sequence[dict] = (), *, probe: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Each measurement as soon as it is there: model, weights, set, kind, protocol, metrics.
+    """Each measurement as soon as it is there: model, weights (`digest_of`), set, kind, protocol, metrics.
 
     Args:
       models: by the names that they have in the table: what `load` takes, or loaded models.
@@ -163,13 +157,13 @@ def board(
         model = given if isinstance(given, Model) else load(given)
         if "embeddings" in model.config.task.predictions:
             model.tokenizer  # noqa: B018 -- texts that are read otherwise are refused
-        weights, count = digest_of(model.params), 0
+        weights, count, run = digest_of(model.params, model.config), 0, copy.copy(model.config)
         for one in sets:
             for config in evals_of(one, model, probe):
                 count += 1
-                model.config.evals = (config,)
+                run.evals = (config,)
                 try:
-                    made = config.make(model.config, 0, 1)
+                    made = config.make(run, 0, 1)
                 except DataError as error:
                     complain(f"{one.name} is left out: {error}")
                     continue
@@ -188,6 +182,7 @@ def board(
         if not count:
             what = "has no text tower" if "features" in model.config.task.predictions else "makes no features"
             raise UserError(f"{name}: this model {what}, and no set has a part train to learn from; add one")
+        del model  # else both are in memory while the next one is loaded
 
 
 def means(rows: Sequence[dict], kind: str, names: Sequence[str]) -> list[float | None]:
@@ -199,7 +194,7 @@ def means(rows: Sequence[dict], kind: str, names: Sequence[str]) -> list[float |
 
 def tables(rows: Sequence[dict]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, head and rows of a table for each kind of measurement."""
-    out = []
+    rows, out = _named(rows), []
     for kind, title in TITLES.items():
         of_kind = [row for row in rows if row["kind"] == kind]
         if not of_kind:
@@ -221,6 +216,14 @@ def tables(rows: Sequence[dict]) -> list[tuple[str, list[str], list[list[str]]]]
     return out
 
 
+def _named(rows: Sequence[dict]) -> list[dict]:
+    """The measurements, with the first digits of the weights behind a name that several models have."""
+    models = Counter(name for name, _ in {(row["model"], row["weights"]) for row in rows})
+    return [
+        row if models[row["model"]] == 1 else {**row, "model": f"{row['model']} {row['weights'][:8]}"} for row in rows
+    ]
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
@@ -240,7 +243,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def page(rows: Sequence[dict]) -> str:
     """The tables as HTML."""
-    models = {row["model"]: [row["model"], row["weights"], f"{row['step']:,}"] for row in rows}
+    models = {row["model"]: [row["model"], row["weights"], f"{row['step']:,}"] for row in _named(rows)}
     parts = ["<h1>Board</h1>", table(["model", "weights", "step"], list(models.values()), "--n")]
     for title, head, body in tables(rows):
         parts.append(section(title, table(head, body, "-" + "n" * (len(head) - 2) + "-")))
@@ -261,27 +264,40 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.board") -> 
     sets = find_sets(Path(arguments.data), [name for name in arguments.sets.split(",") if name])
     out = Path(arguments.out)
     file = out / "board.json"
-    known = _read(file)
     names = [Path(run).name or run for run in arguments.runs]
     models = dict(zip(names if len(set(names)) == len(names) else arguments.runs, arguments.runs, strict=True))
     rows: list[dict] = []
-    for row in board(models, sets, known, probe=arguments.probe):
+    for row in board(models, sets, _read(file), probe=arguments.probe):
         rows.append(row)
         score = _percent(row["metrics"][MAIN[row["kind"]]])
         what = f"{MAIN[row['kind']]} {score:>5} %"
         print(f"{printable(row['model'])}: {row['set']:24} {row['kind']:13} {what}  [{row['protocol']}]", flush=True)
-        done = {(r["weights"], r["set"], r["kind"], r["protocol"]) for r in rows}
-        others = [r for r in known if (r["weights"], r["set"], r["kind"], r["protocol"]) not in done]
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps({"measurements": rows + others}, indent=1) + "\n")
-            write_text(out / "board.md", markdown(rows))
-            write_text(out / "board.html", page(rows))
+            _add(row, file)
         except OSError as error:
             raise OutputError(f"--out={arguments.out}: {error.strerror or error}; name another folder") from error
     if not rows:
         raise DataError(f"--data={arguments.data}: nothing could be measured; the lines above say why")
     print(f"\n{markdown(rows).partition(chr(10))[2].strip()}\n\n{out / 'board.html'}")
+
+
+def _add(row: dict, file: Path) -> None:
+    """A measurement, to the file and the tables beside it, in place of that of the same model, set and kind.
+
+    Others may write to the same folder at the same time.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(".board.lock"), "ab") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        keys = ("model", "weights", "set", "kind")
+        rows = {tuple(one[key] for key in keys): one for one in (*_read(file), row)}
+        write_text(file, json.dumps({"measurements": [*rows.values()]}, indent=1) + "\n")
+        write_text(file.with_suffix(".md"), markdown([*rows.values()]))
+        write_text(file.with_suffix(".html"), page([*rows.values()]))
 
 
 def _read(file: Path) -> list[dict]:
@@ -294,7 +310,8 @@ def _read(file: Path) -> list[dict]:
         return []
     try:
         rows = json.loads(file.read_text())["measurements"]
-        return [row for row in rows if row["metrics"][MAIN[row["kind"]]] is not None and row["protocol"]]
+        needed = ("model", "weights", "step", "set", "protocol", "records")
+        return [row for row in rows if None not in (row["metrics"][MAIN[row["kind"]]], *map(row.__getitem__, needed))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{file}: cannot be read as a board ({error!r}); move it away") from None
 

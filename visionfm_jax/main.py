@@ -32,7 +32,7 @@ ABOUT = {
     "train": "Train the model of a configuration, or continue a run from its newest checkpoint.",
     "evaluate": "Run the evals on the newest checkpoint of a run, or on `config.checkpoint.weights`.\n\n"
     "    visionfm evaluate --run=runs/swinv2_g_clip --eval=zero_shot --data=/data/pets \\\n"
-    "        --config.evals[0].source.split=test --classes=names.txt --prompts=pets_prompts\n\n"
+    "        --split=test --classes=names.txt --prompts=pets_prompts\n\n"
     "--run=FOLDER is the same as --config=FOLDER.",
     "replay": "Run one step of a run again and write statistics of every layer to RUN/replay.",
 }

@@ -19,16 +19,25 @@ from visionfm_jax.storage import read, remove_unfinished, replacing
 
 ROWS = 4096  # of a part
 ABOUT = "index.json"
+# Of files that people may mean, and that are not written, so that no folder gets such a name by mistake.
+OTHER_FORMS = {".csv", ".json", ".jsonl", ".npy", ".npz", ".parquet", ".pkl", ".png", ".pt", ".tsv", ".txt"}
+
+
+def is_file(out: str | Path, forms: Sequence[str]) -> bool:
+    """Whether `out` names one file, which ends in one of `forms`; else it is a folder of parts."""
+    return Path(out).suffix in forms and not Path(out).is_dir()
 
 
 def check_out(out: str, forms: Sequence[str]) -> None:
-    """Refuse a file that ends in none of `forms`; what has no ending, or is a folder, is a folder of parts.
+    """Refuse a file that ends in none of `forms`.
 
     Raises:
       ConfigError: it is one.
     """
-    if not out or (Path(out).suffix not in ("", *forms) and not Path(out).is_dir()):
-        raise ConfigError(f"--out={printable(out)}: name a file {' or '.join(forms)}, or a folder for many images")
+    path = Path(out)
+    if not out or (path.is_file() and not is_file(out, forms)) or path.suffix in OTHER_FORMS - set(forms):
+        one_file = f"a file {' or '.join(forms)}, or " if forms else ""
+        raise ConfigError(f"--out={printable(out)}: name {one_file}a folder{' for many images' if forms else ''}")
 
 
 def missing(
@@ -111,15 +120,15 @@ def _name(number: int, suffix: str) -> str:
 
 def _about(folder: Path) -> dict[str, Any] | None:
     """What the parts in a folder say of themselves; None: there are none, and the folder may take some."""
-    path = folder / ABOUT
-    if path.is_file():
+    path, unfinished = folder / ABOUT, f".{ABOUT}."  # of another process, that has just begun or that died
+    others = folder.is_dir() and not all(file.name.startswith(unfinished) for file in folder.iterdir())
+    if path.is_file():  # looked for last, as another process may just have written it
         try:
             return dict(json.loads(read(path.read_bytes, lambda: str(path))))
         except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"--out={printable(str(folder))}: {ABOUT} in it is damaged; name another folder"
             ) from error
-    unfinished = f".{ABOUT}."  # of another process, that has just begun or that died
-    if folder.is_dir() and not all(file.name.startswith(unfinished) for file in folder.iterdir()):
+    if others:
         raise ConfigError(f"--out={printable(str(folder))}: is a folder of other files; name a new one")
     return None

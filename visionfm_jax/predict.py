@@ -45,22 +45,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from visionfm_jax import index, parts
-from visionfm_jax.api import Detected, Model, NothingRead, Stored, encoded, load
+from visionfm_jax.api import Detected, Model, NothingRead, load
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.data.images import opened
+from visionfm_jax.data.images import DamagedImage, opened
 from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.text_lists import read_lines
-from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point, printable
-from visionfm_jax.evals.metrics import best
+from visionfm_jax.errors import ConfigError, DataError, UserError, complain, entry_point, printable
+from visionfm_jax.inference import Stored, encoded
 from visionfm_jax.logs import quiet_logs
-from visionfm_jax.storage import read, replacing
+from visionfm_jax.storage import replacing
 from visionfm_jax.telemetry import pictures
 from visionfm_jax.telemetry.report import DPI, GREY, INK, drawable, save
 
 SIDE = 192  # pixels, of an image in a picture
 PICTURED = 24  # images in a picture
-ROWS_AT_ONCE = 256  # images whose maps are in memory
 LINES = ".jsonl"  # parts of records
 
 
@@ -79,9 +79,10 @@ def images_of(words: Sequence[str], split: str) -> dict[str, str | Stored]:
         path = Path(word)
         if path.is_dir():
             below = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not below and any(path.glob("*.tar")):
+            tars = any(path.glob("*.tar"))
+            if tars:
                 found |= _records(f"tars:{word}", split)
-            elif not below:
+            if not below and not tars:
                 raise DataError(f"{printable(word)}: no image below this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
         elif path.is_file():
             below = [word]
@@ -130,11 +131,13 @@ def _image(source: Source, index: int) -> Any:
 
 def _again(name: str) -> str | Stored:
     """The image that `images_of` has given this name."""
-    found = None if Path(name).exists() else re.fullmatch(r"(\w+:.*?)(?:@(\w+))?#(\d+) .*", name, re.DOTALL)
+    found = None if Path(name).exists() else re.match(r"(.*?)#(\d+) ", name, re.DOTALL)
     if not found or not _is_dataset(name):
         return name
-    source = _opened(found[1], found[2] or "")
-    return Stored(name, functools.partial(_image, source, int(found[3])))
+    word, split = found[1], ""
+    if not Path(word.partition(":")[2]).exists() and "@" in word:
+        word, _, split = word.rpartition("@")
+    return Stored(name, functools.partial(_image, _opened(word, split), int(found[2])))
 
 
 Images = Mapping[str, str | Stored]  # by name
@@ -143,7 +146,7 @@ Images = Mapping[str, str | Stored]  # by name
 def embed(model: Model, images: Images, arguments: Namespace) -> None:
     """Embeddings, or with --features what the backbone makes of images."""
     out = Path(arguments.out)
-    share, about = _share(arguments.process, out), _about(model, features=arguments.features)
+    share, about = _share_of(arguments), _about(model, features=arguments.features)
     if arguments.texts:
         texts = read_lines(arguments.texts)
         index.write_index(out, texts, model.embed_texts, about, share, "texts")
@@ -155,7 +158,7 @@ def embed(model: Model, images: Images, arguments: Namespace) -> None:
         try:
             return make([images[name] for name in names])
         except NothingRead:
-            if out.suffix in index.FORMS:
+            if parts.is_file(out, index.FORMS):
                 raise
             width = make(np.zeros((8, 8, 3), np.uint8)).shape[1]  # a part of many, which has its place
             return np.full((len(names), width), np.nan, np.float32)
@@ -165,18 +168,22 @@ def embed(model: Model, images: Images, arguments: Namespace) -> None:
 
 
 def _about(model: Model, **settings: Any) -> dict[str, Any]:
-    """What parts depend on."""
-    return {"model": model.config.name, "weights": model.config.folder, "step": model.step, **settings}
+    """What results depend on beside the images."""
+    return {"model": model.digest, "preprocess": model.transform.settings, **settings}
 
 
-def _share(word: str, out: Path) -> tuple[int, int]:
+def _share(word: str, out: str, has_parts: bool) -> tuple[int, int]:
     """(i, n) of --process=i/n."""
     first, _, count = word.partition("/")
     if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
         raise ConfigError(f"--process={printable(word)}: is not I/N, such as 0/4 for the first of four; give that")
-    if int(count) > 1 and (not str(out) or out.suffix):
-        raise ConfigError(f"--out={printable(str(out))}: is one file, which one process writes; name a folder")
+    if int(count) > 1 and not has_parts:
+        raise ConfigError(f"--out={printable(out)}: is no folder of parts, which several processes share; name one")
     return int(first), int(count)
+
+
+def _share_of(arguments: Namespace) -> tuple[int, int]:
+    return _share(arguments.process, arguments.out, _has_parts(arguments))
 
 
 Records = list[dict[str, Any]]
@@ -188,8 +195,7 @@ def _records(
     """What `make` finds in images, a record for each. None: a line for each is in the parts of a folder, --out."""
     if not _has_parts(arguments):
         return make(images)
-    out = Path(arguments.out)
-    for path, names in parts.missing(out, list(images), about, _share(arguments.process, out), LINES):
+    for path, names in parts.missing(Path(arguments.out), list(images), about, _share_of(arguments), LINES):
         found = make({name: images[name] for name in names})
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
         parts.write(path, lambda file, lines=lines: file.write(lines.encode(errors="replace")))
@@ -198,7 +204,8 @@ def _records(
 
 
 def _has_parts(arguments: Namespace) -> bool:
-    return bool(arguments.out) and not arguments.out.endswith(".json")
+    """Whether --out is a folder of parts."""
+    return bool(arguments.out) and not parts.is_file(arguments.out, COMMANDS[arguments.command].forms)
 
 
 def _first_records(out: str) -> Records:
@@ -208,32 +215,34 @@ def _first_records(out: str) -> Records:
 
 
 def search(model: Model, images: Images, arguments: Namespace) -> None:
-    """The images that fit a text, or another image, best."""
+    """The images that fit a text, or another image, best: by embeddings, or by features where a model has none."""
+    by_features = not (arguments.text or "embeddings" in model.config.task.predictions)
+    make = model.features if by_features else model.embed_images
     if arguments.index:
-        names, rows = index.read_index(arguments.index)
+        about, found = index.open_index(arguments.index)
+        wanted = _about(model, features=by_features)
+        if different := [name for name in wanted if about.get(name) != wanted[name]]:
+            raise DataError(
+                f"--index={printable(arguments.index)}: was made otherwise ({', '.join(different)}); make it with this "
+                "model by visionfm embed"
+            )
     else:
-        names, rows = list(images), model.embed_images(images.values())
-    query = model.embed_texts(arguments.text) if arguments.text else model.embed_images(arguments.image)
-    if not np.isfinite(query).all():
-        raise DataError(f"--image={arguments.image}: cannot be read")
-    if rows.shape[1] != query.shape[1]:
-        raise DataError(
-            f"--index={arguments.index}: has rows of {rows.shape[1]} numbers, and embeddings of this model have "
-            f"{query.shape[1]}; make it with this run"
-        )
-    (found_at,), (score,) = best(query, rows, min(arguments.count, len(names)))
-    for place, (i, cosine) in enumerate(zip(found_at, score, strict=True), 1):
-        print(f"{place:4}  {cosine:6.3f}  {printable(names[i])}")
-    found = [{"image": names[i], "cosine": float(cosine)} for i, cosine in zip(found_at, score, strict=True)]
-    _write_json(arguments.out, found)
-    about = arguments.text or arguments.image
-    labels = [f"{cosine:.3f}" for cosine in score]
-    _draw(arguments.picture, lambda path: _contact_sheet([names[i] for i in found_at], labels, path, about))
+        found = iter([index.Part(list(images), make(images.values()))])
+    try:
+        query = model.embed_texts(arguments.text) if arguments.text else make(arguments.image)
+    except NothingRead as error:
+        raise DataError(f"--image={printable(arguments.image)}: cannot be read; the warning says why") from error
+    ranked = index.search_index(found, query, arguments.count)
+    for place, (name, cosine) in enumerate(ranked, 1):
+        print(f"{place:4}  {cosine:6.3f}  {printable(name)}")
+    _write_json(arguments.out, [{"image": name, "cosine": cosine} for name, cosine in ranked])
+    names, labels = [name for name, _ in ranked], [f"{cosine:.3f}" for _, cosine in ranked]
+    _draw(arguments.picture, lambda path: _contact_sheet(names, labels, path, arguments.text or arguments.image))
 
 
 def classify(model: Model, images: Images, arguments: Namespace) -> None:
     """The likeliest classes of each image."""
-    classes = [name.strip() for name in arguments.names.split(",")] if arguments.names else None
+    classes = _class_names(arguments.names) if arguments.names else None
     prompts = {"prompts": arguments.prompts} if arguments.prompts else {}
 
     def make(some: Images) -> Records:
@@ -252,6 +261,11 @@ def classify(model: Model, images: Images, arguments: Namespace) -> None:
         classes_of = ", ".join(f"{k} {100 * p:.1f} %" for k, p in (record["classes"] or {}).items())
         print(f"{printable(record['image'])}: {classes_of or 'cannot be read'}")
     _write_json(arguments.out, {record["image"]: record["classes"] for record in records})
+
+
+def _class_names(word: str) -> Sequence[str]:
+    """Of --names: separated by commas, or a list as `text_lists.read_lines` takes it."""
+    return [name.strip() for name in word.split(",")] if "," in word else read_lines(word)
 
 
 def caption(model: Model, images: Images, arguments: Namespace) -> None:
@@ -306,7 +320,13 @@ def _objects(found: Detected | None) -> dict[str, Any]:
         return {"height": None, "width": None, "objects": None}
     values = zip(found.names, found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
     objects = [dict(zip(("name", "label", "score", "box"), each, strict=True)) for each in values]
+    for one, mask in zip(objects, found.masks or (), strict=False):
+        one["mask"] = {"size": list(mask["size"]), "counts": _text(mask["counts"])}
     return {"height": found.size[0], "width": found.size[1], "objects": objects}
+
+
+def _text(counts: str | bytes) -> str:
+    return counts.decode() if isinstance(counts, bytes) else counts
 
 
 def _coco(records: Records, files: Mapping[str, str], class_names: Sequence[str]) -> dict[str, Any]:
@@ -320,7 +340,7 @@ def _coco(records: Records, files: Mapping[str, str], class_names: Sequence[str]
             width, height = right - left, bottom - top
             note = {"id": len(notes) + 1, "image_id": number, "category_id": found["label"] + 1}
             note |= {"score": found["score"], "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
-            notes.append(note)
+            notes.append(note | ({"segmentation": found["mask"]} if "mask" in found else {}))
     categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
     return {"images": entries, "annotations": notes, "categories": categories}
 
@@ -328,16 +348,15 @@ def _coco(records: Records, files: Mapping[str, str], class_names: Sequence[str]
 def segment(model: Model, images: Images, arguments: Namespace) -> None:
     """A map of classes for each image, and a line that names it."""
     folder, maps = Path(arguments.out), _map_names(images)
-    dtype = np.uint8 if len(model.class_names) <= 255 else np.uint16
+    dtype = np.uint8 if len(model.class_names) <= 255 else np.uint16  # whose largest value is no class
 
     def make(some: Images) -> Records:
-        names, records = list(some), []
-        for first in range(0, len(names), ROWS_AT_ONCE):
-            few = names[first : first + ROWS_AT_ONCE]
-            for name, found in zip(few, model.segment([images[name] for name in few]), strict=True):
-                if found is not None:
-                    _write(arguments.out, folder / maps[name], functools.partial(_png, found.astype(dtype)))
-                records.append({"image": name, "map": None if found is None else maps[name]})
+        records = []
+        for name, found in zip(some, model.iterate_segment(some.values()), strict=True):
+            if found is not None:
+                values = np.where(found < 0, np.iinfo(dtype).max, found).astype(dtype)
+                _write(arguments.out, folder / maps[name], functools.partial(_png, values))
+            records.append({"image": name, "map": None if found is None else maps[name]})
         return records
 
     _records(make, images, arguments, _about(model))
@@ -386,6 +405,9 @@ def _below(images: Images) -> dict[str, str]:
 def _map_names(images: Images) -> dict[str, str]:
     """The file of each image's map, as the image's but for the ending."""
     maps = {name: os.path.splitext(file)[0] + ".png" for name, file in _below(images).items()}
+    for name, file in maps.items():
+        if os.path.isabs(file) or ".." in Path(file).parts:  # a tar may name its members so
+            raise DataError(f"{printable(name)}: its map {printable(file)} would be outside --out; rename the record")
     owners: dict[str, str] = {}
     for name, file in maps.items():
         if (other := owners.setdefault(file, name)) != name:
@@ -400,22 +422,22 @@ def _check(mode: str, arguments: Namespace) -> None:
       ConfigError: something does not.
     """
     command, out = COMMANDS[mode], arguments.out
-    if arguments.count < 1:
-        raise ConfigError(f"--count={arguments.count}: must be 1 or more")
-    if command.writes or (out and command.parts):
+    if command.parts and (command.writes or out):
         parts.check_out(out, command.forms)
-        _share(arguments.process, Path(out))
     elif out and not out.endswith(command.forms):
         raise ConfigError(f"--out={printable(out)}: {mode} writes a file {' or '.join(command.forms)}; name one")
-    if not out:
-        _share(arguments.process, Path())
+    if command.parts:
+        _share_of(arguments)
+    if "count" in arguments and arguments.count < 1:
+        raise ConfigError(f"--count={arguments.count}: must be 1 or more")
     if mode == "search" and bool(arguments.text) == bool(arguments.image):
         raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
     if mode == "search" and bool(arguments.index) == bool(arguments.images):
         raise ConfigError("search needs images, or --index=FILE of visionfm embed; give one of them")
-    if arguments.texts and (arguments.images or arguments.features):
+    if mode == "embed" and arguments.texts and (arguments.images or arguments.features):
         raise ConfigError(f"--texts={printable(arguments.texts)}: leave images and --features out")
-    if not (arguments.images or arguments.index or arguments.texts):
+    others = {"search": "index", "embed": "texts"}  # in place of images
+    if not (arguments.images or getattr(arguments, others.get(mode, ""), "")):
         raise ConfigError("no images are given; name files, folders, patterns or datasets (KIND:PATH)")
 
 
@@ -435,8 +457,8 @@ def _png(values: np.ndarray, file: BinaryIO) -> None:
 
 def _write_json(path: str, value: Any) -> None:
     if path:
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        _write(path, Path(path), lambda file: file.write(text.encode()))
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        _write(path, Path(path), lambda file: file.write(text.encode(errors="replace")))
 
 
 def _draw(path: str, draw: Callable[[str], None]) -> None:
@@ -465,40 +487,52 @@ def _contact_sheet(names: Sequence[str], labels: Sequence[str], path: str, title
 
 
 def _small(image: str | Stored) -> np.ndarray:
-    """An image with at most `SIDE` pixels along its longer side."""
-    with opened(read(lambda: encoded(image), lambda: str(image))) as picture:
-        scale = min(1.0, SIDE / max(picture.size))
-        size = tuple(max(1, round(scale * side)) for side in picture.size)
-        return picture.parts([((0, 0, *picture.size), size)], exact=True)[0]
+    """An image with at most `SIDE` pixels along its longer side; a grey one where it cannot be read any more."""
+    try:
+        with opened(encoded(image)) as picture:
+            scale = min(1.0, SIDE / max(picture.size))
+            size = tuple(max(1, round(scale * side)) for side in picture.size)
+            return picture.parts([((0, 0, *picture.size), size)], exact=True)[0]
+    except (DamagedImage, DamagedRecord) as error:
+        complain(f"{printable(str(image))} is not drawn: {error}")
+        return np.full((SIDE, SIDE, 3), 200, np.uint8)
+
+
+FLAGS: dict[str, tuple[str, dict[str, Any]]] = {  # which commands have them, and what argparse knows of them
+    "--split": (" ".join(COMMANDS), {"help": "of KIND:PATH, such as test"}),
+    "--out": (" ".join(COMMANDS), {"help": "file to write, .npz, .parquet or .json, or a folder of parts; see above"}),
+    "--process": (
+        "embed classify caption detect segment",
+        {"default": "0/1", "help": "I/N: the share of parts that this of N processes makes (%(default)s)"},
+    ),
+    "--texts": ("embed", {"help": "a file of texts, one a line, in place of images"}),
+    "--features": ("embed", {"action": "store_true", "default": False, "help": "features of the backbone instead"}),
+    "--text": ("search", {"help": "what is looked for"}),
+    "--image": ("search", {"help": "an image like those that are looked for"}),
+    "--index": ("search", {"help": "what embed has written, in place of images"}),
+    "--names": ("classify", {"help": "names of classes, separated by commas, or a file or shipped list of them"}),
+    "--prompts": ("classify", {"help": "a text with {}, or a file or shipped list of such texts"}),
+    "--count": ("search classify", {"type": int, "default": 5, "help": "how many answers (%(default)s)"}),
+    "--least_score": ("detect", {"type": float, "default": 0.3, "help": "of an object (%(default)s)"}),
+    "--picture": ("search detect segment", {"help": "PNG to draw"}),
+}
 
 
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", mode: str = "") -> None:
     """Load the run, predict, write."""
-    parser = Parser(program, __doc__)
     if not mode:
-        parser.add_argument("command", choices=sorted(COMMANDS))
-    parser.add_argument("run", help="folder of a run")
+        first = Parser(program, __doc__)
+        first.add_argument("command", choices=COMMANDS, help="and its own arguments; COMMAND --help lists them")
+        mode, argv, program = first.parse_args(argv[:1]).command, argv[1:], f"{program} {argv[0]}"
+    parser = Parser(program, __doc__)
+    parser.set_defaults(command=mode)
+    parser.add_argument("run", help="folder of a run, or of a model of timm, Hugging Face or OpenCLIP")
     parser.add_argument("images", nargs="*", help="files, folders, patterns, or datasets KIND:PATH")
-    parser.add_argument("--split", default="", help="of KIND:PATH, such as test")
-    parser.add_argument(
-        "--out", default="", help="file to write, .npz, .parquet or .json, or a folder of parts; see above"
-    )
-    parser.add_argument("--picture", default="", help="PNG to draw: search, detect, segment")
-    parser.add_argument("--texts", default="", help="embed: a file of texts, one a line, in place of images")
-    parser.add_argument("--features", action="store_true", help="embed: features of the backbone")
-    parser.add_argument("--text", default="", help="search: what is looked for")
-    parser.add_argument("--image", default="", help="search: an image like those that are looked for")
-    parser.add_argument(
-        "--process", default="0/1", help="I/N: the share of parts that this of N processes makes (%(default)s)"
-    )
-    parser.add_argument("--index", default="", help="search: what embed has written, in place of images")
-    parser.add_argument("--names", default="", help="classify: names of classes, separated by commas")
-    parser.add_argument("--prompts", default="", help="classify: a text with {}, or a file of such texts")
-    parser.add_argument("--least_score", type=float, default=0.3, help="detect: of an object (%(default)s)")
-    parser.add_argument("--count", type=int, default=5, help="search, classify: how many answers (%(default)s)")
+    for name, (commands, about) in FLAGS.items():
+        if mode in commands.split():
+            parser.add_argument(name, **{"default": "", **about})
     arguments = parser.parse_args(argv)
     quiet_logs()
-    mode = mode or arguments.command
     _check(mode, arguments)
     images = images_of(arguments.images, arguments.split)
     COMMANDS[mode].run(load(arguments.run), images, arguments)

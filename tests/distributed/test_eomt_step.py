@@ -94,7 +94,7 @@ def test_scenes_are_learnt(truth, eval_config, metrics, tmp_path):
     assert (shares[0], shares[-1]) == (1, 0)
     assert np.all(np.diff(shares) <= 0)
     evals = open_evals(trainer.config, 0, 1)
-    found = measure(trainer, evals, state.params, {}, lambda: None)
+    found = measure(trainer, evals, state.params, {}, lambda n: None)
     assert found["own/images"] == BATCH
     for name in metrics:
         assert found[f"own/{name}"] >= 0.95, found

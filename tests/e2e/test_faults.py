@@ -89,6 +89,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, whole):
     line = only_error(finish(process, folder, code=74)[1])
     assert "the disk is full; free space and start again: earlier checkpoints are intact" in line
     assert steps(folder) == [EVERY]
+    assert ": CheckpointError: " in (folder / "report.html").read_text()
 
     out, _ = run(folder)
     assert f"starts from      step {EVERY} of its own folder" in out
@@ -151,6 +152,7 @@ def test_a_value_that_is_not_finite(tmp_path, overflowing):
     head, samples = kept_step(folder, bad)
     assert head["kind"] == "not finite"
     assert [s["key"] for s in samples if not np.isfinite(s["loss"])] == ["train.npz[37]"]
+    assert f": TrainingError: step {bad}: loss nan" in (folder / "report.html").read_text()
 
     before = files(folder)
     out, _ = run_unbounded(

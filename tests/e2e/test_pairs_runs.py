@@ -111,6 +111,9 @@ def test_evaluated_alone_it_scores_the_same(tmp_path, pairs):
     assert (details["step"], details["weights"]) == (STEPS, str(pairs))
     assert details["protocol"] == kept["protocols"]["groups"]
     assert details["metrics"]["majority"] == kept["groups/majority"]
+    page = (pairs / "report.html").read_text()
+    assert "Results of visionfm evaluate" in page
+    assert "captions cut to the length of the text tower" in page
 
 
 def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys, caplog):

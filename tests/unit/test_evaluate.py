@@ -39,7 +39,7 @@ def test_a_run_is_evaluated_by_its_own_evals(run):
 
 def test_an_eval_from_the_command_line(run):
     config = parsed(
-        f"--config={run}", "--eval=zero_shot", "--data=/data/pets", "--config.evals[0].source.split=test",
+        f"--config={run}", "--eval=zero_shot", "--data=/data/pets", "--split=test",
         "--config.evals[0].prompts=a photo of a {}",
     )  # fmt: skip
     [made] = config.evals
@@ -69,6 +69,9 @@ def test_data_of_other_kinds_and_a_gallery(run):
     [made] = parsed(f"--config={run}", "--eval=retrieval", "--data=tars:/data/pairs").evals
     assert isinstance(made, RetrievalConfig)
     assert made.source == TarsConfig(path="/data/pairs")
+    words = ("--eval=linear_probe", "--data=/data/birds", "--split=test", "--gallery=/data/birds", "--gallery_split=")
+    [made] = parsed(f"--config={run}", *words).evals
+    assert (made.source.split, made.gallery[0].split) == ("test", "")
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,12 @@ def test_data_of_other_kinds_and_a_gallery(run):
         (("--eval=zero_shot", "--data=fold:a"), "--data=fold:a: 'fold' is no kind of data; there is "),
         (("--eval=zero_shot", "--data=a", "--gallery=b"), "--gallery=b: --eval=zero_shot has none; leave it out"),
         (("--eval=knn", "--data=a", "--classes=b"), "--classes=b: --eval=knn has none; leave it out"),
+        (
+            ("--eval=retrieval", "--data=tars:a", "--split=b"),
+            "--data=tars:a: tars has no splits, and 'b' is given; leav",
+        ),
+        (("--split=test",), "--split=test: needs --eval=KIND"),
+        (("--eval=knn", "--data=a", "--gallery_split=b"), "--gallery_split=b: is of --gallery; add that"),
         (("--eval=captioning", "--data=tars:a"), "captioning"),
     ],
 )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from visionfm_jax import parts
 from visionfm_jax.errors import ConfigError, DataError, UserError
-from visionfm_jax.index import FORMS, read_index, write_index
+from visionfm_jax.index import FORMS, open_index, search_index, write_index
 from visionfm_jax.parts import check_out
 
 NAMES = [f"photos/ñ {i}.jpg" for i in range(11)]
@@ -26,6 +28,14 @@ def embed(names):
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "ROWS", 4)
+
+
+def read_index(path):
+    """All parts of an index in one."""
+    about, found = open_index(path)
+    assert about == ABOUT
+    names, rows = zip(*found, strict=True)
+    return [name for part in names for name in part], np.concatenate(rows)
 
 
 def same(found):
@@ -80,6 +90,46 @@ def test_processes_share_the_parts(tmp_path):
     same(read_index(str(tmp_path / "out")))
 
 
+def test_processes_that_start_together_share_a_folder(tmp_path):
+    """Each finds the folder empty, or with what another has just begun to write."""
+    program = (
+        "import sys, numpy as np; from visionfm_jax import index, parts; parts.ROWS = 4;"
+        "names = [str(i) for i in range(64)]; i = int(sys.argv[1]); out = index.Path('out');"
+        "index.write_index(out, names, lambda some: np.array([[float(n), 1] for n in some]), {'a': 1}, (i, 4))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", program, str(i)], cwd=tmp_path) for i in range(4)]
+    assert [process.wait(120) for process in started] == [0] * 4
+    _, found = open_index(str(tmp_path / "out"))
+    assert np.concatenate([rows for _, rows in found])[:, 0].tolist() == list(range(64))
+
+
+def test_what_a_killed_process_leaves_of_the_first_file_is_no_other_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / f"out/.index.json.{'0' * 16}").write_bytes(b"{")
+    write_index(tmp_path / "out", NAMES, embed, ABOUT, WHOLE)
+    same(read_index(str(tmp_path / "out")))
+
+
+def test_the_best_rows_of_all_parts_by_cosine(tmp_path):
+    """Whatever the lengths of rows; those of NaN and of zeros are never found."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((11, 3)).astype(np.float32) * random.uniform(0.1, 9, (11, 1)).astype(np.float32)
+    rows[3], rows[7] = np.nan, 0
+    table = dict(zip(NAMES, rows, strict=True))
+    write_index(tmp_path / "out", NAMES, lambda names: np.stack([table[n] for n in names]), ABOUT, WHOLE)
+    query = random.standard_normal((1, 3)).astype(np.float32)
+    cosines = {
+        n: float(r @ query[0] / np.linalg.norm(r) / np.linalg.norm(query)) for n, r in table.items() if r[0] ** 2 > 0
+    }
+    expected = sorted(cosines.items(), key=lambda one: -one[1])
+    for count in (4, 100):
+        found = search_index(open_index(str(tmp_path / "out"))[1], query, count)
+        assert [name for name, _ in found] == [name for name, _ in expected[:count]]
+        np.testing.assert_allclose([s for _, s in found], [s for _, s in expected[:count]], rtol=1e-5)
+    with pytest.raises(ValueError, match="rows of 3 numbers, and a query of 4"):
+        search_index(open_index(str(tmp_path / "out"))[1], np.ones((1, 4)), 2)
+
+
 @pytest.mark.parametrize(
     ("names", "about", "says"),
     [
@@ -129,6 +179,8 @@ def test_names_of_files(tmp_path):
         check_out(name, FORMS)
     (tmp_path / "v1.2").mkdir()
     check_out(str(tmp_path / "v1.2"), FORMS)
-    for name in ("", "a.csv"):
+    check_out("laion.v2", FORMS)
+    (tmp_path / "file.v2").write_text("")
+    for name in ("", "a.csv", str(tmp_path / "file.v2")):
         with pytest.raises(ConfigError, match="name a file"):
             check_out(name, FORMS)

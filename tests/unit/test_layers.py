@@ -13,6 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "visionfm_jax"
 PACKAGES = [
     "errors",
+    "machine",
     "storage",
     "logs",
     "config",

@@ -8,12 +8,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import visionfm_jax as vfm
 from tests.unit.test_export import CASES, FORMS, HAS, NAMES, config_of, model_of
 from visionfm_jax.data.tokenizer.files import require_same_texts
-from visionfm_jax.errors import ConfigError, UserError
+from visionfm_jax.errors import ConfigError, DataError, UserError
 from visionfm_jax.export import export, trained_of
 from visionfm_jax.interop.described import by_name
 from visionfm_jax.interop.leaves import flatten
@@ -237,8 +238,53 @@ def test_another_library_s_folder_is_written_again(exported, tmp_path):
 
 
 def test_the_command(exported, tmp_path, capsys):
-    from PIL import Image
-
     Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
-    predict([str(exported / "open_clip"), str(tmp_path / "a.png"), "--names=cat,dog"], mode="classify")
+    (tmp_path / "names.txt").write_text("cat\ncrane, the bird\n")
+    run = [str(exported / "open_clip"), str(tmp_path / "a.png"), "--prompts=a {}"]
+    predict([*run, "--names=cat,dog"], mode="classify")
     assert "cat" in capsys.readouterr().out
+    predict([*run, f"--names={tmp_path / 'names.txt'}"], mode="classify")
+    assert "crane, the bird" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"no argument '--least_score'"):  # which is of detect
+        predict([*run, "--least_score=1"], mode="classify")
+    with pytest.raises(ConfigError, match=r"--process=1/2|is no folder of parts"):
+        predict([*run, "--names=cat,dog", "--process=1/2"], mode="classify")
+
+
+def test_search_finds_what_can_be_read_by_an_index_of_the_same_model(exported, tmp_path, capsys):
+    clip, photos = str(exported / "open_clip"), tmp_path / "photos"
+    photos.mkdir()
+    for i, picture in enumerate(PICTURES):
+        Image.fromarray(picture).save(photos / f"{i}.png")
+    (photos / "torn.png").write_bytes(b"torn")
+    out = [f"--out={tmp_path / 'found.json'}", f"--picture={tmp_path / 'found.png'}"]
+    predict([clip, str(photos), "--text=a red bird", *out], mode="search")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sorted(one["image"] for one in found) == [str(photos / "0.png"), str(photos / "1.png")]
+    predict([clip, str(photos), f"--out={tmp_path / 'index.npz'}"], mode="embed")
+    capsys.readouterr()
+    predict([clip, f"--index={tmp_path / 'index.npz'}", f"--image={photos / '1.png'}", *out], mode="search")
+    assert f"1   1.000  {photos / '1.png'}" in capsys.readouterr().out
+    (photos / "1.png").unlink()  # a picture of what is left
+    predict([clip, f"--index={tmp_path / 'index.npz'}", "--text=a red bird", *out], mode="search")
+    assert "1.png is not drawn" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"--image=.*torn\.png: cannot be read"):
+        predict([clip, f"--index={tmp_path / 'index.npz'}", f"--image={photos / 'torn.png'}"], mode="search")
+    vit = str(exported / "timm")
+    with pytest.raises(DataError, match=r"was made otherwise \(model, features\)"):
+        predict([vit, f"--index={tmp_path / 'index.npz'}", f"--image={photos / '0.png'}"], mode="search")
+    predict([vit, str(photos), f"--image={photos / '0.png'}"], mode="search")  # by features
+    assert f"1   1.000  {photos / '0.png'}" in capsys.readouterr().out
+
+
+def test_classes_after_the_sigmoid_loss_have_chances_of_their_own():
+    """sigmoid(s cos + b), as the loss has it (Zhai et al. 2023)."""
+    model = model_of(config_of("siglip"))
+    found = model.classify(PICTURES, ["cat", "dog", "bird"], "a {}").probability
+    cosines = model.embed_images(PICTURES) @ model.embed_texts(["a cat", "a dog", "a bird"]).T
+    logits = np.exp(model.params["scale"]) * cosines + model.params["bias"]
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-4)
+    with pytest.raises(UserError, match="needs a list of names, not 'cat,dog'"):
+        model.classify(PICTURES, "cat,dog")
+    with pytest.raises(UserError, match="give their names"):
+        model.classify(PICTURES, [])

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from visionfm_jax.config import CheckpointConfig, Config
 from visionfm_jax.errors import CheckpointError, ConfigError
+from visionfm_jax.evals.beats import beat
 from visionfm_jax.evals.run import measure
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.parallel.mesh import REPLICATED, make_mesh
@@ -44,13 +45,48 @@ def test_a_stop_ends_it_between_two_batches_without_scores(stop_at):
         asked[0] += 1
         return asked[0] == stop_at
 
-    scores = measure(trainer, evals, None, {"step": 3}, lambda: None, stop)
+    scores = measure(trainer, evals, None, {"step": 3}, lambda n: None, stop)
     done = sum(e.batches for e in evals.values())
     if stop_at is None:
         assert (scores, done) == ({"one/top1": 0.5, "two/top1": 0.5}, 20)
         assert evals["two"].details == {"step": 3, "metrics": {"top1": 0.5}}
     else:
         assert (scores, done) == (None, stop_at - 1)
+
+
+class Computing:
+    """An eval that computes for long after its only batch."""
+
+    def __init__(self):
+        self.parts, self.details = 0, {}
+
+    def run(self, predict):
+        predict({"x": np.zeros(4)})
+        for _ in range(5):
+            beat(alike=False)
+            self.parts += 1
+        return {"top1": 0.5}
+
+
+def test_a_long_computation_goes_on_and_ends_at_a_stop():
+    trainer = types.SimpleNamespace(mesh=make_mesh(1, jax.devices()[:1]), predict=lambda weights, batch, *what: batch)
+    seen, computing = [], Computing()
+    assert measure(trainer, {"one": computing}, None, {}, seen.append) == {"one/top1": 0.5}
+    assert seen == [1, 0, 0, 0, 0, 0]
+    computing = Computing()
+    assert measure(trainer, {"one": computing}, None, {}, seen.append, lambda: len(seen) >= 9) is None
+    assert computing.parts == 2
+    beat()  # outside of a measurement
+
+
+def test_processes_that_beat_unlike_each_other_ask_for_no_stop(monkeypatch):
+    """They would agree at different places, and wait for each other for ever."""
+    trainer = types.SimpleNamespace(mesh=make_mesh(1, jax.devices()[:1]), predict=lambda weights, batch, *what: batch)
+    asked, computing = [], Computing()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("visionfm_jax.evals.run.to_global", lambda mesh, batch: batch)
+    assert measure(trainer, {"one": computing}, None, {}, lambda n: None, lambda: bool(asked.append(1)))
+    assert (len(asked), computing.parts) == (1, 5)
 
 
 def test_a_folder_without_a_run_is_a_wrong_setting_one_without_checkpoints_a_fault(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 
 from visionfm_jax.cli.data import open_data, open_loader
@@ -18,7 +20,7 @@ from visionfm_jax.telemetry.page import leave_page
 from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import Checkpoints
-from visionfm_jax.train.folder import RunFolder
+from visionfm_jax.train.folder import RunFolder, damage_file
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.provenance import provenance_of
@@ -41,6 +43,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
 
     with (
         RunFolder(config, owner=host == 0) as folder,
+        contextlib.ExitStack() as at_end,
         Checkpoints(folder.path, config.checkpoint) as checkpoints,
     ):
         begun_in = folder.path if checkpoints.latest() is not None else config.checkpoint.resume
@@ -48,6 +51,8 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         state, record, origin, weights = starting_state(trainer, checkpoints)
         start = int(state.step)
         changed = folder.keep(provenance_of(config, sources), start, begun_in, weights) if host == 0 else []
+        if host == 0:
+            at_end.callback(lambda: say(leave_page(folder.path)))  # also of a run that fails
         say(describe_start(origin, changed))
         if start >= config.total_steps:
             say(
@@ -60,7 +65,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         damage = DamageLog(
             sources, config.data.max_damaged,
             batch_size=config.train.batch_size, start_step=start, host=host, hosts=hosts,
-            counts=record.get("samples", ()),
+            counts=record.get("samples", ()), keep=damage_file(folder.path, host),
         )  # fmt: skip
         with (
             Session(
@@ -69,7 +74,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 devices=trainer.mesh.size,
                 parameters=sum(p.size for p in jax.tree.leaves(trainer.shapes.params)),
             ) as session,
-            RunMonitor(config, folder.path, start, watchdog) as monitor,
+            RunMonitor(config, folder.path, start, watchdog, session) as monitor,
             open_loader(config, sources, fields, start) as batches,
         ):
             hooks = Hooks(
@@ -80,7 +85,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                     {e.name: evals[e.name] for e in due_evals(config, step)},
                     state.averaged,
                     {"weights": str(folder.path), "step": step},
-                    lambda: monitor.step_done(step),  # a long evaluation is no standstill
+                    lambda _: monitor.step_done(step),  # a long evaluation is no standstill
                     stop,
                 ),
                 protocols=lambda step: {e.name: evals[e.name].protocol or "" for e in due_evals(config, step)},
@@ -92,7 +97,9 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 keep=SpikeFolder(folder.path, sources, host, hosts).keep,
             )
             state, finished = train(trainer, state, batches, checkpoints, hooks, record)
-            session.ends(int(state.step), "finished" if finished else "stopped")
+            captions = {"captions": damage.captions, "truncated": damage.truncated} if damage.captions else {}
+            session.ends(int(state.step), "finished" if finished else "stopped", **captions)
+            monitor.ends(finished)
         if damage.damaged:
             say(
                 f"  damaged          {count(damage.damaged, 'sample')} of the run ({count(damage.records, 'record')} "
@@ -103,5 +110,4 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         if host == 0 and (metrics := read_metrics(folder.path)):
             last = {k: (v, line["step"]) for line in metrics for k, v in line.items()}
             say(summary(folder.path, config, evals, last, int(state.step), metrics))
-            say(leave_page(folder.path))
     return 0 if finished else stop.exit_code

@@ -355,7 +355,7 @@ def _decoded(data: bytes, max_pixels: int) -> Iterator[tuple[np.ndarray, int]]:
                     _check_sums(data)
                 image.load()  # some have their EXIF block after the pixels; a TIFF is turned by this already
                 orientation = _orientation(image.getexif)
-                pixels = _rgb(image)
+                pixels = rgb(image)
             del image
         except DamagedImage:
             raise
@@ -396,7 +396,8 @@ def _unknown(data: bytes) -> str:
     return f"is none of {', '.join(FORMATS)}"
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def rgb(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3) of what Pillow has opened, as stored: the high byte of 16 bits, transparent ones on white."""
     if image.mode.startswith("I"):  # 16 bit (or 16 in 32); convert() would clip at 255
         return _three_channels(_by_rows(_high_byte, np.asarray(image)), image.height * image.width)
     if image.has_transparency_data:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -37,6 +37,7 @@ DAMAGED = (DamagedImage, DamagedRecord)
 # One of Grain's shuffles, 4 rounds of a block cipher, leaves records correlated over hundreds of samples; two leave
 # traces; after three nothing was found. benchmarks/shuffle.py prints the statistics.
 SHUFFLES = 3
+NAMED = 1000  # damaged records of a start that are kept by name
 STEP_OVER = 16  # unreadable records in a row after which the data, not an image, is taken for damaged
 
 
@@ -195,6 +196,7 @@ class DamageLog:
       max_damaged: share of damaged among the samples seen past which the run stops; 0: at the first.
       batch_size, start_step, host, hosts: as given to `train_loader`.
       counts: `counts` of every host when the run was saved; if there were more or fewer, they are shared out.
+      keep: is told of each of the first `NAMED` damaged records: its source, number and key, and the sample.
     """
 
     def __init__(
@@ -207,8 +209,9 @@ class DamageLog:
         host: int = 0,
         hosts: int = 1,
         counts: Sequence[Sequence[int]] = (),
+        keep: Callable[[dict[str, Any]], None] = lambda record: None,
     ):
-        self._sources, self._max = sources, max_damaged
+        self._sources, self._max, self._keep = sources, max_damaged, keep
         self._global = batch_size
         self._next = start_step * batch_size + host * (batch_size // hosts)
         self._known: set[tuple[int, int]] = set()
@@ -274,6 +277,9 @@ class DamageLog:
                     "%s: record %s is damaged (sample %d of the run)%s; the next readable record replaces it",
                     dataset.name, dataset.key(damaged), sample, _why(dataset, damaged),
                 )  # fmt: skip
+                if len(self._known) <= NAMED:
+                    key = dataset.key(damaged)
+                    self._keep({"source": dataset.name, "record": damaged, "key": key, "sample": sample})
 
 
 def _why(source: Source, record: int) -> str:

@@ -22,7 +22,8 @@ from visionfm_jax.evals.protocol import measured_on
 class GalleryEval(OpenedEval):
     """An eval whose sources are the held-out images and, after these, the gallery, of the same classes.
 
-    The features are the task's prediction "features".
+    The features are the task's prediction "features". A gallery that is the held-out data is refused: each image would
+    be judged by itself.
     """
 
     def __init__(self, config: KnnConfig | LinearProbeConfig, run: Config, host: int, hosts: int):
@@ -41,7 +42,14 @@ class GalleryEval(OpenedEval):
                     f"{self.source.num_classes}; set sources of the same classes"
                 )
             check_classes("gallery", source, self.source.class_names or (), "source")
-        self.settings |= {"gallery": list(map(measured_on, self.gallery, config.gallery))}
+        galleries = list(map(measured_on, self.gallery, config.gallery))
+        for source, about in zip(self.gallery, galleries, strict=True):
+            if all(about[key] == self.settings[key] for key in ("records", "content")):
+                raise DataError(
+                    f"gallery: {source.name} holds the images that are measured, so that each would be judged by "
+                    "itself; set another split or path of either"
+                )
+        self.settings |= {"gallery": galleries}
 
     def read(
         self,

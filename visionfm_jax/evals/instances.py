@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from absl import logging
 from hotcoco import mask as rle
 
 from visionfm_jax.data.fields import NoFields
+from visionfm_jax.data.sample import Placement
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.coco import Found, Truth
 from visionfm_jax.evals.detection import BoxesEval, small_image
@@ -55,18 +58,8 @@ class InstancesEval(BoxesEval):
         if (known := known_of(self, int(record))) is None:
             return None
         truth = Truth(known.boxes, known.labels, known.crowd, known.areas, [rle.encode(m) for m in known.masks])
-        finite = np.isfinite(scores) & np.isfinite(masks).all((1, 2))
-        kept, packed = [], []
-        logits = on_image(masks[finite], known.placement, known.masks.shape[1:])
-        for i, one in zip(np.flatnonzero(finite), logits, strict=True):
-            inside = one > 0
-            if inside.any():
-                kept.append((labels[i], scores[i] * chances(one[inside]).mean(dtype=np.float64)))
-                packed.append(rle.encode(inside))
-        labels, scores = np.array(kept, np.float64).reshape(-1, 2).T
-        boxes = np.array([rle.to_bbox(m) for m in packed], np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        return int(record), truth, Found(boxes, labels.astype(int), scores, packed), int((~finite).sum())
+        found, lost = instances_of(masks, scores, labels, known.placement, known.masks.shape[1:])
+        return int(record), truth, found, lost
 
     def _drawn(self, record: int, truth: Truth, found: Found, matched: tuple, least: float, share: float) -> dict:
         image, _ = small_image(self, record)
@@ -79,3 +72,33 @@ class InstancesEval(BoxesEval):
             "truth": layers(map(rle.decode, truth.masks), truth.labels, image.shape[:2]),
             "found": layers((rle.decode(found.masks[i]) for i in shown), found.labels[shown], image.shape[:2]),
         }
+
+
+def instances_of(
+    masks: np.ndarray, scores: np.ndarray, labels: np.ndarray, placement: Placement, size: tuple[int, int]
+) -> tuple[Found, int]:
+    """What a task's "masks" of an image are at its pixels, and how many masks are not finite.
+
+    Args:
+      masks: (K, h, w), logits.
+      scores: (K,), of the class.
+      labels: (K,).
+      placement: of the image on the canvas.
+      size: (H, W) of the image.
+    """
+    finite = np.isfinite(scores) & np.isfinite(masks).all((1, 2))
+    kept, packed = [], []
+    for i, one in zip(np.flatnonzero(finite), on_image(masks[finite], placement, size), strict=True):
+        inside = one > 0
+        if inside.any():
+            kept.append((labels[i], scores[i] * chances(one[inside]).mean(dtype=np.float64)))
+            packed.append(rle.encode(inside))
+    labels, scores = np.array(kept, np.float64).reshape(-1, 2).T
+    return Found(boxes_of(packed), labels.astype(int), scores, packed), int((~finite).sum())
+
+
+def boxes_of(packed: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N, 4) float64, left, top, right and bottom edge of each mask, as COCO packs them."""
+    boxes = np.array([rle.to_bbox(mask) for mask in packed], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes

@@ -93,6 +93,10 @@ class KnnConfig(Measurement):
     metrics: ClassVar[tuple[str, ...]] = ("top1",)
 
     gallery: tuple[SourceConfig, ...] = ()  # labelled images to compare with
+    neighbours: int = 20  # that vote
+    temperature: float = 0.07  # a neighbour's vote is exp(cosine / temperature)
+
+    limits: ClassVar[Limits] = {"neighbours": Range(1, 1000), "temperature": Range(1e-3, 1e3)}
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

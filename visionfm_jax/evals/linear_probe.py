@@ -5,23 +5,37 @@ Shapes: N images of the gallery, Q held-out ones, D features, C classes.
 
 from __future__ import annotations
 
+import math
 import statistics
 
+import jax.numpy as jnp
 import numpy as np
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import DataError
+from visionfm_jax.evals.beats import beat
 from visionfm_jax.evals.by_class import by_class
 from visionfm_jax.evals.eval import Predict
 from visionfm_jax.evals.gallery import GalleryEval
 from visionfm_jax.evals.kinds import LinearProbeConfig
-from visionfm_jax.evals.logistic import BATCH, EPOCHS, MOMENTUM, STEPS, Linear, fit, fit_by_sgd, zeros
+from visionfm_jax.evals.logistic import (
+    BATCH,
+    EPOCHS,
+    ITERATIONS,
+    MOMENTUM,
+    STEPS,
+    TOLERANCE,
+    Linear,
+    fit,
+    fit_by_sgd,
+    zeros,
+)
 
 PENALTIES = tuple(10.0**power for power in range(-4, 5))  # that L-BFGS tries
 RATES = tuple(10.0 ** (power / 2) for power in range(-6, 3))  # that SGD tries
 KEPT = 5  # every fifth image of the gallery chooses between them, unless `shots` limits those that are learned from
 DRAWS = 5  # of a few images
-AT_ONCE = 2**15  # rows that are classified
+AT_ONCE = 2**15  # rows that are classified, or squared
 MAX_NUMBERS = 2**32  # of the gallery's features: 16 GiB on one device
 
 
@@ -36,27 +50,33 @@ class LinearProbeEval(GalleryEval):
 
     def __init__(self, config: LinearProbeConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
-        self.settings |= {"shots": config.shots, "draws": DRAWS if config.shots else 1}
+        self.settings |= {"shots": config.shots, "draws": DRAWS if config.shots else 1, "solver": config.solver}
+        self.settings |= {"choose": "as many shots" if config.shots else f"1 in {KEPT}", "scale": "mean, overall rms"}
         if config.solver == "sgd":
             self.settings |= {"rates": RATES, "batch": BATCH, "epochs": EPOCHS, "steps": STEPS, "momentum": MOMENTUM}
         else:
-            self.settings |= {"penalties": PENALTIES}
+            self.settings |= {"penalties": PENALTIES, "iterations": ITERATIONS, "tolerance": TOLERANCE}
 
     def run(self, predict: Predict) -> dict[str, float]:
         """Scores over the whole source, each record once."""
         gallery, held_out = self.read(predict, self.gallery), self.read(predict, [self.source])
-        use, finite = (np.isfinite(rows["features"]).all(1) for rows in (gallery, held_out))
+        # All in float32, and in place where it can be: the features of ImageNet are gigabytes.
+        x, queries = (rows.pop("features").astype(np.float32, copy=False) for rows in (gallery, held_out))
+        use, finite = (np.isfinite(rows).all(1) for rows in (x, queries))
         if not use.any():
             raise DataError("no image of the gallery has finite features; is the run in order?")
-        mean, rms = moments(gallery["features"][use])
-        x, queries = (((rows["features"] - mean) / rms).astype(np.float32) for rows in (gallery, held_out))
-        x, y, queries = x[use], gallery["label"][use], np.where(finite[:, None], queries, 0)
         by_sgd = self.config.solver == "sgd"
-        if x.size > MAX_NUMBERS and not by_sgd:
+        if use.sum() * x.shape[1] > MAX_NUMBERS and not by_sgd:
             raise DataError(
-                f"{len(x):,} images of {x.shape[1]:,} features in the gallery are more than fit on a device "
+                f"{use.sum():,} images of {x.shape[1]:,} features in the gallery are more than fit on a device "
                 f"({MAX_NUMBERS:,} numbers); set solver='sgd', or shots, or a smaller gallery"
             )
+        x, y = (x, gallery["label"]) if use.all() else (x[use], gallery["label"][use])
+        queries[~finite] = 0
+        mean, rms = moments(x)
+        for rows in (x, queries):
+            rows -= mean
+            rows /= rms
         found, classes = [], self.source.num_classes
         for draw in range(DRAWS if self.config.shots else 1):
             learn, choose = split(y, self.config.shots, draw)
@@ -74,12 +94,13 @@ class LinearProbeEval(GalleryEval):
 
 
 def moments(x: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean row (D,) of (N, D), and the root mean square of what is left without it.
+    """The mean row, float32 (D,), of (N, D), and the root mean square of what is left without it.
 
     By these, features of any scale are made alike, so that a penalty means the same.
     """
     mean = x.mean(0, dtype=np.float64)
-    return mean, float(np.sqrt(np.mean((x - mean) ** 2))) or 1.0
+    squares = sum(float(((x[i : i + AT_ONCE] - mean) ** 2).sum()) for i in range(0, len(x), AT_ONCE))
+    return mean.astype(np.float32), math.sqrt(squares / x.size) or 1.0
 
 
 def split(labels: np.ndarray, shots: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,12 +135,14 @@ def probe(
       final: fit that classifier once more, to both.
     """
     best, kept = (-1.0, 1.0), {}
-    weights = zeros(x.shape[1], classes)
+    weights, seen = zeros(x.shape[1], classes), (jnp.asarray(x[learn]), y[learn])
     for penalty in sorted(PENALTIES if len(choose) else (1.0,), reverse=True):  # from which the next is not far
-        weights = kept[penalty] = fit(x[learn], y[learn], penalty, weights)
+        weights = kept[penalty] = fit(*seen, penalty, weights)
+        beat()
         right = _share_right(weights, x, y, choose)
         best = max(best, (right, penalty))  # of equals the greater penalty
     weights, penalty = kept[best[1]], best[1]
+    del seen  # the device need not hold both
     return (fit(x, y, penalty, weights) if final else weights), penalty
 
 

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from visionfm_jax.evals.beats import beat
+
 ITERATIONS, TOLERANCE = 500, 1e-5  # at most; and of the largest number of the gradient, which is of the mean loss
+BETWEEN_BEATS = 50  # iterations
 BATCH, EPOCHS, STEPS = 1024, 10, 1000  # of SGD: steps at least, however few the rows are
 MOMENTUM, AT_ONCE = 0.9, 25  # steps that are on the device at a time
 
@@ -35,8 +38,7 @@ def zeros(features: int, classes: int) -> Linear:
     return Linear(jnp.zeros((features, classes)), jnp.zeros(classes))
 
 
-@jax.jit
-def fit(x: jax.Array, y: jax.Array, penalty: jax.Array, start: Linear) -> Linear:
+def fit(x: jax.Array, y: jax.Array, penalty: float, start: Linear) -> Linear:
     """The weights with the least sum of losses + penalty / 2 x the sum of their squares; the biases are free.
 
     It is scikit-learn's LogisticRegression(C=1 / penalty), by L-BFGS (Liu and Nocedal 1989) as there.
@@ -46,7 +48,24 @@ def fit(x: jax.Array, y: jax.Array, penalty: jax.Array, start: Linear) -> Linear
       y: labels (N,).
       penalty: on the squared weights.
       start: near the result, for speed; (D, C) says how many classes there are.
+
+    Raises:
+      Stopped: as `beats.beat`.
     """
+    x, y, penalty = jnp.asarray(x), jnp.asarray(y), jnp.float32(penalty)
+    carry = (start, optax.lbfgs().init(start), 0, jnp.inf)
+    carry = jax.tree.map(lambda a: jnp.asarray(a, jnp.result_type(a)), carry)  # of the types it has later: one program
+    for until in range(BETWEEN_BEATS, ITERATIONS + BETWEEN_BEATS, BETWEEN_BEATS):
+        carry = _iterate(x, y, penalty, carry, min(until, ITERATIONS))
+        if not carry[3] > TOLERANCE:  # also where it is not finite
+            break
+        beat(alike=False)  # rounding may differ from process to process, and with it the number of iterations
+    return carry[0]
+
+
+@jax.jit
+def _iterate(x: jax.Array, y: jax.Array, penalty: jax.Array, carry: tuple, until: jax.Array) -> tuple:
+    """`fit` up to a number of iterations: weights, state of the solver, iterations, largest number of the gradient."""
 
     def objective(w: Linear) -> jax.Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(w(x), y)
@@ -57,7 +76,7 @@ def fit(x: jax.Array, y: jax.Array, penalty: jax.Array, start: Linear) -> Linear
 
     def again(carry: tuple) -> jax.Array:
         _, _, steps, steepest = carry
-        return (steps < ITERATIONS) & (steepest > TOLERANCE)
+        return (steps < until) & (steepest > TOLERANCE)
 
     def iterate(carry: tuple) -> tuple:
         w, state, steps, _ = carry
@@ -66,7 +85,7 @@ def fit(x: jax.Array, y: jax.Array, penalty: jax.Array, start: Linear) -> Linear
         steepest = jnp.maximum(jnp.abs(grad.kernel).max(), jnp.abs(grad.bias).max())
         return optax.apply_updates(w, updates), state, steps + 1, steepest
 
-    return jax.lax.while_loop(again, iterate, (start, solver.init(start), 0, jnp.inf))[0]
+    return jax.lax.while_loop(again, iterate, carry)
 
 
 def fit_by_sgd(x: np.ndarray, y: np.ndarray, rows: np.ndarray, rates: Sequence[float], classes: int) -> list[Linear]:
@@ -81,6 +100,9 @@ def fit_by_sgd(x: np.ndarray, y: np.ndarray, rows: np.ndarray, rates: Sequence[f
       rows: numbers of the rows to learn from, which are shuffled anew in every epoch.
       rates: at the first step; one that is far too high gives numbers that are not finite.
       classes: C.
+
+    Raises:
+      Stopped: as `beats.beat`.
     """
     size = min(BATCH, len(rows))
     steps = max(STEPS, EPOCHS * len(rows) // size)
@@ -91,6 +113,7 @@ def fit_by_sgd(x: np.ndarray, y: np.ndarray, rows: np.ndarray, rates: Sequence[f
     for first in range(0, steps, AT_ONCE):
         here = np.stack([next(batches) for _ in range(min(AT_ONCE, steps - first))])
         w, trace = _descend(w, trace, jnp.asarray(rates, jnp.float32), x[here], y[here], first, steps)
+        beat()
     return [jax.tree.map(lambda a, i=i: a[i], w) for i in range(len(rates))]
 
 

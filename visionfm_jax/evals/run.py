@@ -10,6 +10,7 @@ import numpy as np
 
 from visionfm_jax.config import Config, EvalConfig
 from visionfm_jax.data.fields import check_classes
+from visionfm_jax.evals.beats import Stopped, heard_by
 from visionfm_jax.evals.eval import Eval, make_evals
 from visionfm_jax.parallel.agreement import require_same
 from visionfm_jax.parallel.mesh import to_global
@@ -48,35 +49,40 @@ def due_evals(config: Config, step: int) -> list[EvalConfig]:
     return [e for e in config.evals if last or (e.every_steps and step % e.every_steps == 0)]
 
 
-class _Stopped(Exception):
-    """An evaluation was cut off between two batches."""
-
-
 def measure(
     trainer: Trainer,
     evals: dict[str, Eval],
     weights: Any,
     origin: dict[str, Any],
-    batch_done: Callable[[], object],
+    goes_on: Callable[[int], object],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The metrics of `evals`, as NAME/METRIC; None if a stop was requested before the end.
 
-    The details of each begin with `origin`, which says what the weights are, and its metrics.
+    Args:
+      trainer, weights: that predict.
+      evals: by name.
+      origin: says what the weights are; the details of each eval begin with it and its metrics.
+      goes_on: gets 1 at each batch, and 0 between the parts of what is computed afterwards (`beats.beat`).
+      stop_requested: every process asks it equally often.
     """
 
+    def listen(alike: bool, batches: int = 0) -> None:
+        if (alike or jax.process_count() == 1) and stop_requested():
+            raise Stopped
+        goes_on(batches)
+
     def predict(batch: dict[str, np.ndarray], *what: Hashable) -> dict[str, np.ndarray]:
-        if stop_requested():
-            raise _Stopped
-        batch_done()
+        listen(True, 1)
         return jax.device_get(trainer.predict(weights, to_global(trainer.mesh, batch), *what))
 
     scores: dict[str, float] = {}
     try:
         for name, eval_ in evals.items():
-            found = eval_.run(predict)
+            with heard_by(listen):
+                found = eval_.run(predict)
             eval_.details = {**origin, "metrics": plain(found), **eval_.details}
             scores |= {f"{name}/{k}": v for k, v in found.items()}
-    except _Stopped:
+    except Stopped:
         return None
     return scores

@@ -13,6 +13,7 @@ from absl import logging
 
 from visionfm_jax.config import Config
 from visionfm_jax.data.fields import NoFields
+from visionfm_jax.data.sample import Placement
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals.base import OpenedEval, names_of
 from visionfm_jax.evals.detection import small_image
@@ -118,11 +119,11 @@ class PanopticEval(OpenedEval):
         for i, mask in enumerate(known.masks, 1):
             number[mask] = i
         truth = Segments(number, known.labels, known.crowd)
-        finite = np.isfinite(scores) & np.isfinite(masks).all((1, 2))
-        keep = np.flatnonzero(finite & (labels < len(self.classes)) & (scores > self.config.least_score))
-        on = np.stack([*on_image(masks[keep], known.placement, number.shape)]) if len(keep) else masks[:0]
-        guess = segments_of(on, scores[keep], labels[keep], self.things, number.shape, self.config.least_visible)
-        return Compared(int(record), count(truth, guess, len(self.classes)), int((~finite).sum()), truth, guess)
+        guess, lost = found_on(
+            masks, scores, labels, known.placement, number.shape, self.things, self.config.least_score,
+            self.config.least_visible,
+        )  # fmt: skip
+        return Compared(int(record), count(truth, guess, len(self.classes)), lost, truth, guess)
 
     def _drawn(self, one: Compared) -> dict[str, Any]:
         image, _ = small_image(self, one.record)
@@ -131,6 +132,33 @@ class PanopticEval(OpenedEval):
             for name, s in (("truth", one.truth), ("found", one.guess))
         }
         return {"key": self.source.key(one.record), "image": image, "share": _share(one), **parts}
+
+
+def found_on(
+    masks: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    placement: Placement,
+    size: tuple[int, int],
+    things: np.ndarray,
+    least_score: float,
+    least_visible: float,
+) -> tuple[Segments, int]:
+    """What a task's "segments" of an image are at its pixels, and how many masks are not finite.
+
+    Args:
+      masks: (Q, h, w), logits.
+      scores: (Q,).
+      labels: (Q,); C stands for nothing.
+      placement: of the image on the canvas.
+      size: (H, W) of the image.
+      things, least_visible: as of `segments_of`.
+      least_score: of a mask.
+    """
+    finite = np.isfinite(scores) & np.isfinite(masks).all((1, 2))
+    keep = np.flatnonzero(finite & (labels < len(things)) & (scores > least_score))
+    on = np.stack([*on_image(masks[keep], placement, size)]) if len(keep) else masks[:0]
+    return segments_of(on, scores[keep], labels[keep], things, size, least_visible), int((~finite).sum())
 
 
 def segments_of(

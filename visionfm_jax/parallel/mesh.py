@@ -21,7 +21,7 @@ def make_mesh(replicas: int = 1, devices: Sequence[jax.Device] | None = None) ->
     Neighbours come first, so that with as many replicas as hosts each weight is gathered inside a host.
     """
     devices = jax.devices() if devices is None else devices
-    if devices[0].platform == "cpu":
+    if devices[0].platform == "cpu" and len(devices) > 1:
         # jax 0.10 reads steps of several CPU devices back from its compilation cache as programs that compute other
         # losses, and others from run to run.
         jax.config.update("jax_enable_compilation_cache", False)

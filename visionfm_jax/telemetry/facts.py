@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
+import glob
 import itertools
 import json
 import math
@@ -22,10 +24,13 @@ from visionfm_jax.train.checkpoint import SCORES, SUBFOLDER
 from visionfm_jax.train.folder import WEIGHTS, refuse_links
 from visionfm_jax.train.provenance import DATA, SETTINGS, former_settings, leaf_changes
 from visionfm_jax.train.sessions import read_sessions
+from visionfm_jax.train.spikes import OVERFLOW, SPIKE
 from visionfm_jax.train.spikes import SUBFOLDER as SPIKES
 
 PLAN = "plan.json"  # what `visionfm plan --json=RUN/plan.json` has written
+CORE = "CPU core"  # whose hours are counted where there are no GPUs
 LARGEST = 2**24  # bytes of a file that is read, metrics and checkpoints apart
+DAMAGED = re.compile(r"damaged(\.process-\d{1,9})?\.jsonl")
 _SPIKE = re.compile(r"(step|overflow)-(\d{1,15})\.jsonl")
 _T = TypeVar("_T")
 
@@ -44,6 +49,41 @@ class Setting:
         return self.value != self.default
 
 
+@dataclasses.dataclass
+class Measured:
+    """What an eval has found in one measurement."""
+
+    step: int
+    protocol: str  # by which it measured; empty: not kept
+    metrics: dict[str, float]  # by name, "digits/top1"
+
+
+@dataclasses.dataclass
+class Spike:
+    """A step, counted from 0, of which the run has kept a file."""
+
+    step: int
+    kind: str  # of `train.spikes`
+    path: Path
+    head: dict[str, Any]  # its first line
+
+    @property
+    def norm(self) -> float:
+        """Of the gradient."""
+        return _float(self.head.get("grad_norm"))
+
+    @property
+    def usual(self) -> float:
+        """The norm that was usual then; NaN: not kept."""
+        return _float(self.head.get("usual_grad_norm"))
+
+    @property
+    def tensor(self) -> str:
+        """The first whose gradient is not finite, else that with the largest."""
+        norms = {str(k): _float(v) for k, v in _dict(self.head.get("gradient_norms")).items()}
+        return max(norms, key=lambda k: math.inf if not math.isfinite(norms[k]) else norms[k], default="")
+
+
 class Facts:
     """Of the run in `folder`; each fact is read when it is asked for.
 
@@ -57,7 +97,7 @@ class Facts:
     """
 
     def __init__(self, folder: Path):
-        if not folder.is_dir() or not any((folder / name).exists() for name in (SETTINGS, FILE, SUBFOLDER)):
+        if not is_run(folder):
             there = f"it has no {SETTINGS} and no {FILE}" if folder.is_dir() else "there is no such folder"
             raise ConfigError(f"{printable(str(folder))}: {there}; name the folder of a run, such as runs/quickstart")
         refuse_links(folder)
@@ -133,7 +173,8 @@ class Facts:
         if state is None:
             return f"not finished: {of}"
         if not state:
-            return f"running, or killed: {of}"
+            seen = self.sessions[-1]["seen"]
+            return f"running, or killed: {of}" + (f"; last seen {utc(seen)} UTC" if seen else "")
         return f"stopped at {of}" + ("" if state == "stopped" else f": {state}")
 
     @functools.cached_property
@@ -144,16 +185,31 @@ class Facts:
         return sorted((int(name) for name in names if re.fullmatch(r"\d{1,15}", name)), reverse=True)
 
     @functools.cached_property
-    def samples(self) -> tuple[int, int] | None:
-        """Samples seen, and how many of them were damaged, until the newest checkpoint."""
+    def samples(self) -> tuple[int, int, int] | None:
+        """The step of the newest checkpoint, samples seen until then, and how many of them were damaged."""
         for step in self.checkpoints[:1]:
             kept = self._json(self.folder / SUBFOLDER / str(step) / "_CHECKPOINT_METADATA")
             try:
                 counts = json.loads(kept["custom_metadata"]["record"])["samples"]
-                return sum(_whole(seen) for seen, _ in counts), sum(_whole(damaged) for _, damaged in counts)
+                return step, sum(_whole(seen) for seen, _ in counts), sum(_whole(damaged) for _, damaged in counts)
             except (KeyError, TypeError, ValueError, RecursionError):
                 return None
         return None
+
+    @functools.cached_property
+    def damaged_records(self) -> dict[str, list[str]]:
+        """The names of the damaged records that the run has met, by source."""
+        found: dict[str, dict[str, None]] = {}
+        for path in sorted(path for path in self.folder.iterdir() if DAMAGED.fullmatch(path.name)):
+            for row in map(_dict, map(_parsed, self._text(path).splitlines())):
+                if "source" in row:
+                    found.setdefault(str(row["source"]), {})[_shown(row.get("key"))] = None
+        return {source: list(keys) for source, keys in found.items()}
+
+    @functools.cached_property
+    def captions(self) -> tuple[int, int]:
+        """Captions that the first process has read, and those of them that were cut, in sessions that have ended."""
+        return tuple(sum(_whole(s.get(key)) for s in self.sessions) for key in ("captions", "truncated"))
 
     @functools.cached_property
     def evals(self) -> dict[str, dict[str, Any]]:
@@ -164,24 +220,32 @@ class Facts:
         return {name: kept.get(name, {}) for name in {**names, **kept}}
 
     @functools.cached_property
-    def protocols(self) -> dict[str, str]:
-        """By which each eval measured, as far as it is kept."""
-        found: dict[str, str] = {}
-        for step in reversed(self.checkpoints):
-            path = self.folder / SUBFOLDER / str(step) / SCORES
-            found |= _dict(self._json(path).get("protocols"))
-        return {k: str(v) for k, v in (found | {k: v.get("protocol") for k, v in self.evals.items()}).items() if v}
-
-    @functools.cached_property
-    def scores(self) -> dict[str, tuple[float, int]]:
-        """The newest value of each metric of the evals, and its step."""
-        found = {
-            k: (v, int(row["step"])) for row in self.rows for k, v in row.items() if "/" in k and "loss" not in row
-        }
-        for name, details in self.evals.items():  # of an evaluation apart from training
-            for metric, value in _dict(details.get("metrics")).items():
-                found.setdefault(f"{name}/{metric}", (_float(value), _whole(details.get("step"))))
+    def measured(self) -> dict[str, Measured]:
+        """The newest measurement of each eval; that of training, where another was made after the same step."""
+        found = {}
+        for name, details in self.evals.items():
+            trained, apart = self._in_training(name), _measured(name, details)
+            newest = [m for m in (apart, trained) if m.metrics]
+            found[name] = max(reversed(newest), key=lambda m: m.step, default=Measured(0, "", {}))
         return found
+
+    def _in_training(self, name: str) -> Measured:
+        """The newest one; without metrics where there is none."""
+        prefix = f"{name}/"
+        for row in reversed(self.rows):
+            metrics = {k: v for k, v in row.items() if k.startswith(prefix)}
+            if "loss" in row or not metrics:
+                continue
+            step = int(row["step"])
+            scores = self._json(self.folder / SUBFOLDER / str(step) / SCORES)
+            protocol = str(_dict(scores.get("protocols")).get(name) or "")
+            if not protocol:  # its checkpoint is gone, but perhaps not its details
+                paths = self.folder.glob(f"eval_{glob.escape(name)}.*json")  # also eval_NAME.PROTOCOL.json
+                kept = (_measured(name, self._json(path)) for path in sorted(paths))
+                same = (m for m in kept if m.step == step and repr(m.metrics) == repr(metrics))
+                protocol = next((m.protocol for m in same), "")
+            return Measured(step, protocol, metrics)
+        return Measured(0, "", {})
 
     @functools.cached_property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -195,16 +259,36 @@ class Facts:
         return found
 
     @functools.cached_property
-    def spikes(self) -> list[tuple[int, str]]:
-        """Steps, counted from 0, of which the run has kept a file, and what happened there."""
+    def spikes(self) -> list[Spike]:
+        """The steps of which the run has kept a file, in order."""
         folder = self.folder / SPIKES
         names = self._try(SPIKES, lambda: [p.name for p in folder.iterdir()] if folder.is_dir() else [], [])
         found = []
         for match in filter(None, map(_SPIKE.fullmatch, names)):
-            head = self._text(folder / match[0]).partition("\n")[0]
-            kind = "overflow" if match[1] == "overflow" else str(_dict(_parsed(head)).get("kind") or "spike")
-            found.append((int(match[2]), kind))
-        return sorted(found)
+            head = _dict(_parsed(self._text(folder / match[0]).partition("\n")[0]))
+            kind = OVERFLOW if match[1] == "overflow" else str(head.get("kind") or SPIKE)
+            found.append(Spike(int(match[2]), kind, folder / match[0], head))
+        return sorted(found, key=lambda spike: spike.step)
+
+    def samples_of(self, spike: Spike) -> list[str]:
+        """Those of a kept step that are not finite, else the three with the largest losses."""
+        files = sorted(spike.path.parent.glob(f"{spike.path.stem}*.jsonl"))  # one of each process
+        lines = (line for path in files for line in self._text(path).splitlines()[1:])
+        rows = [{**row, "loss": _float(row.get("loss"))} for row in map(_dict, map(_parsed, lines)) if "sample" in row]
+        bad = [row for row in rows if not math.isfinite(row["loss"])]
+        worst = bad or sorted(rows, key=lambda row: -row["loss"])[:3]
+        return [f"{row['sample']} = {_shown(row.get('key'))}" for row in worst]
+
+    def skips(self) -> list[tuple[int, int]]:
+        """Steps without an update of which no file tells: until which step they were, and how many."""
+        kept = [spike.step + 1 for spike in self.spikes if spike.kind != SPIKE]
+        lines = [(row["step"], row["skipped_steps"]) for row in self.rows if "skipped_steps" in row]
+        found = [
+            (int(now), int(after - before) - sum(then < step <= now for step in kept))
+            for (then, before), (now, after) in itertools.pairwise([(0, 0), *lines])
+            if math.isfinite(after - before)
+        ]
+        return [(step, left) for step, left in found if left > 0]
 
     @functools.cached_property
     def weights(self) -> dict[str, Any]:
@@ -223,18 +307,29 @@ class Facts:
 
     @functools.cached_property
     def hours(self) -> float:
-        """Of training steps alone, by their throughput; without evaluation, compilation but for the first step's."""
-        return self._hours_of_steps(0, math.inf)
+        """Of training steps alone, by their throughput; without evaluation, compilation but for the first step's.
+
+        Steps of another folder, from which the run was continued in this one, do not count.
+        """
+        firsts = [_float(s.get("first")) for s in self.sessions]
+        before = [first for first in firsts if self.rows and first < self.rows[0]["step"]]
+        return self._hours_of_steps(max(before, default=0), math.inf)
 
     def session_hours(self) -> list[float]:
-        """Of each session: by the clock, and of one without an end by the throughput of its steps."""
+        """Of each session by the clock; of one without an end until its last sign of life, or by its steps' speed."""
         firsts = [_float(s.get("first")) for s in self.sessions]
         ends = [*firsts[1:], math.inf][: len(firsts)]
-        spans = zip(self.sessions, firsts, ends, strict=True)
-        return [
-            self._hours_of_steps(first, end) if s["ended"] is None else max(s["ended"] - s["began"], 0) / 3600
-            for s, first, end in spans
-        ]
+        hours = []
+        for session, first, end in zip(self.sessions, firsts, ends, strict=True):
+            last = session["ended"] or session["seen"]
+            by_steps = 0.0 if session["ended"] else self._hours_of_steps(first, end)
+            hours.append(max((last - session["began"]) / 3600 if last else 0.0, by_steps))
+        return hours
+
+    @property
+    def unended(self) -> int:
+        """Sessions of which no end is kept: their hours are those that are known of, and may be more."""
+        return sum(s["ended"] is None for s in self.sessions)
 
     def _hours_of_steps(self, first: float, end: float) -> float:
         batch, hours, before = _float(_dict(self.config.get("train")).get("batch_size")), 0.0, first
@@ -255,7 +350,7 @@ class Facts:
             return None  # how many of them share a machine is not known
         counts = [_whole(s.get("cores" if on_cpu else "devices")) for s in self.sessions]
         hours = sum(n * h for n, h in zip(counts, self.session_hours(), strict=True))
-        return hours, "CPU core" if on_cpu else kinds.pop()
+        return hours, CORE if on_cpu else kinds.pop()
 
     def energy(self) -> tuple[float, float] | None:
         """Kilowatt-hours of the devices at their design power, and that in watts; None: it is not known."""
@@ -295,6 +390,16 @@ class Facts:
             return otherwise
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has been there."""
+    return folder.is_dir() and any((folder / name).exists() for name in (SETTINGS, FILE, SUBFOLDER))
+
+
+def utc(seconds: float) -> str:
+    """Since 1970, as a date and a time."""
+    return f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M}"
+
+
 def flat(value: Any, name: str = "") -> dict[str, str]:
     """The leaves of nested JSON by their full names, as text."""
     if isinstance(value, dict) and value:
@@ -302,6 +407,12 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return {k: v for i, each in enumerate(value) for k, v in flat(each, f"{name}[{i}]").items()}
     return {name: _shown(value)}
+
+
+def _measured(name: str, details: Mapping[str, Any]) -> Measured:
+    """What the details of the eval say."""
+    metrics = {f"{name}/{k}": _float(v) for k, v in _dict(details.get("metrics")).items()}
+    return Measured(_whole(details.get("step")), str(details.get("protocol") or ""), metrics)
 
 
 def _defaults(holder: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

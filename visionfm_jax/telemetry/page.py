@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import base64
+import collections
 import datetime
 import html
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from visionfm_jax.errors import complain, count, one_line, printable, shortened
+from visionfm_jax.parallel.targets import find_target
 from visionfm_jax.storage import write_text
 from visionfm_jax.telemetry.curves import Curve, Mark, chart, series
-from visionfm_jax.telemetry.facts import PLAN, Facts, flat
+from visionfm_jax.telemetry.facts import CORE, PLAN, Facts, Measured, flat, utc
 from visionfm_jax.telemetry.pictures import KINDS
 from visionfm_jax.telemetry.report import PARTS
+from visionfm_jax.train.spikes import SPIKE
 
 FILE = "report.html"
-MARKS = 60  # of a sort in a panel
-ROWS = 14  # evaluations in a table
+MARKS = 60  # of a kind in a panel
+ROWS = 14  # evaluations, or spikes, in a table
+NAMES = 50  # of damaged records of a source
 CLASSES = 200  # in a table
-PANELS = 30  # of a section
+PANELS = 30  # of a section; the others are folded up
 PNG = b"\x89PNG\r\n\x1a\n"
 # Of what the loop logs, what has a panel of its own or is in a table; the rest is drawn as "other metrics".
 SPEED = ("images_per_s", "tflops_per_device", "mfu", "data_wait")
-KNOWN = {"step", "loss", *PARTS, "lr", "grad_norm", "skipped_steps", *SPEED}
+MEMORY = {"device_memory_gib": "in use", "device_memory_peak_gib": "peak"}
+KNOWN = {"step", "loss", *PARTS, "lr", "grad_norm", "skipped_steps", *SPEED, *MEMORY}
+MARKED = {"restart": "restart", "spike": SPIKE, "skipped": "skipped step", "changed": "change of settings"}  # by style
 LOSSES = ("loss", "error", "perplexity")  # in the names of metrics that are no scores
 
 STYLE = """
@@ -68,10 +75,6 @@ details{margin:.5em 0}summary{cursor:pointer;color:var(--soft)}.warn{border-left
 )  # fmt: skip
 
 
-class Html(str):
-    """Text that is HTML already; any other is escaped."""
-
-
 def write_page(folders: Sequence[Path], path: Path) -> Path:
     """Write the page of one run, or of several side by side.
 
@@ -101,14 +104,17 @@ def one_run(run: Facts) -> str:
         f'<p class="soft">{_e(run.state)}{_e(_best(run))}</p>',
         _cards(run),
         section("Newest scores", _scores([run], [""])),
-        section("Training", _panels(_training(run))),
-        section("Speed, memory and data", _panels(_speed(run)), _tables(*_resources(run))),
+        section("Training", _panels(_training(run)), _left_out(run)),
+        section("Spikes and skipped steps", _spikes(run)),
+        section("Speed and memory", _panels(_speed(run)), _tables(*_resources(run))),
+        section("Planned against measured", _planned(run)),
+        section("Data", _tables(*_data(run))),
         *(_evaluation(run, name) for name in run.evals),
-        section("Evaluations apart from training", _apart(run)),
+        section("Results of visionfm evaluate", _apart(run)),
         section("Other pictures", _details("show", _images(run, _other_pictures(run)))),
         section("Origin", _tables(*_origin(run))),
         section("Configuration", _configuration(run)),
-        section("Changed on the way", table(["until step", "setting"], [[f"{s:,}", c] for s, c in run.changed], "n")),
+        section("Configuration changes", table(["until step", "setting: old -> new"], _changes(run), "n")),
         section("Software and sessions", _tables(*_software(run))),
     ]
     return _page(run.name, body, [run])
@@ -117,11 +123,12 @@ def one_run(run: Facts) -> str:
 def several_runs(runs: Sequence[Facts]) -> str:
     """The page that compares runs."""
     names = _distinct([run.name for run in runs], [str(run.folder) for run in runs])
+    compared = [{**_facts(run), **_happened(run), **_memory(run), **_counts(run)} for run in runs]
     rows = [
         ["", *names],
         ["folder", *(str(run.folder) for run in runs)],
         ["state", *(run.state for run in runs)],
-        *([what, *(cards.get(what, "") for cards in map(_facts, runs))] for what in _all(_facts(run) for run in runs)),
+        *([what, *(facts.get(what, "") for facts in compared)] for what in _all(compared)),
     ]
     body = [
         f"<h1>{_e(count(len(runs), 'run'))} side by side</h1>",
@@ -129,6 +136,12 @@ def several_runs(runs: Sequence[Facts]) -> str:
         section("Newest scores", _scores(runs, names)),
         section("Curves", _panels(_overlaid(runs, names))),
         section("Settings in which they differ", _differing(runs, names)),
+        section("Versions in which they differ", _differing_versions(runs, names)),
+        *(
+            section(f"Configuration changes: {name}", table(["until step", "setting: old -> new"], _changes(run), "n"))
+            for name, run in zip(names, runs, strict=True)
+        ),
+        *(section(f"Planned against measured: {n}", _plan(r)) for n, r in zip(names, runs, strict=True) if r.plan),
     ]
     return _page(" · ".join(names), body, runs)
 
@@ -190,14 +203,34 @@ def _facts(run: Facts) -> dict[str, str]:
     if run.sessions:
         first = run.sessions[0].get("first")  # later ones begin where a release that kept no sessions has ended
         since = f", from step {first:,}" if type(first) is int and first else ""
-        out[f"time of the sessions{since}"] = _duration(sum(run.session_hours()))
+        out[f"time of the sessions{since}"] = _least(run) + _duration(sum(run.session_hours()))
     if run.hours:
         out["time of training steps"] = _duration(run.hours)
     if found := run.device_hours():
-        out[f"hours of a {found[1]}"] = f"{found[0]:,.4g}"
+        out[_device_hours(found[1])] = f"{_least(run)}{found[0]:,.4g}"
     if energy := run.energy():
-        out["energy, estimated"] = f"{energy[0]:,.4g} kWh"
+        out["energy, estimated"] = f"{_least(run)}{energy[0]:,.4g} kWh"
     return out
+
+
+def _device_hours(kind: str) -> str:
+    """What the hours of the devices are called."""
+    return "CPU core hours" if kind == CORE else f"GPU-hours ({kind})"
+
+
+def _least(run: Facts) -> str:
+    """Before a number that leaves out what sessions without an end did after their last sign of life."""
+    return "at least " if run.unended else ""
+
+
+def _happened(run: Facts) -> dict[str, str]:
+    """How often something marked happened."""
+    skipped = [int(row["skipped_steps"]) for row in run.rows if math.isfinite(row.get("skipped_steps", math.nan))]
+    counts = {
+        "restarts": len(run.sessions) - 1, "spikes of the gradient norm": sum(s.kind == SPIKE for s in run.spikes),
+        "steps without an update": max(skipped, default=0), "configuration changes": len(run.changed),
+    }  # fmt: skip
+    return {what: f"{number:,}" for what, number in counts.items() if number > 0}
 
 
 def _training(run: Facts) -> list[str]:
@@ -220,19 +253,46 @@ def _training(run: Facts) -> list[str]:
     ]
 
 
-def _marks(run: Facts) -> list[Mark]:
-    """Restarts, spikes, skipped steps and changed settings."""
-    marks = [Mark(s["first"], "restart", f"started again at step {s['first']:,}") for s in run.sessions[1:]
-             if type(s.get("first")) is int][:MARKS]  # fmt: skip
-    spikes = [
-        Mark(step, "skipped" if kind != "spike" else "spike", f"step {step:,}: {kind}") for step, kind in run.spikes
+def _marks(run: Facts, most: int | None = MARKS) -> list[Mark]:
+    """Restarts, spikes, skipped steps and changed settings; of each kind the newest `most`."""
+    marks = [
+        Mark(s["first"], "restart", f"started again at step {s['first']:,}")
+        for s in run.sessions[1:]
+        if type(s.get("first")) is int
     ]
-    changed = [Mark(step, "changed", "settings changed here") for step in dict.fromkeys(s for s, _ in run.changed)]
-    skips = [(row["step"], row["skipped_steps"]) for row in run.rows if "skipped_steps" in row]
-    jumps = [(b, n - m) for (_, m), (b, n) in itertools.pairwise([(0, 0), *skips]) if n > m]
-    kept = {step for step, kind in run.spikes if kind != "spike"}
-    more = [] if kept else [Mark(step, "skipped", f"until step {step:,.0f}: {n:.0f} skipped") for step, n in jumps]
-    return [*marks, *spikes[:MARKS], *more[:MARKS], *changed[:MARKS]]
+    marks += [
+        Mark(spike.step, "spike" if spike.kind == SPIKE else "skipped", f"step {spike.step:,}: {spike.kind}")
+        for spike in run.spikes
+    ]
+    marks += [Mark(step, "skipped", f"until step {step:,}: {n:,} skipped") for step, n in run.skips()]
+    marks += [Mark(step, "changed", "settings changed here") for step in dict.fromkeys(s for s, _ in run.changed)]
+    marks = sorted(marks, key=lambda mark: mark.step)
+    kinds = {kind: [mark for mark in marks if mark.kind == kind] for kind in MARKED}
+    return [mark for kind in kinds.values() for mark in kind[-(most or len(kind)) :]]
+
+
+def _left_out(run: Facts) -> str:
+    """Which marks are too many to be drawn."""
+    kinds = collections.Counter(mark.kind for mark in _marks(run, None))
+    cut = [f"{MARKS} of {count(n, MARKED[kind])}" for kind, n in kinds.items() if n > MARKS]
+    return f'<p class="soft">Marked are the newest {_e(", ".join(cut))}.</p>' if cut else ""
+
+
+def _spikes(run: Facts) -> str:
+    """A table, as the texts of marks cannot be read on a phone."""
+    rows = [
+        [spike.step, f"{spike.step:,}", spike.kind, _short(spike.norm),
+         f"{spike.norm / spike.usual:,.3g} x" if spike.usual > 0 and math.isfinite(spike.norm) else "",
+         spike.tensor, spike]
+        for spike in run.spikes
+    ]  # fmt: skip
+    rows += [[step, f"until {step:,}", f"{n:,} skipped", "", "", "", None] for step, n in run.skips()]
+    newest = sorted(rows, key=lambda row: row[0])[-ROWS:]
+    shown = [[*row[1:-1], ", ".join(run.samples_of(row[-1])) if row[-1] else ""] for row in reversed(newest)]
+    head = ["step", "kind", "gradient norm", "of the usual", "tensor", "samples of the largest loss"]
+    left = f'<p class="soft">The newest {ROWS} of {len(rows):,}.</p>' if len(rows) > ROWS else ""
+    replay = '<p class="soft">visionfm replay --step=N runs such a step again.</p>' if run.spikes else ""
+    return table(head, shown, "n-nn") + left + (replay if shown else "")
 
 
 def _speed(run: Facts) -> list[str]:
@@ -243,49 +303,101 @@ def _speed(run: Facts) -> list[str]:
         chart("share of the time that a step waits for data", [series(rows, "data_wait")], marks=marks),
         chart("MFU", [series(rows, "mfu")], marks=marks)
         or chart("TFLOP/s of a device", [series(rows, "tflops_per_device")], marks=marks),
+        chart("memory of a device, GiB", [series(rows, key, name) for key, name in MEMORY.items()], marks=marks),
     ]
+
+
+def _memory(run: Facts) -> dict[str, str]:
+    """At the peaks of all sessions."""
+    sizes = {
+        "peak memory of a device": [*_measured_memory(run)],
+        "peak memory of a process": [s["host_memory_bytes"] for s in run.sessions if _is_size(s, "host_memory_bytes")],
+    }
+    return {what: _gib(max(found)) for what, found in sizes.items() if found}
+
+
+def _measured_memory(run: Facts) -> Iterator[float]:
+    """Bytes of a device at the peak: of sessions that ended, and of lines of metrics."""
+    yield from (s["device_memory_bytes"] for s in run.sessions if _is_size(s, "device_memory_bytes"))
+    yield from (size * 2**30 for size in _values(run, "device_memory_peak_gib"))
 
 
 def _resources(run: Facts) -> list[str]:
-    """Tables: measured against planned, memory, data."""
-    out = []
-    memory = [
-        [what, _gib(max(sizes))]
-        for what, key in (("peak of a device", "device_memory_bytes"), ("peak of a process", "host_memory_bytes"))
-        if (sizes := [s[key] for s in run.sessions if type(s.get(key)) is int])
-    ]
-    out.append(table(["memory", ""], memory, "-n"))
-    if run.samples:
-        seen, damaged = run.samples
-        share = f" ({damaged / seen:.3%})" if seen else ""
-        rows = [["samples seen", f"{seen:,}"], ["damaged, and replaced by others", f"{damaged:,}{share}"]]
-        if skips := [row["skipped_steps"] for row in run.rows if "skipped_steps" in row]:
-            rows.append(["steps without an update, not finite", f"{skips[-1]:,.0f}"])
-        out.append(table(["data", ""], rows, "-n"))
-    out.append(_planned(run))
+    """Memory, GPU-hours and energy."""
+    rows = [[what, value] for what, value in _memory(run).items()]
+    notes = []
+    if run.unended:
+        notes.append(
+            f"{count(run.unended, 'session')} of {len(run.sessions):,} {'has' if run.unended == 1 else 'have'} no end, "
+            "killed or still running: their time counts until their last sign of life, which comes every ten minutes."
+        )
     if energy := run.energy():
         hours, kind = run.device_hours() or (0.0, "")
-        note = (
-            f"Energy: {hours:,.4g} hours of a {kind} at its thermal design power of {energy[1]:,.0f} W, as if it drew "
-            f"that all the time: {energy[0]:,.4g} kWh. Hosts, network and cooling are not in it."
+        notes.append(
+            f"Energy: {_least(run)}{hours:,.4g} {_device_hours(kind)} at the thermal design power of {energy[1]:,.0f} "
+            f"W, as if it were drawn all the time: {energy[0]:,.4g} kWh. Hosts, network and cooling are not in it."
         )
-        out.append(f'<p class="soft">{_e(note)}</p>')
+    return [table(["memory", ""], rows, "-n"), *(f'<p class="soft">{_e(note)}</p>' for note in notes)]
+
+
+def _counts(run: Facts) -> dict[str, str]:
+    """Samples and captions, and what was wrong with them."""
+    out = {}
+    if run.samples:
+        step, seen, damaged = run.samples
+        share = f" ({damaged / seen:.3%})" if damaged else ""
+        out[f"samples seen, until step {step:,}"] = f"{seen:,}"
+        out["damaged, and replaced by others"] = f"{damaged:,}{share}"
+    read, cut = run.captions
+    if read:
+        out["captions cut to the length of the text tower (first process)"] = f"{cut:,} of {read:,} ({cut / read:.2%})"
     return out
 
 
-def _planned(run: Facts) -> str:
-    step, gpu, whole = (run.plan.get(k) for k in ("step", "per_gpu", "run"))
-    if not _is_dict(step):
-        return ""
-    speeds = _values(run, "images_per_s")
-    memory = [s["device_memory_bytes"] for s in run.sessions if type(s.get("device_memory_bytes")) is int]
-    hours = run.device_hours()
-    rows = [
-        ["images/s", _short(step.get("images_per_s")), _short(float(np.median(speeds))) if speeds else ""],
-        ["memory of a device", _gib(gpu.get("peak_bytes")) if _is_dict(gpu) else "", _gib(max(memory, default=None))],
-        ["GPU-hours", _short(whole.get("gpu_hours")) if _is_dict(whole) else "", _short(hours[0]) if hours else ""],
+def _data(run: Facts) -> list[str]:
+    """Where the training data came from, how much of it was used, and what was damaged."""
+    named = [
+        [source, f"{len(names):,}", ", ".join(names[:NAMES]) + ", …" * (len(names) > NAMES)]
+        for source, names in run.damaged_records.items()
     ]
-    return table([f"{PLAN}, for {run.plan.get('cluster', '?')}", "planned", "measured"], rows, "-nn")
+    return [
+        table(["samples", ""], [[what, value] for what, value in _counts(run).items()], "-n"),
+        table(["damaged records of", "", "names"], named, "-n"),
+    ]
+
+
+def _planned(run: Facts) -> str:
+    if run.plan:
+        return _plan(run)
+    command = f"visionfm plan --config={run.folder} --cluster=h100:1x8 --json={run.folder / PLAN}"
+    return f'<p class="soft">There is no {PLAN}. Make it for the cluster that you have: {_e(command)}</p>'
+
+
+def _plan(run: Facts) -> str:
+    """A table; first what the plan and the run do not have in common."""
+    step, gpu, whole = (found if _is_dict(found := run.plan.get(k)) else {} for k in ("step", "per_gpu", "run"))
+    speeds, hours = _values(run, "images_per_s"), run.device_hours()
+    trained = found if _is_dict(found := run.config.get("train")) else {}
+    session = run.sessions[-1] if run.sessions else {}
+    target = find_target(kind := str(session.get("device")))
+    name, _, shape = str(run.plan.get("cluster", "")).partition(":")
+    planned = math.prod(int(n) for n in re.findall(r"\d{1,6}", shape)[:2])
+    same = [
+        ["configuration", str(run.plan.get("config", "")), run.name],
+        ["batch size", _short(run.plan.get("batch_size")), _short(trained.get("batch_size"))],
+        ["devices", f"{planned} x {name}", f"{session.get('devices')} x {target.name if target else kind}"],
+    ]  # fmt: skip
+    other = [what for what, one, two in same if one and two and one != two]
+    rows = [
+        *same,
+        ["images/s", _short(step.get("images_per_s")), _short(float(np.median(speeds))) if speeds else ""],
+        ["MFU", _short(step.get("mfu")), _short(float(np.median(mfu))) if (mfu := _values(run, "mfu")) else ""],
+        ["peak memory of a device", _gib(gpu.get("peak_bytes")), _gib(max(_measured_memory(run), default=None))],
+        ["GPU-hours", _short(whole.get("gpu_hours")), _least(run) + _short(hours[0]) if hours else ""],
+    ]
+    warning = f"The plan is not of this run: {' and '.join(other)} differ{'s' * (len(other) == 1)}."
+    note = f'<p class="warn">{_e(warning)}</p>' if other else ""
+    return note + table(["", "planned", "measured"], rows, "-nn")
 
 
 def _evaluation(run: Facts, name: str) -> str:
@@ -310,14 +422,18 @@ def _evaluation(run: Facts, name: str) -> str:
     left = (
         f'<p class="soft">{len(shown)} of {len(rows):,} evaluations are listed.</p>' if len(shown) < len(rows) else ""
     )
-    protocol = f" <small>protocol {_e(run.protocols[name])}</small>" if name in run.protocols else ""
+    protocol = f" <small>protocol {_e(found)}</small>" if (found := run.measured[name].protocol) else ""
+    of = [f"step {details['step']:,}"] if type(details.get("step")) is int else []
+    of += [f"protocol {details['protocol']}"] if details.get("protocol") else []
+    of = f" ({', '.join(of)})" if of else ""
     settings = [[k, v] for k, v in flat(details.get("settings", {})).items() if k]
     mine = [path for path in run.pictures() if path.stem in {f"{kind}_{name}" for kind in KINDS}]
     return section(
         f"Evaluation: {name}",
-        _panels(panels), scores, left, _images(run, mine),
-        _details("per class", _classes(details.get("classes"))),
-        _details("settings of its protocol", table(["setting", ""], settings)),
+        _panels(panels), scores, left,
+        f'<p class="soft">Pictures{_e(of)}</p>' if mine and of else "", _images(run, mine),
+        _details(f"per class{of}", _classes(details.get("classes"))),
+        _details(f"settings of its protocol{of}", table(["setting", ""], settings)),
         more=protocol,
     )  # fmt: skip
 
@@ -363,14 +479,16 @@ def _scores(runs: Sequence[Facts], names: Sequence[str]) -> str:
     """The newest value of every metric, and the protocol of every eval."""
     rows, differing = [], []
     for eval_name in _all(run.evals for run in runs):
-        protocols = [run.protocols.get(eval_name, "") for run in runs]
+        found = [run.measured.get(eval_name) for run in runs]
+        protocols = [one.protocol if one else "" for one in found]
         if any(protocols):
             rows.append([f"{eval_name}: protocol", *protocols])
         if len(set(filter(None, protocols))) > 1:
             differing.append(eval_name)
-        for key in _all(run.scores for run in runs):
-            if key.partition("/")[0] == eval_name:
-                rows.append([key, *(_score(run, key) for run in runs)])
+        rows += [
+            [key, *(_score(run, one, key) for run, one in zip(runs, found, strict=True))]
+            for key in _all(one.metrics for one in found if one)
+        ]
     note = (
         f'<p class="warn">Measured by different protocols, not to be compared: {_e(", ".join(differing))}</p>'
         if differing
@@ -379,11 +497,10 @@ def _scores(runs: Sequence[Facts], names: Sequence[str]) -> str:
     return note + table(["metric", *(names if len(runs) > 1 else ["value"])], rows, "-" + "n" * len(runs))
 
 
-def _score(run: Facts, key: str) -> str:
-    if key not in run.scores:
+def _score(run: Facts, found: Measured | None, key: str) -> str:
+    if found is None or key not in found.metrics:
         return ""
-    value, step = run.scores[key]
-    return _short(value) + ("" if step == run.steps else f" (step {step:,})")
+    return _short(found.metrics[key]) + ("" if found.step == run.steps else f" (step {found.step:,})")
 
 
 def _overlaid(runs: Sequence[Facts], names: Sequence[str]) -> list[str]:
@@ -401,7 +518,7 @@ def _overlaid(runs: Sequence[Facts], names: Sequence[str]) -> list[str]:
             len(c.values) > 1 and np.isfinite(c.values).any() and np.nanmin(c.values) < np.nanmax(c.values)
             for c in curves
         )
-        if moving and len(panels) < PANELS:
+        if moving:
             linear = key == "lr" or key in SPEED or all(_is_share(c) for c in curves if len(c.values))
             panels.append(chart(key, curves, log=False if linear else None))
     return panels
@@ -414,6 +531,16 @@ def _differing(runs: Sequence[Facts], names: Sequence[str]) -> str:
     return table(["setting", *names], rows) or '<p class="soft">None.</p>'
 
 
+def _differing_versions(runs: Sequence[Facts], names: Sequence[str]) -> str:
+    found = [_versions(run) for run in runs]
+    rows = [[package, *(versions.get(package, "—") for versions in found)] for package in _all(found)]
+    return table(["version", *names], [row for row in rows if len(set(row[1:])) > 1])
+
+
+def _changes(run: Facts) -> list[list[str]]:
+    return [[f"{step:,}", change] for step, change in run.changed]
+
+
 def _origin(run: Facts) -> list[str]:
     weights = [[k, v] for k, v in flat(run.weights).items() if k]
     configured = run.config.get("checkpoint")
@@ -423,7 +550,8 @@ def _origin(run: Facts) -> list[str]:
     sources = trained.get("train") if _is_dict(trained) else None
     rows = [
         [_short(source.get("kind")), _short(source.get("path")), _short(source.get("split", "")),
-         _short(found.get("records")), str(len(found["classes"])) if isinstance(found.get("classes"), list) else ""]
+         _short(source.get("selection", "")), _short(found.get("records")),
+         str(len(found["classes"])) if isinstance(found.get("classes"), list) else ""]
         for source, found in zip(
             sources if isinstance(sources, list) else [], kept if isinstance(kept, list) else [], strict=False
         )
@@ -431,7 +559,7 @@ def _origin(run: Facts) -> list[str]:
     ]  # fmt: skip
     return [
         table(["weights at the beginning", ""], weights) or (f"<p>{_e(begun)}</p>" if run.config else ""),
-        table(["training data", "path", "split", "records", "classes"], rows, "---nn"),
+        table(["training data", "path", "split", "selection", "records", "classes"], rows, "----nn"),
     ]
 
 
@@ -448,22 +576,25 @@ def _configuration(run: Facts) -> str:
     )
 
 
+def _versions(run: Facts) -> dict[str, str]:
+    """Of packages, in the newest sessions that say."""
+    found = {"jax": run.settings.get("jax"), "grain": run.data.get("grain")}
+    for session in run.sessions:
+        found |= session["versions"] if _is_dict(session.get("versions")) else {}
+    return {str(package): str(version) for package, version in found.items() if version}
+
+
 def _software(run: Facts) -> list[str]:
-    versions = [(s["first"], s["versions"]) for s in run.sessions if _is_dict(s.get("versions"))]
-    if versions:
-        rows = [[k, v] for k, v in versions[-1][1].items()]
-    else:
-        rows = [["jax", run.settings["jax"]]] if "jax" in run.settings else []
-    if run.data.get("grain") and "grain" not in dict(rows):
-        rows.append(["grain", run.data["grain"]])
     sessions = [
-        [_time(s["began"]), _time(s["ended"]), _short(s.get("first")), _short(s.get("last")), s["state"] or "open",
-         f"{s.get('devices')} x {s.get('device')}", _short(s.get("processes")), _duration(hours)]
+        [utc(s["began"]), utc(s["ended"]) if s["ended"] else "", _short(s.get("first")), _short(s.get("last")),
+         s["state"] or "no end", f"{s.get('devices')} x {s.get('device')}", _short(s.get("processes")),
+         _duration(hours)]
         for s, hours in zip(run.sessions, run.session_hours(), strict=True)
     ]  # fmt: skip
-    head = ["began (UTC)", "ended", "from step", "to step", "how", "devices", "processes", "time"]
+    head = ["began (UTC)", "ended", "from step", "to step", "outcome", "devices", "processes", "time"]
     left = f'<p class="soft">the latest {MARKS} of {len(sessions):,}</p>' if len(sessions) > MARKS else ""
-    return [table(["version", ""], rows), table(head, sessions[-MARKS:], "--nn--nn") + left]
+    versions = [[k, v] for k, v in _versions(run).items()]
+    return [table(["version", ""], versions), table(head, sessions[-MARKS:], "--nn--nn") + left]
 
 
 def section(title: str, *parts: str, more: str = "") -> str:
@@ -473,8 +604,9 @@ def section(title: str, *parts: str, more: str = "") -> str:
 
 
 def _panels(charts: Sequence[str]) -> str:
-    drawn = [c for c in charts if c][:PANELS]
-    return f'<div class="panels">{"".join(drawn)}</div>' if drawn else ""
+    drawn = [c for c in charts if c]
+    shown, rest = (f'<div class="panels">{"".join(c)}</div>' if c else "" for c in (drawn[:PANELS], drawn[PANELS:]))
+    return shown + _details(f"{len(drawn) - PANELS} more curves", rest)
 
 
 def _tables(*tables: str) -> str:
@@ -499,6 +631,10 @@ def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], columns: str = "")
 def _e(value: Any) -> str:
     """Any text of others, as text."""
     return html.escape(printable(shortened(str(value))))
+
+
+def _is_size(session: dict[str, Any], key: str) -> bool:
+    return type(session.get(key)) is int
 
 
 def _is_dict(value: Any) -> bool:
@@ -549,7 +685,3 @@ def _duration(hours: float) -> str:
     if minutes < 90:
         return f"{minutes:.1f} min" if minutes < 10 else f"{minutes:.0f} min"
     return f"{hours:,.1f} h"
-
-
-def _time(seconds: float | None) -> str:
-    return "" if seconds is None else f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M}"

@@ -318,12 +318,14 @@ def areas(
     """Draw images, beside them their class maps.
 
     Args:
-      shown: of each, `image`, uint8 (H, W, 3); `key`; `map`, integers (H, W).
+      shown: of each, `image`, uint8 (H, W, 3); `key`; `map`, integers (H, W), of which others than classes are none.
       class_names: by number.
       path: PNG to write; its folder is made.
       title: above the picture.
     """
-    sizes = sum(np.bincount(entry["map"].ravel(), minlength=len(class_names)) for entry in shown)
+    classes = len(class_names)
+    shown = [{**entry, "map": np.where(entry["map"] < classes, entry["map"], classes)} for entry in shown]
+    sizes = sum(np.bincount(entry["map"].ravel(), minlength=classes + 1)[:classes] for entry in shown)
     colours, legend = _legend(np.append(sizes, 0), class_names)
 
     def one(ax: Axes, entry: Mapping[str, Any], x: float, y: float) -> None:

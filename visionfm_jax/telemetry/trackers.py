@@ -2,8 +2,9 @@
 
 Project, server and account are those of the services' own settings: WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY, …;
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, …. FOLDER/trackers.json keeps the services' names of the run, under which a
-run that is continued goes on there. Both send in the background. A service that fails costs its own record alone:
-training goes on, and metrics.jsonl has all of it.
+run that is continued goes on there. One that continues from a step before the last that was sent sends the steps
+between again, and both have these twice, the newer values last. Both send in the background. A service that fails costs
+its own record alone: training goes on, and metrics.jsonl has all of it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from visionfm_jax.storage import read_bytes, write_text
 KEPT = "trackers.json"
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # what pip installs
 PROJECT = "visionfm_jax"  # where the services' settings name none
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # how a run ends
 
 
 class Tracker(Protocol):
     """A service that keeps scalars by step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+
+    def close(self, state: str) -> None:
+        """Send what is left; the run is FINISHED, STOPPED (and may be continued) or FAILED."""
 
 
 def open_trackers(
@@ -73,13 +77,14 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", PROJECT), name=folder.name, id=name, resume="allow",
             dir=str(folder), config=dict(settings),
         )  # fmt: skip
+        self._run.define_metric("*", step_metric="step")  # its own counter cannot go back to an earlier step
         _keep(folder, {**kept, "wandb": name})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, "step": step})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, state: str) -> None:
+        self._run.finish(exit_code=int(state != FINISHED))
 
 
 class MLflow:
@@ -91,7 +96,9 @@ class MLflow:
 
         self._client, kept = MlflowClient(), _kept(folder)
         self._run = kept.get("mlflow", "")
-        if not self._run:
+        if self._run:
+            self._client.update_run(self._run, status="RUNNING")
+        else:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             there = self._client.get_experiment_by_name(name)
             experiment = there.experiment_id if there else self._client.create_experiment(name)
@@ -109,10 +116,10 @@ class MLflow:
         metrics = [Metric(name, float(value), now, step) for name, value in values.items()]
         self._sent = self._client.log_batch(self._run, metrics=metrics, synchronous=False)
 
-    def close(self) -> None:
+    def close(self, state: str) -> None:
         if self._sent is not None:
             self._sent.wait()
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}[state])
 
 
 def _kept(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 
 from visionfm_jax.errors import OutputError, complain, count, one_line
 from visionfm_jax.storage import CHECKSUM, append_line, read_bytes, seal, unseal, unwritable, write, write_text
-from visionfm_jax.telemetry.trackers import Tracker
+from visionfm_jax.telemetry.trackers import FAILED, FINISHED, Tracker
 
 FILE = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -105,8 +105,8 @@ class MetricWriter:
                 self._note(f"cannot write {self._path}: {error.strerror}; training goes on, the lines wait in memory")
             self._failed = error
 
-    def close(self) -> None:
-        """Flush and close; safe to call twice.
+    def close(self, state: str = FINISHED) -> None:
+        """Flush and close; safe to call twice. Trackers are told the state (`trackers.Tracker.close`).
 
         Raises:
           OutputError: some lines could not be written.
@@ -120,7 +120,7 @@ class MetricWriter:
                 self._events.close()
         for name, tracker in self._trackers.items():
             try:
-                tracker.close()
+                tracker.close(state)
             except Exception as error:  # likewise
                 self._note(f"{name}: {one_line(error)}; its last metrics may be missing")
         if self._failed is not None:
@@ -131,7 +131,7 @@ class MetricWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with contextlib.suppress(OutputError) if error else contextlib.nullcontext():
-            self.close()
+            self.close(FAILED if error else FINISHED)
 
 
 class _Events:

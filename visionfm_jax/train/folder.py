@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -15,7 +17,7 @@ from visionfm_jax.config import Config
 from visionfm_jax.config.saved import TOKENIZER
 from visionfm_jax.data.tokenizer import content_of
 from visionfm_jax.errors import ConfigError, OutputError, UserError
-from visionfm_jax.storage import FULL, read, read_bytes, replacing, retry, write, write_text
+from visionfm_jax.storage import FULL, append_line, read, read_bytes, replacing, retry, write, write_text
 from visionfm_jax.train.provenance import (
     DATA,
     SETTINGS,
@@ -132,6 +134,17 @@ class RunFolder:
         self.close()
 
 
+def damage_file(folder: Path, host: int) -> Callable[[dict[str, Any]], None]:
+    """What adds a line to FOLDER/damaged.jsonl, or to a file of this process if it is not the first; if it can."""
+    path = folder / f"damaged{f'.process-{host}' if host else ''}.jsonl"
+
+    def keep(record: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            append_line(path, json.dumps(record))
+
+    return keep
+
+
 def refuse_other_weights(folder: Path, weights: dict[str, Any] | None) -> None:
     """Refuse to run a step again from other weights than the run in `folder` began with.
 
@@ -160,7 +173,8 @@ def _write(path: Path, text: str) -> None:
 def refuse_links(folder: str | Path) -> None:
     """Refuse a run folder, perhaps somebody else's, of which a file would be written elsewhere.
 
-    The folder itself may be reached by a link. What is within an array store of a checkpoint is only read.
+    The folder itself may be reached by a link. What is within an array store of a checkpoint is only read. In wandb/
+    Weights & Biases writes new folders alone, with links of its own.
 
     Raises:
       UserError: something in it is neither a file nor a folder.
@@ -188,3 +202,5 @@ def _refuse_links(folder: str | Path) -> None:
                 )
         if "default" in folders and Path(at).parent.name == "checkpoints":
             folders.remove("default")
+        if "wandb" in folders and at == str(folder):
+            folders.remove("wandb")

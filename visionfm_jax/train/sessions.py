@@ -1,17 +1,17 @@
 """The sessions of a run, from a start of the program to its end: RUN/sessions.jsonl.
 
-Each writes a line when it begins (time, step, devices, versions) and one when it ends (time, step, how). A session
-that was killed lacks the second.
+Each writes a line when it begins (time, step, devices, versions), one every ten minutes while it lives (time, step),
+and one when it ends (time, step, how). A session that was killed lacks the last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import platform
 import resource
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -20,14 +20,16 @@ import jax
 
 import visionfm_jax
 from visionfm_jax.errors import one_line
+from visionfm_jax.machine import usable_cores
 from visionfm_jax.storage import append_line, read_bytes, seal, unseal
 
 FILE = "sessions.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # whose versions are kept
+ALIVE_EVERY = 600.0  # seconds between two signs of life
 
 
 class Session:
-    """Writes both lines; that it cannot is no reason to end a run.
+    """Writes the lines; that it cannot is no reason to end a run.
 
     Args:
       folder: the run's; None: write nothing, as on every process but the first.
@@ -37,23 +39,29 @@ class Session:
     """
 
     def __init__(self, folder: Path | None, step: int, *, devices: int, **more: Any):
-        self._folder, self._last, self._state = folder, step, "stopped"
-        device = jax.devices()[0]
+        self._folder, self._end = folder, {"last": step, "state": "stopped"}
+        device, self._told = jax.devices()[0], time.monotonic()
         self._write(
             began=_now(), first=step, devices=devices, device=device.device_kind, platform=device.platform,
-            processes=jax.process_count(), cores=_cores(), versions=_versions(), **more,
+            processes=jax.process_count(), cores=usable_cores(), versions=_versions(), **more,
         )  # fmt: skip
 
-    def ends(self, step: int, state: str) -> None:
-        """What the second line will say: the last step, and whether the run is finished or was stopped there."""
-        self._last, self._state = step, state
+    def alive(self, step: int) -> None:
+        """Sign of life, after `step`: written where the last one is old enough."""
+        if (now := time.monotonic()) - self._told >= ALIVE_EVERY:
+            self._told = now
+            self._write(seen=_now(), last=step)
+
+    def ends(self, step: int, state: str, **more: Any) -> None:
+        """What the last line will say: the last step, whether the run is finished or was stopped there, and `more`."""
+        self._end = {"last": step, "state": state, **more}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if error is None:
-            self._write(ended=_now(), last=self._last, state=self._state, **_memory())
+            self._write(ended=_now(), **self._end, **_memory())
         else:
             self._write(ended=_now(), state=f"{type(error).__name__}: {one_line(error)}")
 
@@ -66,8 +74,9 @@ class Session:
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
     """The sessions of the run in `folder`, oldest first; what is damaged is left out.
 
-    Each has what both lines say, and numbers for the times: `began` and `ended`, seconds since 1970. Of one that was
-    killed, or still runs, `ended` is None and `state` empty.
+    Each has what its lines say, and numbers for the times: `began`, `seen` (the last sign of life) and `ended`, seconds
+    since 1970. Of one that was killed, or still runs, `ended` is None and `state` empty; `seen` is None in the first
+    ten minutes.
 
     Raises:
       DataError, StorageError: the file cannot be read.
@@ -77,7 +86,9 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, TypeError):
             row = unseal(line)
             if "began" in row:
-                found.append({**row, "began": _seconds(row["began"]), "ended": None, "state": ""})
+                found.append({**row, "began": _seconds(row["began"]), "seen": None, "ended": None, "state": ""})
+            elif found and found[-1]["ended"] is None and "seen" in row:
+                found[-1] |= {**row, "seen": _seconds(row["seen"])}
             elif found and found[-1]["ended"] is None:
                 found[-1] |= {**row, "ended": _seconds(row["ended"]), "state": str(row["state"])}
     return found
@@ -89,11 +100,6 @@ def _now() -> str:
 
 def _seconds(time: str) -> float:
     return datetime.datetime.fromisoformat(time).timestamp()
-
-
-def _cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions() -> dict[str, str]:

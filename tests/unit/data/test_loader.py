@@ -257,7 +257,8 @@ def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
     sources = [Pictures(13, damaged=(4, 5))]
     steps = load(26)  # 208 samples: 16 epochs
     steps = load(26, sources)
-    log = DamageLog(sources, 0.2, batch_size=8)
+    kept = []
+    log = DamageLog(sources, 0.2, batch_size=8, keep=kept.append)
     with caplog.at_level("WARNING"):
         for batch in steps:
             log.see(batch)
@@ -267,6 +268,8 @@ def test_damage_is_logged_once_a_record_and_judged_by_share(caplog):
     assert all(line.startswith("pictures: record pictures/") and "is damaged" in line for line in lines)
     assert f"(sample {first} of the run): is none of AVIF, BMP," in lines[0]
     assert (log.seen, log.damaged, log.records) == (208, 32, 2)
+    assert (kept[0]["source"], kept[0]["sample"]) == ("pictures", first)
+    assert sorted(row["key"] for row in kept) == [sources[0].key(4), sources[0].key(5)]
     strict = DamageLog(sources, 0.05, batch_size=8)
     with pytest.raises(DataError, match=r"of \d+ samples \(.*%\).*data\.max_damaged = 0\.05"):
         collections.deque(map(strict.see, steps), maxlen=0)

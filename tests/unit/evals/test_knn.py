@@ -3,41 +3,78 @@
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
 from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.config.load import from_arguments
 from visionfm_jax.data.sources.kinds import BundledConfig, FolderConfig
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals import knn
+from visionfm_jax.evals.beats import heard_by
 from visionfm_jax.evals.kinds import KnnConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-def by_hand(gallery, labels, queries, classes):
-    x, q = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (gallery, queries))
-    cosine = q @ x.T
-    votes = np.zeros((len(q), classes))
-    for row, scores in enumerate(cosine):
-        for i in np.argsort(-scores)[: knn.NEIGHBOURS]:
-            votes[row, labels[i]] += np.exp(scores[i] / knn.TEMPERATURE)
-    return votes.argmax(1)
+
+def scikit_learns(gallery, labels, queries, neighbours=20, temperature=0.07):
+    model = KNeighborsClassifier(
+        neighbours, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    )
+    return model.fit(gallery.astype(np.float64), labels).predict(queries.astype(np.float64))
+
+
+def vote(gallery, labels, queries, classes, neighbours=20, temperature=0.07):
+    return knn.vote(gallery, labels, queries, classes, neighbours, temperature)
+
+
+@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.07), (5, 0.01), (20, 0.07), (50, 1.0), (100, 0.002)])
+def test_votes_are_scikit_learns(neighbours, temperature):
+    rng = np.random.default_rng(1)
+    labels, others = rng.integers(0, 5, 200), rng.integers(0, 5, 150)
+    centres = rng.normal(size=(5, 8))
+    gallery, queries = (
+        (centres[of] + 1.5 * rng.normal(size=(len(of), 8))).astype(np.float32) for of in (labels, others)
+    )
+    ours = vote(gallery, labels, queries, 5, neighbours, temperature)
+    np.testing.assert_array_equal(ours, scikit_learns(gallery, labels, queries, neighbours, temperature))
+    assert 0.4 < (ours == others).mean() < 1
+
+
+def test_votes_that_tell_nothing_are_wrong():
+    rng = np.random.default_rng(0)
+    gallery, labels = rng.normal(size=(60, 4)).astype(np.float32), np.repeat(np.arange(3), 20)
+    queries = rng.normal(size=(5, 4)).astype(np.float32)
+    assert vote(gallery, labels, queries, 3).min() >= 0
+    for constant in (0.0, 1.0, 1e4):
+        same = np.full((60, 4), constant, np.float32)
+        np.testing.assert_array_equal(vote(same, labels, same[:5], 3), -1)
+    np.testing.assert_array_equal(vote(np.full_like(gallery, np.nan), labels, queries, 3), -1)
+    two = np.float32([[1, 0], [0, 1]])
+    np.testing.assert_array_equal(vote(two, np.array([0, 1]), np.float32([[1, 1], [1, 0], [0, 0]]), 2), [-1, 0, -1])
+    np.testing.assert_array_equal(vote(two, np.array([1, 1]), np.float32([[1, 0.9]]), 2), 1)
+    twice = np.concatenate([gallery, gallery])  # neighbours of one class are no tie
+    np.testing.assert_array_equal(vote(twice, np.r_[labels, labels], gallery[:5], 3, 1), labels[:5])
 
 
 def test_votes_in_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     gallery, queries = (rng.normal(size=(n, 6)).astype(np.float32) for n in (100, 50))
     labels = rng.integers(0, 5, 100)
-    expected = by_hand(gallery, labels, queries, 5)
+    expected = scikit_learns(gallery, labels, queries)
     assert len(set(expected)) > 3
-    np.testing.assert_array_equal(knn.vote(gallery, labels, queries, 5), expected)
+    np.testing.assert_array_equal(vote(gallery, labels, queries, 5), expected)
     monkeypatch.setattr(knn, "QUERIES", 13)
     monkeypatch.setattr(knn, "GALLERY", 32)
-    np.testing.assert_array_equal(knn.vote(gallery, labels, queries, 5), expected)
+    beats = []
+    with heard_by(beats.append):
+        np.testing.assert_array_equal(vote(gallery, labels, queries, 5), expected)
+    assert beats == [True] * 16
     # What is not finite is nobody's neighbour, and is never right.
     more, numbers = np.concatenate([gallery, np.full((30, 6), np.nan, np.float32)]), np.r_[labels, np.zeros(30, int)]
     queries[7, 2] = np.inf
     expected[7] = -1
-    np.testing.assert_array_equal(knn.vote(more, numbers, queries, 5), expected)
-    np.testing.assert_array_equal(knn.vote(gallery[:3], labels[:3], queries[:1], 5) >= 0, True)
+    np.testing.assert_array_equal(vote(more, numbers, queries, 5), expected)
+    np.testing.assert_array_equal(vote(gallery[:3], labels[:3], queries[:1], 5) >= 0, True)
 
 
 def test_large_images_are_averaged():
@@ -53,8 +90,8 @@ def test_large_images_are_averaged():
 
 def eval_of(**changes):
     config, _ = from_arguments(["--config=configs/quickstart.py"])
-    digits = BundledConfig(path="digits", split="test")
-    settings = {"source": digits, "gallery": (digits,), "preprocess": PreprocessConfig(crop=1.0)} | changes
+    digits, train = (BundledConfig(path="digits", split=split) for split in ("test", "train"))
+    settings = {"source": digits, "gallery": (train,), "preprocess": PreprocessConfig(crop=1.0)} | changes
     return knn.KnnEval(KnnConfig(batch_size=250, **settings), config, 0, 1)
 
 
@@ -83,6 +120,11 @@ def test_sources_that_cannot_serve_are_refused():
         eval_of(gallery=())
     with pytest.raises(DataError, match="9 classes"):
         eval_of(gallery=(BundledConfig(path="noto", split="test"),))
+    train, same = (BundledConfig(path="digits", split=split) for split in ("train", "test"))
+    with pytest.raises(
+        DataError, match=r"^gallery: bundled digits/test holds the images that are measured.*; set anot"
+    ):
+        eval_of(gallery=(train, same))
 
 
 def test_a_gallery_whose_labels_mean_other_classes_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from visionfm_jax.config.load import from_arguments
 from visionfm_jax.data.sources.kinds import BundledConfig
 from visionfm_jax.errors import DataError
 from visionfm_jax.evals import linear_probe, logistic
+from visionfm_jax.evals.beats import heard_by
 from visionfm_jax.evals.kinds import LinearProbeConfig
 from visionfm_jax.evals.linear_probe import RATES, LinearProbeEval, probe, probe_by_sgd, split
 from visionfm_jax.evals.logistic import fit, fit_by_sgd, zeros
@@ -32,6 +33,40 @@ def test_it_is_scikit_learns(penalty):
     centred = ours.bias - np.mean(ours.bias), theirs.intercept_ - theirs.intercept_.mean()  # they are free together
     np.testing.assert_allclose(*centred, atol=2e-3)
     np.testing.assert_array_equal(np.argmax(ours(x), 1), theirs.predict(x))
+
+
+def test_a_long_fit_goes_on_in_parts(monkeypatch):
+    """As many times as watchdogs need, with the result and the one program of a fit without them."""
+    x, y = blobs()
+    monkeypatch.setattr(logistic, "TOLERANCE", 0.0)
+    monkeypatch.setattr(logistic, "ITERATIONS", 20)
+    logistic._iterate.clear_cache()
+    whole, beats = fit(x, y, 1.0, zeros(12, 4)), []
+    monkeypatch.setattr(logistic, "BETWEEN_BEATS", 6)
+    with heard_by(beats.append):
+        parts = fit(x, y, 1.0, zeros(12, 4))
+    assert beats == [False] * 4
+    np.testing.assert_array_equal(parts.kernel, whole.kernel)
+    assert logistic._iterate._cache_size() == 1
+    logistic._iterate.clear_cache()  # of the tolerance
+    learn, choose = split(y, 0, 0)
+    monkeypatch.setattr(linear_probe, "PENALTIES", (1.0, 10.0))
+    beats.clear()
+    with heard_by(beats.append):
+        probe(x, y, learn, choose, 4, final=True)
+        assert beats.count(True) == 2  # one a penalty
+        probe_by_sgd(x, y, learn, choose, 4, final=False)
+    assert beats.count(True) > 20
+
+
+def test_scales_are_made_alike_in_blocks(monkeypatch):
+    x = 3 + 5 * np.random.default_rng(0).normal(size=(100, 7)).astype(np.float32)
+    monkeypatch.setattr(linear_probe, "AT_ONCE", 13)
+    mean, rms = linear_probe.moments(x)
+    assert mean.dtype == np.float32
+    np.testing.assert_allclose(mean, x.mean(0, dtype=float), rtol=1e-6)
+    assert rms == pytest.approx(np.sqrt(((x - x.mean(0, dtype=float)) ** 2).mean()))
+    assert linear_probe.moments(np.ones((4, 2), np.float32))[1] == 1
 
 
 def test_the_penalty_is_the_one_that_unseen_images_choose():
@@ -137,6 +172,13 @@ def test_sgd_in_place_of_lbfgs():
     assert "top1_std" not in scores
     assert by_sgd.details["draws"][0]["learning_rate"] in RATES
     assert by_sgd.protocol != eval_of().protocol
+
+
+@pytest.mark.parametrize("name", ["ITERATIONS", "TOLERANCE", "KEPT"])
+def test_what_decides_the_number_is_part_of_the_protocol(monkeypatch, name):
+    before = eval_of().protocol
+    monkeypatch.setattr(linear_probe, name, 7)
+    assert eval_of().protocol != before
 
 
 def test_what_is_not_finite_is_never_right_and_teaches_nothing():

@@ -105,7 +105,7 @@ def test_a_finished_run_is_on_one_page(tmp_path):
     text = read(page.write_page([run], run / "report.html"))
     for words in (
         "finished, step 200 of 200", "1,234,567", "4 x NVIDIA H200", "0a1b2c3d", "weights/vit", "00ff", "seven",
-        "seed: 7 -> 0", "9.8.7", "hours of a NVIDIA H200 8", "5.6 kWh", "700 W", "3.00 GiB", "best digits/top1 0.8",
+        "seed: 7 -> 0", "9.8.7", "GPU-hours (NVIDIA H200) 8", "5.6 kWh", "700 W", "3.00 GiB", "best digits/top1 0.8",
         "predictions_digits.png", "optim.lr", "settings at their defaults",
     ):  # fmt: skip
         assert words in text, words
@@ -181,26 +181,165 @@ def test_hours_on_cpus_are_those_of_cores(tmp_path):
     assert Facts(run).device_hours() == (6.0, "CPU core")
 
 
-def test_planned_beside_measured(tmp_path):
-    run = write_run(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("plan", "differ"),
+    [
+        ({"config": "run", "batch_size": 32, "cluster": "h200:1x4"}, ""),
+        ({"config": "run", "batch_size": 64, "cluster": "h200:1x4"}, "batch size differs"),
+        ({"config": "big", "batch_size": 32, "cluster": "h100:2x4"}, "configuration and devices differ"),
+    ],
+)
+def test_planned_beside_measured(tmp_path, plan, differ):
+    run = write_run(tmp_path / "run", device_memory_peak_gib=3.5)
+    assert "visionfm plan --config=" in read(page.write_page([run], tmp_path / "x.html"))
     add_session(run, 0, 200, "finished", 2)
-    plan = {"cluster": "h200:1x4", "step": {"images_per_s": 555.0}, "per_gpu": {"peak_bytes": 2**30}, "run": None}
+    plan = {**plan, "step": {"images_per_s": 555.0}, "per_gpu": {"peak_bytes": 2**30}, "run": None}
     (run / "plan.json").write_text(json.dumps(plan))
     text = read(page.write_page([run], tmp_path / "x.html"))
-    assert "h200:1x4 planned measured images/s 555 320 memory of a device 1.00 GiB 3.00 GiB GPU-hours 8" in text
+    assert "images/s 555 320 MFU peak memory of a device 1.00 GiB 3.50 GiB GPU-hours 8" in text
+    assert ("The plan is not of this run" in text) == bool(differ)
+    assert differ in text
+    assert (
+        f"batch size {plan['batch_size']} 32 devices {'4 x h200' if 'h200' in plan['cluster'] else '8 x h100'}" in text
+    )
+    assert "peak memory of a device 1.00 GiB 3.50 GiB" in read(page.write_page([run, run], tmp_path / "x.html"))
+
+
+def measured(run, step, protocol, top1, name="eval_digits.json"):
+    """The details of an eval."""
+    metrics = {"top1": top1, "loss": 2.0}
+    (run / name).write_text(json.dumps({"protocol": protocol, "step": step, "metrics": metrics, "classes": [{"n": 1}]}))
 
 
 def test_several_runs_are_compared(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", steps=100, lr=0.5)
-    for run, protocol in ((one, "aaaa"), (two, "bbbb")):
-        (run / "eval_digits.json").write_text(json.dumps({"protocol": protocol}))
+    measured(one, 200, "aaaa", 0.8)
+    measured(two, 100, "bbbb", 0.4)
+    add_session(one, 0, 100, "stopped", 1, versions={"jax": "1.1", "flax": "7"})
+    add_session(one, 100, 200, "finished", 1)
+    add_session(two, 0, 100, "finished", 1, versions={"jax": "1.2", "flax": "7"})
+    former = {"config": {**json.loads((two / "config.json").read_text())["config"], "seed": 7}}
+    (two / "config-until-80.json").write_text(json.dumps(former))
     text = read(page.write_page([one, two], tmp_path / "x.html"))
-    assert "2 runs side by side" in text
-    assert "digits/top1 0.8 0.4" in text
-    assert "different protocols" in text
+    for words in (
+        "2 runs side by side", "digits/top1 0.8 0.4", "different protocols", "restarts 1 steps", "jax 1.1 1.2",
+        "steps without an update 1 1", "configuration changes 1", "Configuration changes: two", "seed: 7 -> 0",
+        "peak memory of a device 3.00 GiB 3.00 GiB",
+    ):  # fmt: skip
+        assert words in text, words
     assert re.search(r"optim\.lr [\d.]+ 0\.5", text)
     assert "train.batch_size" not in text
+    assert "flax" not in text
     assert (tmp_path / "x.html").read_text().count('<path class="k1"') > 2
+
+
+@pytest.mark.parametrize("kept", ["scores.json", "eval_digits.aaaa.json", ""])
+def test_a_score_stands_beside_the_protocol_that_it_was_measured_by(tmp_path, kept):
+    """Training measures by aaaa; `visionfm evaluate` then replaces the details by others."""
+    run = write_run(tmp_path / "run")
+    if kept == "scores.json":
+        (run / "checkpoints/200").mkdir(parents=True)
+        scores = {"scores": {"digits/top1": 0.8}, "protocols": {"digits": "aaaa"}}
+        (run / "checkpoints/200/scores.json").write_text(json.dumps(scores))
+    elif kept:
+        measured(run, 200, "aaaa", 0.8, kept)
+    measured(run, 200, "bbbb", 0.1)
+    text = read(page.write_page([run], tmp_path / "x.html"))
+    known = "digits: protocol aaaa " if kept else ""
+    assert f"metric value {known}digits/top1 0.8 digits/loss 2 " in text
+    assert f"Evaluation: digits {'protocol aaaa' if kept else ''}".strip() in text
+    assert "per class (step 200, protocol bbbb)" in text
+    measured(run, 300, "bbbb", 0.9)
+    assert "digits: protocol bbbb digits/top1 0.9 (step 300)" in read(page.write_page([run], tmp_path / "x.html"))
+
+
+def test_steps_of_another_folder_are_not_those_of_this_one(tmp_path):
+    run = write_run(tmp_path / "run")
+    rows = [{"step": 1000 + s, "loss": 1.0, "images_per_s": 320.0} for s in (10, 20)]
+    (run / "metrics.jsonl").write_text("".join(seal(row) + "\n" for row in rows))
+    add_session(run, 1000, 1020, "finished", 1)
+    assert Facts(run).hours == pytest.approx(20 * 0.1 / 3600)  # 32 images a step
+
+
+def test_hours_of_killed_sessions_are_at_least_those_that_are_known_of(tmp_path):
+    run = write_run(tmp_path / "run")
+    add_session(run, 0, 0, "", 0)
+    seen = datetime.datetime(2026, 1, 1, 5, tzinfo=datetime.UTC).isoformat()
+    with open(run / "sessions.jsonl", "a") as file:
+        file.write(seal({"seen": seen, "last": 150}) + "\n")
+    text = read(page.write_page([run], tmp_path / "x.html"))
+    assert "killed: step 200 of 200; last seen 2026-01-01 05:00 UTC" in text
+    add_session(run, 100, 200, "finished", 3)
+    assert Facts(run).session_hours() == [5, 3]
+    text = read(page.write_page([run], tmp_path / "x.html"))
+    assert "GPU-hours (NVIDIA H200) at least 32 " in text
+    assert "at least 22.4 kWh" in text
+    assert "1 session of 2 has no end" in text
+
+
+def keep_spike(run, step, kind, **more):
+    head = {"step": step, "kind": kind, "grad_norm": 40.0, "gradient_norms": {"small": 1.0, "head": 39.0}, **more}
+    samples = [{"sample": i, "key": f"cat{i}.jpg", "loss": loss} for i, loss in enumerate((1.0, 9.0, 2.0, 3.0))]
+    (run / "spikes").mkdir(exist_ok=True)
+    path = run / f"spikes/{'overflow' if kind == 'overflow' else 'step'}-{step:08}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *samples)))
+
+
+def test_spikes_and_skipped_steps_are_marked_and_listed(tmp_path):
+    run = write_run(tmp_path / "run")  # one skipped in the steps 51 to 60
+    keep_spike(run, 44, "spike", usual_grad_norm=2.0)
+    keep_spike(run, 20, "overflow", gradient_norms={"embed": "nan", "head": 1.0})
+    path = page.write_page([run], tmp_path / "x.html")
+    text, content = read(path), path.read_text()
+    assert (
+        "until 60 1 skipped 44 spike 40 20 x head 1 = cat1.jpg, 3 = cat3.jpg, 2 = cat2.jpg 20 overflow 40 embed" in text
+    )
+    for mark in ("until step 60: 1 skipped", "step 44: spike", "step 20: overflow"):
+        assert f"<title>{mark}</title>" in content
+    keep_spike(run, 55, "not finite")  # the one that was counted
+    assert Facts(run).skips() == []
+
+
+def test_of_too_many_marks_the_newest_are_drawn_and_it_is_said(tmp_path):
+    run = write_run(tmp_path / "run")
+    for step in range(70):
+        add_session(run, step, step, "stopped", 1)
+        keep_spike(run, step, "spike")
+    content = page.write_page([run], tmp_path / "x.html").read_text()
+    assert "Marked are the newest 60 of 69 restarts, 60 of 70 spikes." in content
+    assert "started again at step 69<" in content
+    assert "step 69: spike" in content
+    assert "step 9: spike" not in content
+    assert "started again at step 9<" not in content
+    assert "until step 60: 1 skipped" in content  # another kind
+    assert "The newest 14 of 71." in content
+
+
+def test_curves_beyond_the_first_are_folded_up(tmp_path):
+    many = {f"loss_of_{i}": 1.0 for i in range(40)}
+    run = write_run(tmp_path / "run", **many)
+    content = page.write_page([run], tmp_path / "x.html").read_text()
+    assert "<summary>13 more curves</summary>" in content
+    assert all(name in content for name in many)
+
+
+def test_damage_is_named_by_source(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints/150").mkdir(parents=True)
+    metadata = {"custom_metadata": {"record": json.dumps({"samples": [[1500, 2], [1500, 1]]})}}
+    (run / "checkpoints/150/_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+    for name, keys in (("damaged.jsonl", "aba"), ("damaged.process-1.jsonl", "c")):
+        lines = [json.dumps({"source": "folder /pets", "record": 5, "key": f"{key}.jpg", "sample": 9}) for key in keys]
+        (run / name).write_text("\n".join(lines) + '\n{"torn')
+    add_session(run, 0, 100, "stopped", 1)
+    with open(run / "sessions.jsonl", "a") as file:
+        file.write(seal({"began": "2026-01-02T00:00:00+00:00"}) + "\n")
+        ended = {"ended": "2026-01-02T01:00:00+00:00", "state": "finished", "captions": 3000, "truncated": 30}
+        file.write(seal(ended) + "\n")
+    text = read(page.write_page([run], tmp_path / "x.html"))
+    assert "samples seen, until step 150 3,000 damaged, and replaced by others 3 (0.100%)" in text
+    assert "folder /pets 3 a.jpg, b.jpg, c.jpg" in text
+    assert "30 of 3,000 (1.00%)" in text
 
 
 def test_text_of_strangers_is_text(tmp_path):

@@ -22,7 +22,7 @@ from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.errors import ConfigError, DataError, OutputError, StorageError, UserError
 from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.tasks.classification import ClassificationConfig
-from visionfm_jax.train.folder import RunFolder, refuse_links, refuse_other_weights
+from visionfm_jax.train.folder import RunFolder, damage_file, refuse_links, refuse_other_weights
 from visionfm_jax.train.provenance import provenance_of, settings_files
 
 DIGITS = BundledConfig(path="digits")
@@ -76,6 +76,15 @@ def test_the_tokenizer_travels_with_the_folder(tmp_path):
             f"task.tokenizer: {file} -> {moved / 'tokenizer.model'}",
         ]
     assert (moved / "tokenizer.model").read_bytes() == (tmp_path / "elsewhere.model").read_bytes()
+
+
+def test_damaged_records_are_kept_by_name_if_they_can_be(tmp_path):
+    for host, name in ((0, "damaged.jsonl"), (1, "damaged.process-1.jsonl")):
+        keep = damage_file(tmp_path, host)
+        keep({"key": "a"})
+        keep({"key": "b"})
+        assert (tmp_path / name).read_text() == '{"key": "a"}\n{"key": "b"}\n'
+    damage_file(tmp_path / "missing", 0)({"key": "a"})
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from visionfm_jax.train import sessions
 from visionfm_jax.train.sessions import Session, read_sessions
 
 
@@ -16,6 +17,17 @@ def test_a_session_keeps_when_where_and_with_what_it_ran(tmp_path):
     assert (kept["device"], kept["processes"]) == ("cpu", 1)
     assert min(kept["cores"], kept["host_memory_bytes"]) > 0
     assert {"python", "visionfm_jax", "jax", "jaxlib"} <= kept["versions"].keys()
+
+
+def test_a_session_that_is_killed_leaves_its_last_sign_of_life(tmp_path, monkeypatch):
+    session = Session(tmp_path, 3, devices=8)
+    session.alive(4)  # too early for a line
+    assert read_sessions(tmp_path)[0]["seen"] is None
+    monkeypatch.setattr(sessions, "ALIVE_EVERY", 0.0)
+    session.alive(5)
+    [killed] = read_sessions(tmp_path)
+    assert (killed["first"], killed["last"], killed["ended"], killed["state"]) == (3, 5, None, "")
+    assert killed["seen"] >= killed["began"]
 
 
 def test_an_error_is_how_it_ended(tmp_path):

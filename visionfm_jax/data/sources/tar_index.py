@@ -12,7 +12,6 @@ import concurrent.futures
 import functools
 import glob
 import multiprocessing
-import os
 import secrets
 import sys
 import tarfile
@@ -35,6 +34,7 @@ from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text
 from visionfm_jax.data.sources.store import Store, read_table, write_table
 from visionfm_jax.errors import DataError, printable
+from visionfm_jax.machine import usable_cores
 
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
 RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption", "caption_size", "crc")])
@@ -223,7 +223,7 @@ def each(
     function: Callable[[_T], _R], tars: Sequence[_T], *, local: bool, title: str, jobs: int | None = None
 ) -> Iterator[_R]:
     """`map` over tars, in order: in `jobs` processes, or in threads where the time goes into waiting for a store."""
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    jobs = jobs or usable_cores()
     bar = functools.partial(
         tqdm, total=len(tars), desc=title, unit=" tars", delay=2, leave=False, disable=not sys.stderr.isatty()
     )
