@@ -1,8 +1,8 @@
 """Aurora-Vision-XL, 3.70 B parameters: masked images, image-text contrast and captions at 448 px.
 
-    python -m visionfm_jax.data.tokenizer train --config=configs/aurora_xl.py --vocab_size=32000
-    python -m visionfm_jax.main --config=configs/aurora_xl.py
-    python -m visionfm_jax.main --config=configs/aurora_xl.py:tiny
+    visionfm tokenizer train --config=aurora_xl --vocab_size=32000
+    visionfm train --config=aurora_xl
+    visionfm train --config=aurora_xl:tiny
 
 For 64 GPUs of 80 GB: ZeRO-2, bf16, global batch 2048 in 8 micro-batches; each pair is contrasted with all others of the
 batch. Three of four samples are pairs, from LAION-5B, COCO and Visual Genome; the fourth is an image without caption.

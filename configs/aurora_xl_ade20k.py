@@ -1,7 +1,7 @@
 """Aurora-Vision-XL on ADE20K segmentation: UPerNet on the encoder of `configs/aurora_xl.py`, at 896 px.
 
-    python -m visionfm_jax.main --config=configs/aurora_xl_ade20k.py
-    python -m visionfm_jax.main --config=configs/aurora_xl_ade20k.py:tiny
+    visionfm train --config=aurora_xl_ade20k
+    visionfm train --config=aurora_xl_ade20k:tiny
 
 It starts from the encoder of that run's last checkpoint, with windows twice as wide, as the images. For 64 GPUs of
 80 GB with one image each, 40,000 steps; evaluated in windows. Other datasets and heads: see

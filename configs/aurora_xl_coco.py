@@ -1,7 +1,7 @@
 """Aurora-Vision-XL on COCO detection: Plain-DETR on the encoder of `configs/aurora_xl.py`, at 896 px.
 
-    python -m visionfm_jax.main --config=configs/aurora_xl_coco.py
-    python -m visionfm_jax.main --config=configs/aurora_xl_coco.py:tiny
+    visionfm train --config=aurora_xl_coco
+    visionfm train --config=aurora_xl_coco:tiny
 
 It starts from the encoder of that run's last checkpoint, with windows twice as wide, as the images. For 64 GPUs of
 80 GB with one image each, 36 epochs, large-scale jitter (Ghiasi et al. 2021). Other datasets: see

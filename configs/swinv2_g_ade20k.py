@@ -1,7 +1,7 @@
 """SwinV2-G on ADE20K segmentation: UPerNet on the image tower of `configs/swinv2_g_clip_640.py`, at 640 px.
 
-    python -m visionfm_jax.main --config=configs/swinv2_g_ade20k.py
-    python -m visionfm_jax.main --config=configs/swinv2_g_ade20k.py:tiny
+    visionfm train --config=swinv2_g_ade20k
+    visionfm train --config=swinv2_g_ade20k:tiny
 
 It starts from the image tower of that run's last checkpoint, whose windows of 20 it keeps. For 64 GPUs of 80 GB with
 one image each, 40,000 steps, fp16 with a dynamic loss scale; evaluated in windows. Other datasets and heads: see

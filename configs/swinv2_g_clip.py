@@ -1,8 +1,8 @@
 """SwinV2-G and a text tower, 3.36 B parameters: CLIP at 224 px on the 1.2 B pairs of LAION-5B with the highest score.
 
-    python -m visionfm_jax.data.select --path=/data/laion5b --where='similarity >= 0.28' --out=/data/laion5b.selection
-    python -m visionfm_jax.main --config=configs/swinv2_g_clip.py
-    python -m visionfm_jax.main --config=configs/swinv2_g_clip.py:tiny
+    visionfm select --path=/data/laion5b --where='similarity >= 0.28' --out=/data/laion5b.selection
+    visionfm train --config=swinv2_g_clip
+    visionfm train --config=swinv2_g_clip:tiny
 
 For 128 GPUs of 80 GB: fully sharded, fp16 with a dynamic loss scale (config.train.precision=bf16 works too), global
 batch 32,768. `configs/swinv2_g_clip_640.py` continues at 640 px.

@@ -1,13 +1,13 @@
 """The model of `configs/swinv2_g_clip.py`, continued from its last checkpoint at 640 px with windows of 20.
 
-    python -m visionfm_jax.main --config=configs/swinv2_g_clip_640.py
+    visionfm train --config=swinv2_g_clip_640
 
 Only the weights are taken from that run; the schedule is new. The position bias is evaluated for the new windows, with
 coordinates relative to the old ones. For 128 GPUs of 80 GB with 32 pairs each: the global batch is 4,096, as an image
 at 640 px needs eight times the memory and FLOPs of one at 224 px. It trains for a twentieth of an epoch, 60 M pairs,
 which is 5 % of the FLOPs of the run at 224 px, with a fifth of its peak learning rate.
 
-    python -m visionfm_jax.main --config=configs/swinv2_g_clip_640.py:tiny
+    visionfm train --config=swinv2_g_clip_640:tiny
 
 continues the tiny run of that file, which must be run first, at twice its resolution and window.
 """

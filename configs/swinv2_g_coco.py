@@ -1,7 +1,7 @@
 """SwinV2-G on COCO detection: Plain-DETR on the image tower of `configs/swinv2_g_clip_640.py`, at 1024 px.
 
-    python -m visionfm_jax.main --config=configs/swinv2_g_coco.py
-    python -m visionfm_jax.main --config=configs/swinv2_g_coco.py:tiny
+    visionfm train --config=swinv2_g_coco
+    visionfm train --config=swinv2_g_coco:tiny
 
 It starts from the image tower of that run's last checkpoint, with windows of 32. For 64 GPUs of 80 GB with one image
 each, 36 epochs, large-scale jitter (Ghiasi et al. 2021); fp16 with a dynamic loss scale. Other datasets: see

@@ -1,8 +1,8 @@
 """ViT-H/14 on ImageNet-21K: 659 M parameters, fully sharded, bf16, global batch 2048, 300 epochs.
 
-    python -m visionfm_jax.main --config=configs/vit_huge.py '--config.data.train[0].path=/data/imagenet21k' \
+    visionfm train --config=vit_huge '--config.data.train[0].path=/data/imagenet21k' \
         '--config.evals[0].source.path=/data/imagenet21k'
-    python -m visionfm_jax.main --config=configs/vit_huge.py:tiny
+    visionfm train --config=vit_huge:tiny
 
 Set config.task.num_classes to the release of the dataset: 21,841 classes (Fall 2011), 19,167 (Winter 2021) or 10,450
 (ImageNet-21K-P). The data are a TFDS directory in ArrayRecord format. ImageNet-21K has no official validation split:

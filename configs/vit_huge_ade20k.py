@@ -1,8 +1,8 @@
 """ViT-H on ADE20K segmentation: UPerNet on the backbone of `configs/vit_huge.py`, all of it trained, at 512 px.
 
-    python -m visionfm_jax.main --config=configs/vit_huge_ade20k.py
-    python -m visionfm_jax.main --config=configs/vit_huge_ade20k.py:eomt
-    python -m visionfm_jax.main --config=configs/vit_huge_ade20k.py:tiny
+    visionfm train --config=vit_huge_ade20k
+    visionfm train --config=vit_huge_ade20k:eomt
+    visionfm train --config=vit_huge_ade20k:tiny
 
 It starts from the last checkpoint of that run, or from the weights that config.checkpoint.weights names: patches of 14
 pixels are resampled to 16, positions to the larger images. For 32 GPUs of 80 GB with two images each, 40,000 steps;

@@ -1,8 +1,8 @@
 """ViT-H on COCO detection: Plain-DETR on the backbone of `configs/vit_huge.py`, all of it trained, at 1024 px.
 
-    python -m visionfm_jax.main --config=configs/vit_huge_coco.py
-    python -m visionfm_jax.main --config=configs/vit_huge_coco.py:panoptic
-    python -m visionfm_jax.main --config=configs/vit_huge_coco.py:tiny
+    visionfm train --config=vit_huge_coco
+    visionfm train --config=vit_huge_coco:panoptic
+    visionfm train --config=vit_huge_coco:tiny
 
 It starts from the last checkpoint of that run, or from the weights that config.checkpoint.weights names: patches of 14
 pixels are resampled to 16, positions to the larger images. For 32 GPUs of 80 GB with two images each, 36 epochs,

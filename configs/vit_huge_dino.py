@@ -1,7 +1,7 @@
 """Self-distillation of a ViT-H/14 with registers, DINOv2's recipe (Oquab et al. 2023): no labels, global batch 2048.
 
-    python -m visionfm_jax.main --config=configs/vit_huge_dino.py '--config.data.train[0].path=/data/imagenet21k'
-    python -m visionfm_jax.main --config=configs/vit_huge_dino.py:tiny
+    visionfm train --config=vit_huge_dino '--config.data.train[0].path=/data/imagenet21k'
+    visionfm train --config=vit_huge_dino:tiny
 
 Each image gives two views of 224 and eight of 98 pixels. For 128 GPUs with 16 images each. The teacher is evaluated by
 k-nearest neighbours on ImageNet, next to k-nearest neighbours on raw pixels.

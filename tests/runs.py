@@ -56,6 +56,7 @@ def start(
     prefix: Sequence[str] = (),
     env: dict[str, str] | None = None,
     log: Path | None = None,
+    cwd: Path = ROOT,
 ) -> subprocess.Popen:
     """A run of `base` in `folder`, behind the words `prefix`; output to LOG.out and LOG.err, else beside the folder.
 
@@ -64,7 +65,7 @@ def start(
     command = [*prefix, sys.executable, "-m", "visionfm_jax.main", *base, f"--config.workdir={folder}", *arguments]
     with open(f"{log or folder}.out", "w") as out, open(f"{log or folder}.err", "w") as err:
         environ = {**environment(devices), **(env or {})}
-        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=out, stderr=err)
+        return subprocess.Popen(command, cwd=cwd, env=environ, stdout=out, stderr=err)
 
 
 def finish(process: subprocess.Popen, log: Path, code: int = 0, seconds: float = 180) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -9,7 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from documents import OURS, commands
 from hatchling.builders.wheel import WheelBuilder
+from PIL import Image
+from runs import environment
 
 from visionfm_jax import __main__ as console
 from visionfm_jax import scripts
@@ -86,10 +90,14 @@ def installed(tmp_path_factory) -> Path:
     return folder / "installed"
 
 
+def of_wheel(installed: Path) -> dict[str, str]:
+    """The environment of a process of the wheel."""
+    return {**environment(1), "PYTHONPATH": str(installed)}
+
+
 def in_empty_folder(installed: Path, folder: Path, *words: str) -> str:
     """The output of Python outside the repository, where the package is that of the wheel."""
-    env = {**os.environ, "PYTHONPATH": str(installed), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=of_wheel(installed), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -110,20 +118,31 @@ def test_a_wheel_has_all_that_the_package_needs_and_finds_its_configurations(ins
     assert found.startswith(f"vit_huge_tiny {installed}/visionfm_jax/configs/aurora_xl.py ")
 
 
-def test_a_wheel_trains_and_is_used_outside_the_repository(installed, tmp_path):
-    """A model is trained by the script that it copies, in a process that the script starts, loaded, and exported."""
+def test_the_tour_works_from_a_wheel_outside_the_repository(installed, tmp_path):
+    """A model is trained by the script that the wheel copies; then every other command of docs/tour.md is run, in one
+    process, and what is exported is read back.
+    """
     run = functools.partial(in_empty_folder, installed, tmp_path)
     assert run("-m", "visionfm_jax", "scripts").startswith("env.sh, ")
     assert os.access(tmp_path / "launch/slurm.sbatch", os.X_OK)
-    small = ["--config.train.steps=2", "--config.train.batch_size=16", "--config.model.image_size=16"]
-    words = ["--config=vit_huge:tiny", *small, "--config.evals=()", "--config.optim.warmup_steps=1"]
-    env = {**os.environ, "PYTHONPATH": str(installed), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHON": sys.executable}
-    script = ["bash", str(tmp_path / "launch/local.sh"), "1", *words]
+    tour = [line for page, line in commands() if page == "docs/tour.md" and OURS.match(line)]
+    begin, *lines = [shlex.split(line)[1:] for line in tour if not line.startswith("visionfm search clip ")]
+    small = ["--config.train.steps=2", "--config.train.batch_size=16", "--config.model.image.depths=(1, 1, 1, 1)"]
+    small += ["--config.optim.warmup_steps=1", "--config.evals[0].gallery=()"]
+    script = ["bash", str(tmp_path / "launch/local.sh"), "1", *begin[1:], *small]
+    env = {**of_wheel(installed), "PYTHON": sys.executable}
     subprocess.run(script, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=300)
-    assert (tmp_path / "runs/vit_huge_tiny/report.html").is_file()
-    assert "timm folder of" in run("-m", "visionfm_jax", "export", "runs/vit_huge_tiny", "--to=timm", "--out=timm")
-    code = "import visionfm_jax as v, numpy as n; print(v.load('timm').features(n.zeros((16, 16, 3), 'uint8')).shape)"
-    assert run("-c", code).strip() == "(1, 96)"
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (80 * i, 0, 0)).save(tmp_path / f"photos/{i}.png")
+    code = (
+        "import visionfm_jax as v; from visionfm_jax.__main__ import main\n"
+        f"for words in {lines}:\n    assert main(words) == 0, words\n"
+        "print(v.load('exported/swinv2').features('photos/0.png').shape)"
+    )
+    assert run("-c", code).splitlines()[-1] == "(1, 256)"
+    assert (tmp_path / "runs/swinv2_g_clip_tiny/report.html").is_file()
+    assert (tmp_path / "found.png").is_file()
 
 
 def test_scripts_that_were_changed_are_not_overwritten(tmp_path, capsys):

@@ -1,47 +1,74 @@
-"""The commands that the documents show are understood, up to where their work would begin; the files that they name
-are there; so are the functions that docs/architecture.md names.
+"""Every block of the documents is executed, or it is said why not; what is not executed is at least understood. Also:
+quotes that shells need, files and functions that the documents name, and links.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import json
+import os
 import re
+import runpy
 import shlex
+import signal
+import sys
+import tomllib
+from unittest import mock
+from urllib.parse import urlsplit
 
 import pytest
-from documents import OTHERS, OURS, ROOT, RUNS, commands
+import yaml
+from documents import NOT_RUN, OTHERS, OURS, PAGES, ROOT, SHOWN, blocks, commands, is_run, kind_of
 
 from visionfm_jax.__main__ import COMMANDS
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.config.load import load_file
-from visionfm_jax.config.schema import to_dict
+
+ALL = list(dict.fromkeys(commands()))
+OUR_REST = [(page, line) for page, line in ALL if OURS.match(line) and not is_run(line) and "--to=onnx" not in line]
+PROGRAMS = sorted({line for _, line in ALL if re.match(r"(\S+/)?python (benchmarks|tools/attack)/", line)})
 
 
 class Understood(BaseException):
     """Raised where the work would begin."""
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with the settings of the runs, and nothing else of them."""
-    base = tmp_path_factory.mktemp("documents")
-    for name, config in RUNS.items():
-        file, _, variant = config.partition(":")
-        folder = base / "runs" / name
-        folder.mkdir(parents=True)
-        loaded = load_file(f"{ROOT}/configs/{file}.py" + (f":{variant}" if variant else ""))
-        (folder / "config.json").write_text(json.dumps({"config": to_dict(loaded)}))
-    return base
+def test_every_block_is_executed_or_said_to_be_shown():
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        for block in blocks(page):
+            assert kind_of(name, block), f"{name}: {block}"
+        fences = set(re.findall(r"(?m)^```(\S+)", page.read_text()))
+        # tests/e2e/test_extending.py runs the Python; the rest is the site's
+        allowed = {"docs/extending.md": {"python"}, "docs/index.md": {"{toctree}"}, "docs/api.md": {"{eval-rst}"}}
+        assert fences <= allowed.get(name, set()), name
 
 
-OUR_COMMANDS = [(page, line) for page, line in commands() if OURS.match(line)]
+def test_every_command_is_executed_or_it_is_said_why_not():
+    for page, line in ALL:
+        assert "…" not in line, f"{page}: {line}"
+        assert OURS.match(line) or not is_run(line), f"{page}: neither executed nor in NOT_RUN: {line}"
+    assert sum(is_run(line) for _, line in ALL) > 60
 
 
-@pytest.mark.parametrize(("page", "line"), OUR_COMMANDS, ids=lambda value: value[:90])
-def test_a_command_is_understood(page, line, runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    (runs / "configs").exists() or (runs / "configs").symlink_to(ROOT / "configs")
+def test_what_is_said_of_blocks_and_commands_is_needed():
+    for pattern, reason in NOT_RUN.items():
+        assert any(re.match(pattern, line) for _, line in ALL), pattern
+        for name in re.findall(r"(?:tests|\.ci)/[\w./]+", reason):
+            assert (ROOT / name.rstrip(".")).exists(), name
+    for page, beginnings in SHOWN.items():
+        for beginning in beginnings:
+            assert any(block.lstrip().startswith(beginning) for block in blocks(ROOT / page)), (page, beginning)
+
+
+def test_shells_get_brackets_in_quotes():
+    for page, line in ALL:
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"|\s#.*", "", line)
+        assert not re.search(r"[\[\]*?!]", bare), f"{page}: zsh expands {bare!r}; put the word into quotes: {line}"
+
+
+@pytest.mark.parametrize(("page", "line"), OUR_REST, ids=lambda value: value[:90])
+def test_a_command_is_understood(page, line, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for name in ("parse_args", "parse_with_config"):
         original = getattr(Parser, name)
 
@@ -51,23 +78,36 @@ def test_a_command_is_understood(page, line, runs, monkeypatch):
 
         monkeypatch.setattr(Parser, name, parsed)
     words = shlex.split(line, comments=True)
-    if words[0] == "visionfm":
-        name, rest = COMMANDS[words[1]][0], words[2:]
-        mode = {"mode": words[1]} if name in ("main", "predict") else {}
-    else:
-        name, rest, mode = words[2].removeprefix("visionfm_jax."), words[3:], {}
-        if name == "data.tokenizer":
-            name = "data.tokenizer.train"
-    module = importlib.import_module(f"visionfm_jax.{name}")
+    command, rest = (words[1], words[2:]) if words[0] == "visionfm" else ("train", words[3:])
+    name = COMMANDS[command][0]
+    mode = {"mode": command} if name == "main" else {}
     with pytest.raises(Understood):
-        module.main(rest, "visionfm", **mode)
-    for word in rest:
-        if found := re.match(r"runs/(\w+)", word):
-            assert found[1] in RUNS
+        importlib.import_module(f"visionfm_jax.{name}").main(rest, "visionfm", **mode)
+
+
+@pytest.mark.parametrize("line", PROGRAMS)
+def test_a_program_of_measurements_takes_its_arguments(line, monkeypatch):
+    _, program, *words = shlex.split(line, comments=True)
+    original = argparse.ArgumentParser.parse_known_args
+
+    def parsed(self, *given, **more):
+        _, unknown = original(self, *given, **more)
+        # torch_vit.py and torch_swin.py hand these on to `visionfm bench`
+        assert all(word.startswith("--config.") for word in unknown), unknown
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with mock.patch.dict(os.environ), pytest.raises(Understood):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_files_that_commands_name_are_there():
-    found = [(page, line) for page, line in commands() if OTHERS.match(line) and not OURS.match(line)]
+    found = [(page, line) for page, line in ALL if OTHERS.match(line) and not OURS.match(line)]
     assert len(found) > 10
     for page, line in found:
         for word in shlex.split(line, comments=True):
@@ -75,9 +115,26 @@ def test_files_that_commands_name_are_there():
                 assert (ROOT / word).exists(), f"{page}: {line}"
 
 
-def test_there_are_commands():
-    assert len(OUR_COMMANDS) > 30
-    assert {page for page, _ in OUR_COMMANDS} >= {"README.md", "BUILD.md", "docs/use.md", "docs/recipes.md"}
+def test_links_to_other_sites_are_well_formed_and_spelled_once():
+    spelled: dict[str, set[str]] = {}
+    for page in PAGES:
+        for link in re.findall(r"https?:[^\s)>\]\"'`]+", page.read_text()):
+            parts = urlsplit(link.rstrip(".,;:"))
+            assert parts.scheme == "https", f"{page.name}: {link}"
+            assert re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", parts.netloc), f"{page.name}: {link}"
+            key = f"{parts.netloc.removeprefix('www.')}{parts.path.rstrip('/')}".lower()
+            spelled.setdefault(key, set()).add(parts._replace(fragment="", query="").geturl())
+    assert spelled
+    assert all(len(links) == 1 for links in spelled.values()), [links for links in spelled.values() if len(links) > 1]
+
+
+def test_the_workflow_runs_what_ci_runs_on_the_least_python():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    test, site = workflow["jobs"]["test"], workflow["jobs"]["site"]
+    assert any(".ci/run" in step.get("run", "") for step in test["steps"])
+    least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    assert test["strategy"]["matrix"]["python"][0] == least
+    assert any(step.get("run") == "python -m sphinx -W -c docs . site" for step in site["steps"])
 
 
 def test_names_in_the_walk_of_a_sample_are_there():
@@ -96,3 +153,11 @@ def test_names_in_the_walk_of_a_sample_are_there():
             break
         else:
             raise AssertionError(name)
+
+
+def test_the_architecture_lists_every_module_and_package():
+    text = (ROOT / "docs/architecture.md").read_text().partition("## A sample")[0]
+    modules = {path.name for path in (ROOT / "visionfm_jax").glob("*.py")} - {"__init__.py"}
+    packages = {path.parent.name for path in (ROOT / "visionfm_jax").glob("*/__init__.py")}
+    for name in modules | packages:
+        assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text), f"{name} is missing in docs/architecture.md"
