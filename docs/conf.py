@@ -15,5 +15,6 @@ myst_heading_anchors = 4
 napoleon_use_ivar = True  # attributes are described once
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+default_role = "code"  # `name` in docstrings
 html_theme = "furo"
 html_title = f"visionfm_jax {release}"

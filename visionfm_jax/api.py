@@ -307,7 +307,7 @@ class Model:
     def apply(
         self, params: Any, images: jax.Array | None = None, texts: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """All that a model with features says of a batch, as a pure function: for `jax.jit`, `jax.grad` and `jax.vmap`.
+        """All that a model with features says of a batch, as a pure function: for `jax.jit`, `jax.grad` and `jax.vmap`::
 
             embed = jax.jit(lambda params, images: model.apply(params, images)["image_embedding"])
             embed(model.params, images)
