@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from visionfm_jax.api import Model
@@ -245,17 +248,22 @@ def test_the_model_card(tmp_path):
     export(model, "timm", tmp_path / "out", license="cc-by-4.0")
     text = (tmp_path / "out/README.md").read_text()
     header, _, body = text.removeprefix("---\n").partition("---\n")
-    assert [line.split(": ", 1) for line in header.splitlines()] == [
-        ["license", '"cc-by-4.0"'], ["library_name", '"timm"'], ["pipeline_tag", '"image-classification"'],
-        ["tags", '["image-classification", "timm", "visionfm_jax"]'],
-    ]  # fmt: skip
+    assert yaml.safe_load(header)["recipe"]["objective"] == "ClassificationConfig"
+    read = ModelCard.load(tmp_path / "out/README.md").data  # as a hub reads it
+    assert (read.license, read.library_name, read.pipeline_tag) == ("cc-by-4.0", "timm", "image-classification")
+    assert (read.tags, read.datasets) == (["image-classification", "timm", "visionfm_jax"], ["digits"])
+    [result] = read.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_name) == ("image-classification", "bundled", "digits")
+    assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "top1", 0.75)
+    assert result.metric_args == {"protocol": "26dd70c9", "step": 6, "eval": "digits"}
     for said in (
         'timm.create_model("local-dir:FOLDER", pretrained=True)', "(1, 5), logits", "after step 7 of 2,000",
         "digits (bundled): split train, 4,000 records, 5 classes", "| digits | 6 | 26dd70c9 | top1 | 0.75 |",
         "(value / 255 - (0.48, 0.45, 0.4)) / (0.26, 0.27, 0.28)",
     ):  # fmt: skip
         assert said in body, said
-    assert "secret" not in body
+    assert "secret" not in text
+    assert re.search(r"ViTConfig, [\d,]+ parameters, images of 32 x 32 pixels", body)
 
 
 def test_preprocessing_that_no_library_has_is_noted(tmp_path):
@@ -299,6 +307,6 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "note: Texts are read by CLIP's tokenizer, OpenCLIP's default"
     assert out[1].startswith("open_clip folder of ")
-    assert 'license: "mit"' in (tmp_path / "out/README.md").read_text()
+    assert "license: mit\n" in (tmp_path / "out/README.md").read_text()
     with pytest.raises(ConfigError, match="required: --to"):
         main(["run", f"--out={tmp_path}/new"])

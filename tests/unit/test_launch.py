@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import visionfm_jax
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 RUNNERS = ("VISIONFM_", "SLURM_", "OMPI_", "PMI_", "CUDA_VISIBLE", "VIRTUAL_ENV", "XLA_FLAGS")
@@ -320,3 +322,21 @@ def test_programs_that_need_torch_give_help_without_it():
     for program in programs:
         done = subprocess.run([sys.executable, "-IS", program, "--help"], capture_output=True, text=True)
         assert (done.returncode, done.stdout[:6]) == (0, "usage:"), done.stderr
+
+
+def test_the_image_is_installed_with_its_version_before_its_code_is_there(tmp_path):
+    """By the files that the Dockerfile copies before it installs."""
+    before, install, after = (ROOT / "launch/Dockerfile").read_text().partition("pip install")
+    assert install
+    for line in before.splitlines():
+        if line.startswith("COPY "):
+            *names, folder = line.split()[1:]
+            (tmp_path / folder).mkdir(exist_ok=True)
+            for name in names:
+                shutil.copy(ROOT / name, tmp_path / folder)
+    code = [sys.executable, "-m", "hatchling", "metadata", "version"]
+    found = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+    assert found == visionfm_jax.__version__
+    assert "chown -R" not in after  # which would hold every file twice
+    ignored = set((ROOT / ".dockerignore").read_text().split())
+    assert {".git", ".venv", "data", "weights", "runs", "exported", "site"} <= ignored

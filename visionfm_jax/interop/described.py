@@ -23,7 +23,7 @@ from visionfm_jax.config.saved import model_from_dict
 from visionfm_jax.errors import UserError, printable
 from visionfm_jax.interop import files, huggingface, huggingface_clip, open_clip, timm
 from visionfm_jax.interop.leaves import sides_of, without_prefix
-from visionfm_jax.interop.pretrained import State, library_of, timm_facts
+from visionfm_jax.interop.pretrained import State, check_kinds, library_of, timm_facts
 from visionfm_jax.interop.swin_v2 import STAGES
 from visionfm_jax.interop.vit import Names
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
@@ -31,6 +31,7 @@ from visionfm_jax.models.backbones.vit import ViTConfig
 from visionfm_jax.models.clip import ClipConfig
 from visionfm_jax.models.text import TextConfig
 
+LARGEST = 2**14  # side of an image
 CLIP_WORDS = 49_408  # of CLIP's vocabulary, which ships with this project
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which transformers writes
 _OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}  # OpenCLIP's
@@ -68,6 +69,7 @@ def describe(file: Path, state: State, about: Mapping[str, Any]) -> Described:
     Raises:
       UserError: it is of a kind that is not known here, or the folder does not say what is needed.
     """
+    check_kinds(about)
     library = library_of(state, about)
     size, preprocess = {"timm": _of_timm, "Hugging Face": _of_processor, "OpenCLIP": _of_open_clip}[library](
         file, about
@@ -121,7 +123,7 @@ def by_name(name: str, num_classes: int = 0) -> Described:
 
 def _model(library: str, state: State, about: Mapping[str, Any], size: ImageSize) -> BackboneConfig | ClipConfig:
     if library == "OpenCLIP":
-        return _clip_of_open_clip(state, about["model_cfg"], size)
+        return _clip_of_open_clip(state, about.get("model_cfg", about), size)
     if library == "timm":
         if any(name.endswith(".attn.logit_scale") for name in state):
             return _swin_of_timm(state, about, size)
@@ -204,7 +206,13 @@ def _swin_of_timm(state: State, about: Mapping[str, Any], size: ImageSize) -> Sw
 
 def _swin_of_huggingface(about: Mapping[str, Any], size: ImageSize) -> SwinV2Config:
     keys = ("embed_dim", "depths", "num_heads", "mlp_ratio", "patch_size", "window_size", "pretrained_window_sizes")
-    width, depths, heads, ratio, patch, window, before = (huggingface.setting(about, key) for key in keys)
+    said = {key: huggingface.setting(about, key) for key in keys}
+    width, depths, heads, ratio, patch, window, before = said.values()
+    staged = all(isinstance(each, list) and len(each) == STAGES for each in (depths, heads))
+    numbers = [width, patch, *depths, *heads] if staged else []
+    if not numbers or not all(type(n) is int and 0 < n < 2**31 for n in numbers) or type(ratio) not in (int, float):
+        given = ", ".join(f"{key} = {said[key]!r:.30}" for key in keys[:5])
+        raise UserError(f"config.json: {given} are none of a SwinV2; get it again")
     return SwinV2Config(
         size="T", width=width, depths=tuple(depths), heads=tuple(heads), mlp_ratio=int(ratio), patch_size=patch,
         **_windows(window, before, patch, size),
@@ -271,7 +279,7 @@ def _class_names(state: State, about: Mapping[str, Any]) -> tuple[str, ...]:
     kernel = next((state[n] for n in ("head.weight", "head.fc.weight", "classifier.weight") if n in state), None)
     if kernel is None:
         return ()
-    names = about.get("label_names") or about.get("pretrained_cfg", {}).get("label_names")
+    names = about.get("label_names") or (about.get("pretrained_cfg") or {}).get("label_names")
     if isinstance(by_label := about.get("id2label"), dict):
         names = [by_label.get(str(i), i) for i in range(kernel.shape[0])]
     if not isinstance(names, list) or len(names) != kernel.shape[0]:
@@ -286,7 +294,7 @@ def _tokenizer(folder: Path, text: TextConfig, about: Mapping[str, Any]) -> str:
     """
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file():
         return str(folder / "tokenizer.model")
-    other = about.get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name")
+    other = about.get("model_cfg", about).get("text_cfg", {}).get("hf_tokenizer_name")
     if text.vocab_size == CLIP_WORDS and text.pool == "end" and not other:
         return "clip"
     return str(folder / "tokenizer.json")
@@ -294,8 +302,7 @@ def _tokenizer(folder: Path, text: TextConfig, about: Mapping[str, Any]) -> str:
 
 def _of_timm(file: Path, about: Mapping[str, Any]) -> tuple[HeightWidth, PreprocessConfig]:
     """Size and preprocessing of images by timm's `pretrained_cfg`."""
-    said = about.get("pretrained_cfg")
-    said = said if isinstance(said, dict) else {}
+    said = about.get("pretrained_cfg") or {}
     shape = said.get("input_size")
     size = sides_of(shape[1:] if isinstance(shape, list) else about.get("model_args", {}).get("img_size"))
     mode = said.get("crop_mode") or "center"
@@ -309,8 +316,9 @@ def _of_timm(file: Path, about: Mapping[str, Any]) -> tuple[HeightWidth, Preproc
 def _of_open_clip(file: Path, about: Mapping[str, Any]) -> tuple[HeightWidth, PreprocessConfig]:
     """Size and preprocessing of images by OpenCLIP's `preprocess_cfg`."""
     said = about.get("preprocess_cfg") or {}
-    size = sides_of(said.get("size") or about["model_cfg"].get("vision_cfg", {}).get("image_size", 224))
-    how = {"shortest": "crop", "squash": "squash"}.get(said.get("resize_mode", "shortest"))
+    size = sides_of(said.get("size") or about.get("model_cfg", about).get("vision_cfg", {}).get("image_size", 224))
+    mode = said.get("resize_mode", "shortest")
+    how = {"shortest": "crop", "squash": "squash"}.get(mode if isinstance(mode, str) else "")
     if not size or not how:
         raise UserError(f"{file}: preprocess_cfg in its open_clip_config.json is not known here: {said!r:.100}")
     return size, _preprocess(file, 1.0, how, said.get("interpolation", "bicubic"))
@@ -327,11 +335,13 @@ def _of_processor(file: Path, about: Mapping[str, Any]) -> tuple[HeightWidth, Pr
     resized, cropped = (_processor_size(said.get(key)) for key in ("size", "crop_size"))
     crops = bool(said.get("do_center_crop", cropped))
     size = cropped if crops and cropped else resized
-    by = _INTERPOLATIONS.get(said.get("resample"))
-    plain = said.get("do_resize", True) and math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3)
+    resample, factor = said.get("resample"), said.get("rescale_factor", 1 / 255)
+    by = _INTERPOLATIONS.get(resample if isinstance(resample, int) else -1)
+    plain = said.get("do_resize", True) and isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-3)
     # Files of older versions have one number, which is that of the shorter edge where there is a crop.
     shorter = "shortest_edge" in said["size"] if isinstance(said.get("size"), dict) else crops
-    if not size or not resized or not by or not plain or (shorter and not crops):
+    sizes = size and resized and min(*size, *resized) > 0 and max(*size, *resized) <= LARGEST
+    if not sizes or not by or not plain or (shorter and not crops):
         keys = ("size", "crop_size", "do_center_crop", "resample", "do_resize", "rescale_factor")
         given = ", ".join(f"{key} = {said[key]!r:.60}" for key in keys if key in said)
         raise UserError(

@@ -79,6 +79,9 @@ def normalization(file: Path, about: dict[str, Any] | str) -> dict[str, tuple[fl
     """`mean` and `std` (3,) of pixels in [0, 1] with which the weights in `file` were trained; {}: nothing says it.
 
     timm and OpenCLIP say it in their JSON file, `about`; transformers in a file of its own.
+
+    Raises:
+      UserError: what is said is no mean or no standard deviation.
     """
     if isinstance(about, str):
         return {}
@@ -88,8 +91,16 @@ def normalization(file: Path, about: dict[str, Any] | str) -> dict[str, tuple[fl
     if not isinstance(said, dict) or said.get("do_normalize") is False:
         return {}
     values = [said.get(name) for name in names]
-    if any(type(v) is not list or len(v) != 3 or {type(x) for x in v} - {int, float} for v in values):
+    if None in values:
         return {}
+    for name, value, least in zip(names, values, (-1e3, 1e-6), strict=True):
+        numbers = isinstance(value, list) and len(value) == 3 and {type(x) for x in value} <= {int, float}
+        if not numbers or not all(least <= x <= 1e3 for x in value):
+            what = "above 0" if least > 0 else "a channel each"
+            raise UserError(
+                f"{file}: {name} = {value!r:.60} beside it is none of pixels: it needs three numbers, {what}; get the "
+                "folder again"
+            )
     return dict(zip(("mean", "std"), map(tuple, values), strict=True))
 
 

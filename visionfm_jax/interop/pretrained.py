@@ -38,13 +38,15 @@ _READABLE = {  # of timm's `model_args`: what the weights show, and what is of t
 # What a config.json of a stranger may hold under the names that are read here.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("architecture", "model_type", "hidden_act", "global_pool", "act_layer", "pool_type"), str),
-    **dict.fromkeys(("timm_model_name", "timm_pool"), (str, type(None))),
+    **dict.fromkeys(("timm_model_name", "timm_pool", "hf_tokenizer_name"), (str, type(None))),
     **dict.fromkeys(("vision_config", "text_config", "model_cfg", "vision_cfg", "text_cfg", "model_args"), dict),
+    **dict.fromkeys(("pretrained_cfg", "preprocess_cfg"), (dict, type(None))),
     **dict.fromkeys(("width", "heads", "head_width", "num_attention_heads", "vocab_size"), int),
     **dict.fromkeys(("window_size", "num_heads"), (int, list)),  # of SwinV2's stages, and its windows' sides
     **dict.fromkeys(("layer_norm_eps", "norm_eps", "rope_theta", "rope_temperature"), (int, float)),
     "pretrained_window_sizes": list,
 }
+_POSITIVE = ("width", "heads", "head_width", "num_attention_heads", "vocab_size")
 
 
 class Imported(NamedTuple):
@@ -73,7 +75,7 @@ def import_weights(
         configuration would compute otherwise; a library that is not known here.
     """
     if not isinstance(about, str):
-        _check_kinds(about)
+        check_kinds(about)
     library = library_of(state, about)
     listed = [name for name in state if is_named(name, skip)]
     state = {name: tensor for name, tensor in state.items() if not is_named(name, skip)}
@@ -113,15 +115,20 @@ def _grids(found: Mapping[str, np.ndarray], about: Mapping[str, Any] | str) -> d
     }
 
 
-def _check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
-    """Refuse a config.json that holds something else than is read under a name, at any depth that is read."""
+def check_kinds(about: Mapping[str, Any], depth: int = 0) -> None:
+    """Refuse a config.json that holds something else than is read under a name, at any depth that is read.
+
+    Raises:
+      UserError: it does.
+    """
     for name, value in about.items():
         kind = _KINDS.get(name, object)
         number = isinstance(value, int | float) and kind is not object
-        if not isinstance(value, kind) or (number and (isinstance(value, bool) or abs(value) >= 2**31)):
+        wrong = number and (isinstance(value, bool) or not abs(value) < 2**31 or (name in _POSITIVE and value < 1))
+        if wrong or not isinstance(value, kind) or value != value:  # NaN, which equals nothing
             raise UserError(f"config.json: {name} = {value!r:.60} is not a valid value; get the file again")
-        if kind is dict and depth < 2:
-            _check_kinds(value, depth + 1)
+        if isinstance(value, dict) and kind is not object and depth < 2:
+            check_kinds(value, depth + 1)
 
 
 def library_of(state: State, about: Mapping[str, Any] | str) -> str:

@@ -1,19 +1,23 @@
 """The model card of an exported model: README.md, whose header hubs read.
 
-It says what the run's folder says: the recipe, the data, the steps, and what its evaluations have found.
+It says what the run's folder says: the recipe, the data, the steps, and what its evaluations have found, in words and,
+in the header, in the fields of Hugging Face's hub.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from visionfm_jax.api import Model
+from visionfm_jax.config import EvalConfig
 from visionfm_jax.errors import UserError, printable
 from visionfm_jax.interop.files import read_json
 from visionfm_jax.interop.hub import Folder, Trained
@@ -23,6 +27,13 @@ from visionfm_jax.train.provenance import read_provenance
 
 TITLES = {"image-classification": "image classifier", "image-feature-extraction": "image encoder",
           "zero-shot-image-classification": "image and text encoder"}  # fmt: skip
+# Of evals, as the hub has them; others by their own kind.
+_TASKS = {
+    **dict.fromkeys(("classification", "knn", "linear_probe"), "image-classification"),
+    "zero_shot": "zero-shot-image-classification", "boxes": "object-detection", "captioning": "image-to-text",
+    **dict.fromkeys(("instances", "panoptic", "segmentation"), "image-segmentation"),
+}  # fmt: skip
+_METRICS = {"top1": "accuracy", "miou": "mean_iou"}  # likewise
 _TIMM = """import timm
 import torch
 from PIL import Image
@@ -111,14 +122,13 @@ def card(
     task = "image-classification" if trained.names else "image-feature-extraction"
     task = "zero-shot-image-classification" if two_towers else task
     tags = dict.fromkeys([task, folder.library, "visionfm_jax"])
-    header = {"license": license, "library_name": folder.library, "pipeline_tag": task, "tags": list(tags)}
     size = " x ".join(map(str, trained.pixels.size))
     kind = getattr(config.task, "kind", type(config.task).__name__)
     averaged = f", averaged over steps with decay {config.optim.ema:g}" if config.optim.ema else ""
     count = sum(tensor.size for tensor in folder.tensors.values() or jax.tree.leaves(trained.params))
     converted = config.checkpoint.weights  # of another library: `api.load`
     facts = {
-        "network": f"{type(config.model).__name__}, {count:,} numbers, images of {size} pixels",
+        "network": f"{type(config.model).__name__}, {count:,} parameters, images of {size} pixels",
         "pixels": f"(value / 255 - {_numbers(trained.pixels.mean)}) / {_numbers(trained.pixels.std)}",
     }
     training = {
@@ -126,12 +136,16 @@ def card(
         "batch": f"{config.train.batch_size:,}", "precision": config.train.precision,
         "learning rate": f"{config.optim.lr:g}, weight decay {config.optim.weight_decay:g}",
     }  # fmt: skip
-    about = ["Data:", "", *(_data(model) or ["- not known"]), "", "## Evaluation", "", *_evaluations(model)]
+    measured = [] if converted else _measured(model)
+    about = ["Data:", "", *(_data(model) or ["- not known"]), "", "## Evaluation", "", *_table(measured)]
+    header = {"license": license, "library_name": folder.library, "pipeline_tag": task, "tags": list(tags)}
+    if not converted:
+        header |= {"datasets": _datasets(model) or None, "recipe": training}
     if converted:
         training = {"weights": f"converted from {Path(converted).name}"}
         about = ["How they were trained and evaluated, and their licence, is what their own model card says."]
     parts = [
-        "---", *(f"{name}: {json.dumps(value)}" for name, value in header.items()), "---", "",
+        "---", _yaml(header, config.name, measured), "---", "",
         f"# {_plain(config.name)}", "",
         f"An {TITLES[task]}, {'converted' if converted else 'trained'} with visionfm_jax and written for "
         f"{folder.library}.", "",
@@ -183,9 +197,48 @@ def _data(model: Model) -> list[str]:
     return lines
 
 
-def _evaluations(model: Model) -> list[str]:
-    """A table of what the run's evaluations have found; of one without details, what the metrics of training say."""
-    folder, rows = Path(model.config.folder), []
+def _datasets(model: Model) -> list[str]:
+    """The names of the training data that can be names on a hub."""
+    names = (Path(source.path.rstrip("/")).name or source.path for source in model.config.data.train)
+    return [name for name in dict.fromkeys(names) if re.fullmatch(r"[\w.-]+", name, re.ASCII)]
+
+
+class _Measured(NamedTuple):
+    """What an eval of the run has found: `step` and `protocol` may be empty."""
+
+    config: EvalConfig
+    step: int | str
+    protocol: str
+    metrics: dict[str, float]
+
+
+def _yaml(header: dict[str, Any], name: str, measured: Sequence[_Measured]) -> str:
+    """What the hub reads: `header`, and the evaluations as its `model-index`, by the hub's own library."""
+    from huggingface_hub import EvalResult, ModelCardData  # here: bare GPU images, which export nothing, lack it
+
+    results = [
+        EvalResult(
+            task_type=_TASKS.get(one.config.kind, one.config.kind),
+            task_name=one.config.kind,
+            dataset_type=one.config.source.kind,
+            dataset_name=printable(Path(one.config.source.path.rstrip("/")).name or one.config.source.path),
+            dataset_split=one.config.source.split or None,
+            metric_type=_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=value,
+            metric_args={"protocol": one.protocol, "step": one.step, "eval": one.config.name},
+        )
+        for one in measured
+        if one.config.kind != "pixel_baseline"  # which is no number of the model
+        for metric, value in one.metrics.items()
+        if math.isfinite(value)
+    ]
+    return ModelCardData(**header, model_name=printable(name), eval_results=results or None).to_yaml().strip()
+
+
+def _measured(model: Model) -> list[_Measured]:
+    """What the run's evaluations have found; of one without details, what the metrics of training say."""
+    folder, out = Path(model.config.folder), []
     last: dict[str, tuple[int, Any]] = {}
     for row in read_metrics(folder):
         last |= {name: (row["step"], value) for name, value in row.items() if name != "step"}
@@ -196,9 +249,17 @@ def _evaluations(model: Model) -> list[str]:
             prefix = f"{one.name}/"
             own = {name.removeprefix(prefix): v for name, v in last.items() if name.startswith(prefix)}
             metrics, step = {k: v for k, (_, v) in own.items()}, max((s for s, _ in own.values()), default="")
-        protocol = found.get("protocol", "")
-        numbers = ((k, v) for k, v in metrics.items() if isinstance(v, int | float))
-        rows += [f"| {one.name} | {step} | {protocol} | {k} | {v:.6g} |" for k, v in numbers]
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        out.append(_Measured(one, step, str(found.get("protocol", "")), numbers))
+    return out
+
+
+def _table(measured: Sequence[_Measured]) -> list[str]:
+    rows = [
+        f"| {one.config.name} | {one.step} | {one.protocol} | {k} | {v:.6g} |"
+        for one in measured
+        for k, v in one.metrics.items()
+    ]
     if not rows:
         return ["There is none in the run's folder."]
     head = ["| evaluation | step | protocol | metric | value |", "|---|--:|---|---|--:|"]

@@ -19,7 +19,7 @@ from visionfm_jax.errors import complain, count, one_line, printable, shortened
 from visionfm_jax.parallel.targets import find_target
 from visionfm_jax.storage import write_text
 from visionfm_jax.telemetry.curves import Curve, Mark, chart, series
-from visionfm_jax.telemetry.facts import CORE, PLAN, Facts, Measured, flat, utc
+from visionfm_jax.telemetry.facts import CORE, PLAN, Facts, Measured, Spike, flat, utc
 from visionfm_jax.telemetry.pictures import KINDS
 from visionfm_jax.telemetry.report import PARTS
 from visionfm_jax.train.spikes import SPIKE
@@ -54,7 +54,7 @@ figure{margin:0}.chart,.fact{background:var(--card);border-radius:8px;padding:10
 .chart{max-width:560px}.chart svg{display:block;width:100%;height:auto}
 svg text{font:11px system-ui,sans-serif;fill:var(--soft)}svg path{fill:none;stroke-width:1.7}
 svg .pale{opacity:.35;stroke-width:1}svg .grid{stroke:var(--line)}svg .lost{fill:var(--c3);font-size:14px}
-svg .mark{stroke-width:1.2}figcaption{font-size:.82rem;color:var(--soft)}
+svg .mark{stroke-width:1.4}figcaption{font-size:.82rem;color:var(--soft)}
 figcaption span{display:inline-block;margin-right:12px}figcaption b{color:var(--ink);font-weight:600}
 i{display:inline-block;width:14px;height:4px;margin-right:5px;vertical-align:middle;border-radius:2px}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,170px),1fr));gap:10px;margin:12px 0}
@@ -63,7 +63,8 @@ i{display:inline-block;width:14px;height:4px;margin-right:5px;vertical-align:mid
 caption{text-align:left;font-weight:600;padding:2px 0}
 th,td{text-align:left;padding:3px 12px 3px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:600}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td,th{overflow-wrap:break-word;max-width:34em}
+td,th{overflow-wrap:break-word;max-width:34em}.w{min-width:15em}
+th:first-child,td:first-child{position:sticky;left:0;background:var(--paper)}
 img{max-width:100%;height:auto;background:#fff;border-radius:6px;margin:10px 0 0}
 details{margin:.5em 0}summary{cursor:pointer;color:var(--soft)}.warn{border-left:4px solid var(--c3);padding-left:10px}
 """ + "".join(
@@ -71,7 +72,7 @@ details{margin:.5em 0}summary{cursor:pointer;color:var(--soft)}.warn{border-left
     for i in range(8)
 ) + "".join(
     f".mark.{kind}{{stroke:var(--c{i});stroke-dasharray:{dash}}}i.{kind}{{background:var(--c{i})}}"
-    for kind, i, dash in (("restart", 5, "4 3"), ("spike", 3, "1 2"), ("skipped", 4, "1 2"), ("changed", 7, "6 3"))
+    for kind, i, dash in (("restart", 5, "4 3"), ("spike", 3, "2 2"), ("skipped", 4, "6 2"), ("changed", 7, "8 4"))
 )  # fmt: skip
 
 
@@ -230,7 +231,7 @@ def _happened(run: Facts) -> dict[str, str]:
         "restarts": len(run.sessions) - 1, "spikes of the gradient norm": sum(s.kind == SPIKE for s in run.spikes),
         "steps without an update": max(skipped, default=0), "configuration changes": len(run.changed),
     }  # fmt: skip
-    return {what: f"{number:,}" for what, number in counts.items() if number > 0}
+    return {what: f"{max(number, 0):,}" for what, number in counts.items()}
 
 
 def _training(run: Facts) -> list[str]:
@@ -280,19 +281,20 @@ def _left_out(run: Facts) -> str:
 
 def _spikes(run: Facts) -> str:
     """A table, as the texts of marks cannot be read on a phone."""
-    rows = [
-        [spike.step, f"{spike.step:,}", spike.kind, _short(spike.norm),
-         f"{spike.norm / spike.usual:,.3g} x" if spike.usual > 0 and math.isfinite(spike.norm) else "",
-         spike.tensor, spike]
-        for spike in run.spikes
-    ]  # fmt: skip
-    rows += [[step, f"until {step:,}", f"{n:,} skipped", "", "", "", None] for step, n in run.skips()]
+    rows = [[s.step, f"{s.step:,}", s.kind, _norm(s), s.tensor, s] for s in run.spikes]
+    rows += [[step, f"until {step:,}", f"{n:,} skipped", "", "", None] for step, n in run.skips()]
     newest = sorted(rows, key=lambda row: row[0])[-ROWS:]
     shown = [[*row[1:-1], ", ".join(run.samples_of(row[-1])) if row[-1] else ""] for row in reversed(newest)]
-    head = ["step", "kind", "gradient norm", "of the usual", "tensor", "samples of the largest loss"]
+    head = ["step", "kind", "gradient norm", "tensor", "samples of the largest loss"]
     left = f'<p class="soft">The newest {ROWS} of {len(rows):,}.</p>' if len(rows) > ROWS else ""
     replay = '<p class="soft">visionfm replay --step=N runs such a step again.</p>' if run.spikes else ""
-    return table(head, shown, "n-nn") + left + (replay if shown else "")
+    return table(head, shown, "n---w") + left + (replay if shown else "")
+
+
+def _norm(spike: Spike) -> str:
+    """Of the gradient, beside the usual one."""
+    share = spike.norm / spike.usual if spike.usual > 0 else math.nan
+    return _short(spike.norm) + (f", {share:,.3g} times the usual" if math.isfinite(share) else "")
 
 
 def _speed(run: Facts) -> list[str]:
@@ -328,8 +330,8 @@ def _resources(run: Facts) -> list[str]:
     notes = []
     if run.unended:
         notes.append(
-            f"{count(run.unended, 'session')} of {len(run.sessions):,} {'has' if run.unended == 1 else 'have'} no end, "
-            "killed or still running: their time counts until their last sign of life, which comes every ten minutes."
+            f"Of {count(len(run.sessions), 'session')}, {run.unended:,} without an end (killed, or still running) "
+            "are counted until the last sign of life, which comes every ten minutes."
         )
     if energy := run.energy():
         hours, kind = run.device_hours() or (0.0, "")
@@ -346,7 +348,7 @@ def _counts(run: Facts) -> dict[str, str]:
     if run.samples:
         step, seen, damaged = run.samples
         share = f" ({damaged / seen:.3%})" if damaged else ""
-        out[f"samples seen, until step {step:,}"] = f"{seen:,}"
+        out["samples seen"] = f"{seen:,} until step {step:,}"
         out["damaged, and replaced by others"] = f"{damaged:,}{share}"
     read, cut = run.captions
     if read:
@@ -356,13 +358,16 @@ def _counts(run: Facts) -> dict[str, str]:
 
 def _data(run: Facts) -> list[str]:
     """Where the training data came from, how much of it was used, and what was damaged."""
-    named = [
-        [source, f"{len(names):,}", ", ".join(names[:NAMES]) + ", …" * (len(names) > NAMES)]
+    named = "".join(
+        _details(
+            f"{count(len(names), 'damaged record')} of {source}",
+            f"<p>{_e(', '.join(names[:NAMES]) + ', …' * (len(names) > NAMES))}</p>",
+        )
         for source, names in run.damaged_records.items()
-    ]
+    )
     return [
-        table(["samples", ""], [[what, value] for what, value in _counts(run).items()], "-n"),
-        table(["damaged records of", "", "names"], named, "-n"),
+        table(["data", ""], [[what, value] for what, value in _counts(run).items()], "-n"),
+        named and f"<div>{named}</div>",
     ]
 
 
@@ -378,22 +383,25 @@ def _plan(run: Facts) -> str:
     step, gpu, whole = (found if _is_dict(found := run.plan.get(k)) else {} for k in ("step", "per_gpu", "run"))
     speeds, hours = _values(run, "images_per_s"), run.device_hours()
     trained = found if _is_dict(found := run.config.get("train")) else {}
-    session = run.sessions[-1] if run.sessions else {}
-    target = find_target(kind := str(session.get("device")))
-    name, _, shape = str(run.plan.get("cluster", "")).partition(":")
-    planned = math.prod(int(n) for n in re.findall(r"\d{1,6}", shape)[:2])
+    on_gpus = hours and hours[1] != CORE
+    cluster = re.fullmatch(r"(.+):(\d{1,6})x(\d{1,6})", str(run.plan.get("cluster", "")))
+    planned = f"{int(cluster[2]) * int(cluster[3])} x {cluster[1]}" if cluster else ""
+    used = ""
+    for session in run.sessions[-1:]:
+        target = find_target(kind := str(session.get("device")))
+        used = f"{session.get('devices')} x {target.name if target else kind}"
     same = [
         ["configuration", str(run.plan.get("config", "")), run.name],
         ["batch size", _short(run.plan.get("batch_size")), _short(trained.get("batch_size"))],
-        ["devices", f"{planned} x {name}", f"{session.get('devices')} x {target.name if target else kind}"],
-    ]  # fmt: skip
+        ["devices", planned, used],
+    ]
     other = [what for what, one, two in same if one and two and one != two]
     rows = [
         *same,
         ["images/s", _short(step.get("images_per_s")), _short(float(np.median(speeds))) if speeds else ""],
-        ["MFU", _short(step.get("mfu")), _short(float(np.median(mfu))) if (mfu := _values(run, "mfu")) else ""],
+        ["MFU", _percent(step.get("mfu")), _percent(float(np.median(mfu))) if (mfu := _values(run, "mfu")) else ""],
         ["peak memory of a device", _gib(gpu.get("peak_bytes")), _gib(max(_measured_memory(run), default=None))],
-        ["GPU-hours", _short(whole.get("gpu_hours")), _least(run) + _short(hours[0]) if hours else ""],
+        ["GPU-hours", _short(whole.get("gpu_hours")), _least(run) + _short(hours[0]) if on_gpus else ""],
     ]
     warning = f"The plan is not of this run: {' and '.join(other)} differ{'s' * (len(other) == 1)}."
     note = f'<p class="warn">{_e(warning)}</p>' if other else ""
@@ -453,8 +461,9 @@ def _apart(run: Facts) -> str:
         scores = [f"{k} {_short(v)}" for k, v in found.items() if "/" in k]
         protocols = flat(found.get("protocols", {}))
         said = ", ".join(f"{k} {v}" for k, v in protocols.items() if k)
-        rows.append([_short(found.get("step")), str(found.get("time", ""))[:16], ", ".join(scores), said])
-    return table(["step", "time", "scores", "protocols"], rows, "n")
+        time = str(found.get("time", ""))[:16].replace("T", " ")
+        rows.append([_short(found.get("step")), time, ", ".join(scores), said])
+    return table(["step", "time (UTC)", "scores", "protocols"], rows, "n")
 
 
 def _other_pictures(run: Facts) -> list[Path]:
@@ -549,8 +558,8 @@ def _origin(run: Facts) -> list[str]:
     trained, kept = run.config.get("data"), run.data.get("sources")
     sources = trained.get("train") if _is_dict(trained) else None
     rows = [
-        [_short(source.get("kind")), _short(source.get("path")), _short(source.get("split", "")),
-         _short(source.get("selection", "")), _short(found.get("records")),
+        [_short(source.get("kind")), _short(source.get("path")) + _selected(source), _short(source.get("split", "")),
+         _short(found.get("records")),
          str(len(found["classes"])) if isinstance(found.get("classes"), list) else ""]
         for source, found in zip(
             sources if isinstance(sources, list) else [], kept if isinstance(kept, list) else [], strict=False
@@ -559,8 +568,12 @@ def _origin(run: Facts) -> list[str]:
     ]  # fmt: skip
     return [
         table(["weights at the beginning", ""], weights) or (f"<p>{_e(begun)}</p>" if run.config else ""),
-        table(["training data", "path", "split", "selection", "records", "classes"], rows, "----nn"),
+        table(["training data", "path", "split", "records", "classes"], rows, "---nn"),
     ]
+
+
+def _selected(source: dict[str, Any]) -> str:
+    return f", selected by {source['selection']}" if source.get("selection") else ""
 
 
 def _configuration(run: Facts) -> str:
@@ -618,10 +631,10 @@ def _details(title: str, body: str) -> str:
 
 
 def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], columns: str = "") -> str:
-    """Empty where it has no row; `columns` has an n for each column of numbers."""
+    """Empty where it has no row; `columns` has an n for each column of numbers, a w for one of long texts."""
     if not rows:
         return ""
-    kinds = [' class="n"' if columns[i : i + 1] == "n" else "" for i in range(len(head))]
+    kinds = [f' class="{kind}"' if (kind := columns[i : i + 1]) in ("n", "w") else "" for i in range(len(head))]
     top = "".join(f"<th{kind}>{_e(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
     lines = ("".join(f"<td{k}>{_e(c)}</td>" for k, c in zip(kinds, row, strict=True)) for row in rows)
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
@@ -672,6 +685,10 @@ def _short(value: Any) -> str:
     if abs(value) < 10**15 and value == int(value):
         return f"{int(value):,}"
     return f"{value:.4g}"
+
+
+def _percent(share: Any) -> str:
+    return f"{share:.1%}" if isinstance(share, int | float) and abs(share) < 10**6 else ""
 
 
 def _gib(size: Any) -> str:

@@ -302,7 +302,8 @@ def _set(config: Config, fields: Mapping[str, Any]) -> bool:
     changed = False
     for network in _networks(config).values():
         for name, value in fields.items():
-            kind, *path, field = name.split(".")
+            kind, _, path = name.partition(".")  # without a field: what no configuration has
+            *path, field = path.split(".")
             holder = functools.reduce(lambda part, one: getattr(part, one, None), path, network)
             if kind == type(network).__name__ and getattr(holder, field, value) != value:
                 setattr(holder, field, value)

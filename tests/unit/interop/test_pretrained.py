@@ -101,7 +101,7 @@ def test_the_sides_of_the_images_that_a_file_is_for(state):
     for more in ({"model_args": {"img_size": [16, 32]}}, {"pretrained_cfg": {"input_size": [3, 16, 32]}}):
         assert taken(state, TINY | more).grids == {"pos_embed": (4, 8)}
         assert taken(state, TINY | more, {"image": VIT}, "image").grids == {"image/pos_embed": (4, 8)}
-    for wrong in (5, {"input_size": 3}, {"input_size": [3, "a", 4]}, {"input_size": [3, -16, -32]}):
+    for wrong in (None, {"input_size": 3}, {"input_size": [3, "a", 4]}, {"input_size": [3, -16, -32]}):
         assert taken(state, TINY | {"pretrained_cfg": wrong}).grids == {}
 
 
