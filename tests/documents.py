@@ -34,6 +34,7 @@ NOT_RUN = {
     r"python -m visionfm_jax\.main --config=configs/vit_huge\.py": "visionfm train --config=vit_huge, another spelling",
     r"(\S+/)?python (benchmarks|tools/attack)/": "takes long: tests/unit/test_documents.py parses its arguments",
     r"visionfm bench .* --steps=": "needs a GPU: tests/unit/test_documents.py parses its arguments",
+    r"visionfm replay ": "compiles two steps with all their layers: tests/e2e/test_faults.py",
     r"visionfm plan ": "compiles for GPUs: tests/e2e/test_plan.py, with the tiny variant",
     r"visionfm train --config=swinv2_g_clip_640:tiny": "tests/e2e/test_pairs_runs.py trains it",
     r".* --to=onnx": "needs packages that exclude ours: .ci/run, by tests/parity/check_onnx.py",

@@ -195,8 +195,6 @@ def execute(base: Path, line: str, number: int, capfd) -> None:
         more = SHORT if "evals" in line else [*SHORT, "--config.evals=()"]
         finish(start(folder, *words[1:], *more, base=[], devices=1, cwd=base), folder, seconds=500)
         return
-    if command == "replay":
-        train(base, run_of(words[1]))
     assert main(words) == 0, line
     for file in re.findall(r"--(?:out|picture)=(\S+)", " ".join(words)):
         assert Path(file).exists(), line
