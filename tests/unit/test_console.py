@@ -118,6 +118,7 @@ def test_a_wheel_has_all_that_the_package_needs_and_finds_its_configurations(ins
     assert found.startswith(f"vit_huge_tiny {installed}/visionfm_jax/configs/aurora_xl.py ")
 
 
+@pytest.mark.slow
 def test_the_tour_works_from_a_wheel_outside_the_repository(installed, tmp_path):
     """A model is trained by the script that the wheel copies; then every other command of docs/tour.md is run, in one
     process, and what is exported is read back.
