@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import operator
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ from visionfm_jax.train.initialise import (
 from visionfm_jax.train.provenance import classes_of
 from visionfm_jax.train.step import Trainer
 
+MOST_CLASSES = 2**24
 PROMPTS = "imagenet_prompts_short"
 PREDICTED = {"labels": "probabilities", "embeddings": "embeddings"}  # by what a task can do, what it is asked for
 
@@ -190,6 +192,8 @@ def create(
     Raises:
       UserError: there is no such name, or the weights are not those of this model.
     """
+    if type(num_classes) is not int or not 0 <= num_classes <= MOST_CLASSES:
+        raise UserError(f"num_classes = {num_classes!r:.60}: must be a number from 0 to {MOST_CLASSES:,}")
     said = by_name(name, num_classes)
     config = untrained(name, said)
     trainer = Trainer(config, make_mesh(1, devices))
@@ -298,7 +302,7 @@ class Model:
         """
         if layers is None and pooled:
             return self._arrays(images, "features", "features")
-        wanted = self._layers(layers or ())
+        wanted = self._layers([] if layers is None else layers)
         rows = list(self._images(images, (tuple(sorted(set(wanted))), pooled), function=self._maps))
         if layers is None:
             return self._stacked(iter(rows), "map")
@@ -307,7 +311,7 @@ class Model:
     def apply(
         self, params: Any, images: jax.Array | None = None, texts: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """All that a model with features says of a batch, as a pure function: for `jax.jit`, `jax.grad` and `jax.vmap`::
+        """All that a model with features says of a batch: a pure function, for `jax.jit`, `jax.grad` and `jax.vmap`::
 
             embed = jax.jit(lambda params, images: model.apply(params, images)["image_embedding"])
             embed(model.params, images)
@@ -334,6 +338,8 @@ class Model:
         """int32 (N, T): the token ids of each text, cut and padded to the length that the text tower takes."""
         tokenizer, length = self.tokenizer, self.config.model.text.context
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise UserError(f"texts: {wrong[0]!r:.60} is a {type(wrong[0]).__name__}; give strings")
         return np.array([tokenizer(text, length) for text in texts], np.int32).reshape(-1, length)
 
     @functools.cached_property
@@ -364,8 +370,12 @@ class Model:
           UserError: there is no such layer, or it cannot be had.
         """
         network = self._network
+        try:
+            layers = [operator.index(n) for n in layers]
+        except TypeError:
+            self._require(False, f"has layers by number, such as layers=[0, -1]; not {layers!r:.60}")
         count = len(network.widths) if len(network.widths) > 1 else size_of(network).depth
-        self._require(all(-count <= n < count for n in layers), f"has layers 0 to {count - 1}; not all of {[*layers]}")
+        self._require(all(-count <= n < count for n in layers), f"has layers 0 to {count - 1}; not all of {layers}")
         windows = isinstance(network, ViTConfig) and network.window
         self._require(not (layers and windows), "has windows, and keeps no layers; leave layers out")
         return [n % count for n in layers]
@@ -400,20 +410,27 @@ class Model:
           with the sigmoid loss, the chance of each class by itself.
         """
         if "embeddings" in self.config.task.predictions:
-            self._require(bool(names), "knows no classes of its own; give their names")
             self._require(not isinstance(names, str), f"needs a list of names, not {names!r:.60}")
+            names = () if names is None else tuple(map(str, names))
+            self._require(bool(names), "knows no classes of its own; give their names")
+            self._require(len(set(names)) == len(names), "needs a name of its own for each class; one is there twice")
             embeddings = self._class_embeddings(names, prompts)
             # Scaled as in training, so that these are the probabilities that the loss has seen.
             logits = self.embed_images(images) @ embeddings.T * float(np.exp(np.asarray(self.params["scale"])))
             if self.config.task.loss == "sigmoid":
-                return Classified(tuple(names), chances(logits + float(np.asarray(self.params["bias"]))))
-            return Classified(tuple(names), _softmax(logits))
+                return Classified(names, chances(logits + float(np.asarray(self.params["bias"]))))
+            return Classified(names, _softmax(logits))
         self._require("labels" in self.config.task.predictions, "does not classify images")
         self._require(names is None, "has classes of its own; leave names out")
         return Classified(self.class_names, self._arrays(images, "probabilities", "probabilities"))
 
     def search(self, images: Any, texts: str | Sequence[str], count: int = 10) -> Ranked:
-        """For each text the `count` images that fit it best, by the cosine of their embeddings."""
+        """For each text the `count` images that fit it best, by the cosine of their embeddings.
+
+        Images that cannot be read come last, with a score of NaN.
+        """
+        if count < 1:
+            raise UserError(f"count = {count}: must be 1 or more")
         found = self.embed_images(images)
         index, score = best(self.embed_texts(texts), found, min(count, len(found)))
         return Ranked(index, score)
@@ -425,14 +442,22 @@ class Model:
         return [row and self.tokenizer.decode(row["generated"].tolist()) for row in out]
 
     def reconstruct(self, images: Any) -> np.ndarray:
-        """uint8 (N, H, W, 3): the images as the model sees them, with hidden parts as it guesses them."""
+        """uint8 (N, H, W, 3): the images as the model sees them, with hidden parts as it guesses them.
+
+        One that cannot be read is black.
+        """
         self._require("masked_image" in self.config.task.predictions, "reconstructs no images")
         out = list(self._images(images, "reconstruct"))
+        if not out:
+            raise DataError("no images given")
         blank = np.zeros((*height_width(self.transform.size), 3), np.uint8)
         return np.stack([blank if row is None else row["reconstruction"] for row in out])
 
     def detect(self, images: Any, least_score: float = 0.3) -> list[Detected | None]:
-        """The objects of each image whose score is `least_score` or more: boxes, and of a model of masks those."""
+        """The objects of each image whose score is `least_score` or more: boxes, and of a model of masks those.
+
+        An image that cannot be read is None.
+        """
         predictions = self.config.task.predictions
         self._require(bool(predictions & {"boxes", "masks"}), "detects no objects")
         found_in = self._by_masks if "masks" in predictions else self._by_boxes
@@ -505,6 +530,7 @@ class Model:
     def _class_embeddings(self, names: Sequence[str], prompts: str | Sequence[str]) -> np.ndarray:
         if isinstance(prompts, str):
             prompts = (prompts,) if "{}" in prompts else read_lines(prompts)
+        prompts = tuple(prompts)
         if wrong := [prompt for prompt in prompts if prompt.count("{}") != 1]:
             raise UserError(f"prompts: {wrong[0]!r:.80} needs exactly one {{}}, where the name of a class goes")
         texts = [prompt.replace("{}", name) for prompt in prompts for name in names]

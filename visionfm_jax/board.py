@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from visionfm_jax import parts
 from visionfm_jax.api import Model, load
 from visionfm_jax.config import EvalConfig
 from visionfm_jax.config.arguments import Parser
@@ -261,6 +262,8 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.board") -> 
     parser.add_argument("--out", required=True, help="folder to write")
     arguments = parser.parse_args(argv)
     quiet_logs()
+    parts.check_out(arguments.out, ())
+    parts.check_writable(Path(arguments.out))
     sets = find_sets(Path(arguments.data), [name for name in arguments.sets.split(",") if name])
     out = Path(arguments.out)
     file = out / "board.json"
@@ -311,8 +314,12 @@ def _read(file: Path) -> list[dict]:
     try:
         rows = json.loads(file.read_text())["measurements"]
         needed = ("model", "weights", "step", "set", "protocol", "records")
-        return [row for row in rows if None not in (row["metrics"][MAIN[row["kind"]]], *map(row.__getitem__, needed))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        for row in rows:
+            float(row["metrics"][MAIN[row["kind"]]])
+            if not all(isinstance(row[name], int if name in ("step", "records") else str) for name in needed):
+                raise TypeError(f"a measurement of {row['set']!r:.60}")
+        return rows
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read as a board ({error!r}); move it away") from None
 
 

@@ -19,6 +19,7 @@ ViTs and CLIPs of them, likewise, for ONNX Runtime; needs jax2onnx here (docs/ex
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,14 +29,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from visionfm_jax import parts
 from visionfm_jax.api import Model, load
 from visionfm_jax.config import BackboneConfig, PreprocessConfig
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.limits import height_width, shortest
 from visionfm_jax.data.tokenizer.files import huggingface_files
-from visionfm_jax.errors import ConfigError, UserError, entry_point, printable
+from visionfm_jax.errors import ConfigError, UserError, entry_point, one_line, printable
 from visionfm_jax.interop.hub import FOLDERS, SETTINGS, Folder, Pixels, Trained, other_pixels, parts_of
 from visionfm_jax.interop.resample import resize_positions
 from visionfm_jax.logs import quiet_logs
@@ -43,7 +46,7 @@ from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 from visionfm_jax.models.backbones.vit import ViTConfig, table_grid
 from visionfm_jax.models.layers import no_gather
 from visionfm_jax.programs import PLATFORMS, onnx_of, stablehlo_of
-from visionfm_jax.storage import replacing_folder
+from visionfm_jax.storage import is_full, not_written, replacing_folder
 from visionfm_jax.tasks.classification import ClassificationConfig
 from visionfm_jax.tasks.contrastive import ContrastiveConfig
 from visionfm_jax.telemetry.card import card
@@ -93,18 +96,23 @@ def export(
                 _write_weights(part, folder, largest if folder.indexed else sys.maxsize)
             for name, content in {**{name: text.encode() for name, text in texts.items()}, **extra, **programs}.items():
                 (part / name).write_bytes(content)
-    except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror or error}; name a folder that can be written") from error
+    except (OSError, SafetensorError) as error:
+        if not isinstance(error, OSError):  # which says of a full disk in words alone
+            error = OSError(errno.ENOSPC if is_full(str(error)) else errno.EIO, one_line(error))
+        raise not_written(f"--out={printable(str(out))}", error) from error
     return notes
 
 
 def _require_empty(out: Path) -> None:
     try:
+        if out.is_symlink():
+            raise ConfigError(f"--out={printable(str(out))}: is a link; name the folder itself")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             what = "is a folder that is not empty" if out.is_dir() else "is a file"
             raise ConfigError(f"--out={printable(str(out))}: {what}; name a new one")
+        parts.check_writable(out)
     except OSError as error:
-        raise UserError(f"--out={printable(str(out))}: {error.strerror or error}; name another folder") from error
+        raise not_written(f"--out={printable(str(out))}", error) from error
 
 
 def trained_of(model: Model, to: str) -> tuple[Trained, list[str]]:

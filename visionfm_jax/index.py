@@ -23,7 +23,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from visionfm_jax import parts
-from visionfm_jax.errors import DataError, printable
+from visionfm_jax.errors import DataError, one_line, printable
 from visionfm_jax.evals.metrics import best
 from visionfm_jax.storage import read
 
@@ -58,7 +58,11 @@ def write_index(
       UserError: it cannot be written.
     """
     if not parts.is_file(out, FORMS):
-        for path, some in parts.missing(out, names, about, share, ".parquet", what):
+
+        def is_whole(path: Path, some: Sequence[str]) -> bool:
+            return _about(path) == about and _read_part(path).names == list(map(_utf8, some))
+
+        for path, some in parts.missing(out, names, about, share, ".parquet", is_whole, what):
             _write_part(path, some, embed, about)
     elif out.suffix == ".npz":
         values = {"embedding": embed(names), "name": np.array(names), ABOUT: np.array(json.dumps(about))}
@@ -79,7 +83,10 @@ def open_index(path: str) -> tuple[dict[str, Any], Iterator[Part]]:
     def read_one(act: Callable[[], _T]) -> _T:
         try:
             return read(act, lambda: f"--index={printable(path)}")
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, pa.ArrowException) as error:
+        except (
+            OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile,
+            pa.ArrowException,
+        ) as error:  # fmt: skip
             why = str(error).partition("\n")[0]
             raise DataError(
                 f"--index={printable(path)}: is no index of visionfm embed: {why}; make it again"
@@ -91,6 +98,10 @@ def open_index(path: str) -> tuple[dict[str, Any], Iterator[Part]]:
     def all_parts() -> Iterator[Part]:
         width = None
         for file in files:
+            if read_one(functools.partial(_about, file)) != about:
+                raise DataError(
+                    f"--index={printable(path)}: {file.name} is of another model than {files[0].name}; make it again"
+                )
             names, rows = read_one(functools.partial(_read_part, file))
             if rows.ndim != 2 or len(names) != len(rows) or not len(rows) or width not in (None, rows.shape[1]):
                 shape = f"{len(names)} names and rows of shape {rows.shape}"
@@ -128,12 +139,16 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 def _write_part(path: Path, names: Sequence[str], embed: Embed, about: dict[str, Any]) -> None:
     rows = np.ascontiguousarray(embed(names), np.float32)
     values = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-    safe = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
-    table = pa.table({"name": pa.array(safe, pa.string()), "embedding": values})
+    table = pa.table({"name": pa.array([*map(_utf8, names)], pa.string()), "embedding": values})
     table = table.replace_schema_metadata({ABOUT: json.dumps(about)})
     made = io.BytesIO()
-    parquet.write_table(table, made, compression="none")
+    parquet.write_table(table, made, compression="none", write_page_checksum=True)
     parts.write(path, lambda file: file.write(made.getvalue()))
+
+
+def _utf8(name: str) -> str:
+    """A file's name, which may be any bytes, as text that is stored."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -145,7 +160,11 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _read_part(path: Path) -> Part:
     if path.suffix == ".parquet":
-        table = parquet.read_table(path, columns=["name", "embedding"]).combine_chunks()
+        content = io.BytesIO(path.read_bytes())
+        try:
+            table = parquet.read_table(content, columns=["name", "embedding"], page_checksum_verification=True)
+        except OSError as error:  # what pyarrow raises of a wrong checksum: no wait would help
+            raise ValueError(one_line(error)) from error
         rows = table["embedding"].combine_chunks()
         if isinstance(rows, pa.ChunkedArray):
             rows = rows.chunk(0)

@@ -53,8 +53,11 @@ def encoded(image: Any) -> bytes | np.ndarray:
       StorageError: it cannot be read now.
     """
     if isinstance(image, str | os.PathLike):
+        path = Path(image)
         try:
-            return read(Path(image).read_bytes, lambda: str(image))
+            if path.exists() and not path.is_file():
+                raise DamagedImage("is no ordinary file")  # a pipe would be waited for
+            return read(path.read_bytes, lambda: str(image))
         except (DataError, ValueError) as error:  # ValueError: a name that no file can have
             raise DamagedImage(getattr(error.__cause__, "strerror", None) or str(error)) from error
     if isinstance(image, Stored):
@@ -64,8 +67,8 @@ def encoded(image: Any) -> bytes | np.ndarray:
             return rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # decoders raise a dozen kinds on bad bytes
             raise DamagedImage(str(error) or type(error).__name__) from error
-    if isinstance(image, bytes):
-        return image
+    if isinstance(image, bytes | bytearray):
+        return bytes(image)
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
         raise DamagedImage(
@@ -76,7 +79,9 @@ def encoded(image: Any) -> bytes | np.ndarray:
 
 def named(images: Any) -> list[tuple[str, Any]]:
     """Images with names for people, from one of them or a sequence."""
-    if isinstance(images, str | bytes | os.PathLike | Stored | Image.Image) or getattr(images, "ndim", 0) in (2, 3):
+    if isinstance(images, str | bytes | bytearray | os.PathLike | Stored | Image.Image) or getattr(
+        images, "ndim", 0
+    ) in (2, 3):
         images = [images]
     return [
         (str(image) if isinstance(image, str | os.PathLike | Stored) else f"image {number}", image)

@@ -17,12 +17,13 @@ import faulthandler
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from visionfm_jax.cli.evaluate import add_arguments, evaluate, with_eval
 from visionfm_jax.cli.replay import replay
 from visionfm_jax.cli.train import run
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.errors import entry_point
+from visionfm_jax.errors import ConfigError, entry_point
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.parallel import cluster
 from visionfm_jax.telemetry.watchdog import Watchdog
@@ -59,6 +60,9 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.main", mode
     if mode in ("", "evaluate"):
         add_arguments(parser)
     if mode == "evaluate":
+        for word in argv:
+            if word.startswith("--run=") and not Path(word.removeprefix("--run=")).is_dir():
+                raise ConfigError(f"{word}: there is no such folder; name that of a run")
         argv = [re.sub(r"^--run(?==|$)", "--config", word) for word in argv]
     config, arguments = parser.parse_with_config(argv, with_eval)
     if not mode:

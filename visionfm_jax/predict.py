@@ -45,17 +45,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from visionfm_jax import index, parts
-from visionfm_jax.api import Detected, Model, NothingRead, load
+from visionfm_jax.api import PROMPTS, Detected, Model, NothingRead, load
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.data.images import DamagedImage, opened
+from visionfm_jax.data.images import DamagedImage, decode_map, opened
 from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.text_lists import read_lines
-from visionfm_jax.errors import ConfigError, DataError, UserError, complain, entry_point, printable
+from visionfm_jax.errors import ConfigError, DataError, complain, entry_point, printable
 from visionfm_jax.inference import Stored, encoded
 from visionfm_jax.logs import quiet_logs
-from visionfm_jax.storage import replacing
+from visionfm_jax.storage import not_written, replacing
 from visionfm_jax.telemetry import pictures
 from visionfm_jax.telemetry.report import DPI, GREY, INK, drawable, save
 
@@ -81,14 +81,14 @@ def images_of(words: Sequence[str], split: str) -> dict[str, str | Stored]:
             below = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             tars = any(path.glob("*.tar"))
             if tars:
-                found |= _records(f"tars:{word}", split)
+                found |= _of_dataset(f"tars:{word}", split)
             if not below and not tars:
                 raise DataError(f"{printable(word)}: no image below this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
         elif path.is_file():
             below = [word]
         elif _is_dataset(word):
             below = []
-            found |= _records(word, split)
+            found |= _of_dataset(word, split)
         elif not (below := sorted(p for p in glob.glob(word, recursive=True) if Path(p).is_file())):
             raise DataError(
                 f"{printable(word)}: there is no such file or folder, nothing that fits it as a pattern, and it is no "
@@ -104,7 +104,7 @@ def _is_dataset(word: str) -> bool:
     return word.partition(":")[0] in KINDS and ":" in word
 
 
-def _records(word: str, split: str) -> dict[str, Stored]:
+def _of_dataset(word: str, split: str) -> dict[str, Stored]:
     """The images of a dataset KIND:PATH, of which captions and labels are not needed."""
     source = _opened(word, split)
     place = f"{word}#" if not split else f"{word}@{split}#"
@@ -190,17 +190,35 @@ Records = list[dict[str, Any]]
 
 
 def _records(
-    make: Callable[[Images], Records], images: Images, arguments: Namespace, about: dict[str, Any]
+    make: Callable[[Images], Records],
+    images: Images,
+    arguments: Namespace,
+    about: dict[str, Any],
+    there: Callable[[dict[str, Any]], bool] = lambda record: True,
 ) -> Records | None:
-    """What `make` finds in images, a record for each. None: a line for each is in the parts of a folder, --out."""
+    """What `make` finds in images, a record for each. None: a line for each is in the parts of a folder, --out.
+
+    `there` says of a record of a finished part whether what belongs to it is still there.
+    """
     if not _has_parts(arguments):
         return make(images)
-    for path, names in parts.missing(Path(arguments.out), list(images), about, _share_of(arguments), LINES):
+
+    def is_whole(path: Path, names: Sequence[str]) -> bool:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        return [record["image"] for record in found] == list(map(_utf8, names)) and all(map(there, found))
+
+    share = _share_of(arguments)
+    for path, names in parts.missing(Path(arguments.out), list(images), about, share, LINES, is_whole):
         found = make({name: images[name] for name in names})
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-        parts.write(path, lambda file, lines=lines: file.write(lines.encode(errors="replace")))
+        lines = "".join(json.dumps({**record, "image": _utf8(record["image"])}) + "\n" for record in found)
+        parts.write(path, lambda file, lines=lines: file.write(lines.encode()))
     print(f"{len(images):,} images: {arguments.out}")
     return None
+
+
+def _utf8(name: str) -> str:
+    """A file's name, which may be any bytes, as text that is stored."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _has_parts(arguments: Namespace) -> bool:
@@ -209,7 +227,7 @@ def _has_parts(arguments: Namespace) -> bool:
 
 
 def _first_records(out: str) -> Records:
-    """Of the first part in a folder."""
+    """Of the first part in a folder, which is whole by now."""
     first = next(iter(sorted(Path(out).glob(f"part-*{LINES}"))), None)
     return [json.loads(line) for line in first.read_text().splitlines()] if first else []
 
@@ -233,6 +251,8 @@ def search(model: Model, images: Images, arguments: Namespace) -> None:
     except NothingRead as error:
         raise DataError(f"--image={printable(arguments.image)}: cannot be read; the warning says why") from error
     ranked = index.search_index(found, query, arguments.count)
+    if not ranked:
+        raise DataError("not one of the images could be read when they were embedded: there is nothing to find")
     for place, (name, cosine) in enumerate(ranked, 1):
         print(f"{place:4}  {cosine:6.3f}  {printable(name)}")
     _write_json(arguments.out, [{"image": name, "cosine": cosine} for name, cosine in ranked])
@@ -242,19 +262,19 @@ def search(model: Model, images: Images, arguments: Namespace) -> None:
 
 def classify(model: Model, images: Images, arguments: Namespace) -> None:
     """The likeliest classes of each image."""
-    classes = _class_names(arguments.names) if arguments.names else None
-    prompts = {"prompts": arguments.prompts} if arguments.prompts else {}
+    classes, prompts = _class_names(arguments.names), arguments.prompts or PROMPTS
+    prompts = (prompts,) if "{}" in prompts else read_lines(prompts)
 
     def make(some: Images) -> Records:
         try:
-            best = model.classify(some.values(), classes, **prompts).best(arguments.count)
+            best = model.classify(some.values(), classes, prompts).best(arguments.count)
         except NothingRead:
             if not _has_parts(arguments):
                 raise
             best = [[] for _ in some]
         return [{"image": name, "classes": dict(found) or None} for name, found in zip(some, best, strict=True)]
 
-    about = _about(model, names=arguments.names, prompts=arguments.prompts, count=arguments.count)
+    about = _about(model, classes=classes, prompts=prompts if classes else None, count=arguments.count)
     if (records := _records(make, images, arguments, about)) is None:
         return
     for record in records:
@@ -263,9 +283,22 @@ def classify(model: Model, images: Images, arguments: Namespace) -> None:
     _write_json(arguments.out, {record["image"]: record["classes"] for record in records})
 
 
-def _class_names(word: str) -> Sequence[str]:
-    """Of --names: separated by commas, or a list as `text_lists.read_lines` takes it."""
-    return [name.strip() for name in word.split(",")] if "," in word else read_lines(word)
+def _class_names(word: str) -> tuple[str, ...] | None:
+    """Of --names: separated by commas, or a list as `text_lists.read_lines` takes it; None: not given.
+
+    Raises:
+      ConfigError: one is blank or there twice, or a single word is no list.
+    """
+    if not word:
+        return None
+    try:
+        names = tuple(name.strip() for name in word.split(",")) if "," in word else read_lines(word)
+    except DataError as error:
+        raise ConfigError(f"--names={printable(word)}: has no comma and is no list: {error}") from error
+    if "" in names or len(set(names)) < len(names):
+        what = "a blank name" if "" in names else f"{printable(max(names, key=names.count))} twice"
+        raise ConfigError(f"--names={printable(word)}: has {what}; give each class one name of its own")
+    return names
 
 
 def caption(model: Model, images: Images, arguments: Namespace) -> None:
@@ -359,14 +392,20 @@ def segment(model: Model, images: Images, arguments: Namespace) -> None:
             records.append({"image": name, "map": None if found is None else maps[name]})
         return records
 
-    _records(make, images, arguments, _about(model))
+    _records(
+        make,
+        images,
+        arguments,
+        _about(model),
+        lambda record: record["map"] is None or (folder / record["map"]).is_file(),
+    )
     _write(arguments.out, folder / "names.txt", lambda file: file.write("\n".join([*model.class_names, ""]).encode()))
 
     def draw(path: str) -> None:
         shown = []
         for record in _first_records(arguments.out):
             if record["map"] is not None and len(shown) < PICTURED:
-                image, found = _small(images[record["image"]]), np.asarray(Image.open(folder / record["map"]))
+                image, found = _small(images[record["image"]]), decode_map((folder / record["map"]).read_bytes())
                 rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape, found.shape, strict=False))
                 name = Path(record["image"]).name
                 shown.append({"image": image, "key": name, "map": found[np.ix_(rows, columns)].astype(np.int32)})
@@ -428,8 +467,15 @@ def _check(mode: str, arguments: Namespace) -> None:
         raise ConfigError(f"--out={printable(out)}: {mode} writes a file {' or '.join(command.forms)}; name one")
     if command.parts:
         _share_of(arguments)
-    if "count" in arguments and arguments.count < 1:
-        raise ConfigError(f"--count={arguments.count}: must be 1 or more")
+    for field, least, most in (("count", 1, 2**31), ("least_score", 0, 1)):
+        if field in arguments and not least <= getattr(arguments, field) <= most:
+            raise ConfigError(f"--{field}={getattr(arguments, field)}: must be from {least} to {most:,}")
+    if mode == "classify":
+        _class_names(arguments.names)
+    if (picture := getattr(arguments, "picture", "")) and not picture.lower().endswith(".png"):
+        raise ConfigError(f"--picture={printable(picture)}: a PNG is drawn; name a file .png")
+    if out:
+        parts.check_writable(Path(out))
     if mode == "search" and bool(arguments.text) == bool(arguments.image):
         raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
     if mode == "search" and bool(arguments.index) == bool(arguments.images):
@@ -448,7 +494,7 @@ def _write(field: str, path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with replacing(path) as part, open(part, "wb") as file:
             write(file)
     except OSError as error:
-        raise UserError(f"--out={field}: {error.strerror or error}; name one that can be written") from error
+        raise not_written(f"--out={printable(field)}", error) from error
 
 
 def _png(values: np.ndarray, file: BinaryIO) -> None:
@@ -466,7 +512,7 @@ def _draw(path: str, draw: Callable[[str], None]) -> None:
         try:
             draw(path)
         except OSError as error:
-            raise UserError(f"--picture={path}: {error.strerror or error}; name one that can be written") from error
+            raise not_written(f"--picture={printable(path)}", error) from error
         print(f"picture: {path}")
 
 
@@ -535,6 +581,8 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.predict", m
     quiet_logs()
     _check(mode, arguments)
     images = images_of(arguments.images, arguments.split)
+    if arguments.split and not any(isinstance(image, Stored) for image in images.values()):
+        raise ConfigError(f"--split={printable(arguments.split)}: is of datasets KIND:PATH, and there is none")
     COMMANDS[mode].run(load(arguments.run), images, arguments)
 
 

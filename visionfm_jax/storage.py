@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from visionfm_jax.errors import DataError, OutputError, StorageError, complain
+from visionfm_jax.errors import DataError, OutputError, StorageError, UserError, complain
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further try: a minute in all
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -121,6 +121,13 @@ def unwritable(path: Path, error: OSError, lost: str = "") -> OutputError:
         f"cannot write {path}: {error.strerror or error}; {lost}free space there or choose another folder by "
         "config.workdir"
     )
+
+
+def not_written(where: str, error: OSError) -> UserError:
+    """The error for people, of a place that they have named; of a full disk that of `unwritable`."""
+    kind = OutputError if error.errno in FULL else UserError
+    remedy = "free space there, or name another place" if kind is OutputError else "name a place that can be written"
+    return kind(f"{where}: {error.strerror or error}; {remedy}")
 
 
 def announce(failure: str, wait: float) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from visionfm_jax.evals.eval import make_evals
 from visionfm_jax.evals.kinds import InstancesConfig, PanopticConfig
 from visionfm_jax.evals.run import measure
 from visionfm_jax.evals.segmentation import confusion_of, score
-from visionfm_jax.inference import Stored
+from visionfm_jax.inference import Stored, encoded
 from visionfm_jax.models.backbones.vit import ViTConfig, size_of, table_grid
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.predict import images_of
@@ -175,6 +176,15 @@ def test_the_pure_function_is_what_the_methods_use(model, images):
         model.apply(model.params, texts=np.zeros((1, 8), np.int32))
 
 
+def test_layers_are_numbers(model, images):
+    whole = model.features(images[:1], [0, 1])
+    for given in (np.array([0, 1]), iter([0, 1]), range(2)):
+        np.testing.assert_array_equal(model.features(images[:1], given), whole)
+    for given in (["a"], [0.5], 0):
+        with pytest.raises((UserError, TypeError), match=r"layers by number|not iterable"):
+            model.features(images[:1], given)
+
+
 def test_maps_of_layers(model, images):
     depth = size_of(model.config.model).depth
     check_layers(model, images, [depth - 1, 1])
@@ -279,7 +289,7 @@ def test_masks_are_those_of_the_eval(tmp_path, truth, monkeypatch):
     name = {"instance": "_one", "panoptic": "_compare"}[truth]
     whole = getattr(type(evals["held_out"]), name)
     monkeypatch.setattr(type(evals["held_out"]), name, lambda *given: seen.append(whole(*given)) or seen[-1])
-    measure(trainer, evals, params, {}, lambda: None)
+    measure(trainer, evals, params, {}, lambda batches: None)
     opened = evals["held_out"].source
     model, seen = Model(trainer, params, opened.class_names), sorted(seen, key=lambda one: one[0])
     images = [opened[i]["image"] for i in range(len(opened))]
@@ -354,6 +364,27 @@ def test_parts_are_continued_and_shared(tmp_path, model, images, monkeypatch):
     rows = np.concatenate([part.rows for part in found])
     assert np.isnan(rows).all(1).tolist() == [False, False, True, True, True, False]
     np.testing.assert_allclose(rows[0], model.features(names[0])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_images_are_those_of_files_folders_patterns_and_datasets(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.png", "a/2.png", "3.png"):
+        (tmp_path / name).write_bytes(PNG)
+    with tarfile.open(tmp_path / "a/00000.tar", "w") as tar:
+        tar.add(tmp_path / "3.png", "key.png")
+    found = images_of([str(tmp_path / "a"), str(tmp_path / "?.png"), "bundled:digits"], "test")
+    names = [*found]
+    assert sum(isinstance(image, Stored) for image in found.values()) == 1 + 1000
+    assert [name for name in names if not isinstance(found[name], Stored)] == [
+        str(tmp_path / name) for name in ("a/1.png", "a/2.png", "3.png")
+    ]
+    for image in (found[names[0]], found[names[-1]]):
+        assert decode(encoded(predict._again(str(image)))).shape[2] == 3
+
+
+def test_a_pipe_is_no_image(tmp_path, model, images):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert np.isnan(model.features([images[0], tmp_path / "pipe.png"])[1]).all()
 
 
 def test_a_map_is_never_written_outside_its_folder():

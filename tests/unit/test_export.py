@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from visionfm_jax.api import Model
 from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.config.load import load_file
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.tokenizer.files import huggingface_files
-from visionfm_jax.errors import ConfigError, UserError
+from visionfm_jax.errors import ConfigError, OutputError, UserError
 from visionfm_jax.export import export, main, trained_of
 from visionfm_jax.interop.files import read_weights
 from visionfm_jax.interop.hub import parts_of
@@ -209,6 +209,15 @@ def test_a_network_that_a_library_does_not_have(tmp_path, name, to, changed, say
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     model = model_of(config_of("vit_cls"))
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("visionfm_jax.export.save_file", full)
+        with pytest.raises(OutputError, match=r"--out=.*out: I/O error: No space left .*; free space there"):
+            export(model, "timm", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"--to=torch: there are timm, transformers, open_clip, stablehlo"):
         export(model, "torch", tmp_path / "out")
     (tmp_path / "full").mkdir()
@@ -216,7 +225,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     for name, what in (("full", "a folder that is not empty"), ("full/a", "a file")):
         with pytest.raises(ConfigError, match=f"{name}: is {what}; name a new one"):
             export(model, "timm", tmp_path / name)
-    with pytest.raises(UserError, match=r"--out=.*: (Not a directory|File exists); name a(nother)? folder"):
+    with pytest.raises(UserError, match=r"--out=.*: (Not a directory|File exists); name a place that can be written"):
         export(model, "timm", tmp_path / "full/a/b")
 
     def full(*_: Any) -> None:
@@ -224,7 +233,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("visionfm_jax.export.save_file", full)
-        with pytest.raises(UserError, match="No space left on device; name a folder that can be written"):
+        with pytest.raises(OutputError, match="No space left on device; free space there"):
             export(model, "timm", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     (tmp_path / "empty").mkdir()

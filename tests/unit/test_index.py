@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -68,13 +69,37 @@ def test_a_stopped_index_is_continued(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_index(out, NAMES, until(2), ABOUT, WHOLE)
     (out / f".part-00002.parquet.{'0' * 16}").write_bytes(b"half")  # what a kill leaves
-    with pytest.raises(DataError, match=r"1 of 3 parts are missing, such as part-00002\.parquet; run the same"):
+    with pytest.raises(DataError, match=r"parts are missing, such as part-00002\.parquet of 3; run the same"):
         read_index(str(out))
     asked.clear()
     write_index(out, NAMES, until(9), ABOUT, WHOLE)
     assert asked == [NAMES[8:]]
     same(read_index(str(out)))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_damaged_parts_are_made_again(tmp_path, capsys):
+    """Truncated, empty, of one bit, of another model, of other images, no file."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write_index(whole, NAMES, embed, ABOUT, WHOLE)
+    other, others = tmp_path / "other", tmp_path / "others"
+    write_index(other, NAMES, embed, {**ABOUT, "step": 8}, WHOLE)
+    write_index(others, [f"x{name}" for name in NAMES], embed, ABOUT, WHOLE)
+    part = "part-00001.parquet"
+    content = (whole / part).read_bytes()
+    at = content.index(NAMES[5].encode()) + 3
+    flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+    damaged = [content[:-9], b"", b"garbage", flipped, *((f / part).read_bytes() for f in (other, others))]
+    for damage in damaged:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(whole, out)
+        (out / part).write_bytes(damage)
+        if damage != damaged[-1]:  # an index cannot know the images that it is of
+            with pytest.raises(DataError):
+                read_index(str(out))
+        write_index(out, NAMES, embed, ABOUT, WHOLE)
+        assert f"{part} is damaged" in capsys.readouterr().err
+        assert (out / part).read_bytes() == content
 
 
 def test_processes_share_the_parts(tmp_path):
@@ -150,12 +175,31 @@ def test_folders_of_other_files_are_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="is a folder of other files"):
         write_index(tmp_path, NAMES, embed, ABOUT, WHOLE)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--out: .*name one that can be written"):
+    with pytest.raises(UserError, match=r"--out: .*name a place that can be written"):
         write_index(tmp_path / "file", NAMES, embed, ABOUT, WHOLE)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/index.json").write_text("{")
     with pytest.raises(ConfigError, match=r"index\.json in it is damaged"):
         write_index(tmp_path / "damaged", NAMES, embed, ABOUT, WHOLE)
+
+
+NONSENSE = [
+    "[]",
+    "5",
+    '{"images": 3, "rows": 0}',
+    '{"images": 10000000000000, "rows": 1}',
+    "[" * 100_000,
+    '{"rows": 4}',
+]
+
+
+@pytest.mark.parametrize("about", NONSENSE, ids=range(len(NONSENSE)))
+def test_what_stands_in_its_json_may_be_anything(tmp_path, about):
+    (tmp_path / "index.json").write_text(about)
+    with pytest.raises(DataError):
+        read_index(str(tmp_path))
+    with pytest.raises(ConfigError):
+        write_index(tmp_path, NAMES, embed, ABOUT, WHOLE)
 
 
 def test_what_is_no_index(tmp_path):

@@ -245,6 +245,17 @@ def test_the_command(exported, tmp_path, capsys):
     assert "cat" in capsys.readouterr().out
     predict([*run, f"--names={tmp_path / 'names.txt'}"], mode="classify")
     assert "crane, the bird" in capsys.readouterr().out
+    parts = [*run, f"--out={tmp_path / 'parts'}"]
+    predict([*parts, "--names=cat,dog"], mode="classify")
+    with pytest.raises(ConfigError, match=r"holds an index that differs in classes"):
+        predict([*parts, "--names=cat,bird"], mode="classify")
+    for names, what in (("cat,", "a blank name"), ("a,b,a", "a twice"), ("cat", "has no comma and is no list")):
+        with pytest.raises(ConfigError, match=what):
+            predict([*run, f"--names={names}"], mode="classify")
+    with pytest.raises(UserError, match=r"a\.png/x\.npz"):
+        predict([*run[:2], f"--out={tmp_path / 'a.png/x.npz'}"], mode="embed")
+    with pytest.raises(ConfigError, match=r"--least_score=nan: must be from 0 to 1"):
+        predict([*run[:2], "--least_score=nan"], mode="detect")
     with pytest.raises(ConfigError, match=r"no argument '--least_score'"):  # which is of detect
         predict([*run, "--least_score=1"], mode="classify")
     with pytest.raises(ConfigError, match=r"--process=1/2|is no folder of parts"):

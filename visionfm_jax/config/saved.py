@@ -37,8 +37,14 @@ def of_run(folder: Path) -> Config:
         raise ConfigError(f"{printable(str(folder))}: {there}; name the folder of a run, such as runs/quickstart")
     _import_classes()
     try:
-        config = from_dict(json.loads(path.read_bytes())["config"])
-    except (ValueError, KeyError, TypeError) as error:
+        kept = json.loads(path.read_bytes())
+        if isinstance(kept, dict) and "config" not in kept:
+            raise ConfigError(
+                "is not of a run, but perhaps of another library: its folder needs weights beside it, and only the "
+                "commands that use, export or put a model on a board take it"
+            )
+        config = from_dict(kept["config"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}; take it from a copy of the run") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -398,6 +398,8 @@ def _unknown(data: bytes) -> str:
 
 def rgb(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, 3) of what Pillow has opened, as stored: the high byte of 16 bits, transparent ones on white."""
+    if image.mode in ("I", "F") and (low_high := image.getextrema()) and _is_no_picture(image.mode, *low_high):
+        raise DamagedImage(f"its values are from {low_high[0]:g} to {low_high[1]:g}; store it in 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bit (or 16 in 32); convert() would clip at 255
         return _three_channels(_by_rows(_high_byte, np.asarray(image)), image.height * image.width)
     if image.has_transparency_data:
@@ -405,6 +407,11 @@ def rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         image = image.convert("L")  # there is no direct way to RGB
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _is_no_picture(mode: str, low: float, high: float) -> bool:
+    """Whether values of 32 bits are other than those of 16 bits, or, of floating point, of 8: from 0 to 1, say."""
+    return not (0 <= low <= high <= (65_535 if mode == "I" else 255)) or (mode == "F" and 0 < high <= 1)
 
 
 def _three_channels(image: np.ndarray, max_pixels: int) -> np.ndarray:

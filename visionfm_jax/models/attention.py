@@ -44,6 +44,7 @@ def attention(
       (B, T, N, K) in the dtype of q.
     """
     T, S = q.shape[1], k.shape[1]
+    lengths = None if lengths is None else lengths.astype(jnp.int32)  # 64 bits, where a program has switched those on
     attend = functools.partial(
         jax.nn.dot_product_attention, mask=mask, scale=scale, is_causal=causal, implementation=implementation
     )

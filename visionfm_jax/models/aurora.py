@@ -105,7 +105,9 @@ class Aurora(nn.Module):
         config = self.config
         width, text = config.image.widths[-1], decoder.size_of(config.text).width
         self.image = config.image.make(self.dtype, self.gather_params)
-        self.mask_token = self.param("mask_token", nn.initializers.truncated_normal(0.02), (config.image.embed_width,))
+        self.mask_token = self.param(
+            "mask_token", nn.initializers.truncated_normal(0.02), (config.image.embed_width,), jnp.float32
+        )
         self.reconstruction = nn.Dense(self.stride**2 * PIXELS, dtype=self.dtype)
         self.pool = pooling.AttentionPool(max(width // POOL_HEAD, 1), 4 * width, self.dtype, EPS)
         self.image_projection = Projection(width, config.embed_dim, self.dtype)
@@ -114,7 +116,7 @@ class Aurora(nn.Module):
         self.unimodal_norm = layer_norm(self.dtype, None, epsilon=EPS)
         self.text_projection = Projection(4 * text, config.embed_dim, self.dtype)
         self.multimodal = decoder.MultimodalDecoder(config.text, self.dtype, self.gather_params)
-        self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        self.scale = self.param("scale", nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
 
     @property
     def stride(self) -> int:

@@ -81,9 +81,11 @@ class Clip(nn.Module):
             self.image_projection = self._projection("image_projection", config.image.features)
         self.text_projection = self._projection("text_projection", config.text.features)
         if config.text_bias:
-            self.text_bias = self.param("text_bias", nn.initializers.zeros, (config.embed_dim,))
-        self.scale = self.param("scale", nn.initializers.constant(math.log(10 if self.sigmoid else 1 / 0.07)), ())
-        self.bias = self.param("bias", nn.initializers.constant(-10.0), ()) if self.sigmoid else None
+            self.text_bias = self.param("text_bias", nn.initializers.zeros, (config.embed_dim,), jnp.float32)
+        self.scale = self.param(
+            "scale", nn.initializers.constant(math.log(10 if self.sigmoid else 1 / 0.07)), (), jnp.float32
+        )
+        self.bias = self.param("bias", nn.initializers.constant(-10.0), (), jnp.float32) if self.sigmoid else None
 
     def __call__(self, images: jax.Array, tokens: jax.Array, keys: jax.Array | None = None) -> Embeddings:
         """Images (B, H, W, 3), normalised, and token ids (B, T); `keys` (B,) as for `Backbone`."""
@@ -104,7 +106,7 @@ class Clip(nn.Module):
         return y + self.text_bias if self.config.text_bias else y
 
     def _projection(self, name: str, width: int) -> jax.Array:
-        return self.param(name, nn.initializers.normal(width**-0.5), (width, self.config.embed_dim))
+        return self.param(name, nn.initializers.normal(width**-0.5), (width, self.config.embed_dim), jnp.float32)
 
     def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return logits(x.astype(self.dtype), kernel.astype(self.dtype))

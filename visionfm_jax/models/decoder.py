@@ -207,8 +207,8 @@ class UnimodalDecoder(nn.Module):
     ) -> Any:
         """With `before`, tokens (B, 1) at `position`, and a pair as `Layer` gives it; leaves of both are (L, B, …)."""
         config, size = self.config, size_of(self.config)
-        table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
-        places = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
+        table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width), jnp.float32)
+        places = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width), jnp.float32)
         start = 0 if position is None else position
         readings = len(view.causal) if view is not None and isinstance(view.causal, tuple) else 1
         places = jax.lax.dynamic_slice_in_dim(places, start, tokens.shape[1] // readings)
@@ -248,7 +248,9 @@ class MultimodalDecoder(nn.Module):
         )  # fmt: skip
         x, after = x if before is not None else (x, None)
         x = layer_norm(self.dtype, "norm", epsilon=EPS)(x)
-        kernel = self.param("vocabulary", nn.initializers.normal(size.width**-0.5), (size.width, config.vocab_size))
+        kernel = self.param(
+            "vocabulary", nn.initializers.normal(size.width**-0.5), (size.width, config.vocab_size), jnp.float32
+        )
         words = logits(rearrange(x, "b t d -> (b t) d"), kernel.astype(self.dtype))
         words = rearrange(words, "(b t) v -> b t v", b=len(x))
         return words if before is None else (words, after)

@@ -326,7 +326,7 @@ class PlainDetr(nn.Module):
         count = s.queries + (s.many_queries if many else 0)
         best = jax.lax.top_k(jnp.where(valid, logits[..., 0], -jnp.inf), count)[1]
         boxes = jax.lax.stop_gradient(jnp.take_along_axis(proposals.boxes, best[..., None], 1))
-        table = self.param("queries", nn.initializers.normal(1.0), (s.queries + s.many_queries, D))
+        table = self.param("queries", nn.initializers.normal(1.0), (s.queries + s.many_queries, D), jnp.float32)
         at = dense(sine(boxes / s.map_stride, D // 2), D, dtype, "query_places", kernel_init=_init)
         layers = Decoder(s, dtype, self.gather_params, name="decoder")(
             jnp.broadcast_to(table[:count].astype(dtype), (len(x), count, D)), boxes, size[:, None],

@@ -98,7 +98,7 @@ class EomtHead(nn.Module):
 
     def setup(self) -> None:
         D, layer = self.width, functools.partial(nn.Dense, dtype=self.dtype)
-        self.queries = self.param("queries", nn.initializers.normal(1.0), (self.num_queries, D))
+        self.queries = self.param("queries", nn.initializers.normal(1.0), (self.num_queries, D), jnp.float32)
         self.classes = nn.Dense(self.num_classes + 1, dtype=jnp.float32)
         self.mask = [layer(D) for _ in range(3)]
         self.up = [Upsample(self.dtype) for _ in range(self.upsamplings)]
@@ -127,7 +127,7 @@ class Upsample(nn.Module):
         x = nn.gelu(x, approximate=False)
         _, h, w, _ = x.shape
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=())
-        kernel = self.param("depthwise", init, (3, 3, D))
+        kernel = self.param("depthwise", init, (3, 3, D), jnp.float32)
         # A sum of shifted maps, which is fused: of a grouped convolution XLA has slow gradients.
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
         x = sum(padded[:, i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))

@@ -98,8 +98,8 @@ class Qkv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         D, biased = x.shape[-1], {"all": (0, 1, 2), "no_key": (0, 2), "none": ()}[self.biases]
-        kernel = self.param("kernel", self.kernel_init, (D, 3 * D))
-        bias = self.param("bias", nn.initializers.zeros, (len(biased) * D,)) if biased else None
+        kernel = self.param("kernel", self.kernel_init, (D, 3 * D), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (len(biased) * D,), jnp.float32) if biased else None
         rows, kernel, bias = nn.dtypes.promote_dtype(x.reshape(-1, D), kernel, bias, dtype=self.dtype)
         parts = [rows @ k for k in jnp.split(kernel, 3, axis=1)]
         for i, b in zip(biased, jnp.split(bias, len(biased)) if biased else (), strict=True):
@@ -255,7 +255,7 @@ class Block(nn.Module):
 
         def branch(y: jax.Array, number: int) -> jax.Array:
             if self.layer_scale:
-                scale = self.param(f"ls{number}", nn.initializers.constant(self.layer_scale), y.shape[-1:])
+                scale = self.param(f"ls{number}", nn.initializers.constant(self.layer_scale), y.shape[-1:], jnp.float32)
                 y = (y * scale).astype(y.dtype)
             return y if own is None else drop_path(y, self.keys, 2 * own["layer"] + number - 1, own["rate"])
 

@@ -24,7 +24,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, x.shape[-1])).astype(self.dtype)
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, x.shape[-1]), jnp.float32).astype(self.dtype)
         y, _ = CrossAttention(self.heads, self.dtype, "xla", name="attn")(jnp.tile(probe, (x.shape[0], 1, 1)), x)
         mlp = Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")
         return (y + mlp(layer_norm(self.dtype, "norm", self.epsilon)(y)))[:, 0]

@@ -26,7 +26,7 @@ class PrototypeHead(nn.Module):
             x = nn.gelu(x, approximate=False) if i > 1 else x
             x = dense(x, width, self.dtype, f"fc{i}", kernel_init=nn.initializers.truncated_normal(0.02))
         shape = self.bottleneck, self.prototypes
-        prototypes = self.param("prototypes", nn.initializers.normal(self.bottleneck**-0.5), shape)
+        prototypes = self.param("prototypes", nn.initializers.normal(self.bottleneck**-0.5), shape, jnp.float32)
         return logits(l2_normalize(x).astype(self.dtype), l2_normalize(prototypes, 0).astype(self.dtype))
 
 

@@ -25,7 +25,7 @@ class SelfDistilled(nn.Module):
 
     def setup(self) -> None:
         nn.share_scope(self, self.backbone)
-        self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.embed_width,))
+        self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.embed_width,), jnp.float32)
         sizes = self.prototypes, self.hidden, self.bottleneck, self.dtype
         self.image_head, self.patch_head = PrototypeHead(*sizes), PrototypeHead(*sizes)
 

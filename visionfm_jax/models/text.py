@@ -99,8 +99,8 @@ class TextTransformer(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         config, size = self.config, size_of(self.config)
         chex.assert_rank(tokens, 2)
-        table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width))
-        position = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width))
+        table = self.param("token_embed", nn.initializers.normal(0.02), (config.vocab_size, size.width), jnp.float32)
+        position = self.param("pos_embed", nn.initializers.normal(0.01), (config.context, size.width), jnp.float32)
         x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)
         block = Block(
             size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, causal=config.causal,

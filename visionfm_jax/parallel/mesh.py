@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from visionfm_jax.errors import ConfigError, one_line, printable
 
 REPLICA, FSDP = "replica", "fsdp"
 DEVICES = (REPLICA, FSDP)  # all axes: inside a step, what to sum over
@@ -20,12 +23,27 @@ def make_mesh(replicas: int = 1, devices: Sequence[jax.Device] | None = None) ->
 
     Neighbours come first, so that with as many replicas as hosts each weight is gathered inside a host.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = _devices() if devices is None else devices
     if devices[0].platform == "cpu" and len(devices) > 1:
         # jax 0.10 reads steps of several CPU devices back from its compilation cache as programs that compute other
         # losses, and others from run to run.
         jax.config.update("jax_enable_compilation_cache", False)
     return Mesh(np.asarray(devices).reshape(replicas, -1), (REPLICA, FSDP), axis_types=(AxisType.Auto,) * 2)
+
+
+def _devices() -> list[jax.Device]:
+    """All that there are.
+
+    Raises:
+      ConfigError: JAX finds none, or not those that JAX_PLATFORMS names.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        where = f"JAX_PLATFORMS={printable(os.environ.get('JAX_PLATFORMS', ''))}"
+        raise ConfigError(
+            f"{where}: JAX finds no such device ({one_line(error)}); set cpu, or cuda with the gpu extra"
+        ) from error
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

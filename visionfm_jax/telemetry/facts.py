@@ -22,6 +22,7 @@ from visionfm_jax.storage import read_bytes, unseal
 from visionfm_jax.telemetry.writers import EVALUATIONS, FILE, read_metrics
 from visionfm_jax.train.checkpoint import SCORES, SUBFOLDER
 from visionfm_jax.train.folder import WEIGHTS, refuse_links
+from visionfm_jax.train.initialise import is_of_others
 from visionfm_jax.train.provenance import DATA, SETTINGS, former_settings, leaf_changes
 from visionfm_jax.train.sessions import read_sessions
 from visionfm_jax.train.spikes import OVERFLOW, SPIKE
@@ -392,7 +393,9 @@ class Facts:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has been there."""
-    return folder.is_dir() and any((folder / name).exists() for name in (SETTINGS, FILE, SUBFOLDER))
+    return (
+        folder.is_dir() and any((folder / n).exists() for n in (SETTINGS, FILE, SUBFOLDER)) and not is_of_others(folder)
+    )
 
 
 def utc(seconds: float) -> str:

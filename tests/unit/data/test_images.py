@@ -170,6 +170,9 @@ def test_palette_grey_alpha_bilevel_and_float():
     assert (images.decode(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG")) == 255).all()
     assert (images.decode(encoded(Image.new("1", (4, 4), 1), "PNG")) == 255).all()
     assert (images.decode(encoded(Image.new("F", (4, 4), 99.0), "TIFF")) == 99).all()
+    for mode, value in (("F", 0.5), ("F", -1.0), ("F", 300.0), ("F", float("nan")), ("I", 70_000), ("I", -1)):
+        with pytest.raises(DamagedImage, match="store it in 8 or 16 bits"):
+            images.decode(encoded(Image.new(mode, (4, 4), value), "TIFF"))
 
 
 def test_sixteen_bits_are_scaled_not_clipped():

@@ -325,7 +325,7 @@ class WindowAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = partition(x, self.windows)
         q, k, v = Qkv(self.dtype, biases="no_key", kernel_init=_init, name="qkv")(x)
-        scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (self.heads,))
+        scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (self.heads,), jnp.float32)
         bias = PositionBias(self.heads, name="bias")(self.windows)
         y = folded_attention(q, k, v, scale, bias, shifted_window_mask(self.windows), self.implementation)
         y = checkpoint_name(y, "attention")

@@ -234,9 +234,13 @@ class ViT(nn.Module):
         x = dense(patches, width, self.dtype, "embed", use_bias=config.patch_bias)
         if hidden is not None:
             x = jnp.where(rearrange(hidden.where, "b h w -> b (h w) 1"), hidden.token.astype(x.dtype), x)
-        first = [self.param("cls_token", nn.initializers.zeros, (width,))[None]] if config.has_class_token else []
+        first = (
+            [self.param("cls_token", nn.initializers.zeros, (width,), jnp.float32)[None]]
+            if config.has_class_token
+            else []
+        )
         if config.registers:
-            first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))
+            first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width), jnp.float32))
         if first:
             own = jnp.concatenate(first).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(own, (x.shape[0], *own.shape)), x], 1)
@@ -250,7 +254,7 @@ class ViT(nn.Module):
         own, first = table_grid(config), table_first(config)
         # Of the size of a sine-cosine table and of the patch embedding: beside 0.02 a small model does not see position
         # for its first hundreds of steps.
-        table = self.param("pos_embed", nn.initializers.normal(0.5), (first + math.prod(own), width))
+        table = self.param("pos_embed", nn.initializers.normal(0.5), (first + math.prod(own), width), jnp.float32)
         if grid != own:
             resized = resize_table(rearrange(table[first:], "(h w) d -> h w d", h=own[0]), grid, config.pos_resize)
             table = jnp.concatenate([table[:first], rearrange(resized, "h w d -> (h w) d")])
