@@ -251,13 +251,14 @@ class Model:
       class_names: by label, the number where the name is not known; (): it was trained on none.
       transform: the preprocessing of images.
       step: of the run, after which the weights are.
+      trainer: of its task on the mesh of the devices; it has the compiled predictions.
     """
 
     def __init__(self, trainer: Trainer, params: Any, class_names: tuple[str, ...], step: int = 0):
         self.config, self.params = trainer.config, params
         classes = getattr(trainer.config.task, "num_classes", 0)
         self.class_names = (*class_names, *map(str, range(len(class_names), classes)))
-        self._trainer, self.step = trainer, step
+        self.trainer, self.step = trainer, step
         self.transform = _transform(trainer.config)
 
     @functools.cached_property
@@ -283,7 +284,7 @@ class Model:
         """float32 (N, E), rows of length 1."""
         self._require("embeddings" in self.config.task.predictions, "has no text tower")
         rows = [{"text": row} for row in self.tokenize(texts)]
-        found = predict_rows(self._trainer, self.params, iter(rows), len(rows), "embeddings")
+        found = predict_rows(self.trainer, self.params, iter(rows), len(rows), "embeddings")
         return self._stacked(found, "text_embedding", "texts")
 
     def features(
@@ -393,7 +394,7 @@ class Model:
             out = out or {"map": found.normed}
             return {name: x.astype(jnp.float32) for name, x in out.items()}
 
-        return self._trainer.over_rows(maps)
+        return self.trainer.over_rows(maps)
 
     def classify(
         self, images: Any, names: Sequence[str] | None = None, prompts: str | Sequence[str] = PROMPTS
@@ -553,7 +554,7 @@ class Model:
     def _images(
         self, images: Any, *what: Hashable, function: Callable[..., dict] | None = None
     ) -> Iterator[Row | None]:
-        return predict_images(self._trainer, self.params, self.transform, images, *what, function=function)
+        return predict_images(self.trainer, self.params, self.transform, images, *what, function=function)
 
 
 def _transform(config: Config) -> EvalTransform:

@@ -176,7 +176,7 @@ def board(
                 batches = sum(-(-len(source) // made.batch_size) for source in made.sources)
                 what = f"{name}: {one.name}, {config.kind}"
                 with tqdm(desc=what, total=batches, unit=" batches", leave=False) as bar:
-                    scores = measure(model._trainer, {config.name: made}, model.params, {}, bar.update)
+                    scores = measure(model.trainer, {config.name: made}, model.params, {}, bar.update)
                 assert scores is not None
                 metrics = {key.partition("/")[2]: value for key, value in scores.items()}
                 yield {**row, "metrics": metrics, "settings": made.settings}

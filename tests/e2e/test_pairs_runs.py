@@ -128,7 +128,7 @@ def test_loaded_it_says_what_its_evals_say(tmp_path, pairs, capsys, caplog):
     assert top1 == pytest.approx(scores["groups/top1"], abs=1.1 / len(labels))
 
     measured = make_evals(model.config, 0, 1)["groups"]  # as training and `evaluate` read and embed its images
-    trainer, batch = model._trainer, next(iter(measured.batches(measured.source, NoFields())))
+    trainer, batch = model.trainer, next(iter(measured.batches(measured.source, NoFields())))
     evaluated = jax.device_get(trainer.predict(model.params, to_global(trainer.mesh, batch), "embeddings"))
 
     texts = ["grinning face", "cat face", "red heart"]

@@ -50,7 +50,7 @@ def largest_difference(model: Model, folder: Path) -> float:
     predictions = model.config.task.predictions
     what = ["features", *(one for one in ("embeddings",) if one in predictions)]
     what += ["probabilities"] if "labels" in predictions else []
-    expected = {k: v for one in what for k, v in model._trainer.task.predict(model.params, batch, one).items()}
+    expected = {k: v for one in what for k, v in model.trainer.task.predict(model.params, batch, one).items()}
     for rows in (1, 3):
         names = {"given_images": images[:rows], "given_tokens": tokens[:rows]}
         exec(code, names)

@@ -58,7 +58,7 @@ def test_the_lines_of_the_readme_run_without_this_package(tmp_path, name):
     program = ALONE + "".join(f"{code}\n{keep}\n".replace("ROWS", str(rows)) for rows in (1, 3))
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    task = model._trainer.task
+    task = model.trainer.task
     what = {"vit_cls": "probabilities", "swin": "probabilities", "clip": "embeddings"}[name]
     expected = {**task.predict(model.params, batch, what), **task.predict(model.params, batch, "features")}
     for rows in (1, 3):
@@ -74,7 +74,7 @@ def test_the_lines_of_the_readme_run_without_this_package(tmp_path, name):
 def test_what_was_trained_in_fp16_is_computed_in_fp32(tmp_path, name):
     """fp16 of CPUs and of GPUs are different programs."""
     model = model_of(name)
-    expected = model._trainer.task.predict(model.params, {"image": np.full((2, 32, 32, 3), 90, np.uint8)}, "features")
+    expected = model.trainer.task.predict(model.params, {"image": np.full((2, 32, 32, 3), 90, np.uint8)}, "features")
     model.config.train.precision = "fp16"
     notes = export(model, "stablehlo", tmp_path / "out")
     assert "The run was trained in fp16; the programs compute in fp32" in notes
