@@ -262,6 +262,16 @@ def test_the_command(exported, tmp_path, capsys):
         predict([*run, "--names=cat,dog", "--process=1/2"], mode="classify")
 
 
+def test_a_network_that_is_not_known_is_no_matter_of_a_configuration(exported, tmp_path):
+    """Here is none whose fields could be set."""
+    shutil.copytree(exported / "timm", tmp_path / "timm")
+    path = tmp_path / "timm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": "vit_unheard_of"}))
+    with pytest.raises(UserError, match=r"'vit_unheard_of' is none of .*; name the folder of a model") as error:
+        vfm.load(tmp_path / "timm")
+    assert "config.checkpoint" not in str(error.value)
+
+
 def test_search_finds_what_can_be_read_by_an_index_of_the_same_model(exported, tmp_path, capsys):
     clip, photos = str(exported / "open_clip"), tmp_path / "photos"
     photos.mkdir()

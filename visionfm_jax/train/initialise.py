@@ -274,7 +274,11 @@ def described(where: Path) -> tuple[Config, Described]:
     state, about = files.read_weights(file).tensors, files.about(file)
     if about is None:
         raise ConfigError(f"{file}: has no config.json next to it, which says what model it is; get the folder again")
-    said = describe(file, state, about)
+    try:
+        said = describe(file, state, about)
+    except UserError as error:  # which names fields of a run's configuration, and here is none
+        what = re.split(r"; (?:if config\.model is that network, )?set config\.", str(error))[0]
+        raise UserError(f"{printable(str(where))}: {what}; name the folder of a model that is known here") from error
     config = untrained(where.name or "model", said)
     config.checkpoint.weights = str(where)
     needed, found, problems = settled(config, file, state, about)
