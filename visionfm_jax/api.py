@@ -139,13 +139,14 @@ class Segmented(NamedTuple):
     names: tuple[str, ...]
 
 
-def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> Model:
+def load(run: str | os.PathLike, *, precision: str = "", devices: Sequence[jax.Device] | None = None) -> Model:
     """The model of a run, with its newest weights: of the moving average where the run has one; or one of another
-    library, in fp32.
+    library.
 
     Args:
       run: the run's folder; or a folder of timm, Hugging Face or OpenCLIP (weights, `config.json`, and what says how
         images and texts are read), such as `visionfm export` writes, or its file of weights.
+      precision: of matrix products, "fp32", "bf16" or "fp16"; "": that of the run's training, fp32 of other libraries.
       devices: over which weights and batches are sharded; None: all.
 
     Raises:
@@ -156,15 +157,23 @@ def load(run: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None)
     folder = Path(run)
     if read(lambda: is_of_others(folder), lambda: str(folder)):
         config, said = described(folder)
+        config.train.precision = _precision(precision or config.train.precision)
         trainer = Trainer(config, make_mesh(1, devices))
         return _used(trainer, placed(trainer, find_weights(trainer), None), said)
     config = read(lambda: of_run(folder), lambda: str(folder))
     config.parallel.replicas = 1
     config.checkpoint.weights = ""  # what it began from
+    config.train.precision = _precision(precision or config.train.precision)
     mesh = make_mesh(1, devices)
     trainer = Trainer(config, mesh)
     weights = weights_to_evaluate(trainer)
     return Model(trainer, weights.params, tuple(classes_of(folder)), weights.step)
+
+
+def _precision(name: str) -> str:
+    if name not in DTYPES:
+        raise UserError(f"precision = {name!r:.60}: there are {', '.join(DTYPES)}; name one of them")
+    return name
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -308,6 +317,15 @@ class Model:
         if layers is None:
             return self._stacked(iter(rows), "map")
         return [self._stacked(iter(rows), str(layer)) for layer in wanted]
+
+    def __repr__(self) -> str:
+        network, size = type(self._network).__name__, height_width(self.transform.size)
+        kind = getattr(self.config.task, "kind", type(self.config.task).__name__)
+        classes = f", {len(self.class_names):,} classes" if self.class_names else ""
+        return (
+            f"<Model {self.config.name}: {kind} by {network}, {size[0]} x {size[1]} px{classes}, "
+            f"{self.config.train.precision}, after step {self.step:,}>"
+        )
 
     def apply(
         self, params: Any, images: jax.Array | None = None, texts: jax.Array | None = None

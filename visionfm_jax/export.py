@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -257,11 +258,18 @@ def _write_weights(part: Path, folder: Folder, most: int) -> None:
     files = parts_of(folder.tensors, folder.weights, most)
     for file, names in files.items():
         save_file({name: folder.tensors[name] for name in names}, part / file, {"format": "pt"})
+        (part / file).chmod(0o666 & ~_umask())  # as all other files; safetensors leaves it to its owner alone
     if len(files) > 1:
         total = sum(tensor.nbytes for tensor in folder.tensors.values())
         by_name = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": by_name}
         (part / f"{folder.weights}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.export") -> None:

@@ -80,6 +80,8 @@ def images_of(words: Sequence[str], split: str) -> dict[str, str | Stored]:
         if path.is_dir():
             below = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             tars = any(path.glob("*.tar"))
+            if heic := sum(p.suffix.lower() in (".heic", ".heif") for p in path.rglob("*")):
+                complain(f"{printable(word)}: {heic:,} HEIC files are left out; convert them to JPEG, PNG or AVIF")
             if tars:
                 found |= _of_dataset(f"tars:{word}", split)
             if not below and not tars:
@@ -144,27 +146,33 @@ Images = Mapping[str, str | Stored]  # by name
 
 
 def embed(model: Model, images: Images, arguments: Namespace) -> None:
-    """Embeddings, or with --features what the backbone makes of images."""
+    """Embeddings; with --features, or where a model has none, what the backbone makes of images."""
     out = Path(arguments.out)
-    share, about = _share_of(arguments), _about(model, features=arguments.features)
+    by_features = arguments.features or not (arguments.texts or "embeddings" in model.config.task.predictions)
+    share, about = _share_of(arguments), _about(model, features=by_features)
     if arguments.texts:
         texts = read_lines(arguments.texts)
         index.write_index(out, texts, model.embed_texts, about, share, "texts")
         print(f"{len(texts):,} texts: {arguments.out}")
         return
-    make = model.features if arguments.features else model.embed_images
+    make, lost = model.features if by_features else model.embed_images, 0
 
     def rows(names: Sequence[str]) -> np.ndarray:
+        nonlocal lost
         try:
-            return make([images[name] for name in names])
+            found = make([images[name] for name in names])
+            lost += int(np.isnan(found).any(1).sum())
+            return found
         except NothingRead:
             if parts.is_file(out, index.FORMS):
                 raise
+            lost += len(names)
             width = make(np.zeros((8, 8, 3), np.uint8)).shape[1]  # a part of many, which has its place
             return np.full((len(names), width), np.nan, np.float32)
 
     index.write_index(out, list(images), rows, about, share)
-    print(f"{len(images):,} images: {arguments.out}")
+    left = f" ({lost:,} of them could not be read: NaN)" if lost else ""
+    print(f"{len(images):,} images{left}: {arguments.out}")
 
 
 def _about(model: Model, **settings: Any) -> dict[str, Any]:
@@ -552,7 +560,14 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {  # which commands have them, an
         {"default": "0/1", "help": "I/N: the share of parts that this of N processes makes (%(default)s)"},
     ),
     "--texts": ("embed", {"help": "a file of texts, one a line, in place of images"}),
-    "--features": ("embed", {"action": "store_true", "default": False, "help": "features of the backbone instead"}),
+    "--features": (
+        "embed",
+        {
+            "action": "store_true",
+            "default": False,
+            "help": "features of the backbone, also where a model has embeddings",
+        },
+    ),
     "--text": ("search", {"help": "what is looked for"}),
     "--image": ("search", {"help": "an image like those that are looked for"}),
     "--index": ("search", {"help": "what embed has written, in place of images"}),

@@ -238,6 +238,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     (tmp_path / "empty").mkdir()
     export(model, "timm", tmp_path / "empty")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "empty").iterdir()}
+    assert modes == {(tmp_path / "full/a").stat().st_mode & 0o777}
     export(model, "timm", tmp_path / "a/b/c")
     assert sorted(path.name for path in (tmp_path / "a/b/c").iterdir()) == [
         "README.md", "config.json", "model.safetensors",

@@ -262,6 +262,16 @@ def test_the_command(exported, tmp_path, capsys):
         predict([*run, "--names=cat,dog", "--process=1/2"], mode="classify")
 
 
+def test_what_is_computed_in_16_bit_may_be_computed_in_32(exported):
+    half, whole = (vfm.load(exported / "timm", precision=name) for name in ("bf16", "fp32"))
+    ours = vfm.load(exported / "timm").features(PICTURES)
+    np.testing.assert_array_equal(whole.features(PICTURES), ours)
+    assert 1e-4 < np.abs(half.features(PICTURES) - ours).max() < 0.1 * np.abs(ours).max()
+    assert repr(half).endswith("px, 5 classes, bf16, after step 0>")
+    with pytest.raises(UserError, match="precision = 'fp8': there are bf16, fp16, fp32"):
+        vfm.load(exported / "timm", precision="fp8")
+
+
 def test_a_network_that_is_not_known_is_no_matter_of_a_configuration(exported, tmp_path):
     """Here is none whose fields could be set."""
     shutil.copytree(exported / "timm", tmp_path / "timm")
@@ -294,6 +304,10 @@ def test_search_finds_what_can_be_read_by_an_index_of_the_same_model(exported, t
     vit = str(exported / "timm")
     with pytest.raises(DataError, match=r"was made otherwise \(model, features\)"):
         predict([vit, f"--index={tmp_path / 'index.npz'}", f"--image={photos / '0.png'}"], mode="search")
+    capsys.readouterr()
+    predict([vit, str(photos), f"--out={tmp_path / 'vit.npz'}"], mode="embed")
+    assert capsys.readouterr().out.startswith("2 images (1 of them could not be read: NaN): ")
+    predict([vit, f"--index={tmp_path / 'vit.npz'}", f"--image={photos / '0.png'}"], mode="search")
     predict([vit, str(photos), f"--image={photos / '0.png'}"], mode="search")  # by features
     assert f"1   1.000  {photos / '0.png'}" in capsys.readouterr().out
 

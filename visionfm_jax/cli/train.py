@@ -13,6 +13,7 @@ from visionfm_jax.data.loader import DamageLog
 from visionfm_jax.errors import count
 from visionfm_jax.evals.eval import check_best_metric
 from visionfm_jax.evals.run import check_labels, due_evals, measure, open_evals
+from visionfm_jax.parallel.agreement import from_first
 from visionfm_jax.parallel.mesh import make_mesh, of_all_hosts
 from visionfm_jax.telemetry.console import describe, describe_rows, describe_start, say, summary
 from visionfm_jax.telemetry.monitor import RunMonitor
@@ -23,7 +24,7 @@ from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.folder import RunFolder, damage_file
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.loop import Hooks, train
-from visionfm_jax.train.provenance import provenance_of
+from visionfm_jax.train.provenance import provenance_of, refuse_other_classes
 from visionfm_jax.train.sessions import Session
 from visionfm_jax.train.spikes import SpikeFolder
 from visionfm_jax.train.step import Trainer
@@ -50,6 +51,9 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         say(describe(trainer))  # before the first compilation, which may take minutes
         state, record, origin, weights = starting_state(trainer, checkpoints)
         start = int(state.step)
+        if weights is not None:
+            names, fresh = class_names(sources), weights["newly_initialised"]
+            from_first(lambda: refuse_other_classes(config.checkpoint.weights, names, fresh))
         changed = folder.keep(provenance_of(config, sources), start, begun_in, weights) if host == 0 else []
         if host == 0:
             at_end.callback(lambda: say(leave_page(folder.path)))  # also of a run that fails

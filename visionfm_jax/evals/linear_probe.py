@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import DataError
@@ -51,7 +53,10 @@ class LinearProbeEval(GalleryEval):
     def __init__(self, config: LinearProbeConfig, run: Config, host: int, hosts: int):
         super().__init__(config, run, host, hosts)
         self.settings |= {"shots": config.shots, "draws": DRAWS if config.shots else 1, "solver": config.solver}
-        self.settings |= {"choose": "as many shots" if config.shots else f"1 in {KEPT}", "scale": "mean, overall rms"}
+        self.settings |= {
+            "choose": "as many shots, right, loss" if config.shots else f"1 in {KEPT}, right, loss",
+            "scale": "mean, overall rms",
+        }
         if config.solver == "sgd":
             self.settings |= {"rates": RATES, "batch": BATCH, "epochs": EPOCHS, "steps": STEPS, "momentum": MOMENTUM}
         else:
@@ -134,13 +139,12 @@ def probe(
       classes: C.
       final: fit that classifier once more, to both.
     """
-    best, kept = (-1.0, 1.0), {}
+    best, kept = (Merit(-1.0, 0.0), 1.0), {}
     weights, seen = zeros(x.shape[1], classes), (jnp.asarray(x[learn]), y[learn])
     for penalty in sorted(PENALTIES if len(choose) else (1.0,), reverse=True):  # from which the next is not far
         weights = kept[penalty] = fit(*seen, penalty, weights)
         beat()
-        right = _share_right(weights, x, y, choose)
-        best = max(best, (right, penalty))  # of equals the greater penalty
+        best = max(best, (_merit(weights, x, y, choose), penalty))  # of equals the greater penalty
     weights, penalty = kept[best[1]], best[1]
     del seen  # the device need not hold both
     return (fit(x, y, penalty, weights) if final else weights), penalty
@@ -152,18 +156,37 @@ def probe_by_sgd(
     """As `probe`, of the learning rate that does best; where there are no rows to choose by, it is 0.1."""
     rates = RATES if len(choose) else (0.1,)
     found = fit_by_sgd(x, y, learn, rates, classes)
-    best = int(np.argmax([_share_right(one, x, y, choose) for one in found]))  # of equals the lower rate
+    merits = [_merit(one, x, y, choose) for one in found]
+    best = merits.index(max(merits))  # of equals the lower rate
     if final:
         [found[best]] = fit_by_sgd(x, y, np.arange(len(x)), rates[best : best + 1], classes)
     return found[best], rates[best]
 
 
-def _share_right(classifier: Linear, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> float:
-    """Of these rows; 0 without rows."""
-    return float((_guess(classifier, x[rows]) == y[rows]).mean()) if len(rows) else 0.0
+class Merit(NamedTuple):
+    """By which classifiers are compared: of as many right, as is usual of few rows, the smaller loss decides."""
+
+    right: float  # share of the rows
+    gain: float  # minus the mean loss; -inf where it is not finite
+
+
+def _merit(classifier: Linear, x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> Merit:
+    """On these rows; nothing without rows."""
+    if not len(rows):
+        return Merit(0.0, 0.0)
+    right, loss = 0, 0.0
+    for first in range(0, len(rows), AT_ONCE):
+        some = rows[first : first + AT_ONCE]
+        logits = classifier(x[some])
+        right += int((_best(np.asarray(logits)) == y[some]).sum())
+        loss += float(optax.softmax_cross_entropy_with_integer_labels(logits, y[some]).sum())
+    return Merit(right / len(rows), -loss / len(rows) if math.isfinite(loss) else -math.inf)
 
 
 def _guess(classifier: Linear, x: np.ndarray) -> np.ndarray:
     """The class (N,) of each row, some at a time; -1 where the classifier is not finite."""
-    parts = [np.asarray(classifier(x[first : first + AT_ONCE])) for first in range(0, len(x), AT_ONCE)]
-    return np.concatenate([np.where(np.isfinite(part).all(1), part.argmax(1), -1) for part in parts])
+    return np.concatenate([_best(np.asarray(classifier(x[i : i + AT_ONCE]))) for i in range(0, len(x), AT_ONCE)])
+
+
+def _best(logits: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(logits).all(1), logits.argmax(1), -1)

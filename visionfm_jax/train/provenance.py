@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +95,29 @@ def classes_of(folder: Path) -> list[str]:
     kept = read_provenance(folder).data.get("sources", []) if folder.is_dir() else []
     names = next((source["classes"] for source in kept if isinstance(source, dict) and source.get("classes")), [])
     return list(map(str, names)) if isinstance(names, list) else []
+
+
+def refuse_other_classes(weights: str, names: Sequence[str], newly_initialised: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a head that another run has trained for as many, but other classes.
+
+    Args:
+      weights: the folder of that run, or weights of other libraries, which keep no names.
+      names: of the classes of the data; empty: not known.
+      newly_initialised: arrays that are not from the weights, by the reason.
+
+    Raises:
+      ConfigError: it is one.
+      DataError, StorageError: as `read_provenance`.
+    """
+    before, new = classes_of(Path(weights)), {path for paths in newly_initialised.values() for path in paths}
+    if len(before) != len(names) or list(names) == before or any(path.split("/")[0] == "head" for path in new):
+        return
+    label = next(i for i, (was, is_) in enumerate(zip(before, names, strict=True)) if was != is_)
+    raise ConfigError(
+        f"config.checkpoint.weights = {weights!r}: its head was trained for other classes (label {label} was "
+        f"{before[label]!r}, is {names[label]!r}); list head in config.checkpoint.skip to begin a new one, or give the "
+        "data the same classes"
+    )
 
 
 def former_settings(folder: Path) -> dict[int, Path]:

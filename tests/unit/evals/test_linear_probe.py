@@ -85,6 +85,17 @@ def test_the_penalty_is_the_one_that_unseen_images_choose():
     assert (np.argmax(classifier(x), 1) == whole.predict(x)).mean() > 0.99
 
 
+def test_of_penalties_that_are_right_as_often_the_loss_decides():
+    """Six images choose, and all penalties are right of them: the strongest would be as good as a guess elsewhere."""
+    random = np.random.default_rng(0)
+    y = np.arange(30) % 2
+    x = (random.standard_normal((30, 4)) * 0.3 + np.where(y, 1, -1)[:, None]).astype(np.float32)
+    learn, choose = split(y, 0, 0)
+    assert len(choose) == 6
+    _, penalty = probe(x, y, learn, choose, 2, final=True)
+    assert penalty < 1
+
+
 def test_sgd_takes_the_steps_of_its_definition(monkeypatch):
     """Written out in NumPy: softmax, momentum, a cosine to 0; a new order of the rows in each epoch."""
     monkeypatch.setattr(logistic, "BATCH", 64)

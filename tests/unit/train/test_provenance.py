@@ -33,6 +33,7 @@ from visionfm_jax.train.provenance import (
     changes,
     provenance_of,
     read_provenance,
+    refuse_other_classes,
     with_settings,
 )
 
@@ -342,3 +343,17 @@ def test_settings_that_were_moved_away_are_not_compared_but_order_and_data_are(k
     (folder / DATA).unlink()  # checkpoints alone
     with pytest.raises(ConfigError, match="had another order"):
         changes(read_provenance(folder), new, folder)
+
+
+def test_a_head_for_as_many_other_classes_is_refused(tmp_path):
+    def refuse(names, new=()):
+        refuse_other_classes(str(tmp_path), names, {"skipped": list(new)})
+
+    refuse(["cat", "dog"])  # no run is there
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}}))
+    about = {"order": [], "grain": "", "tokenizer": "", "sources": [{"classes": ["cat", "dog"]}]}
+    (tmp_path / "data.json").write_text(json.dumps(about))
+    for names, new in ((["cat", "dog"], ()), (["a", "b", "c"], ()), ((), ()), (["cat", "owl"], ["head/bias"])):
+        refuse(names, new)
+    with pytest.raises(ConfigError, match=r"label 1 was 'dog', is 'owl'\); list head in config\.checkpoint\.skip"):
+        refuse(["cat", "owl"], ["pos_embed"])
