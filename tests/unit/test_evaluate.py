@@ -48,7 +48,7 @@ def test_an_eval_from_the_command_line(run):
     assert made == ZeroShotConfig(name="zero_shot", source=source, prompts="a photo of a {}", preprocess=own)
 
 
-def test_names_and_prompts_from_the_command_line(run, monkeypatch):
+def test_names_and_prompts_from_the_command_line(run, monkeypatch, tmp_path):
     [made] = parsed(
         f"--config={run}", "--eval=zero_shot", "--data=benchmark:/data/flowers", "--classes=flowers_classes",
         "--prompts=flowers_prompts",
@@ -57,6 +57,10 @@ def test_names_and_prompts_from_the_command_line(run, monkeypatch):
     assert (len(read_lines(made.classes)), read_lines(made.prompts)) == (102, ("a photo of a {}, a type of flower.",))
     seen = []
     monkeypatch.setattr(Parser, "parse_with_config", lambda self, argv, change: seen.extend(argv) or exit(0))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--run=a: there is no such folder; name that of a run"):
+        main(["--run=a"], mode="evaluate")
+    (tmp_path / "a").mkdir()
     with pytest.raises(SystemExit):
         main(["--run=a", "--eval=knn", "--run", "b"], mode="evaluate")
     assert seen == ["--config=a", "--eval=knn", "--config", "b"]
