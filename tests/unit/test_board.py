@@ -64,7 +64,7 @@ def test_one_model_is_in_memory_at_a_time_and_its_configuration_stays(monkeypatc
         assert not [model for model in there if model()]
         config = load_file("configs/vit_huge.py:tiny")
         configs.append((config, config.evals))
-        model = Loaded(config=config, params={"w": jnp.ones(3)}, step=1, _trainer=None)
+        model = Loaded(config=config, params={"w": jnp.ones(3)}, step=1, trainer=None)
         there.append(weakref.ref(model))
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import jax
 
@@ -22,7 +23,7 @@ from visionfm_jax.telemetry.watchdog import Watchdog
 from visionfm_jax.telemetry.writers import read_metrics
 from visionfm_jax.train.checkpoint import Checkpoints
 from visionfm_jax.train.folder import RunFolder, damage_file
-from visionfm_jax.train.initialise import starting_state
+from visionfm_jax.train.initialise import is_of_others, starting_state
 from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.provenance import provenance_of, refuse_other_classes
 from visionfm_jax.train.sessions import Session
@@ -51,7 +52,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
         say(describe(trainer))  # before the first compilation, which may take minutes
         state, record, origin, weights = starting_state(trainer, checkpoints)
         start = int(state.step)
-        if weights is not None:
+        if weights is not None and from_first(lambda: not is_of_others(Path(config.checkpoint.weights))):
             names, fresh = class_names(sources), weights["newly_initialised"]
             from_first(lambda: refuse_other_classes(config.checkpoint.weights, names, fresh))
         changed = folder.keep(provenance_of(config, sources), start, begun_in, weights) if host == 0 else []

@@ -101,7 +101,7 @@ def refuse_other_classes(weights: str, names: Sequence[str], newly_initialised: 
     """Refuse a head that another run has trained for as many, but other classes.
 
     Args:
-      weights: the folder of that run, or weights of other libraries, which keep no names.
+      weights: the folder of that run.
       names: of the classes of the data; empty: not known.
       newly_initialised: arrays that are not from the weights, by the reason.
 
