@@ -60,11 +60,11 @@ def write_index(
     if not parts.is_file(out, FORMS):
 
         def is_whole(path: Path, some: Sequence[str]) -> bool:
-            return _about(path) == about and _read_part(path).names == list(map(_utf8, some))
+            return _about(path) == about and _read_part(path).names == list(map(parts.utf8, some))
 
         for path, some in parts.missing(out, names, about, share, ".parquet", is_whole, what):
             _write_part(path, some, embed, about)
-    elif out.suffix == ".npz":
+    elif out.suffix.lower() == ".npz":
         values = {"embedding": embed(names), "name": np.array(names), ABOUT: np.array(json.dumps(about))}
         parts.write(out, lambda file: np.savez(file, **values))
     else:
@@ -139,27 +139,22 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 def _write_part(path: Path, names: Sequence[str], embed: Embed, about: dict[str, Any]) -> None:
     rows = np.ascontiguousarray(embed(names), np.float32)
     values = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
-    table = pa.table({"name": pa.array([*map(_utf8, names)], pa.string()), "embedding": values})
+    table = pa.table({"name": pa.array([*map(parts.utf8, names)], pa.string()), "embedding": values})
     table = table.replace_schema_metadata({ABOUT: json.dumps(about)})
     made = io.BytesIO()
     parquet.write_table(table, made, compression="none", write_page_checksum=True)
     parts.write(path, lambda file: file.write(made.getvalue()))
 
 
-def _utf8(name: str) -> str:
-    """A file's name, which may be any bytes, as text that is stored."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
-
-
 def _about(path: Path) -> dict[str, Any]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return dict(json.loads(parquet.read_schema(path).metadata[ABOUT.encode()]))
     with np.load(path, allow_pickle=False) as arrays:
         return dict(json.loads(str(arrays[ABOUT])))
 
 
 def _read_part(path: Path) -> Part:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         content = io.BytesIO(path.read_bytes())
         try:
             table = parquet.read_table(content, columns=["name", "embedding"], page_checksum_verification=True)

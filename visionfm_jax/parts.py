@@ -36,9 +36,14 @@ def check_out(out: str, forms: Sequence[str]) -> None:
 
     Raises:
       ConfigError: it is one.
+      UserError: there can be no such file.
     """
     path = Path(out)
-    if not out or (path.is_file() and not is_file(out, forms)) or path.suffix in OTHER_FORMS - set(forms):
+    try:
+        wrong = (path.is_file() and not is_file(out, forms)) or path.suffix.lower() in OTHER_FORMS - set(forms)
+    except OSError as error:  # a name that is too long
+        raise not_written(f"--out={printable(out)}", error) from error
+    if not out or wrong:
         one_file = f"a file {' or '.join(forms)}, or " if forms else ""
         raise ConfigError(f"--out={printable(out)}: name {one_file}a folder{' for many images' if forms else ''}")
 
@@ -55,6 +60,11 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise not_written(f"--out={printable(str(out))}", error) from error
+
+
+def utf8(name: str) -> str:
+    """A file's name, which may be any bytes, as text that is stored."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def missing(

@@ -19,7 +19,8 @@ its row holds NaN or null.
 --out is one file (.npz or .parquet of embed, else .json), or, for many images, a folder of parts of 4,096 images each.
 When the command is stopped and started again, the parts that are there are kept. Several processes, each with its own
 --process=I/N, share the work. Parts are Parquet of embed, else JSON lines, one for each image: {"image": NAME} with
-"classes", "caption", "map", or "objects" of "name", "label", "score" and "box" (left, top, right, bottom in pixels).
+"classes", "caption", "map", or "objects" of "name", "label", "score", "box" (left, top, right, bottom in pixels) and,
+of models of masks, "mask" (COCO's RLE).
 
 Of --texts embed takes each line; search --index finds the texts that fit an image in what it has written. detect writes
 COCO's JSON into one file, with a score for each object; files are named below the folder that all images share. segment
@@ -213,20 +214,15 @@ def _records(
 
     def is_whole(path: Path, names: Sequence[str]) -> bool:
         found = [json.loads(line) for line in path.read_text().splitlines()]
-        return [record["image"] for record in found] == list(map(_utf8, names)) and all(map(there, found))
+        return [record["image"] for record in found] == list(map(parts.utf8, names)) and all(map(there, found))
 
     share = _share_of(arguments)
     for path, names in parts.missing(Path(arguments.out), list(images), about, share, LINES, is_whole):
         found = make({name: images[name] for name in names})
-        lines = "".join(json.dumps({**record, "image": _utf8(record["image"])}) + "\n" for record in found)
+        lines = "".join(json.dumps({**record, "image": parts.utf8(record["image"])}) + "\n" for record in found)
         parts.write(path, lambda file, lines=lines: file.write(lines.encode()))
     print(f"{len(images):,} images: {arguments.out}")
     return None
-
-
-def _utf8(name: str) -> str:
-    """A file's name, which may be any bytes, as text that is stored."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _has_parts(arguments: Namespace) -> bool:
@@ -341,10 +337,10 @@ def detect(model: Model, images: Images, arguments: Namespace) -> None:
         print(f"{count:,} objects of score {arguments.least_score:g} or more in {len(read_ones):,} images")
 
     def draw(path: str) -> None:
-        shown = []
+        shown, stored = [], {**{parts.utf8(name): image for name, image in images.items()}, **images}
         for record in _first_records(arguments.out) if records is None else records:
             if record["objects"] is not None and len(shown) < PICTURED:
-                image = _small(images[record["image"]])
+                image = _small(stored[record["image"]])
                 scale, objects = image.shape[0] / record["height"], record["objects"]
                 boxes = np.array([one["box"] for one in objects]).reshape(-1, 4) * scale
                 names, scores = [one["name"] for one in objects], np.array([one["score"] for one in objects])
@@ -410,10 +406,10 @@ def segment(model: Model, images: Images, arguments: Namespace) -> None:
     _write(arguments.out, folder / "names.txt", lambda file: file.write("\n".join([*model.class_names, ""]).encode()))
 
     def draw(path: str) -> None:
-        shown = []
+        shown, stored = [], {**{parts.utf8(name): image for name, image in images.items()}, **images}
         for record in _first_records(arguments.out):
             if record["map"] is not None and len(shown) < PICTURED:
-                image, found = _small(images[record["image"]]), decode_map((folder / record["map"]).read_bytes())
+                image, found = _small(stored[record["image"]]), decode_map((folder / record["map"]).read_bytes())
                 rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape, found.shape, strict=False))
                 name = Path(record["image"]).name
                 shown.append({"image": image, "key": name, "map": found[np.ix_(rows, columns)].astype(np.int32)})
@@ -482,8 +478,6 @@ def _check(mode: str, arguments: Namespace) -> None:
         _class_names(arguments.names)
     if (picture := getattr(arguments, "picture", "")) and not picture.lower().endswith(".png"):
         raise ConfigError(f"--picture={printable(picture)}: a PNG is drawn; name a file .png")
-    if out:
-        parts.check_writable(Path(out))
     if mode == "search" and bool(arguments.text) == bool(arguments.image):
         raise ConfigError("search needs --text=TEXT or --image=FILE; give one of them")
     if mode == "search" and bool(arguments.index) == bool(arguments.images):
@@ -493,6 +487,8 @@ def _check(mode: str, arguments: Namespace) -> None:
     others = {"search": "index", "embed": "texts"}  # in place of images
     if not (arguments.images or getattr(arguments, others.get(mode, ""), "")):
         raise ConfigError("no images are given; name files, folders, patterns or datasets (KIND:PATH)")
+    if out:
+        parts.check_writable(Path(out))
 
 
 def _write(field: str, path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -46,7 +46,7 @@ def same(found):
     np.testing.assert_array_equal(rows, embed(NAMES))
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.parquet", "folder"])
+@pytest.mark.parametrize("name", ["a.npz", "A.NPZ", "a.parquet", "A.Parquet", "folder"])
 def test_what_is_written_is_read(tmp_path, name):
     write_index(tmp_path / name, NAMES, embed, ABOUT, WHOLE)
     same(read_index(str(tmp_path / name)))
@@ -225,6 +225,8 @@ def test_names_of_files(tmp_path):
     check_out(str(tmp_path / "v1.2"), FORMS)
     check_out("laion.v2", FORMS)
     (tmp_path / "file.v2").write_text("")
-    for name in ("", "a.csv", str(tmp_path / "file.v2")):
+    with pytest.raises(UserError, match="File name too long"):
+        check_out("x" * 300, FORMS)
+    for name in ("", "a.csv", "a.CSV", str(tmp_path / "file.v2")):
         with pytest.raises(ConfigError, match="name a file"):
             check_out(name, FORMS)
