@@ -42,7 +42,7 @@ def full() -> Config:
     return Config(
         name="aurora_xl",
         model=AuroraConfig(
-            image=SwinV2Config(size="G", image_size=448, window=14, drop_path=0.2, attention="cudnn", remat="dots"),
+            image=SwinV2Config(size="G", image_size=448, window=14, drop_path=0.2, remat="dots"),
             text=DecoderConfig(size="L", vocab_size=32_000, context=64, remat="none"),
             embed_dim=1024,
         ),

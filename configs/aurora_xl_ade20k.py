@@ -41,7 +41,7 @@ def full() -> Config:
         name="aurora_xl_ade20k",
         model=SwinV2Config(
             size="G", image_size=896, window=28, pretrained_window=14, pretrained_image_size=448, drop_path=0.3,
-            attention="cudnn", remat="full",
+            remat="full",
         ),
         task=SegmentationConfig(num_classes=150, head="upernet"),
         data=DataConfig(

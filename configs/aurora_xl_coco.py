@@ -37,7 +37,7 @@ def full() -> Config:
         name="aurora_xl_coco",
         model=SwinV2Config(
             size="G", image_size=896, window=28, pretrained_window=14, pretrained_image_size=448, drop_path=0.3,
-            attention="cudnn", remat="full",
+            remat="full",
         ),
         task=DetectionConfig(num_classes=80),
         data=DataConfig(

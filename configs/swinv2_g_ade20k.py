@@ -41,7 +41,7 @@ def full() -> Config:
         name="swinv2_g_ade20k",
         model=SwinV2Config(
             size="G", image_size=640, window=20, pretrained_window=20, pretrained_image_size=640, drop_path=0.3,
-            attention="cudnn", remat="full",
+            remat="full",
         ),
         task=SegmentationConfig(num_classes=150, head="upernet"),
         data=DataConfig(

@@ -44,7 +44,7 @@ def full() -> Config:
         model=ClipConfig(
             image=SwinV2Config(
                 size="G", image_size=640, window=20, pretrained_window=14, pretrained_image_size=224, drop_path=0.2,
-                attention="cudnn", remat="full",
+                remat="full",
             ),
             text=TextConfig(size="H", remat="dots"),
             embed_dim=1024,

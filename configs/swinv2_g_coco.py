@@ -37,7 +37,7 @@ def full() -> Config:
         name="swinv2_g_coco",
         model=SwinV2Config(
             size="G", image_size=1024, window=32, pretrained_window=20, pretrained_image_size=640, drop_path=0.3,
-            attention="cudnn", remat="full",
+            remat="full",
         ),
         task=DetectionConfig(num_classes=80),
         data=DataConfig(

@@ -43,7 +43,7 @@ def full() -> Config:
     held_out = TfdsConfig(path="/data/imagenet21k", split=f"train[:{HELD_OUT}]")
     return Config(
         name="vit_huge",
-        model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", attention="xla", remat="dots"),
+        model=ViTConfig(size="H", patch_size=14, image_size=224, pool="gap", remat="dots", scan_layers=False),
         task=ClassificationConfig(num_classes=21_841, label_smoothing=0.1),
         data=DataConfig(
             train=(TfdsConfig(path="/data/imagenet21k", split=f"train[{HELD_OUT}:]"),),
@@ -69,7 +69,7 @@ def tiny() -> Config:
     emoji = BundledConfig(path="twemoji", split="test")
     return Config(
         name="vit_huge_tiny",
-        model=ViTConfig(size="P", patch_size=8, image_size=48, pool="gap", remat="dots"),
+        model=ViTConfig(size="P", patch_size=8, image_size=48, pool="gap", remat="dots", scan_layers=False),
         task=ClassificationConfig(num_classes=9, label_smoothing=0.1, cutmix=1.0),
         data=DataConfig(
             train=(

@@ -48,7 +48,7 @@ def full() -> Config:
     return Config(
         name="vit_huge_ade20k",
         model=ViTConfig(
-            size="H", patch_size=16, image_size=512, pool="gap", drop_path=0.3, attention="cudnn", remat="dots"
+            size="H", patch_size=16, image_size=512, pool="gap", drop_path=0.3, remat="dots"
         ),
         task=SegmentationConfig(num_classes=150, head="upernet"),
         data=DataConfig(

@@ -43,7 +43,7 @@ def full() -> Config:
     return Config(
         name="vit_huge_coco",
         model=ViTConfig(
-            size="H", patch_size=16, image_size=1024, pool="gap", drop_path=0.4, attention="cudnn", remat="dots"
+            size="H", patch_size=16, image_size=1024, pool="gap", drop_path=0.4, remat="dots"
         ),
         task=DetectionConfig(num_classes=80),
         data=DataConfig(

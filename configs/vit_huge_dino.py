@@ -72,7 +72,7 @@ def full() -> Config:
         # left out as often: here the last most often.
         model=ViTConfig(
             size="H", patch_size=14, image_size=224, pool="cls", registers=4, layer_scale=1e-5, drop_path=0.3,
-            attention="cudnn", remat="dots",
+            remat="dots",
         ),
         task=SelfDistillationConfig(
             prototypes=65_536, head_hidden=2048, head_bottleneck=256,

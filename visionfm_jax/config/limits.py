@@ -101,7 +101,29 @@ class Filled:
         return None if value else (self.rule, self.remedy)
 
 
-Limit = Range | OneOf | FileName | Filled
+@dataclass(frozen=True)
+class Remat:
+    """What a backward pass recomputes, by name, or a name and a number of blocks: "full:18"."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{' | '.join(self.names)}, or one of the last {len(self.names) - 1} and a number of blocks: full:18"
+
+    def problem(self, value: str) -> tuple[str, str] | None:
+        """Rule and remedy if `value` is neither."""
+        name, colon, blocks = value.partition(":")
+        if not colon or name == self.names[0]:
+            return OneOf(self.names).problem(value)
+        if re.fullmatch(r"[1-9]\d{0,3}", blocks):
+            return OneOf(self.names).problem(name)
+        return (
+            "must have a number of blocks from 1 to 9999 behind the colon",
+            f"set it to {self.names[-1]}:18, or without",
+        )
+
+
+Limit = Range | OneOf | FileName | Filled | Remat
 Limits = dict[str, Limit | tuple[Limit, ...]]  # a tuple has one limit for all its numbers, or one for each
 
 SHARE = Range(0, 1, below=True)
@@ -111,8 +133,8 @@ STEPS = Range(0, 2**30, "steps are counted in int32")
 LOSS_WEIGHT = Range(0, 1e6)
 IDS = Range(0, 2**24)
 SIDE = Range(1, 4096)  # pixels
-ATTENTION = OneOf(("xla", "cudnn"))
-REMAT = OneOf(("none", "attention", "dots", "full"))
+ATTENTION = OneOf(("auto", "xla", "cudnn"))
+REMAT = Remat(("none", "attention", "dots", "full"))
 
 
 def height_width(size: ImageSize) -> HeightWidth:

@@ -82,6 +82,7 @@ class NetworkConfig(ModelConfig):
 
     attention: str
     remat: str
+    scan_layers: bool = True
 
     def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
         return {name: self}

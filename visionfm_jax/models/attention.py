@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config.limits import HeightWidth
 
@@ -33,7 +34,8 @@ def attention(
       q: (B, T, N, K).
       k, v: (B, S, N, K).
       implementation: "xla", anywhere; or "cudnn", fused on NVIDIA GPUs, for 16-bit inputs. cuDNN's training
-        kernel takes even lengths only: an odd T or S is lengthened by one token that no query sees.
+        kernel takes even lengths only: an odd T or S is lengthened by one token that no query sees. "auto" is xla
+        here: who runs a network on a GPU has replaced it before (`train.fused_attention`).
       bias: (1, N, T, S), fp32; cuDNN takes it in the dtype of q.
       scale: None: 1 / √K.
       causal: a token sees itself and those before it.
@@ -44,20 +46,22 @@ def attention(
       (B, T, N, K) in the dtype of q.
     """
     T, S = q.shape[1], k.shape[1]
+    implementation = "xla" if implementation == "auto" else implementation
     lengths = None if lengths is None else lengths.astype(jnp.int32)  # 64 bits, where a program has switched those on
     attend = functools.partial(
         jax.nn.dot_product_attention, mask=mask, scale=scale, is_causal=causal, implementation=implementation
     )
     if implementation == "xla":
         attend = functools.partial(attend, key_value_seq_lengths=lengths)
-    if implementation == "xla" and q.dtype == jnp.float16 and 1 in (T, S):
-        # XLA's GPU compiler turns a product with a vector into sums, and refuses those of fp16 in fp32.
-        return _widened(attend, q, k, v, bias)
-    if implementation == "xla" and q.dtype == jnp.float16:
-        # XLA's CPU compiler has no products of fp16 that add up in fp32.
-        return jax.lax.platform_dependent(q, k, v, bias, cpu=functools.partial(_widened, attend), default=attend)
-    if implementation == "xla":
-        return attend(q, k, v, bias)
+        if q.dtype == jnp.float16 and 1 in (T, S):
+            # XLA's GPU compiler turns a product with a vector into sums, and refuses those of fp16 in fp32.
+            y = _widened(attend, q, k, v, bias)
+        elif q.dtype == jnp.float16:
+            # XLA's CPU compiler has no products of fp16 that add up in fp32.
+            y = jax.lax.platform_dependent(q, k, v, bias, cpu=functools.partial(_widened, attend), default=attend)
+        else:
+            y = attend(q, k, v, bias)
+        return checkpoint_name(y, "attention")  # `models.layers` says what is done with it
     bias = None if bias is None else bias.astype(q.dtype)
     if T % 2 == 0 and S % 2 == 0 and lengths is None:
         return attend(q, k, v, bias)

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from visionfm_jax.config import NetworkConfig
 from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
 from visionfm_jax.models.attention import attention
+from visionfm_jax.models.fused import add_rows
 from visionfm_jax.models.layers import (
     Attention,
     GatherParams,
@@ -69,8 +70,9 @@ class DecoderConfig(NetworkConfig):
     begin_token: int = 1  # id of the first token of every text
     end_token: int = 2  # id of the token whose features embed the text, at its first position
     mask_token: int = 4  # id of the token that replaces a masked word
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -147,7 +149,6 @@ class CrossAttention(nn.Module):
         if not isinstance(others, EncoderKV):
             others = EncoderKV(*(heads(dense(others, D, self.dtype, name)) for name in ("key", "value")))
         y = rearrange(attention(q, *others, self.implementation), "b t n k -> b t (n k)")
-        y = checkpoint_name(y, "attention")
         return checkpoint_name(dense(y, D, self.dtype, "out"), "projection"), others
 
 
@@ -178,7 +179,7 @@ class Layer(nn.Module):
         y = y(norm(name="ln1")(x), lengths, before and before["cache"], self.position)
         if before:
             y, after["cache"] = y
-        x = x + y
+        x = add_rows(x, y)
         others = before["encoder_kv"] if before and "encoder_kv" in before else self.image
         if others is not None:
             if not isinstance(others, EncoderKV):
@@ -189,8 +190,8 @@ class Layer(nn.Module):
             if self.cross_attention_mask is not None:
                 mask = self.cross_attention_mask.reshape(len(y), -1)
                 y = y * jnp.repeat(mask, y.shape[1] // mask.shape[1], 1)[..., None].astype(y.dtype)
-            x = x + y
-        x = x + Mlp(self.mlp, self.dtype, name="mlp")(norm(name="ln2")(x))
+            x = add_rows(x, y)
+        x = add_rows(x, Mlp(self.mlp, self.dtype, name="mlp")(norm(name="ln2")(x)))
         return (x, after) if before else x
 
 
@@ -216,7 +217,8 @@ class UnimodalDecoder(nn.Module):
         layer = Layer(size.heads, size.mlp, self.dtype, config.attention, view, position=position, parent=None)
         return scan_blocks(
             self, [layer], size.depths[0], x,
-            gather_params=self.gather_params, remat=config.remat, each=before, outputs=before is not None,
+            gather_params=self.gather_params, remat=config.remat,
+            unroll=not config.scan_layers, each=before, outputs=before is not None,
         )  # fmt: skip
 
 
@@ -244,7 +246,9 @@ class MultimodalDecoder(nn.Module):
         )
         x = scan_blocks(
             self, [layer], size.depths[1], x,
-            gather_params=self.gather_params, remat=config.remat, each=before, outputs=before is not None,
+            gather_params=self.gather_params, remat=config.remat,
+            unroll=not config.scan_layers, each=before, outputs=before is not None,
+            first=size.depths[0],
         )  # fmt: skip
         x, after = x if before is not None else (x, None)
         x = layer_norm(self.dtype, "norm", epsilon=EPS)(x)

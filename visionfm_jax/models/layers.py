@@ -21,12 +21,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.models.attention import attention, windowed_attention
+from visionfm_jax.models.fused import LayerNorm, add_rows, gelu
 
 Params = Any  # a pytree of arrays
 GatherParams = Callable[[Params], Params]
 
-# Values a block names for rematerialisation; all are outputs of matrix products.
-SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
+# Values a block names for rematerialisation: what matmuls make, with a block's sum of the two where that serves as
+# well; and what matmuls read that elementwise kernels make.
+RESULTS = ("qkv", "attention", "projection", "residual", "mlp_hidden", "mlp_output")
+OPERANDS = ("normed", "activated")
 
 
 def no_gather(params: Params) -> Params:
@@ -34,9 +37,9 @@ def no_gather(params: Params) -> Params:
     return params
 
 
-def layer_norm(dtype: jnp.dtype, name: str, epsilon: float, **more: Any) -> nn.LayerNorm:
-    """LayerNorm whose statistics are fp32 and two-pass; input (…, D), output (…, D) in `dtype`."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name, **more)
+def layer_norm(dtype: jnp.dtype, name: str, epsilon: float, **more: Any) -> LayerNorm:
+    """The module of a norm: (…, D) to (…, D) in `dtype`."""
+    return LayerNorm(dtype, epsilon, name=name, **more)
 
 
 def dense(x: jax.Array, features: int, dtype: jnp.dtype, name: str, **more: Any) -> jax.Array:
@@ -187,8 +190,7 @@ class Attention(nn.Module):
             implementation = self.implementation if mask is None else "xla"
             each = [attention(*part, implementation, causal=c, lengths=lengths, mask=mask) for *part, c in parts]
             y = jnp.concatenate(each, axis=1)
-        y = checkpoint_name(rearrange(y, "b t n k -> b t (n k)"), "attention")
-        y = checkpoint_name(dense(y, D, self.dtype, "out"), "projection")
+        y = checkpoint_name(dense(rearrange(y, "b t n k -> b t (n k)"), D, self.dtype, "out"), "projection")
         return y if cache is None else (y, cache)
 
 
@@ -196,7 +198,7 @@ def activate(x: jax.Array, activation: str) -> jax.Array:
     """GELU (Hendrycks & Gimpel 2016), exact, by their approximation with tanh, or by theirs with a sigmoid."""
     if activation == "quick_gelu":
         return x * nn.sigmoid(1.702 * x)
-    return nn.gelu(x, approximate=activation == "gelu_tanh")
+    return nn.gelu(x, approximate=True) if activation == "gelu_tanh" else gelu(x)
 
 
 class Mlp(nn.Module):
@@ -220,7 +222,7 @@ class Mlp(nn.Module):
             h = nn.silu(checkpoint_name(layer(x, self.hidden, "gate"), "mlp_hidden")) * h
         else:
             h = activate(h, self.activation)
-        return layer(h, x.shape[-1], "fc2")
+        return checkpoint_name(layer(checkpoint_name(h, "activated"), x.shape[-1], "fc2"), "mlp_output")
 
 
 class Block(nn.Module):
@@ -263,34 +265,37 @@ class Block(nn.Module):
             self.heads, self.dtype, self.attention, self.causal, self.biases, self.qk_norm, self.rotation, self.window,
             self.grid, name="attn",
         )  # fmt: skip
-        x = x + branch(attend(layer_norm(self.dtype, "ln1", self.epsilon)(x), mask=self.mask), 1)
+        y = layer_norm(self.dtype, "ln1", self.epsilon)(x)
+        x = add_rows(x, branch(attend(y, mask=self.mask), 1))
         y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
-        return x + branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2)
+        return add_rows(x, branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2))
 
 
-def _save_all(prim, *_, **__) -> bool:
-    # Gathered weights, and parts of them, are never worth keeping: under ZeRO-3 that would undo the sharding.
-    return prim.name not in ("all_gather", "split")
+def _save(*names: str, logits: bool = False) -> Callable[..., bool]:
+    """Values to be saved: those of these names, what fused attention makes, and with `logits` those of plain attention.
+
+    cuDNN's attention is saved by its kind: its softmax statistics carry no name, and without them the backward pass
+    would run the forward kernel again. Inside a block only attention multiplies arrays of rank 4.
+    """
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(prim: Any, *inputs: Any, **params: Any) -> bool:
+        kernel = "dot_product_attention" in prim.name
+        plain = logits and prim.name == "dot_general" and inputs[0].ndim >= 4
+        return kernel or plain or named(prim, *inputs, **params)
+
+    return policy
 
 
-def _save_all_but_attention(prim, *inputs, **params) -> bool:
-    # Inside a block only attention works on arrays of rank 4, its (B, N, T, T) logits and weights, and more (windows).
-    return _save_all(prim) and all(a.ndim < 4 for a in inputs)
-
-
-def _save_named(prim, *inputs, **params) -> bool:
-    # The attention primitive (cuDNN) is saved by its kind: its softmax statistics carry no name, and without
-    # them the backward pass would run the forward kernel again.
-    named = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-    return "dot_product_attention" in prim.name or named(prim, *inputs, **params)
-
-
+# What the backward pass recomputes, from most memory to most arithmetic. What elementwise kernels compute in fp32 is
+# never saved: writing and reading it takes longer than computing it again.
 POLICIES = {
-    "none": _save_all,
-    "attention": _save_all_but_attention,
-    "dots": _save_named,
+    "none": _save(*RESULTS, *OPERANDS, logits=True),  # elementwise kernels
+    "attention": _save(*RESULTS, *OPERANDS),  # and the logits of attention, where it is not fused
+    "dots": _save(*RESULTS),  # and norms and activations
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+LIGHTER = {"attention": "none", "dots": "none", "full": "dots"}
 
 
 def scan_blocks(
@@ -305,10 +310,13 @@ def scan_blocks(
     outputs: bool = False,
     part: slice = slice(None),
     alike: bool = False,
+    unroll: bool = False,
+    first: int = 0,
 ) -> Any:
-    """Apply the blocks of `group` in turn, `repeats` times, as one loop, with parameters stacked under "blocks".
+    """Apply the blocks of `group` in turn, `repeats` times, with parameters stacked under "blocks".
 
-    The loop is compiled once whatever the depth. Each block is made whole and recomputed on its own.
+    As a loop they are compiled once whatever the depth. What a loop keeps for its backward pass it copies into stacks,
+    filled with zeros before, and out of them again. Each block is made whole and recomputed on its own.
 
     Args:
       module: the network that owns the parameters, inside its compact method.
@@ -317,11 +325,14 @@ def scan_blocks(
       repeats: L, the loop's length.
       x: (B, …).
       gather_params: applied to one block's parameters inside the loop, so that a weight is whole for one block only.
-      remat: a key of `POLICIES`.
+      remat: a key of `POLICIES`; with a number N, as "full:18", for the first N of the network's blocks, and for the
+        others the one that `LIGHTER` has for it.
       each: arrays (L * len(group), …) of which each block gets its own as a second argument; None: no such argument.
       outputs: the one block of `group` returns a pair: x, and what is to be kept of it.
       part: of the L passes, those that are made; calls one after another may make them all.
       alike: the blocks of `group` have parameters of the same names and shapes.
+      unroll: no loop, so that each array is kept where it was made.
+      first: the number of the first block of `group` among the network's.
 
     Returns:
       x, or with `outputs` a pair: x, and all that was kept, (L, …).
@@ -345,8 +356,12 @@ def scan_blocks(
         # By its name, a block is told from the others of its group (`train.layer_statistics`).
         group = [block.clone(name=str(i)) for i, block in enumerate(group)]
 
-    def body(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+    shapes = jax.tree.map(jnp.shape, x)
+    passes = range(repeats)[part]
+
+    def body(policy: str, loop: bool, x: Any, inputs: tuple[Params, Any]) -> tuple[Any, Any]:
         p, own = inputs
+        x = jax.tree.map(jnp.reshape, x, shapes)
         parts = _unstack(p, len(group)) if alike else [p[str(i)] for i in range(len(group))] if len(group) > 1 else [p]
         kept = None
         for i, block in enumerate(group):
@@ -354,19 +369,42 @@ def scan_blocks(
             def one(x: jax.Array, p: Params, *own: Any, block: nn.Module = block) -> jax.Array:
                 return block.apply({"params": gather_params(p)}, x, *own)
 
-            # The body of a loop is a computation of its own. XLA inlines that of a loop of one pass, finds its products
-            # in the forward pass and, unless that is forbidden, keeps those instead of recomputing.
-            step = jax.checkpoint(one, policy=POLICIES[remat], prevent_cse=len(range(repeats)[part]) == 1)
+            # The body of a loop is a computation of its own. Without one, and XLA inlines one of a single pass, it
+            # finds the body's products in the forward pass and, unless that is forbidden, keeps those instead.
+            step = jax.checkpoint(one, policy=POLICIES[policy], prevent_cse=not loop)
             arguments = () if own is None else (jax.tree.map(lambda a, i=i: a[i], own),)
             x = step(x, parts[i], *arguments)
             x, kept = x if outputs else (x, None)
-        return x, kept
+        return as_rows(x), kept
 
     own = jax.tree.map(lambda a: rearrange(a, "(l g) ... -> l g ...", g=len(group)), each)
     if part != slice(None):
         params, own = jax.tree.map(lambda a: a[part], (params, own))
-    x, kept = jax.lax.scan(body, x, (params, own))
-    return (x, kept) if outputs else x
+    x, kept = as_rows(x), []
+    for policy, inputs in _by_policy(remat, first + len(group) * passes.start, len(group), (params, own)):
+        count = len(jax.tree.leaves(inputs)[0])
+        loop = count > 1 and not unroll
+        x, more = jax.lax.scan(functools.partial(body, policy, loop), x, inputs, unroll=1 if loop else max(count, 1))
+        kept.append(more)
+    x = jax.tree.map(jnp.reshape, x, shapes)
+    return (x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)) if outputs else x
+
+
+def _by_policy(remat: str, first: int, group: int, inputs: Any) -> list[tuple[str, Any]]:
+    """Inputs of passes (L, …) by what is recomputed: each is of `group` blocks, from the network's `first`."""
+    name, _, blocks = remat.partition(":")
+    passes = len(jax.tree.leaves(inputs)[0])
+    heavier = min(max(-(-(int(blocks) - first) // group), 0), passes) if blocks else passes
+    if heavier in (0, passes):
+        return [(name if heavier else LIGHTER[name], inputs)]
+    leaves, tree = jax.tree.flatten(inputs)
+    parts = zip(*(jnp.split(leaf, [heavier]) for leaf in leaves), strict=True)  # whose gradients are joined at once
+    return list(zip((name, LIGHTER[name]), (jax.tree.unflatten(tree, part) for part in parts), strict=True))
+
+
+def as_rows(x: Any) -> Any:
+    """Arrays (…, D) as (R, D), for which a loop's carry has one layout in memory."""
+    return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x)
 
 
 def _unstack(params: Params, count: int) -> list[Params]:

@@ -43,8 +43,9 @@ class TextConfig(NetworkConfig):
     causal: bool = True  # causal attention; False: full attention, including padding (SigLIP)
     activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu
     norm_eps: float = 1e-5  # of LayerNorm; must be that of loaded weights
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -106,7 +107,15 @@ class TextTransformer(nn.Module):
             size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, causal=config.causal,
             activation=config.activation, parent=None,
         )  # fmt: skip
-        x = scan_blocks(self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat)
+        x = scan_blocks(
+            self,
+            [block],
+            size.depth,
+            x,
+            gather_params=self.gather_params,
+            remat=config.remat,
+            unroll=not config.scan_layers,
+        )
         if config.pool == "end":
             end = jnp.argmax(tokens == config.end_token, 1)
             x = jnp.take_along_axis(x, end[:, None, None], axis=1)

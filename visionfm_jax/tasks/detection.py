@@ -120,7 +120,7 @@ def settings_of(run: Config) -> DetectorSettings:
         upsample += 1
     return DetectorSettings(
         task.num_classes, task.width, task.heads, task.mlp, task.encoder_depth, task.decoder_depth,
-        task.queries, task.many_queries, model.strides[-1], upsample, model.attention, model.remat,
+        task.queries, task.many_queries, model.strides[-1], upsample, model.attention, model.remat.partition(":")[0],
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from visionfm_jax.parallel.context import Context
 from visionfm_jax.parallel.mesh import BATCH, REPLICATED
 from visionfm_jax.parallel.zero import Zero, gather_params, select
 from visionfm_jax.tasks.task import DTYPES, Task, make_task
+from visionfm_jax.train.fused_attention import with_attention
 from visionfm_jax.train.state import TrainState, init_state, state_shardings
 
 Metrics = dict[str, Any]
@@ -29,6 +30,7 @@ class Trainer:
     """A configuration made into compiled-on-first-use functions on a mesh; what `main` and `bench` run.
 
     Attributes:
+      config: of the run, with the attention that these devices run where it said "auto".
       task, tx, zero: objective, optimiser, placement.
       shapes: the state's `jax.ShapeDtypeStruct`s.
       shardings: where each part of the state is stored.
@@ -39,6 +41,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh):
+        config = with_attention(config, mesh, lambda config: Trainer(config, mesh).traced())
         self.config, self.mesh = config, mesh
         self.task = make_task(config, gather_params)
         self.tx = make_optimizer(config.optim, config.total_steps)
@@ -61,6 +64,12 @@ class Trainer:
             return {k: v for k, v in rows.items() if k not in fields} | self.task.predict(params, rows, *what)
 
         self.predict = self.over_rows(predict)
+
+    def traced(self) -> Any:
+        """The jaxpr of a step."""
+        spec = self.task.batch_spec(self.config.train.batch_size)
+        batch = {k: jax.ShapeDtypeStruct(s.shape, s.dtype) for k, s in spec.items()}
+        return self.step.trace(self.shapes, batch).jaxpr
 
     def over_rows(self, function: Callable[[tuple, Any, dict], dict]) -> Callable[..., dict]:
         """`function` of (what, params, rows), compiled; called as (params, batch, *what), it gives all rows everywhere.

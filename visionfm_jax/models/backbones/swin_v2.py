@@ -35,6 +35,7 @@ from visionfm_jax.config.limits import (
 )
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.backbones import Features, Hidden
+from visionfm_jax.models.fused import add_rows
 from visionfm_jax.models.layers import (
     GatherParams,
     Mlp,
@@ -92,8 +93,9 @@ class SwinV2Config(BackboneConfig):
     pretrained_window: ImageSize = 0  # window of the run whose weights are continued; 0: none
     pretrained_image_size: ImageSize = 0  # pixels; image size of that run; 0: none
     roll_first: bool = False  # padded shifted maps: True: roll, then pad, as timm; False: pad, then roll
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
     drop_path: float = 0.2  # probability of dropping the last block; decreases linearly to 0 at the first
 
     limits: ClassVar[Limits] = {
@@ -328,7 +330,6 @@ class WindowAttention(nn.Module):
         scale = self.param("scale", nn.initializers.constant(math.log(10.0)), (self.heads,), jnp.float32)
         bias = PositionBias(self.heads, name="bias")(self.windows)
         y = folded_attention(q, k, v, scale, bias, shifted_window_mask(self.windows), self.implementation)
-        y = checkpoint_name(y, "attention")
         y = unpartition(dense(y, x.shape[-1], self.dtype, "out", kernel_init=_init), self.windows)
         return checkpoint_name(y, "projection")
 
@@ -389,9 +390,9 @@ class SwinBlock(nn.Module):
             return drop_path(branch, self.keys, 2 * own["layer"] + index, own["rate"])
 
         y = WindowAttention(self.heads, self.windows, self.dtype, self.implementation, name="attn")(x)
-        x = x + drop(layer_norm(self.dtype, "ln1", **zero)(y), 0)
+        x = add_rows(x, drop(layer_norm(self.dtype, "ln1", **zero)(y), 0))
         y = Mlp(self.mlp_ratio * x.shape[-1], self.dtype, kernel_init=_init, name="mlp")(x)
-        x = x + drop(layer_norm(self.dtype, "ln2", **zero)(y), 1)
+        x = add_rows(x, drop(layer_norm(self.dtype, "ln2", **zero)(y), 1))
         return layer_norm(self.dtype, "norm", epsilon=EPS)(x) if self.extra_norm else x
 
 
@@ -436,7 +437,9 @@ class SwinStage(nn.Module):
         each = {"layer": layer, "rate": config.drop_path * layer / max(total - 1, 1)}
         return scan_blocks(
             self, [block(i) for i in range(group)], depth // group, x,
-            gather_params=self.gather_params, remat=config.remat, each=each,
+            gather_params=self.gather_params, remat=config.remat,
+            unroll=not config.scan_layers, each=each,
+            first=first,
         )  # fmt: skip
 
 

@@ -91,8 +91,9 @@ class ViTConfig(BackboneConfig):
     activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu | swiglu
     window: int = 0  # patches, side of the windows that most blocks attend in (Li et al. 2022); 0: all blocks globally
     global_blocks: int = 4  # blocks that attend globally beside windows, evenly spread up to the last; divides depth
-    attention: str = "xla"  # xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
+    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -292,7 +293,8 @@ class ViT(nn.Module):
             for window in windows_of(config, grid)
         ]  # fmt: skip
         return scan_blocks(
-            self, group, size.depth // len(group), x, gather_params=self.gather_params, remat=config.remat, each=each,
+            self, group, size.depth // len(group), x, gather_params=self.gather_params, remat=config.remat,
+            unroll=not config.scan_layers, each=each,
             part=part, alike=len(group) > 1,
         )  # fmt: skip
 
