@@ -69,7 +69,7 @@ def tiny() -> Config:
     emoji = BundledConfig(path="twemoji", split="test")
     return Config(
         name="vit_huge_tiny",
-        model=ViTConfig(size="P", patch_size=8, image_size=48, pool="gap", remat="dots", scan_layers=False),
+        model=ViTConfig(size="P", patch_size=8, image_size=48, pool="gap", remat="dots"),
         task=ClassificationConfig(num_classes=9, label_smoothing=0.1, cutmix=1.0),
         data=DataConfig(
             train=(

@@ -1,6 +1,6 @@
 """Which attention a run computes where its configuration says "auto": cuDNN's fused one, if this GPU runs it.
 
-A kernel that compiles may still have no plan for a shape, or none on a driver, which shows when it is first run. So each
+A kernel that compiles may have no plan for a shape, or none with a driver, which shows when it is first run. So each
 that a step has is run once, before the run depends on it.
 """
 
@@ -79,7 +79,7 @@ def refused(jaxpr: Any) -> str:
 
         try:
             jax.block_until_ready(jax.jit(run)(*inputs))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on without this kernel
+        except Exception as error:  # whatever it is, the run goes on without this kernel
             return f"{equation.primitive.name} of {shapes[0].str_short()}: {one_line(error)}"
     return ""
 
