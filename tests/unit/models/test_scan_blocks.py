@@ -1,0 +1,86 @@
+"""One stack of blocks in all its forms: loop or not, and whatever is recomputed, the same values and gradients."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from visionfm_jax.config.limits import REMAT
+from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
+from visionfm_jax.models.backbones.vit import ViTConfig
+from visionfm_jax.models.layers import POLICIES, no_gather
+
+VIT = dict(width=24, depth=5, heads=2, mlp=40, patch_size=4, image_size=12)  # odd: 9 tokens, 5 blocks
+SWIN = dict(size="H", width=8, depths=(1, 1, 6, 1), heads=(1, 1, 2, 2), patch_size=2, image_size=32, window=4)
+
+
+def gradients(config, images):
+    """Gradients of a random function of the features, whose parameters are all random."""
+    module = config.make(jnp.float32, no_gather)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = jax.tree.unflatten(tree, [0.2 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves, strict=True)])
+    weights = jax.random.normal(jax.random.key(2), (config.features,))
+    return jax.jit(jax.value_and_grad(lambda p: (module.apply(p, images).pooled @ weights).sum()))(params)
+
+
+@pytest.mark.parametrize("make", [lambda **more: ViTConfig(**VIT, **more), lambda **more: SwinV2Config(**SWIN, **more)])
+def test_every_form_has_the_same_gradients(make):
+    images = jax.random.normal(jax.random.key(3), (2, 12, 12, 3) if make().patch_size == 4 else (2, 32, 32, 3))
+    expected = gradients(make(remat="none"), images)
+    forms = [{"remat": "dots"}, {"remat": "full"}, {"remat": "full:3"}, {"remat": "dots:100"}]
+    forms += [{"remat": "full:3", "scan_layers": False}, {"remat": "none", "scan_layers": False}]
+    for form in forms:
+        chex.assert_trees_all_close(gradients(make(**form), images), expected, rtol=2e-5, atol=1e-5)
+
+
+def saved(remat, **more):
+    """Names of what a step keeps of each block for the backward pass, and the number of loops in its forward pass."""
+    config = ViTConfig(**VIT, remat=remat, **more)
+    module, images = config.make(jnp.bfloat16, no_gather), jnp.zeros((2, 12, 12, 3))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    jaxpr = jax.make_jaxpr(lambda p: jax.vjp(lambda p: module.apply(p, images).pooled.sum(), p)[0])(shapes)
+    text = str(jaxpr)
+    return [int(n) for n in re.findall(r"length=(\d+)", text) if int(n) < 20], text
+
+
+def test_so_many_blocks_are_loops_of_their_own():
+    assert saved("full")[0] == [5]
+    assert saved("full:2")[0] == [2, 3]
+    assert saved("full:5")[0] == saved("full:9")[0] == [5]
+
+
+def memory(remat):
+    config = ViTConfig(width=64, depth=6, heads=4, mlp=256, patch_size=4, image_size=32, remat=remat)
+    module, images = config.make(jnp.bfloat16, no_gather), jnp.zeros((16, 32, 32, 3))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    step = jax.jit(jax.grad(lambda p: module.apply(p, images).pooled.sum()))
+    return step.lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_recomputing_more_needs_less_memory():
+    sizes = [memory(remat) for remat in (*POLICIES, "full:3")]
+    none, attention, dots, full, half = sizes
+    assert none > attention > dots > half > full
+
+
+def test_policies_are_those_that_configurations_name():
+    assert REMAT.names == tuple(POLICIES)
+    assert all(REMAT.problem(name) is None for name in (*POLICIES, "full:18", "dots:1"))
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        ("some", "one of"),
+        ("none:3", "one of"),
+        ("full:", "number of blocks"),
+        ("full:0", "number"),
+        ("ful:3", "one of"),
+    ],
+)
+def test_other_words_are_refused(value, rule):
+    assert rule in REMAT.problem(value)[0]
