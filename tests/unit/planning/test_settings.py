@@ -134,7 +134,10 @@ def test_advice_tries_nothing_lighter_than_what_does_not_fit():
 def test_advice_has_nothing_to_say_where_all_is_best():
     planner = Planner(state=1)
     base = vit(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
-    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=1.0 if s == base else 1.5)
+    formula = planner.formula
+    planner.formula = lambda s: SimpleNamespace(
+        **vars(formula(s)) | {"fits": True, "seconds": 1.0 if s == base else 1.5}
+    )
     assert advice(planner, base, planner.formula(base)) == []
 
 
@@ -191,3 +194,12 @@ def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
     monkeypatch.setattr(settings, "missing_packages", list)
     planner.config.train.precision = "fp32"
     assert not settings.is_allowed(planner.config, cudnn, planner.cluster)
+
+
+def test_search_compares_all_recomputation_that_fits():
+    planner = Planner(state=1, cluster="h100:8x8")
+    seconds = {"none": 2.0, "attention": 1.5, "dots": 1.0, "full": 1.2}
+    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=seconds[s.remat[0]])
+    found = search(planner)
+    assert found[0][0].remat == ("dots",)  # though `none` fits
+    assert {s.remat[0] for s, _ in found} == set(REMAT)
