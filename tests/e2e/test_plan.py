@@ -57,13 +57,33 @@ def test_a_plan_with_advice(cache, tmp_path):
     assert found["run"]["gpu_hours"] == pytest.approx(found["run"]["days"] * 24 * 8)
     assert {c["dtype"] for c in found["collectives"] if c["kind"] == "reduce-scatter"} == {"bf16"}
 
+    step = found["step"]
+    parts = (step[f"{kind}_seconds"] for kind in ("matmul", "attention", "other", "exposed"))
+    assert step["seconds"] == pytest.approx(sum(parts))
+    assert step["seconds_range"][0] < step["seconds"] < step["seconds_range"][1]
+    assert sum(step["memory_traffic_bytes_by_kind"].values()) == step["memory_traffic_bytes"]
+    assert "calibrated on one H100, 3 steps" in done.stdout
+
     again = plan(cache, *SMALL, "--cluster=h100:1x8")
     assert again.stdout == done.stdout  # from the cache
+
+    kinds = {"matmuls": 0.5, "attention": 0, "all else": 0.5, "waits": 0}
+    record = {"device": "NVIDIA H100 80GB HBM3", "planned_seconds": kinds, "measured_seconds": 1.2}
+    (tmp_path / "measured").write_text(json.dumps(record))
+    words = ("--advice=no", f"--calibration={tmp_path / 'measured'}", f"--json={tmp_path / 'plan.json'}")
+    alone = plan(cache, *SMALL, "--cluster=h100:1x8", *words)
+    assert alone.returncode == 0, alone.stderr
+    assert "settings were compared" not in alone.stdout
+    corrected = json.loads((tmp_path / "plan.json").read_text())
+    assert "advice" not in corrected
+    assert corrected["step"]["other_seconds"] > 1.1 * step["other_seconds"]
+    assert corrected["step"]["calibration"] == f"calibrated by {tmp_path / 'measured'}, 1 measured step"
 
 
 def test_search_ranks_what_fits(cache, tmp_path):
     words = ("--cluster=h100:1x8", "--config.train.precision=fp32")  # for which there is one attention kernel
-    done = plan(cache, *SMALL, *words, "--search", f"--json={tmp_path / 'plan.json'}")
+    program = QUICKLY.replace("with without", "plan.settings.REMAT = ('dots',)\nwith without")
+    done = plan(cache, *SMALL, *words, "--search", f"--json={tmp_path / 'plan.json'}", program=("-c", program))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())["search"]
     assert {s["stage"] for s in found} == {0, 1, 2, 3}
@@ -107,6 +127,7 @@ def test_nothing_fits(cache, tmp_path):
         ((FULL, "--cluster=h100:1x7", "--config.evals=()"), "config.train.batch_size = 2048: must be a multiple of 7"),
         ((TINY, "--cluster=h100:1x8", "--json=/no/such/folder/plan.json"), "--json=/no/such/folder/plan.json: No such"),
         ((TINY, "--cluster=h100:1x8", "--targets=nowhere.toml"), "--targets=nowhere.toml"),
+        ((TINY, "--cluster=h100:1x8", "--calibration=nowhere"), "--calibration=nowhere: cannot be read"),
         (("--config=configs/vit_hug.py", "--cluster=h100:1x8"), "did you mean configs/vit_huge.py?"),
     ],
 )
