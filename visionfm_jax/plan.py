@@ -7,10 +7,12 @@ nearest setting that fits is printed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +97,15 @@ def plan_for_gpus(
 ) -> tuple[dict[str, Any], int]:
     """Print and return the plan, and the exit code; `others`: which other settings are compared, if any."""
     base = settings.setting_of(config)
-    bar = tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty())
-    if bar.disable:
-        print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
-
-    def on_progress(done: int, of: int) -> None:
-        bar.total = of
-        bar.n = done
-        bar.refresh()
-
-    with bar, settings.Planner(config, cluster, calibration, on_progress) as planner:
+    with _progress() as on_progress, settings.Planner(config, cluster, calibration, on_progress) as planner:
         on_progress(0, 1)
         now = estimate(compile_step(config, cluster, GPU), cluster, calibration)
         planner.know(base, now)
-        bar.clear()
-        report.print_plan(console, config.name, now)
-        plan = report.as_json(config.name, now)
+        with tqdm.external_write_mode():
+            report.print_plan(console, config.name, now)
+        plan, code = report.as_json(config.name, now), 0 if now.fits else DOES_NOT_FIT
         if others == "none":
-            return plan, 0 if now.fits else DOES_NOT_FIT
+            return plan, code
         if others == "search":
             title, key, found = "Settings that fit, fastest first", "search", settings.search(planner)
         elif now.fits:
@@ -120,12 +113,37 @@ def plan_for_gpus(
         else:
             nearest = settings.nearest_that_fits(planner, base)
             title, key, found = "The nearest setting that fits", "nearest", [nearest] if nearest else []
-        bar.clear()
         plan[key] = [report.setting_json(setting, base, e) for setting, e in found]
-        if found:
-            report.print_settings(console, title, base, found)
-        console.print(_ending(planner, key, found), highlight=False)
-    return plan, 0 if now.fits else DOES_NOT_FIT
+        with tqdm.external_write_mode():
+            if found:
+                report.print_settings(console, title, base, found)
+            console.print(_ending(planner, key, found), highlight=False)
+    return plan, code
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar to be told (settings compiled, of how many), whose seconds run on while one compiles for minutes."""
+    with tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty()) as bar:
+        if bar.disable:
+            print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
+
+        def on_progress(done: int, of: int) -> None:
+            bar.n, bar.total = done, of
+            bar.refresh()
+
+        def run_on() -> None:
+            while not finished.wait(1):
+                bar.refresh()
+
+        finished = threading.Event()
+        ticker = threading.Thread(target=run_on, daemon=True)
+        ticker.start()
+        try:
+            yield on_progress
+        finally:
+            finished.set()
+            ticker.join()
 
 
 def _ending(planner: settings.Planner, key: str, found: list) -> str:

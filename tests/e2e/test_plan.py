@@ -1,5 +1,6 @@
 """`python -m visionfm_jax.plan`, as people call it."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from visionfm_jax.config import load
 from visionfm_jax.errors import entry_point
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
-from visionfm_jax.plan import main
+from visionfm_jax.plan import _progress, main
 from visionfm_jax.planning.compiled import GPU, compile_step
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,17 @@ def test_without_the_cuda_packages_it_says_what_it_cannot_show(cache, tmp_path):
     search = plan(cache, *words, "--search", program=("-c", WITHOUT_CUDA))
     assert search.returncode == 2
     assert "pip install 'visionfm_jax[plan]'" in search.stderr
+
+
+def test_the_bar_counts_what_is_compiled(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    with _progress() as on_progress:
+        on_progress(0, 1)
+        on_progress(2, 5)
+    assert "compiling:   0%" in terminal.getvalue()
+    assert "2/5" in terminal.getvalue()
 
 
 def test_help():

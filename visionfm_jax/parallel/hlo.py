@@ -363,6 +363,7 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
+@functools.lru_cache(4096)
 def _arrays(text: str) -> tuple[Array, ...]:
     found = re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", text)
     return tuple(Array(t, tuple(map(int, filter(None, dims.split(","))))) for t, dims in found if t != "token")
