@@ -1,7 +1,9 @@
 """Time the training step on synthetic data: `python -m visionfm_jax.bench --config=FILE.py[:VARIANT] …`.
 
-The data of the configuration are not opened. Prints one line of JSON. Needs only jax, flax, optax, chex, einops and
-absl-py.
+The data of the configuration are not opened. Prints one line of JSON. With --compare-plan=FILE, on a GPU, it also plans
+the program that ran and adds both to FILE, by which `plan --calibration=FILE` corrects its times.
+
+Needs only jax, flax, optax, chex, einops and absl-py.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ RATES = {
     # Matmuls: 794 TFLOP/s at the best shape, of 989 (MAMF), 720 at those of language models (SemiAnalysis, December
     # 2024, H100 and H200 alike; fp8 1,280). Attention: cuDNN in FlashAttention-3's paper, figures 5 and 6.
     "h100": Rates(matmuls=0.76, fp8=1.78, forward=(0.42, 0.61), backward=(0.475, 0.55), measured=True),
+    # The same chip and power as the H100: published are 720 (SemiAnalysis) and 821 at the best shape (MAMF, GH200).
     "h200": Rates(matmuls=0.78, fp8=1.78, forward=(0.42, 0.61), backward=(0.475, 0.55)),
     # Matmuls: 1,745 TFLOP/s at the best shape, of 2,250 (MAMF). Attention: as H100.
     "b200": Rates(matmuls=0.77, fp8=1.78, forward=(0.42, 0.61), backward=(0.475, 0.55)),
