@@ -134,7 +134,10 @@ def test_advice_tries_nothing_lighter_than_what_does_not_fit():
 def test_advice_has_nothing_to_say_where_all_is_best():
     planner = Planner(state=1)
     base = vit(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
-    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=1.0 if s == base else 1.5)
+    formula = planner.formula
+    planner.formula = lambda s: SimpleNamespace(
+        **vars(formula(s)) | {"fits": True, "seconds": 1.0 if s == base else 1.5}
+    )
     assert advice(planner, base, planner.formula(base)) == []
 
 
@@ -191,3 +194,58 @@ def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
     monkeypatch.setattr(settings, "missing_packages", list)
     planner.config.train.precision = "fp32"
     assert not settings.is_allowed(planner.config, cudnn, planner.cluster)
+
+
+def test_search_compares_all_recomputation_that_fits():
+    planner = Planner(state=1, cluster="h100:8x8")
+    seconds = {"none": 2.0, "attention": 1.5, "dots": 1.0, "full": 1.2}
+    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=seconds[s.remat[0]])
+    found = search(planner)
+    assert found[0][0].remat == ("dots",)  # though `none` fits
+    assert {s.remat[0] for s, _ in found} == set(REMAT)
+
+
+def test_advice_finds_one_micro_batch_in_a_stage_that_leaves_room_for_it():
+    planner = Planner(state=100)  # in stage 2: 40 GB; activations of the whole batch, 50
+    planner.formula = formula_of(planner, activations=50)
+    base = vit(stage=2, replicas=1, accumulate=8, remat="dots", attention="cudnn")
+    found = advice(planner, base, planner.formula(base))
+    assert planner.formula(base._replace(accumulate=2)).fits
+    assert not planner.formula(base._replace(accumulate=1)).fits
+    assert found[0][0] == base._replace(accumulate=1, stage=3)
+    assert base._replace(accumulate=2) in [s for s, _ in found]
+    assert base._replace(accumulate=1) not in planner.asked  # its activations alone are too much
+    assert base._replace(accumulate=4) not in planner.asked  # 2 fits
+
+
+def formula_of(planner, activations):
+    def formula(s):
+        fixed, kept = planner.state * (1, 0.5, 0.4, 0.1)[s.stage], activations / s.accumulate
+        return SimpleNamespace(
+            fits=(fixed + kept) * GB <= USABLE,
+            usable=USABLE,
+            seconds=1 + 0.1 * s.accumulate + 0.02 * s.stage + abs(s.recomputed - 2) + s.replicas,
+            memory={"weights": fixed * GB, "activations": kept * GB},
+            compiled=SimpleNamespace(peak=(fixed + kept) * GB),
+        )
+
+    return formula
+
+
+def test_advice_tries_more_recomputation_too():
+    planner = Planner(state=1)
+    formula = planner.formula
+    planner.formula = lambda s: SimpleNamespace(
+        **vars(formula(s)) | {"fits": True, "seconds": {"full": 1.0, "dots": 2.0}.get(s.remat[0], 3.0)}
+    )
+    base = vit(stage=3, replicas=1, accumulate=1, remat="none", attention="cudnn")
+    found = advice(planner, base, planner.formula(base))
+    assert [s.remat[0] for s, _ in found] == ["full", "dots"]
+
+
+def test_values_of_remat_that_no_search_tries_are_kept_in_order():
+    order = ["none", "attention", "dots", "full:8", "full"]
+    assert sorted(order, key=settings.heaviness) == order
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full:8", attention="cudnn")
+    assert [s.remat[0] for s in settings.lighter(base)] == ["dots", "attention", "none"]
+    assert base.with_remat(max, "full").remat == ("full",)
