@@ -84,6 +84,11 @@ class NetworkConfig(ModelConfig):
     remat: str
     scan_layers: bool = True
 
+    @property
+    def blocks(self) -> int:
+        """How many `remat` counts; 0: it takes no number."""
+        return 0
+
     def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
         return {name: self}
 

@@ -89,6 +89,10 @@ class DecoderConfig(NetworkConfig):
         "remat": REMAT,
     }
 
+    @property
+    def blocks(self) -> int:
+        return sum(size_of(self).depths)
+
     def problems(self, name: str) -> list[Problem]:
         size = size_of(self)
         out = heads_problems(name, size.width, size.heads)

@@ -64,6 +64,10 @@ class TextConfig(NetworkConfig):
     }
 
     @property
+    def blocks(self) -> int:
+        return size_of(self).depth
+
+    @property
     def features(self) -> int:
         """Channels of a text's features."""
         return size_of(self).width

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import itertools
+import math
 import os
 import re
 import threading
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import POLICIES
+from visionfm_jax.models.layers import LIGHTER, POLICIES
 from visionfm_jax.parallel.targets import Cluster
 from visionfm_jax.planning.calibration import Calibration
 from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
@@ -34,7 +35,8 @@ class Setting(NamedTuple):
     replicas: int
     accumulate: int
     remat: tuple[str, ...]  # of each network
-    attention: tuple[str, ...]  # of each network
+    attention: tuple[str, ...]  # of each network; "auto" counts as what a plan makes of it
+    scan_layers: tuple[bool, ...]  # of each network
     networks: tuple[str, ...]  # their fields in the configuration
 
     @property
@@ -42,7 +44,7 @@ class Setting(NamedTuple):
         """The configuration's fields and their values."""
         of_networks = {
             f"{network}.{name}": value
-            for name in ("remat", "attention")
+            for name in ("remat", "attention", "scan_layers")
             for network, value in zip(self.networks, getattr(self, name), strict=True)
         }
         run = {"parallel.stage": self.stage, "parallel.replicas": self.replicas, "train.accumulate": self.accumulate}
@@ -75,10 +77,12 @@ def heaviness(remat: str) -> float:
 
 def setting_of(config: Config) -> Setting:
     """The setting of a configuration."""
-    networks = config.model.networks()
+    networks, auto = config.model.networks(), "xla" if config.train.precision == "fp32" else "cudnn"
     return Setting(
         config.parallel.stage, config.parallel.replicas, config.train.accumulate,
-        tuple(n.remat for n in networks.values()), tuple(n.attention for n in networks.values()), tuple(networks),
+        tuple(n.remat for n in networks.values()),
+        tuple(auto if n.attention == "auto" else n.attention for n in networks.values()),
+        tuple(n.scan_layers for n in networks.values()), tuple(networks),
     )  # fmt: skip
 
 
@@ -87,8 +91,9 @@ def with_setting(config: Config, setting: Setting) -> Config:
     config = copy.deepcopy(config)
     config.parallel.stage, config.parallel.replicas = setting.stage, setting.replicas
     config.train.accumulate = setting.accumulate
-    for network, remat, kind in zip(config.model.networks().values(), setting.remat, setting.attention, strict=True):
-        network.remat, network.attention = remat, kind
+    networks, of_each = config.model.networks(), (setting.remat, setting.attention, setting.scan_layers)
+    for network, *values in zip(networks.values(), *of_each, strict=True):
+        network.remat, network.attention, network.scan_layers = values
     return config
 
 
@@ -177,6 +182,8 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
                 continue
             known.append((setting, planner.ask(setting)))
             found = known[-1][1].result()
+            if found and not found.fits and (partly := _partly(planner.config, base, now, setting, found)):
+                known.append((partly, planner.ask(partly)))
             if bool(found and found.fits) == (setting.accumulate != base.accumulate):
                 break  # what recomputes less needs more memory yet; smaller micro-batches are no faster
     better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
@@ -188,6 +195,21 @@ def _may_fit(setting: Setting, base: Setting, now: Estimate) -> bool:
     """Whether larger micro-batches may fit: at the least, their activations grow."""
     growth = now.memory.get("activations", 0) * (base.accumulate / setting.accumulate - 1)
     return now.compiled.peak + growth <= now.usable
+
+
+def _partly(config: Config, base: Setting, now: Estimate, lighter: Setting, too_large: Estimate) -> Setting | None:
+    """Between `base` and a setting that recomputes less and does not fit: as many blocks recompute less as fit.
+
+    That a block keeps as much as another is an approximation: those of the last stages, which keep less, come last.
+    """
+    share = (now.usable - now.compiled.peak) / max(too_large.compiled.peak - now.compiled.peak, 1)
+    remat = []
+    for network, before, after in zip(config.model.networks().values(), base.remat, lighter.remat, strict=True):
+        recomputing = math.ceil(network.blocks * (1 - 0.95 * share))
+        mixed = LIGHTER.get(before) == after and 0 < recomputing < network.blocks
+        remat.append(f"{before}:{recomputing}" if mixed else before)
+    found = base._replace(remat=tuple(remat))
+    return found if found != base and lighter.accumulate == base.accumulate else None
 
 
 def lighter(base: Setting) -> Iterator[Setting]:
@@ -205,6 +227,8 @@ def larger_micro_batches(base: Setting) -> Iterator[list[Setting]]:
 def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:
     """Other single changes that may save time: less exchanged, more recomputed and less kept, another kernel."""
     yield base.with_attention("xla" if "cudnn" in base.attention else "cudnn")
+    if any(base.scan_layers):
+        yield base._replace(scan_layers=(False,) * len(base.networks))
     yield from (s for s in dict.fromkeys(base.with_remat(max, policy) for policy in REMAT) if s != base)
     yield from (base._replace(stage=stage) for stage in range(base.stage - 1, 0, -1))
     for replicas in {1, cluster.hosts} - {base.replicas}:

@@ -1,11 +1,13 @@
 """The search for settings, on a cluster whose memory and time are formulas."""
 
 import concurrent.futures
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from visionfm_jax.config import load
+from visionfm_jax.models.layers import LIGHTER
 from visionfm_jax.parallel.targets import find_cluster
 from visionfm_jax.planning import settings
 from visionfm_jax.planning.settings import REMAT, Setting, advice, nearest_that_fits, search, setting_of
@@ -16,7 +18,16 @@ KEPT = dict(zip(REMAT, (400, 200, 100, 4), strict=True))  # GB of activations of
 
 
 def vit(stage: int, replicas: int, accumulate: int, remat: str, attention: str) -> Setting:
-    return Setting(stage, replicas, accumulate, (remat,), (attention,), ("model",))
+    return Setting(stage, replicas, accumulate, (remat,), (attention,), (False,), ("model",))
+
+
+def kept_by(remat: str) -> float:
+    """Of ViT-H's 32 blocks."""
+    name, _, blocks = remat.partition(":")
+    if not blocks:
+        return KEPT[name]
+    share = int(blocks) / 32
+    return share * KEPT[name] + (1 - share) * KEPT[LIGHTER[name]]
 
 
 class Planner:
@@ -35,7 +46,7 @@ class Planner:
 
     def formula(self, s: Setting):
         fixed = int(self.state * GB * (1, 0.5, 0.4, 0.1)[s.stage])
-        kept = int(KEPT[min(s.remat, key=REMAT.index)] * GB / s.accumulate * (1.1 if "xla" in s.attention else 1))
+        kept = int(min(map(kept_by, s.remat)) * GB / s.accumulate * (1.1 if "xla" in s.attention else 1))
         seconds = 1 + 0.1 * s.recomputed + 0.05 * s.stage + 0.02 * s.accumulate
         seconds += 0.3 * ("xla" in s.attention) + 0.01 * s.replicas
         return SimpleNamespace(
@@ -128,7 +139,7 @@ def test_advice_tries_nothing_lighter_than_what_does_not_fit():
     base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
     advice(planner, base, planner.formula(base))
     assert not planner.formula(base._replace(remat=("dots",))).fits
-    assert {s.remat for s in planner.asked} == {("full",), ("dots",)}
+    assert {s.remat for s in planner.asked if ":" not in s.remat[0]} == {("full",), ("dots",)}
 
 
 def test_advice_has_nothing_to_say_where_all_is_best():
@@ -249,3 +260,30 @@ def test_values_of_remat_that_no_search_tries_are_kept_in_order():
     base = vit(stage=3, replicas=1, accumulate=1, remat="full:8", attention="cudnn")
     assert [s.remat[0] for s in settings.lighter(base)] == ["dots", "attention", "none"]
     assert base.with_remat(max, "full").remat == ("full",)
+
+
+def test_where_less_recomputation_does_not_fit_some_blocks_recompute_less():
+    planner = Planner()
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
+    now = planner.formula(base)
+    assert now.fits and not planner.formula(base._replace(remat=("dots",))).fits
+    advice(planner, base, now)
+    (partly,) = {s.remat[0] for s in planner.asked if ":" in s.remat[0]}
+    assert re.fullmatch(r"full:\d+", partly)
+    found = planner.formula(base._replace(remat=(partly,)))
+    assert found.fits
+    assert found.compiled.peak > now.compiled.peak
+    fewer = f"full:{int(partly[5:]) - 4}"  # what is left free is less than four blocks take
+    assert not planner.formula(base._replace(remat=(fewer,))).fits
+
+
+def test_unrolled_layers_are_tried_where_they_are_a_loop():
+    planner = Planner()
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
+    loop = base._replace(scan_layers=(True,))
+    advice(planner, loop, planner.formula(loop))
+    assert base in planner.asked
+    assert not any(any(s.scan_layers) for s in planner.asked if s.scan_layers != loop.scan_layers)
+    changed = settings.with_setting(planner.config, loop)
+    assert changed.model.scan_layers and settings.setting_of(changed) == loop
+    assert base.flags(loop) == "--config.model.scan_layers=False"

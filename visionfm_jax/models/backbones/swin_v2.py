@@ -115,6 +115,10 @@ class SwinV2Config(BackboneConfig):
     }
 
     @property
+    def blocks(self) -> int:
+        return sum(size_of(self).depths)
+
+    @property
     def strides(self) -> tuple[int, ...]:
         return tuple(self.patch_size * 2**stage for stage in range(4))
 

@@ -125,6 +125,10 @@ class ViTConfig(BackboneConfig):
         return self.class_token or self.pool in ("cls", "cls_gap")
 
     @property
+    def blocks(self) -> int:
+        return size_of(self).depth
+
+    @property
     def strides(self) -> tuple[int, ...]:
         return (self.patch_size,)
 
