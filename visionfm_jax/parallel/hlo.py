@@ -317,6 +317,18 @@ class Module:
                     kept[backward] += array.nbytes
         return kept[0], kept[1]
 
+    def kept_bytes(self) -> int:
+        """Bytes of arrays outside of loops that the forward pass makes and the backward pass reads."""
+        inside, kept = self.computations[self.entry], {}
+        for reader in inside.values():
+            if "transpose(" not in reader.source:
+                continue
+            for made, index in (_made_by(inside, name) for name in reader.operands):
+                backward = "transpose(" in made.source or made.opcode in ("while", "parameter")
+                if "jvp(" in made.source and not backward:
+                    kept[made.name, index] = made.outputs[index].nbytes
+        return sum(kept.values())
+
     def _is_updated_in_place(self, member: Instruction, body: Computation) -> bool:
         index = 0
         while member.opcode in ("get-tuple-element", "bitcast", "copy") or member.opcode.endswith("-done"):
@@ -332,6 +344,16 @@ class Module:
                 root = called[root.operands[0]]
             return root.opcode == "dynamic-update-slice"
         return member.opcode == "dynamic-update-slice"
+
+
+def _made_by(inside: Computation, name: str) -> tuple[Instruction, int]:
+    """The instruction that an array comes from by other names alone, and which of its outputs it is."""
+    instruction, index = inside[name], 0
+    while instruction.opcode in ("bitcast", "get-tuple-element"):
+        if instruction.opcode == "get-tuple-element":
+            index = int(re.search(r"\bindex=(\d+)", instruction.attributes)[1])
+        instruction = inside[instruction.operands[0]]
+    return instruction, min(index, len(instruction.outputs) - 1)
 
 
 def _instruction(line: str) -> Instruction:

@@ -136,10 +136,10 @@ def usable_bytes(cluster: Cluster) -> int:
 def memory_by_kind(compiled: CompiledStep, module: Module) -> dict[str, int]:
     """Bytes of one GPU at the step's peak.
 
-    What is held throughout follows from the ZeRO stage, activations are what the compiled loops keep for their backward
-    pass, and temporary is the rest of the compiler's peak.
+    What is held throughout follows from the ZeRO stage, activations are what the forward pass keeps for the backward
+    pass, in loops and outside of them, and temporary is the rest of the compiler's peak.
     """
-    kinds = {**compiled.held, "activations": module.stacked_bytes()[0]}
+    kinds = {**compiled.held, "activations": module.stacked_bytes()[0] + module.kept_bytes()}
     kinds["temporary"] = max(compiled.peak - sum(kinds.values()), 0)
     return {kind: size for kind, size in kinds.items() if size}
 

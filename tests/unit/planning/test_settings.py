@@ -266,7 +266,8 @@ def test_where_less_recomputation_does_not_fit_some_blocks_recompute_less():
     planner = Planner()
     base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
     now = planner.formula(base)
-    assert now.fits and not planner.formula(base._replace(remat=("dots",))).fits
+    assert now.fits
+    assert not planner.formula(base._replace(remat=("dots",))).fits
     advice(planner, base, now)
     (partly,) = {s.remat[0] for s in planner.asked if ":" in s.remat[0]}
     assert re.fullmatch(r"full:\d+", partly)
@@ -285,5 +286,6 @@ def test_unrolled_layers_are_tried_where_they_are_a_loop():
     assert base in planner.asked
     assert not any(any(s.scan_layers) for s in planner.asked if s.scan_layers != loop.scan_layers)
     changed = settings.with_setting(planner.config, loop)
-    assert changed.model.scan_layers and settings.setting_of(changed) == loop
+    assert changed.model.scan_layers
+    assert settings.setting_of(changed) == loop
     assert base.flags(loop) == "--config.model.scan_layers=False"
