@@ -113,6 +113,7 @@ IDS = Range(0, 2**24)
 SIDE = Range(1, 4096)  # pixels
 ATTENTION = OneOf(("xla", "cudnn"))
 REMAT = OneOf(("none", "attention", "dots", "full"))
+MLP_MATMULS = OneOf(("compute", "fp8"))
 
 
 def height_width(size: ImageSize) -> HeightWidth:

@@ -78,10 +78,11 @@ class ModelConfig(Choice):
 
 
 class NetworkConfig(ModelConfig):
-    """One network of a model; it can say how it computes attention and what it recomputes."""
+    """One network of a model; it can say how it computes attention and the MLPs, and what it recomputes."""
 
     attention: str
     remat: str
+    mlp_matmuls = "compute"  # of networks without such a field
 
     def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
         return {name: self}

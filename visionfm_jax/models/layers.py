@@ -20,13 +20,14 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config.limits import HeightWidth
+from visionfm_jax.models import fp8
 from visionfm_jax.models.attention import attention, windowed_attention
 
 Params = Any  # a pytree of arrays
 GatherParams = Callable[[Params], Params]
 
 # Values a block names for rematerialisation; all are outputs of matrix products.
-SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden")
+SAVED_NAMES = ("qkv", "attention", "projection", "mlp_hidden", "fp8_scale")
 
 
 def no_gather(params: Params) -> Params:
@@ -209,11 +210,13 @@ class Mlp(nn.Module):
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     activation: str = "gelu"  # of `activate`, or swiglu
+    matmuls: str = "compute"  # of operands in `dtype`, or fp8
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, features: int, name: str) -> jax.Array:
-            return dense(x, features, self.dtype, name, kernel_init=self.kernel_init)
+            dot_general = fp8.dot_general if self.matmuls == "fp8" else None
+            return dense(x, features, self.dtype, name, kernel_init=self.kernel_init, dot_general=dot_general)
 
         h = checkpoint_name(layer(x, self.hidden, "fc1"), "mlp_hidden")
         if self.activation == "swiglu":
@@ -231,6 +234,7 @@ class Block(nn.Module):
       layer_scale: where the factors of each branch's channels start (Touvron et al. 2021, "CaiT"); 0: no factors.
       keys: (B,), draw which branches a sample leaves out; None: nothing is left out.
       mask: (B, 1, T, T) bool, which tokens see which; None: all see all.
+      matmuls: of `Mlp`.
     """
 
     heads: int
@@ -248,6 +252,7 @@ class Block(nn.Module):
     mask: jax.Array | None = None
     window: int = 0
     grid: HeightWidth = (0, 0)
+    matmuls: str = "compute"
 
     @nn.compact
     def __call__(self, x: jax.Array, own: dict[str, jax.Array] | None = None) -> jax.Array:
@@ -265,7 +270,8 @@ class Block(nn.Module):
         )  # fmt: skip
         x = x + branch(attend(layer_norm(self.dtype, "ln1", self.epsilon)(x), mask=self.mask), 1)
         y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
-        return x + branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2)
+        mlp = Mlp(self.mlp, self.dtype, activation=self.activation, matmuls=self.matmuls, name="mlp")
+        return x + branch(mlp(y), 2)
 
 
 def _save_all(prim, *_, **__) -> bool:

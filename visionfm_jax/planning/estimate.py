@@ -22,7 +22,7 @@ KERNEL = 2e-6  # seconds from one kernel to the next
 LATENCY = 10e-6, 1e-6  # seconds of a collective, and more for each further device of its group
 
 # fp32 products run as TF32, at half the rate of 16-bit ones.
-RATE = {"f32": 0.5, "f64": 1 / 16}
+RATE = {"f32": 0.5, "f64": 1 / 16, "f8e4m3fn": 2.0, "f8e5m2": 2.0}
 
 
 @dataclasses.dataclass

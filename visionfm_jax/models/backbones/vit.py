@@ -25,6 +25,7 @@ from flax import linen as nn
 from visionfm_jax.config import BackboneConfig
 from visionfm_jax.config.limits import (
     ATTENTION,
+    MLP_MATMULS,
     REMAT,
     SHARE,
     SIDE,
@@ -93,6 +94,7 @@ class ViTConfig(BackboneConfig):
     global_blocks: int = 4  # blocks that attend globally beside windows, evenly spread up to the last; divides depth
     attention: str = "xla"  # xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -117,6 +119,7 @@ class ViTConfig(BackboneConfig):
         "global_blocks": Range(1, 1024),
         "attention": ATTENTION,
         "remat": REMAT,
+        "mlp_matmuls": MLP_MATMULS,
     }
 
     @property
@@ -287,7 +290,8 @@ class ViT(nn.Module):
             Block(
                 size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
                 biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
-                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid, parent=None,
+                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid,
+                matmuls=config.mlp_matmuls, parent=None,
             )
             for window in windows_of(config, grid)
         ]  # fmt: skip
