@@ -8,7 +8,7 @@ The base is what `launch/env.sh` sets. A change is what --try names: flags of XL
 (NAME=VALUE), separated by spaces; without --try, each of those below. Each round times the base and all changes once,
 by `visionfm bench`, forwards in one round and backwards in the next. A change that fails, or that XLA does not know, is
 reported as such. Prints a table: images per second over the base's of the same round, median, least and greatest; the
-last line is JSON. Other words (--config…, --steps=N) are those of `visionfm bench`.
+last line is JSON. Fields (--config.FIELD=VALUE) are those of `visionfm bench`.
 """
 
 from __future__ import annotations
@@ -48,14 +48,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--rounds", type=int, default=3, help="rounds (%(default)s)")
     p.add_argument("--launch", default="", help="command that starts the processes of a run, such as 'srun'")
     p.add_argument("--timeout", type=float, default=1800.0, help="seconds per run (%(default)s)")
-    args, bench = p.parse_known_args(argv)
+    p.add_argument("--config", required=True, help="configuration, as of `visionfm bench`")
+    p.add_argument("--steps", type=int, default=20, help="steps to time in each run (%(default)s)")
+    args, fields = p.parse_known_args(argv)
+    if strange := [word for word in fields if not re.match(r"--config\.[^=]+=", word)]:
+        p.error(f"unknown flags {' '.join(strange)}: write fields as --config.FIELD=VALUE")
     args.changes = list(dict.fromkeys(args.changes or CHANGES))
     if args.rounds < 1:
         p.error(f"--rounds={args.rounds}: must be at least 1; raise it")
     for change in args.changes:
         if wrong := [w for w in shlex.split(change) if not (w.startswith("--xla") or VARIABLE.fullmatch(w))]:
             p.error(f"--try={change}: {wrong[0]!r} is neither a flag of XLA (--xla…) nor NAME=VALUE; write it as one")
-    return args, bench
+    return args, [f"--config={args.config}", f"--steps={args.steps}", *fields]
 
 
 def command(change: str, launch: str, bench: list[str]) -> list[str]:
