@@ -83,9 +83,9 @@ def xla_flags(version: str) -> tuple[str, ...]:
     """XLA's settings for training with this version of jax: `launch/env.sh` sets them, and a plan compiles with them.
 
     Not among them, though NVIDIA's JAX-Toolbox and MaxText's scripts set some of these:
-      pipelined reduce-scatter: plans of the shipped models are the same with it, since a layer's gradients are
-        scattered beside the layer before it anyway.
-      while-loop double buffering: it unrolls loops over layers, which XLA then schedules with more memory.
+      pipelined reduce-scatter: a plan of ViT-H on 128 A100 is the same to the last digit with it.
+      while-loop double buffering: two layers an iteration. A plan of ViT-H on 128 A100 is 4 % shorter with it, on one
+        H100 with 128 images 7 % longer (jax 0.10.2).
       --xla_gpu_enable_triton_gemm=false: on a card, XLA times its own kernels against cuBLAS for each product, and
         takes the faster. A plan, which cannot, assumes cuBLAS.
       --xla_gpu_enable_nccl_user_buffers=true: NCCL then needs no copies inside a host, but the buffers come from a
