@@ -78,11 +78,12 @@ class ModelConfig(Choice):
 
 
 class NetworkConfig(ModelConfig):
-    """One network of a model; it can say how it computes attention and what it recomputes."""
+    """One network of a model; it can say how it computes attention and the MLPs, and what it recomputes."""
 
     attention: str
     remat: str
     scan_layers: bool = True
+    mlp_matmuls = "compute"  # of networks without such a field
 
     @property
     def blocks(self) -> int:

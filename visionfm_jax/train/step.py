@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import Config, rules
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
 from visionfm_jax.parallel.accumulate import GradCache, LossFn
@@ -104,6 +104,8 @@ def make_step(
     loss_fn, momentum = loss_of(config, task), task.momentum or (lambda step: config.optim.ema)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        device = zero.mesh.devices.flat[0]  # CPUs have no compute capability
+        rules.check(rules.card_problems(config, device.device_kind, getattr(device, "compute_capability", "")))
         batch = with_keys(config, zero.mesh, state.step, batch)
         scale = state.loss_scale.scale if state.loss_scale else None
         parts = state.params, batch, config.train.accumulate, scale, context_of(config, task, zero, state, batch)

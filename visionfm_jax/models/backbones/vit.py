@@ -25,6 +25,7 @@ from flax import linen as nn
 from visionfm_jax.config import BackboneConfig
 from visionfm_jax.config.limits import (
     ATTENTION,
+    MLP_MATMULS,
     REMAT,
     SHARE,
     SIDE,
@@ -94,6 +95,7 @@ class ViTConfig(BackboneConfig):
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
     remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -118,6 +120,7 @@ class ViTConfig(BackboneConfig):
         "global_blocks": Range(1, 1024),
         "attention": ATTENTION,
         "remat": REMAT,
+        "mlp_matmuls": MLP_MATMULS,
     }
 
     @property
@@ -292,7 +295,8 @@ class ViT(nn.Module):
             Block(
                 size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
                 biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
-                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid, parent=None,
+                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid,
+                matmuls=config.mlp_matmuls, parent=None,
             )
             for window in windows_of(config, grid)
         ]  # fmt: skip
