@@ -25,7 +25,7 @@ from absl import logging
 
 from visionfm_jax.config.limits import ImageSize
 from visionfm_jax.config.schema import DataConfig
-from visionfm_jax.data.batches import Batch, HostBatches, Loader
+from visionfm_jax.data.batches import Batch, HostBatches, Loader, choose_workers
 from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Fields, Row
 from visionfm_jax.data.images import DamagedImage
@@ -53,6 +53,7 @@ def train_loader(
     sources: Sequence[Source],
     fields: Fields,
     pair_ratio: tuple[int, int] = (0, 0),
+    demand: float = 0.0,
 ) -> Loader:
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
@@ -66,6 +67,7 @@ def train_loader(
       sources: opened datasets.
       fields: what a row holds beside its image.
       pair_ratio: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all.
+      demand: images/s of this host that `data.workers = -1` provides for; 0: threads of this process.
 
     Returns:
       An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, H, W, 3); the fields' own, "source":
@@ -93,7 +95,8 @@ def train_loader(
     batches = HostBatches(
         order, row, spec, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
     )
-    return Loader(batches, workers=data.workers, prefetch=data.prefetch)
+    workers, choice = (data.workers, "") if data.workers >= 0 else choose_workers(batches, demand, data.prefetch)
+    return Loader(batches, workers=workers, prefetch=data.prefetch, choice=choice)
 
 
 def eval_loader(
