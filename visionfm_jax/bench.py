@@ -55,6 +55,13 @@ def timed_steps(
     return state, metrics, np.diff(marks[warmup:])
 
 
+def bound(step: float, loader: float, both: float) -> str:
+    """What limits both together, by the images/s of each alone and of both."""
+    if both < REACHED * min(step, loader):
+        return "what step and loader share: cores, memory, the host's connection to the device"
+    return "step" if step <= loader else "loader"
+
+
 def measure_with_data(
     trainer: Trainer, compiled: jax.stages.Compiled, state: TrainState, alone: float, steps: int, warmup: int
 ) -> dict[str, Any]:
@@ -85,14 +92,10 @@ def measure_with_data(
         batches = (to_global(trainer.mesh, {k: batch[k] for k in fields}) for batch in loader)
         seconds = timed_steps(compiled, state, batches, steps, warmup)[2]
     both = config.train.batch_size / seconds.mean()
-    if both < REACHED * min(alone, loading):
-        bound = "what step and loader share: cores, memory, the host's connection to the device"
-    else:
-        bound = "step" if alone <= loading else "loader"
     return {
         "images_per_s_with_data": round(both, 3),
         "images_per_s_of_loader": round(loading, 3),
-        "bound_by": bound,
+        "bound_by": bound(alone, loading, both),
         "workers": loader.workers,
         "threads": config.data.threads,
     }
