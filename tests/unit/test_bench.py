@@ -1,13 +1,19 @@
-"""`visionfm bench --with-data`, around a step that does nothing; tests/unit/test_layers.py runs the whole of it."""
+"""`visionfm bench --with-data`, around a step that does nothing; tests/unit/test_layers.py runs `bench` without it."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from visionfm_jax import bench
+from visionfm_jax.cli import data
 from visionfm_jax.config.load import load_file
 from visionfm_jax.parallel.mesh import make_mesh
+from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.train.step import Trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
@@ -25,6 +31,19 @@ def test_the_runs_batches_are_timed_with_the_step_and_without():
     assert found["images_per_s_of_loader"] > 0
     assert found["images_per_s_with_data"] > 0
     assert (found["bound_by"], found["workers"], found["threads"]) == ("step", 0, 2)
+
+
+def test_a_step_at_the_peak_of_its_card_says_how_many_images_it_takes():
+    def demand(platform: str, kind: str) -> float:
+        device = SimpleNamespace(platform=platform, device_kind=kind)
+        mesh = SimpleNamespace(devices=np.array([device, device]), size=2)
+        config = SimpleNamespace(train=SimpleNamespace(batch_size=64))
+        return data.demand_of(SimpleNamespace(config=config, mesh=mesh, task=SimpleNamespace(step_flops=1e15)))
+
+    seconds = 1e15 / 2 / peak_flops("NVIDIA H100 80GB HBM3")
+    assert demand("gpu", "NVIDIA H100 80GB HBM3") == pytest.approx(64 / seconds)
+    assert demand("gpu", "a card of tomorrow") == math.inf
+    assert demand("cpu", "cpu") == 0  # its cores are the step's
 
 
 def test_what_bounds_step_and_loader_together():

@@ -67,11 +67,11 @@ def open_loader(trainer: Trainer, sources: Sequence[Source], fields: Fields, sta
     return train_loader(
         config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
         start_step=start_step, host=jax.process_index(), hosts=jax.process_count(), sources=sources, fields=fields,
-        pair_ratio=config.task.pair_ratio, demand=_demand(trainer),
+        pair_ratio=config.task.pair_ratio, demand=demand_of(trainer),
     )  # fmt: skip
 
 
-def _demand(trainer: Trainer) -> float:
+def demand_of(trainer: Trainer) -> float:
     """Images/s of this host that its step takes at most, by the peak of the card, which no step reaches.
 
     0 on CPUs, whose cores the step needs itself; infinite on an accelerator whose peak is not known.
