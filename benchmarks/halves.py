@@ -190,7 +190,11 @@ def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       HalfFailed: it exited with an error (out of memory, mostly), took too long, or printed no JSON.
     """
-    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}  # as much memory as torch may take
+    env = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",  # as much memory as torch may take
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages, as `visionfm` has them; for both sides
+        **os.environ,
+    }
     if args.peer == "cpu":
         env["JAX_PLATFORMS"] = "cpu"
     prefix = []
@@ -231,10 +235,10 @@ def best_batch(half: str, commands: dict[int, list[str]], args: argparse.Namespa
     for batch, command in commands.items():
         try:
             rates[batch] = run(command, args)["images_per_s"]
-            say(f"sweep  {half:5s}  batch {batch:4d}  {rates[batch]:9.2f} images/s")
+            say(f"sweep  {half:13s}  batch {batch:4d}  {rates[batch]:9.2f} images/s")
         except HalfFailed as e:
             error = e
-            say(f"sweep  {half:5s}  batch {batch:4d}  failed: {str(e).splitlines()[-1]}")
+            say(f"sweep  {half:13s}  batch {batch:4d}  failed: {str(e).splitlines()[-1]}")
     if not rates:
         sys.exit(f"{half}: no batch size of --batches={','.join(map(str, commands))} ran. The last one said:\n{error}")
     return max(rates, key=rates.get)
@@ -271,7 +275,7 @@ Maker = Callable[[argparse.Namespace, int], list[str]]  # (flags, batch) -> a ha
 
 
 def compare(name: str, args: argparse.Namespace, argv: list[str], makers: dict[str, Maker]) -> None:
-    """Sweep, alternate, print. `makers` are those of "ours" and "torch"; `parameters`, where both say it, are equal."""
+    """Sweep, alternate, print. `makers`: of "ours" and its peers; `parameters`, where all say it, are equal."""
     halves = [args.only] if args.only else list(makers)
     best = {h: best_batch(h, {b: makers[h](args, b) for b in args.batches}, args) for h in halves}
     rounds: dict[str, list[dict[str, Any]]] = {h: [] for h in halves}
@@ -284,24 +288,24 @@ def compare(name: str, args: argparse.Namespace, argv: list[str], makers: dict[s
             rounds[half].append(result)
             busy = f"  other programs used {result['others_cpu']:.0%} of the processors"
             rate = f"{result['images_per_s']:9.2f} images/s{busy if result['others_cpu'] > 0.04 else ''}"
-            say(f"round {i + 1}  {half:5s}  batch {best[half]:4d}  {rate}")
+            say(f"round {i + 1}  {half:13s}  batch {best[half]:4d}  {rate}")
         sizes = {h: rounds[h][0]["parameters"] for h in halves if "parameters" in rounds[h][0]}
         if len(set(sizes.values())) > 1:
-            sys.exit(f"the two sides are not the same network: their numbers of parameters are {sizes}")
+            sys.exit(f"the sides are not the same network: their numbers of parameters are {sizes}")
     rates = {h: [r["images_per_s"] for r in rounds[h]] for h in halves}
     summary: dict[str, Any] = {"benchmark": name, "peer": args.peer, "batch": best}
     summary["images_per_s"] = {h: statistics.median(rates[h]) for h in halves}
     if not args.only:
-        ratios = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
-        summary |= {"ratio": statistics.median(ratios), "ratios": ratios}
-        print(
-            f"ours / torch, images per second: {summary['ratio']:.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})"
-        )
-    pythons = {"ours": args.jax_python, "torch": args.torch_python}
+        ratios = {h: [a / b for a, b in zip(rates["ours"], rates[h], strict=True)] for h in halves if h != "ours"}
+        summary |= {"ratio": {h: statistics.median(each) for h, each in ratios.items()}, "ratios": ratios}
+        for half, each in ratios.items():
+            middle = f"{summary['ratio'][half]:.3f} (rounds {min(each):.3f} to {max(each):.3f})"
+            print(f"ours / {half}, images per second: {middle}")
+    pythons = {h: args.jax_python if h == "ours" else args.torch_python for h in halves}
     summary |= {
         "rounds": rounds,
         "settings": {k: v for k, v in vars(args).items() if k not in WORDS},
-        "versions": {h: versions(pythons[h]) for h in halves},
+        "versions": {h: versions(python) for h, python in pythons.items()},
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{name}.py", *argv]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,10 +43,24 @@ def usage() -> str:
     return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "More: visionfm COMMAND --help"])
 
 
+def use_large_pages() -> None:
+    """Let arrays have pages of 2 MiB: start this very program again, for the C library asks once, at the start.
+
+    XLA takes the memory of a step on CPUs from the system and gives it back, each time: of pages of 4 KiB, that alone
+    is up to a sixth of the step.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run the command that the first argument names; None: those of the command line."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if argv is None:
+        use_large_pages()
+        argv = sys.argv[1:]
+    name, *rest = argv or [""]
     if name in ("-h", "--help"):
         show_help(usage())
         return 0

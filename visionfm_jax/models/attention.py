@@ -48,11 +48,10 @@ def attention(
     T, S = q.shape[1], k.shape[1]
     implementation = "xla" if implementation == "auto" else implementation
     lengths = None if lengths is None else lengths.astype(jnp.int32)  # 64 bits, where a program has switched those on
-    attend = functools.partial(
-        jax.nn.dot_product_attention, mask=mask, scale=scale, is_causal=causal, implementation=implementation
-    )
     if implementation == "xla":
-        attend = functools.partial(attend, key_value_seq_lengths=lengths)
+        attend = functools.partial(
+            _plain, mask=mask, scale=q.shape[-1] ** -0.5 if scale is None else scale, causal=causal, lengths=lengths
+        )
         if q.dtype == jnp.float16 and 1 in (T, S):
             # XLA's GPU compiler turns a product with a vector into sums, and refuses those of fp16 in fp32.
             y = _widened(attend, q, k, v, bias)
@@ -62,6 +61,9 @@ def attention(
         else:
             y = attend(q, k, v, bias)
         return checkpoint_name(y, "attention")  # `models.layers` says what is done with it
+    attend = functools.partial(
+        jax.nn.dot_product_attention, mask=mask, scale=scale, is_causal=causal, implementation=implementation
+    )
     bias = None if bias is None else bias.astype(q.dtype)
     if T % 2 == 0 and S % 2 == 0 and lengths is None:
         return attend(q, k, v, bias)
@@ -71,6 +73,38 @@ def attention(
     zeros = 0 * q[:, 0, 0, 0].astype(jnp.int32)  # of q, as jax 0.10's rule for vmap wants lengths batched like it
     lengths = zeros + (S if lengths is None else lengths)
     return attend(q, k, v, bias, query_seq_lengths=zeros + T, key_value_seq_lengths=lengths)[:, :T]
+
+
+def _plain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    *,
+    mask: jax.Array | None,
+    scale: float,
+    causal: bool,
+    lengths: jax.Array | None,
+) -> jax.Array:
+    """`attention` as two products of matrices, one for each sample and head.
+
+    `jax.nn.dot_product_attention` leaves the heads in the middle and has one more dim, of heads that share keys, for
+    which XLA's CPU compiler copies logits and weights: a step of attention takes it half as long again.
+    """
+    T, S, dtype = q.shape[1], k.shape[1], jnp.promote_types(q.dtype, jnp.float32)
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    # Of 16 bits by name, or else the backward pass multiplies fp32 gradients of logits with fp32 copies of q and k.
+    algorithms = jax.lax.DotAlgorithmPreset
+    precision = {"bfloat16": algorithms.BF16_BF16_F32, "float16": algorithms.F16_F16_F32}.get(q.dtype.name)
+    logits = scale * jnp.einsum("bntk,bnsk->bnts", q, k, precision=precision, preferred_element_type=dtype)
+    logits = logits if bias is None else logits + bias
+    seen = [] if mask is None else [mask]
+    seen += [jnp.tril(jnp.ones((T, S), bool))] if causal else []
+    seen += [] if lengths is None else [jnp.arange(S) < lengths[:, None, None, None]]
+    if seen:
+        logits = jnp.where(functools.reduce(jnp.logical_and, seen), logits, 0.7 * jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return jnp.einsum("bnts,bnsk->bntk", weights, v).swapaxes(1, 2)
 
 
 def windowed_attention(
