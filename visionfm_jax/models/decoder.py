@@ -71,7 +71,9 @@ class DecoderConfig(NetworkConfig):
     end_token: int = 2  # id of the token whose features embed the text, at its first position
     mask_token: int = 4  # id of the token that replaces a masked word
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
     mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 

@@ -31,6 +31,7 @@ GatherParams = Callable[[Params], Params]
 # well; and what matmuls read that elementwise kernels make.
 RESULTS = ("qkv", "attention", "projection", "residual", "mlp_hidden", "mlp_output", "fp8_scale")
 OPERANDS = ("normed", "activated")
+BRANCHES = ("attention", "projection", "mlp_output")  # of the results, those with the most arithmetic to a byte
 
 
 def no_gather(params: Params) -> Params:
@@ -299,6 +300,7 @@ POLICIES = {
     "none": _save(*RESULTS, *OPERANDS, logits=True),  # elementwise kernels
     "attention": _save(*RESULTS, *OPERANDS),  # and the logits of attention, where it is not fused
     "dots": _save(*RESULTS),  # and norms and activations
+    "branches": _save(*BRANCHES),  # and the first matmuls of attention and MLP
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 LIGHTER = dict(zip(list(POLICIES)[1:], POLICIES, strict=False))  # the next that recomputes less

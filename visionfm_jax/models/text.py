@@ -44,7 +44,9 @@ class TextConfig(NetworkConfig):
     activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu
     norm_eps: float = 1e-5  # of LayerNorm; must be that of loaded weights
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
     mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 

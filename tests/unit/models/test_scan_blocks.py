@@ -33,7 +33,7 @@ def gradients(config, images):
 def test_every_form_has_the_same_gradients():
     images = jax.random.normal(jax.random.key(3), (2, 12, 12, 3))
     expected = gradients(ViTConfig(**VIT, remat="none"), images)
-    for form in ({"remat": "dots"}, {"remat": "full:2"}, {"remat": "full:2", "scan_layers": False}):
+    for form in ({"remat": "branches:1"}, {"remat": "full:2"}, {"remat": "full:2", "scan_layers": False}):
         chex.assert_trees_all_close(gradients(ViTConfig(**VIT, **form), images), expected, rtol=2e-5, atol=1e-5)
 
 
@@ -63,8 +63,8 @@ def memory(remat):
 
 def test_recomputing_more_needs_less_memory():
     sizes = [memory(remat) for remat in (*POLICIES, "full:3")]
-    none, attention, dots, full, half = sizes
-    assert none > attention > dots > half > full
+    none, attention, dots, branches, full, half = sizes
+    assert none > attention > dots > branches > half > full
 
 
 def test_policies_are_those_that_configurations_name():

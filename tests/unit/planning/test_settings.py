@@ -14,7 +14,7 @@ from visionfm_jax.planning.settings import REMAT, Setting, advice, nearest_that_
 
 GB = 10**9
 USABLE = settings.usable_bytes(find_cluster("h100:2x8"))
-KEPT = dict(zip(REMAT, (400, 200, 100, 4), strict=True))  # GB of activations of the whole batch on one GPU
+KEPT = dict(zip(REMAT, (400, 200, 100, 40, 4), strict=True))  # GB of activations of the whole batch on one GPU
 
 
 def vit(stage: int, replicas: int, accumulate: int, remat: str, attention: str) -> Setting:

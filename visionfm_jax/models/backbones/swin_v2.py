@@ -95,7 +95,9 @@ class SwinV2Config(BackboneConfig):
     pretrained_image_size: ImageSize = 0  # pixels; image size of that run; 0: none
     roll_first: bool = False  # padded shifted maps: True: roll, then pad, as timm; False: pad, then roll
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
     mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
     drop_path: float = 0.2  # probability of dropping the last block; decreases linearly to 0 at the first

@@ -93,7 +93,9 @@ class ViTConfig(BackboneConfig):
     window: int = 0  # patches, side of the windows that most blocks attend in (Li et al. 2022); 0: all blocks globally
     global_blocks: int = 4  # blocks that attend globally beside windows, evenly spread up to the last; divides depth
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
     mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 
