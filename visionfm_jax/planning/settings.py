@@ -177,12 +177,15 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
 
     known = [(s, planner.ask(s)) for s in allowed(neighbours(base, planner.cluster))]
     for family in (lighter(base), *larger_micro_batches(base)):
+        fitting, most = base, now
         for setting in allowed(family):
             if setting.stage == base.stage and not _may_fit(setting, base, now):
                 continue
             known.append((setting, planner.ask(setting)))
             found = known[-1][1].result()
-            if found and not found.fits and (partly := _partly(planner.config, base, now, setting, found)):
+            if found and found.fits:
+                fitting, most = setting, found
+            elif found and (partly := _partly(planner.config, fitting, most, setting, found)):
                 known.append((partly, planner.ask(partly)))
             if bool(found and found.fits) == (setting.accumulate != base.accumulate):
                 break  # what recomputes less needs more memory yet; smaller micro-batches are no faster
@@ -198,7 +201,7 @@ def _may_fit(setting: Setting, base: Setting, now: Estimate) -> bool:
 
 
 def _partly(config: Config, base: Setting, now: Estimate, lighter: Setting, too_large: Estimate) -> Setting | None:
-    """Between `base` and a setting that recomputes less and does not fit: as many blocks recompute less as fit.
+    """Between a setting and the next that recomputes less, which does not fit: as many blocks recompute less as fit.
 
     That a block keeps as much as another is an approximation: those of the last stages, which keep less, come last.
     """

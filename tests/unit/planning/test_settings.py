@@ -105,8 +105,8 @@ def test_the_nearest_setting_changes_one_field_where_that_is_enough():
     base = vit(stage=3, replicas=1, accumulate=1, remat="dots", attention="cudnn")
     setting, found = nearest_that_fits(planner, base)
     assert found.fits
-    assert setting == base._replace(remat=("full",)) or setting == base._replace(accumulate=2)
-    assert setting.flags(base) in ("--config.model.remat=full", "--config.train.accumulate=2")
+    assert setting in (base._replace(remat=("branches",)), base._replace(accumulate=2))
+    assert setting.flags(base) in ("--config.model.remat=branches", "--config.train.accumulate=2")
 
 
 def test_the_nearest_setting_changes_more_where_it_must():
@@ -131,7 +131,7 @@ def test_advice_is_single_changes_that_fit_and_save_time():
         assert sum(a != b for a, b in zip(setting, base, strict=True)) == 1
         assert e.fits
         assert e.seconds < planner.formula(base).seconds
-    assert found[0][0] == base.with_attention("cudnn")
+    assert base.with_attention("cudnn") in [setting for setting, _ in found]
 
 
 def test_advice_tries_nothing_lighter_than_what_does_not_fit():
@@ -139,7 +139,7 @@ def test_advice_tries_nothing_lighter_than_what_does_not_fit():
     base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
     advice(planner, base, planner.formula(base))
     assert not planner.formula(base._replace(remat=("dots",))).fits
-    assert {s.remat for s in planner.asked if ":" not in s.remat[0]} == {("full",), ("dots",)}
+    assert {s.remat for s in planner.asked if ":" not in s.remat[0]} == {("full",), ("branches",), ("dots",)}
 
 
 def test_advice_has_nothing_to_say_where_all_is_best():
@@ -167,7 +167,7 @@ def test_settings_change_all_networks():
     base = base.with_attention("cudnn")
     setting, found = nearest_that_fits(planner, base)
     assert found.fits
-    assert setting.flags(base) == "--config.model.text.remat=full"
+    assert setting.flags(base) == "--config.model.text.remat=branches"
 
 
 @pytest.mark.parametrize(("grad_cache", "splits"), [(True, {1, 2, 4, 8}), (False, {1})])
@@ -209,7 +209,7 @@ def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
 
 def test_search_compares_all_recomputation_that_fits():
     planner = Planner(state=1, cluster="h100:8x8")
-    seconds = {"none": 2.0, "attention": 1.5, "dots": 1.0, "full": 1.2}
+    seconds = {"none": 2.0, "attention": 1.5, "dots": 1.0, "branches": 1.1, "full": 1.2}
     planner.formula = lambda s: SimpleNamespace(fits=True, seconds=seconds[s.remat[0]])
     found = search(planner)
     assert found[0][0].remat == ("dots",)  # though `none` fits
@@ -255,10 +255,10 @@ def test_advice_tries_more_recomputation_too():
 
 
 def test_values_of_remat_that_no_search_tries_are_kept_in_order():
-    order = ["none", "attention", "dots", "full:8", "full"]
+    order = ["none", "attention", "dots", "branches", "full:8", "full"]
     assert sorted(order, key=settings.heaviness) == order
     base = vit(stage=3, replicas=1, accumulate=1, remat="full:8", attention="cudnn")
-    assert [s.remat[0] for s in settings.lighter(base)] == ["dots", "attention", "none"]
+    assert [s.remat[0] for s in settings.lighter(base)] == ["branches", "dots", "attention", "none"]
     assert base.with_remat(max, "full").remat == ("full",)
 
 
@@ -270,11 +270,11 @@ def test_where_less_recomputation_does_not_fit_some_blocks_recompute_less():
     assert not planner.formula(base._replace(remat=("dots",))).fits
     advice(planner, base, now)
     (partly,) = {s.remat[0] for s in planner.asked if ":" in s.remat[0]}
-    assert re.fullmatch(r"full:\d+", partly)
+    assert re.fullmatch(r"branches:\d+", partly)
     found = planner.formula(base._replace(remat=(partly,)))
     assert found.fits
-    assert found.compiled.peak > now.compiled.peak
-    fewer = f"full:{int(partly[5:]) - 4}"  # what is left free is less than four blocks take
+    assert found.compiled.peak > planner.formula(base._replace(remat=("branches",))).compiled.peak
+    fewer = f"branches:{int(partly[9:]) - 4}"  # what is left free is less than four blocks take
     assert not planner.formula(base._replace(remat=(fewer,))).fits
 
 
