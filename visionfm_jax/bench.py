@@ -1,16 +1,21 @@
 """Time the training step on synthetic data: `python -m visionfm_jax.bench --config=FILE.py[:VARIANT] …`.
 
-The data of the configuration are not opened. Prints one line of JSON. Needs only jax, flax, optax, chex, einops and
-absl-py.
+Prints one line of JSON. The data of the configuration are opened with `--with-data` only: the same step is then timed
+once more on the batches of the run, and its loader by itself. With --compare-plan=FILE, on a GPU, it also plans the
+program that ran and adds both to FILE, by which `plan --calibration=FILE` corrects its times.
+
+Without --with-data, only jax, flax, optax, chex, einops and absl-py are needed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from importlib.metadata import distributions
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,9 +25,18 @@ from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel import cluster
-from visionfm_jax.parallel.mesh import BATCH, make_mesh
-from visionfm_jax.parallel.targets import peak_flops
+from visionfm_jax.parallel.mesh import BATCH, make_mesh, to_global
+from visionfm_jax.parallel.targets import TARGETS, Cluster, find_target, peak_flops
+from visionfm_jax.planning.calibration import append_record, check_appendable
+from visionfm_jax.planning.compiled import GPU, described
+from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
+
+if TYPE_CHECKING:
+    from jax.stages import Compiled
+
+REACHED = 0.9  # share of the slower one's speed, from which on step and loader together are as fast as that one
 
 
 def synthetic_batch(trainer: Trainer) -> dict[str, jax.Array]:
@@ -36,13 +50,77 @@ def synthetic_batch(trainer: Trainer) -> dict[str, jax.Array]:
     return jax.jit(make, out_shardings=NamedSharding(trainer.mesh, BATCH))(jax.random.key(0))
 
 
-def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
-    """Compile and run the real step; seconds are wall-clock, the device always has a step queued.
+def timed_steps(
+    compiled: jax.stages.Compiled, state: TrainState, batches: Iterator[dict[str, jax.Array]], steps: int, warmup: int
+) -> tuple[TrainState, dict[str, jax.Array], np.ndarray]:
+    """State and metrics after the last step, and wall-clock seconds (steps,); the device always has a step queued."""
+    marks, previous, metrics = [], None, {}
+    for batch in itertools.islice(batches, warmup + steps + 1):
+        state, metrics = compiled(state, batch)
+        if previous is not None:
+            jax.block_until_ready(previous)
+        marks.append(time.perf_counter())
+        previous = metrics["loss"]
+    return state, metrics, np.diff(marks[warmup:])
+
+
+def bound(step: float, loader: float, both: float) -> str:
+    """What limits both together, by the images/s of each alone and of both."""
+    if both < REACHED * min(step, loader):
+        return "what step and loader share: cores, memory, the host's connection to the device"
+    return "step" if step <= loader else "loader"
+
+
+def measure_with_data(
+    trainer: Trainer, compiled: jax.stages.Compiled, state: TrainState, alone: float, steps: int, warmup: int
+) -> dict[str, Any]:
+    """Time the loader of the run by itself, then the step on its batches.
 
     Args:
-      config: as for training; its data is not opened.
+      trainer, compiled, state: the step; its configuration names the data.
+      alone: images/s of the step by itself.
+      steps: timed ones, also batches of the loader.
+      warmup: untimed ones before.
+
+    Returns:
+      Figures of the JSON line.
+
+    Raises:
+      DataError, ConfigError: the data cannot be opened.
+    """
+    from visionfm_jax.cli.data import open_data, open_loader  # these need image libraries
+
+    config, fields = trainer.config, trainer.task.batch_spec(1).keys()
+    with open_loader(trainer, *open_data(config, trainer.task), 0) as loader:
+        for _ in range(warmup + config.data.prefetch * max(1, loader.workers) + 2):  # what had been held ready
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(loader)
+        loading = config.train.batch_size * steps / (time.perf_counter() - began)
+        batches = (to_global(trainer.mesh, {k: batch[k] for k in fields}) for batch in loader)
+        seconds = timed_steps(compiled, state, batches, steps, warmup)[2]
+    both = config.train.batch_size / seconds.mean()
+    return {
+        "images_per_s_with_data": round(both, 3),
+        "images_per_s_of_loader": round(loading, 3),
+        "bound_by": bound(alone, loading, both),
+        "workers": loader.workers,
+        "threads": config.data.threads,
+    }
+
+
+def measure(
+    config: Config, steps: int = 20, warmup: int = 3, *, with_data: bool = False, compare: bool = False
+) -> dict[str, Any]:
+    """Compile and run the real step on random rows.
+
+    Args:
+      config: as for training.
       steps: timed ones.
       warmup: untimed ones before.
+      compare: also what `plan` says of the program that ran, as "plan".
+      with_data: also time the data of the configuration, by themselves and with the step; else they are not opened.
 
     Returns:
       The figures of the JSON line, with units in their names.
@@ -55,14 +133,7 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
 
-    marks, previous = [], None
-    for _ in range(warmup + steps + 1):
-        state, metrics = compiled(state, batch)
-        if previous is not None:
-            jax.block_until_ready(previous)
-        marks.append(time.perf_counter())
-        previous = metrics["loss"]
-    seconds = np.diff(marks[warmup:])
+    state, metrics, seconds = timed_steps(compiled, state, itertools.repeat(batch), steps, warmup)
     # In fp16 gradients overflow until the loss scale has found its size, and the step does the same work.
     checked = "loss" if config.train.precision == "fp16" else "grad_norm"
     if not np.isfinite(float(metrics[checked])):
@@ -72,7 +143,8 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
     tflops = trainer.task.step_flops / seconds.mean() / trainer.mesh.size / 1e12
     device = jax.devices()[0]
     peak, stats = peak_flops(device.device_kind), device.memory_stats() or {}
-    return {
+    data = measure_with_data(trainer, compiled, state, rate, steps, warmup) if with_data else {}
+    figures = {
         "config": config.name,
         "device": device.device_kind,
         "devices": trainer.mesh.size,
@@ -81,9 +153,10 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
         "accumulate": config.train.accumulate,
         "precision": config.train.precision,
         "stage": config.parallel.stage,
-        "attention": {name: network.attention for name, network in config.model.networks().items()},
+        "attention": {name: network.attention for name, network in trainer.config.model.networks().items()},
         "remat": {name: network.remat for name, network in config.model.networks().items()},
         "images_per_s": round(rate, 3),
+        **data,
         "tflops_per_device": round(tflops, 4),
         "mfu": round(tflops * 1e12 / peak, 4) if peak else None,
         "step_ms": {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 3) for q in (10, 50, 90, 99)},
@@ -91,6 +164,61 @@ def measure(config: Config, steps: int = 20, warmup: int = 3) -> dict[str, Any]:
         "peak_gib_measured": round(stats["peak_bytes_in_use"] / 2**30, 3) if "peak_bytes_in_use" in stats else None,
         "peak_gib_compiled": round(memory.peak_memory_in_bytes / 2**30, 3) if memory else None,
     }
+    if compare:
+        figures["plan"] = planned(trainer, compiled)
+    return figures
+
+
+def planned(trainer: Trainer, compiled: Compiled) -> dict[str, Any]:
+    """What `plan` says of a step that was compiled for the GPUs at hand, without a calibration."""
+    cluster = Cluster(find_target(jax.devices()[0].device_kind), jax.process_count(), jax.local_device_count())
+    found = estimate(described(trainer, compiled, GPU, cluster.per_host, 0.0), cluster)
+    return {
+        "seconds": found.modelled,
+        "range_ms": [round(seconds * 1e3, 3) for seconds in found.range],
+        "peak_gib": round(found.compiled.peak / 2**30, 3),
+    }
+
+
+def record_of(figures: dict[str, Any]) -> dict[str, Any]:
+    """The measured step beside the planned one, as `plan --calibration` reads it."""
+    plan = figures["plan"]
+    cudnn = (d.version for d in distributions() if d.name.startswith("nvidia-cudnn"))
+    kept = (
+        "device",
+        "devices",
+        "jax",
+        "config",
+        "batch_size",
+        "accumulate",
+        "precision",
+        "stage",
+        "attention",
+        "remat",
+    )
+    return {
+        **{name: figures[name] for name in kept},
+        "cudnn": next(cudnn, None),
+        "measured_seconds": figures["step_ms"]["p50"] / 1e3,
+        "planned_seconds": plan["seconds"],
+        "measured_peak_gib": figures["peak_gib_measured"],
+        "planned_peak_gib": plan["peak_gib"],
+    }
+
+
+def check_comparable(path: str) -> None:
+    """Before minutes of measuring.
+
+    Raises:
+      UserError: the devices are none that a plan knows, or the file cannot be written.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" or find_target(device.device_kind) is None:
+        raise UserError(
+            f"--compare-plan={path}: the step runs on {device.device_kind}, for which there is no plan; "
+            f"run it on one of {', '.join(TARGETS)}"
+        )
+    check_appendable(path)
 
 
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> int:
@@ -98,14 +226,25 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> 
     parser = Parser(program, __doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps to time (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them (%(default)s)")
+    parser.add_argument(
+        "--compare-plan", metavar="FILE", help="add the step, measured and planned, to this file for plan --calibration"
+    )
+    parser.add_argument(
+        "--with-data", action="store_true", help="also time the run's own data: its loader alone, and with the step"
+    )
     config, arguments = parser.parse_with_config(argv)
     if arguments.steps < 1 or arguments.warmup < 1:
         raise UserError(f"--steps={arguments.steps} --warmup={arguments.warmup}: both must be at least 1; raise them")
     process, _ = cluster.initialize()
+    path = arguments.compare_plan
 
     def work() -> int:
-        figures = measure(config, arguments.steps, arguments.warmup)
+        if path:
+            check_comparable(path)
+        figures = measure(config, arguments.steps, arguments.warmup, with_data=arguments.with_data, compare=bool(path))
         if process == 0:
+            if path:
+                append_record(path, record_of(figures))
             print(json.dumps(figures), flush=True)
         return 0
 

@@ -7,10 +7,12 @@ nearest setting that fits is printed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster, read_targets
 from visionfm_jax.planning import report, settings
+from visionfm_jax.planning.calibration import Calibration, calibration_of, read_calibration
 from visionfm_jax.planning.compiled import CPU, GPU, compile_step, missing_packages
 from visionfm_jax.planning.estimate import estimate
 
@@ -33,14 +36,27 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     parser = Parser(program, __doc__)
     parser.add_argument("--cluster", metavar="GPU:HOSTSxGPUS", help=f"such as h100:4x8; GPUs: {', '.join(TARGETS)}")
     parser.add_argument("--search", action="store_true", help="rank other settings with the same global batch")
+    parser.add_argument(
+        "--advice",
+        choices=("yes", "no"),
+        default="yes",
+        help="no: only the step as it is, no other settings (%(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the plan to this file")
     parser.add_argument("--targets", metavar="FILE.toml", help="more GPUs and networks; see docs/plan.md")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="steps measured by bench --compare-plan; see docs/plan.md"
+    )
     config, arguments = parser.parse_with_config(argv)
     targets = read_targets(arguments.targets) if arguments.targets else TARGETS
     if not arguments.cluster:
         raise UserError(f"--cluster is missing; name one, such as --cluster=h100:4x8; GPUs: {', '.join(targets)}")
     cluster = find_cluster(arguments.cluster, targets)
     config.validate_devices(cluster.devices, cluster.hosts)
+    if arguments.calibration:
+        calibration = read_calibration(arguments.calibration, cluster.target)
+    else:
+        calibration = calibration_of(cluster.target)
     if arguments.json:
         _check_writable(arguments.json)
 
@@ -50,7 +66,8 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
             raise UserError(f"--search needs {' and '.join(missing)} for GPUs: pip install 'visionfm_jax[plan]'")
         plan, code = plan_without_gpus(console, config, cluster, missing), 0
     else:
-        plan, code = plan_for_gpus(console, config, cluster, search=arguments.search)
+        others = "search" if arguments.search else "advice" if arguments.advice == "yes" else "none"
+        plan, code = plan_for_gpus(console, config, cluster, calibration, others)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(plan, indent=1) + "\n")
     return code
@@ -75,37 +92,58 @@ def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missin
     return report.json_without_gpus(config.name, compiled, cluster)
 
 
-def plan_for_gpus(console: Console, config: Config, cluster: Cluster, *, search: bool) -> tuple[dict[str, Any], int]:
-    """Print and return the plan, and the exit code."""
+def plan_for_gpus(
+    console: Console, config: Config, cluster: Cluster, calibration: Calibration, others: str
+) -> tuple[dict[str, Any], int]:
+    """Print and return the plan, and the exit code; `others`: which other settings are compared, if any."""
     base = settings.setting_of(config)
-    bar = tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty())
-    if bar.disable:
-        print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
-
-    def on_progress(done: int, of: int) -> None:
-        bar.total = of
-        bar.n = done
-        bar.refresh()
-
-    with bar, settings.Planner(config, cluster, on_progress) as planner:
+    with _progress() as on_progress, settings.Planner(config, cluster, calibration, on_progress) as planner:
         on_progress(0, 1)
-        now = estimate(compile_step(config, cluster, GPU), cluster)
-        bar.clear()
-        report.print_plan(console, config.name, now)
-        plan = report.as_json(config.name, now)
-        if search:
+        now = estimate(compile_step(config, cluster, GPU), cluster, calibration)
+        planner.know(base, now)
+        with tqdm.external_write_mode():
+            report.print_plan(console, config.name, now)
+        plan, code = report.as_json(config.name, now), 0 if now.fits else DOES_NOT_FIT
+        if others == "none":
+            return plan, code
+        if others == "search":
             title, key, found = "Settings that fit, fastest first", "search", settings.search(planner)
         elif now.fits:
             title, key, found = "What would help most", "advice", settings.advice(planner, base, now)
         else:
             nearest = settings.nearest_that_fits(planner, base)
             title, key, found = "The nearest setting that fits", "nearest", [nearest] if nearest else []
-        bar.clear()
         plan[key] = [report.setting_json(setting, base, e) for setting, e in found]
-        if found:
-            report.print_settings(console, title, base, found)
-        console.print(_ending(planner, key, found), highlight=False)
-    return plan, 0 if now.fits else DOES_NOT_FIT
+        with tqdm.external_write_mode():
+            if found:
+                report.print_settings(console, title, base, found)
+            console.print(_ending(planner, key, found), highlight=False)
+    return plan, code
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar to be told (settings compiled, of how many), whose seconds run on while one compiles for minutes."""
+    with tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty()) as bar:
+        if bar.disable:
+            print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
+
+        def on_progress(done: int, of: int) -> None:
+            bar.n, bar.total = done, of
+            bar.refresh()
+
+        def run_on() -> None:
+            while not finished.wait(1):
+                bar.refresh()
+
+        finished = threading.Event()
+        ticker = threading.Thread(target=run_on, daemon=True)
+        ticker.start()
+        try:
+            yield on_progress
+        finally:
+            finished.set()
+            ticker.join()
 
 
 def _ending(planner: settings.Planner, key: str, found: list) -> str:
@@ -114,7 +152,7 @@ def _ending(planner: settings.Planner, key: str, found: list) -> str:
         return f"({tried})"
     nothing = {
         "search": "No setting fits: take more or larger GPUs.",
-        "advice": "No single change would make it faster.",
+        "advice": "No such change would make it faster.",
         "nearest": "No setting of this batch fits: take more or larger GPUs.",
     }
     return f"{nothing[key]} ({tried})"

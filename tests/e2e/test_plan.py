@@ -1,5 +1,6 @@
 """`python -m visionfm_jax.plan`, as people call it."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from visionfm_jax.config import load
 from visionfm_jax.errors import entry_point
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
-from visionfm_jax.plan import main
+from visionfm_jax.plan import _progress, main
 from visionfm_jax.planning.compiled import GPU, compile_step
 
 ROOT = Path(__file__).parents[2]
@@ -57,13 +58,33 @@ def test_a_plan_with_advice(cache, tmp_path):
     assert found["run"]["gpu_hours"] == pytest.approx(found["run"]["days"] * 24 * 8)
     assert {c["dtype"] for c in found["collectives"] if c["kind"] == "reduce-scatter"} == {"bf16"}
 
+    step = found["step"]
+    parts = (step[f"{kind}_seconds"] for kind in ("matmul", "attention", "other", "exposed"))
+    assert step["seconds"] == pytest.approx(sum(parts))
+    assert step["seconds_range"][0] < step["seconds"] < step["seconds_range"][1]
+    assert sum(step["memory_traffic_bytes_by_kind"].values()) == step["memory_traffic_bytes"]
+    assert "calibrated on one H100, 3 steps" in done.stdout
+
     again = plan(cache, *SMALL, "--cluster=h100:1x8")
     assert again.stdout == done.stdout  # from the cache
+
+    kinds = {"matmuls": 0.5, "attention": 0, "all else": 0.5, "waits": 0}
+    record = {"device": "NVIDIA H100 80GB HBM3", "planned_seconds": kinds, "measured_seconds": 1.2}
+    (tmp_path / "measured").write_text(json.dumps(record))
+    words = ("--advice=no", f"--calibration={tmp_path / 'measured'}", f"--json={tmp_path / 'plan.json'}")
+    alone = plan(cache, *SMALL, "--cluster=h100:1x8", *words)
+    assert alone.returncode == 0, alone.stderr
+    assert "settings were compared" not in alone.stdout
+    corrected = json.loads((tmp_path / "plan.json").read_text())
+    assert "advice" not in corrected
+    assert corrected["step"]["other_seconds"] > 1.1 * step["other_seconds"]
+    assert corrected["step"]["calibration"] == f"calibrated by {tmp_path / 'measured'}, 1 measured step"
 
 
 def test_search_ranks_what_fits(cache, tmp_path):
     words = ("--cluster=h100:1x8", "--config.train.precision=fp32")  # for which there is one attention kernel
-    done = plan(cache, *SMALL, *words, "--search", f"--json={tmp_path / 'plan.json'}")
+    program = QUICKLY.replace("with without", "plan.settings.REMAT = ('dots',)\nwith without")
+    done = plan(cache, *SMALL, *words, "--search", f"--json={tmp_path / 'plan.json'}", program=("-c", program))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())["search"]
     assert {s["stage"] for s in found} == {0, 1, 2, 3}
@@ -107,6 +128,7 @@ def test_nothing_fits(cache, tmp_path):
         ((FULL, "--cluster=h100:1x7", "--config.evals=()"), "config.train.batch_size = 2048: must be a multiple of 7"),
         ((TINY, "--cluster=h100:1x8", "--json=/no/such/folder/plan.json"), "--json=/no/such/folder/plan.json: No such"),
         ((TINY, "--cluster=h100:1x8", "--targets=nowhere.toml"), "--targets=nowhere.toml"),
+        ((TINY, "--cluster=h100:1x8", "--calibration=nowhere"), "--calibration=nowhere: cannot be read"),
         (("--config=configs/vit_hug.py", "--cluster=h100:1x8"), "did you mean configs/vit_huge.py?"),
     ],
 )
@@ -143,6 +165,17 @@ def test_without_the_cuda_packages_it_says_what_it_cannot_show(cache, tmp_path):
     search = plan(cache, *words, "--search", program=("-c", WITHOUT_CUDA))
     assert search.returncode == 2
     assert "pip install 'visionfm_jax[plan]'" in search.stderr
+
+
+def test_the_bar_counts_what_is_compiled(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    with _progress() as on_progress:
+        on_progress(0, 1)
+        on_progress(2, 5)
+    assert "compiling:   0%" in terminal.getvalue()
+    assert "2/5" in terminal.getvalue()
 
 
 def test_help():

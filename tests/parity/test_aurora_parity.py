@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from gates import FORWARD, check_forward, check_gradients, gradients_of_squares, relative, tensors
 
 from visionfm_jax.interop.leaves import flatten
@@ -135,7 +134,7 @@ def test_tree_is_the_models_own(name: str, request: pytest.FixtureRequest) -> No
     assert ours == {path: shape for path, shape in shapes.items() if path.split("/")[0] in reference.params}
 
 
-def _tanh_gelu(x: jax.Array, approximate: bool) -> jax.Array:
+def _tanh_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -151,7 +150,7 @@ attention, rearrange = layers.attention, aurora.rearrange
 
 MISTAKES: dict[str, tuple[str, str, Callable[[pytest.MonkeyPatch], None]]] = {
     "eps 1e-6": ("coca", "causal/logits", lambda patch: patch.setattr(decoder, "EPS", 1e-6)),
-    "tanh GELU": ("coca", "causal/logits", lambda patch: patch.setattr(nn, "gelu", _tanh_gelu)),
+    "tanh GELU": ("coca", "causal/logits", lambda patch: patch.setattr(layers, "gelu", _tanh_gelu)),
     "padding seen": ("coca", "bidirectional/logits", lambda patch: patch.setattr(layers, "attention", _no_end)),
     "colours last": ("simmim", "reconstruction", lambda patch: patch.setattr(aurora, "rearrange", _pixels_first)),
 }

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from gates import FORWARD, GRADIENT, check_forward, check_gradients, gradients_of_squares, relative, tensors
 from jax.sharding import PartitionSpec as P
 
@@ -102,11 +101,11 @@ def test_tree_is_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert shapes == {path: leaf.shape for path, leaf in flatten(reference.params).items()}
 
 
-def _tanh_gelu(x: jax.Array, approximate: bool) -> jax.Array:
+def _tanh_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def _quick_gelu(x: jax.Array, approximate: bool) -> jax.Array:
+def _quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -117,8 +116,8 @@ def _no_mask(*args: Any, causal: bool, **kwargs: Any) -> jax.Array:
 attention = layers.attention
 
 MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "tanh GELU": lambda patch: patch.setattr(nn, "gelu", _tanh_gelu),
-    "OpenAI's GELU": lambda patch: patch.setattr(nn, "gelu", _quick_gelu),
+    "tanh GELU": lambda patch: patch.setattr(layers, "gelu", _tanh_gelu),
+    "OpenAI's GELU": lambda patch: patch.setattr(layers, "gelu", _quick_gelu),
     "no mask": lambda patch: patch.setattr(layers, "attention", _no_mask),
 }
 

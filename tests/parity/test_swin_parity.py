@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from gates import FORWARD, check_forward, check_gradients, gradients_of_squares, relative, tensors
 
 from visionfm_jax.errors import UserError
@@ -23,6 +22,7 @@ from visionfm_jax.interop.swin_v2 import (
     swin_v2_to_huggingface,
     swin_v2_to_timm,
 )
+from visionfm_jax.models import layers
 from visionfm_jax.models.backbones import swin_v2
 from visionfm_jax.models.backbones.swin_v2 import SwinV2Config
 
@@ -129,7 +129,7 @@ def test_round_trip(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         jax.tree.map(np.testing.assert_array_equal, again, reference.params)
 
 
-def _tanh_gelu(x: jax.Array, approximate: bool) -> jax.Array:
+def _tanh_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -140,7 +140,7 @@ def _natural_log(window: tuple[int, int], pretrained: tuple[int, int]) -> np.nda
 
 MISTAKES: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "eps 1e-6": ("timm_window4", lambda patch: patch.setattr(swin_v2, "EPS", 1e-6)),
-    "tanh GELU": ("timm_window4", lambda patch: patch.setattr(nn, "gelu", _tanh_gelu)),
+    "tanh GELU": ("timm_window4", lambda patch: patch.setattr(layers, "gelu", _tanh_gelu)),
     "no mask": ("timm_window4", lambda patch: patch.setattr(swin_v2, "shifted_window_mask", lambda windows: None)),
     "logarithms of pixels": ("timm_window7", lambda patch: patch.setattr(swin_v2, "log_coordinates", _natural_log)),
 }  # fmt: skip

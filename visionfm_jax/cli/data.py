@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +16,9 @@ from visionfm_jax.data.loader import check_pair_ratio, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import ConfigError, DataError, count
 from visionfm_jax.parallel.agreement import require_same
+from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.tasks.task import Task
+from visionfm_jax.train.step import Trainer
 
 
 def open_data(config: Config, task: Task) -> tuple[list[Source], Fields]:
@@ -58,10 +61,23 @@ def _check_rows(config: Config, fields: Fields, task: Task) -> None:
         )
 
 
-def open_loader(config: Config, sources: Sequence[Source], fields: Fields, start_step: int) -> Loader:
+def open_loader(trainer: Trainer, sources: Sequence[Source], fields: Fields, start_step: int) -> Loader:
     """This process's batches from step `start_step` on."""
+    config = trainer.config
     return train_loader(
         config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
         start_step=start_step, host=jax.process_index(), hosts=jax.process_count(), sources=sources, fields=fields,
-        pair_ratio=config.task.pair_ratio,
+        pair_ratio=config.task.pair_ratio, demand=demand_of(trainer),
     )  # fmt: skip
+
+
+def demand_of(trainer: Trainer) -> float:
+    """Images/s of this host that its step takes at most, by the peak of the card, which no step reaches.
+
+    0 on CPUs, whose cores the step needs itself; infinite on an accelerator whose peak is not known.
+    """
+    device = trainer.mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return 0.0
+    seconds = trainer.task.step_flops / trainer.mesh.size / (peak_flops(device.device_kind) or math.inf)
+    return trainer.config.train.batch_size / jax.process_count() / seconds if seconds else math.inf

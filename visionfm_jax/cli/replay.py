@@ -61,7 +61,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
     say(describe_start(origin, changed))
     say("\n".join(f"  as in the run    {change}" for change in taken))
     with (
-        open_loader(config, sources, fields, start) as batches,
+        open_loader(trainer, sources, fields, start) as batches,
         tqdm(total=step - start + PASSES, unit=" passes", disable=host > 0 or not config.telemetry.progress) as bar,
     ):
         done = itertools.count()

@@ -80,8 +80,9 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 parameters=sum(p.size for p in jax.tree.leaves(trainer.shapes.params)),
             ) as session,
             RunMonitor(config, folder.path, start, watchdog, session) as monitor,
-            open_loader(config, sources, fields, start) as batches,
+            open_loader(trainer, sources, fields, start) as batches,
         ):
+            say(batches.choice and f"  loader           {batches.choice}")
             hooks = Hooks(
                 monitor=monitor,
                 eval_due=lambda step: bool(due_evals(config, step)),

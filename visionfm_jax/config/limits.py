@@ -134,7 +134,8 @@ LOSS_WEIGHT = Range(0, 1e6)
 IDS = Range(0, 2**24)
 SIDE = Range(1, 4096)  # pixels
 ATTENTION = OneOf(("auto", "xla", "cudnn"))
-REMAT = Remat(("none", "attention", "dots", "full"))
+REMAT = Remat(("none", "attention", "dots", "branches", "full"))
+MLP_MATMULS = OneOf(("compute", "fp8"))
 
 
 def height_width(size: ImageSize) -> HeightWidth:

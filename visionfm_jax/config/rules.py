@@ -90,6 +90,9 @@ def _model_problems(c: Config) -> list[Problem]:
         if network.attention == "cudnn" and c.train.precision == "fp32":
             rule = "needs train.precision = bf16 or fp16, as cuDNN has no attention in fp32"
             out.append((f"{name}.attention", "cudnn", rule, "set it to xla, or train.precision to bf16"))
+        if network.mlp_matmuls == "fp8" and c.train.precision == "fp32":
+            rule = "needs train.precision = bf16 or fp16, whose products it makes with 8-bit operands"
+            out.append((f"{name}.mlp_matmuls", "fp8", rule, "set it to compute, or train.precision to bf16"))
     return out + c.task.problems(c)
 
 
@@ -152,6 +155,16 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
     (_checkpoint_problems, "checkpoint"),
     (_eval_problems, "evals", "task", "model"),
 )
+
+
+def card_problems(c: Config, kind: str, capability: str) -> list[Problem]:
+    """Rules of training on one kind of card, of a CUDA compute capability such as "9.0"; "": it has none."""
+    major, _, minor = capability.partition(".")
+    if not major.isdigit() or (int(major), int(minor)) >= (8, 9):
+        return []
+    rule = f"needs a card with FP8 units, of compute capability 8.9 or later, and {kind} has {capability}"
+    fp8 = [name for name, network in c.model.networks().items() if network.mlp_matmuls == "fp8"]
+    return [(f"{name}.mlp_matmuls", "fp8", rule, "set it to compute") for name in fp8]
 
 
 def device_problems(c: Config, devices: int, hosts: int) -> list[Problem]:

@@ -78,11 +78,17 @@ class ModelConfig(Choice):
 
 
 class NetworkConfig(ModelConfig):
-    """One network of a model; it can say how it computes attention and what it recomputes."""
+    """One network of a model; it can say how it computes attention and the MLPs, and what it recomputes."""
 
     attention: str
     remat: str
     scan_layers: bool = True
+    mlp_matmuls = "compute"  # of networks without such a field
+
+    @property
+    def blocks(self) -> int:
+        """How many `remat` counts; 0: it takes no number."""
+        return 0
 
     def networks(self, name: str = "model") -> dict[str, NetworkConfig]:
         return {name: self}
@@ -270,7 +276,7 @@ class DataConfig:
     transforms: tuple[Transform, ...] = ()  # on the host, in order (`data.transforms`); (): resize the whole image
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # on the device, after the transforms
     shuffle: bool = True  # a new order in every epoch; False: the order of the sources
-    workers: int = 0  # loader processes per host; 0: threads in the training process
+    workers: int = -1  # loader processes per host; 0: threads in the training process; -1: measured at the start
     threads: int = 8  # reader threads per process
     prefetch: int = 2  # batches prepared in advance per worker
     max_damaged: float = 0.001  # share of unreadable samples past which the run stops; 0: at the first
@@ -278,7 +284,7 @@ class DataConfig:
 
     limits: ClassVar[Limits] = {
         "num_examples": Range(0, 2**40),
-        "workers": Range(0, 512),  # processes
+        "workers": Range(-1, 512),  # processes
         "threads": Range(1, 512),
         "prefetch": Range(1, 64, "batches in memory"),
         "max_damaged": SHARE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import math
 import multiprocessing
 import os
 import pickle
@@ -30,21 +31,25 @@ from visionfm_jax.config.load import MODULE
 from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.fields import Row, Spec
 from visionfm_jax.errors import DataError
+from visionfm_jax.machine import usable_cores
 
 Batch = dict[str, np.ndarray]
-Store = Callable[[Batch, int, Row], None]  # writes a row into its place in a batch
+Make = Callable[[Any, int], Row]  # the row of a sample: what the order has at an index, and the index
 
 CLOSE_SECONDS = 10.0  # for worker processes to end by themselves
 
 
 class HostBatches(grain.MapDataset):
-    """Element i: the rows of one host in the global batch `start + i`; zeros where the rows have ended."""
+    """Element i: the rows of one host in the global batch `start + i`; zeros where the order has ended.
+
+    What a row lacks of the `spec` is zero, too.
+    """
 
     def __init__(
         self,
-        rows: grain.MapDataset,
+        order: grain.MapDataset,
+        make: Make,
         spec: Spec,
-        store: Store,
         *,
         batch_size: int,
         host: int,
@@ -52,11 +57,11 @@ class HostBatches(grain.MapDataset):
         start: int,
         threads: int,
     ):
-        super().__init__(rows)
-        self._spec, self._store = dict(spec), store
+        super().__init__(order)
+        self._make, self._spec = make, dict(spec)
         self._global, self._local = batch_size, batch_size // hosts
         self._first = start * batch_size + host * self._local
-        self._length = -(-len(rows) // batch_size) - start
+        self._length = -(-len(order) // batch_size) - start
         self._threads = threads
         self._pool: concurrent.futures.ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -86,6 +91,14 @@ class HostBatches(grain.MapDataset):
         """Bytes of one batch."""
         return sum(self._local * int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self._spec.values())
 
+    def rate(self) -> tuple[float, float]:
+        """Images/s that one process makes, and cores that it keeps busy: of the second batch, as the first warms up."""
+        self[0]
+        wall, busy = time.perf_counter(), time.process_time()
+        self[1]
+        wall, busy = time.perf_counter() - wall, time.process_time() - busy
+        return self._local / wall, busy / wall
+
     def close(self) -> None:
         """End the threads after the row that each is at; the batches that they leave unfinished are nobody's."""
         self._closed = True
@@ -94,15 +107,20 @@ class HostBatches(grain.MapDataset):
                 self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self, first: int) -> Batch:
-        rows = self._parent
-        batch = {k: np.zeros((self._local, *shape), dtype) for k, (shape, dtype) in self._spec.items()}
-        todo = iter(range(max(0, min(self._local, len(rows) - first))))
+        batch = {k: np.empty((self._local, *shape), dtype) for k, (shape, dtype) in self._spec.items()}
+        # All at once: between two decodes the processor has forgotten how, and takes twice as long.
+        asked = [self._parent[i] for i in range(first, min(first + self._local, len(self._parent)))]
+        for array in batch.values():
+            array[len(asked) :] = 0
+        todo = iter(enumerate(asked))
 
         def work() -> None:
-            for r in todo:  # shared: whoever is free takes the next row
+            for r, what in todo:  # shared: whoever is free takes the next row
                 if self._closed:
                     return
-                self._store(batch, r, rows[first + r])
+                row = self._make(what, first + r)
+                for key, array in batch.items():
+                    array[r] = row.get(key, 0)
 
         if self._threads == 1:
             work()
@@ -130,10 +148,12 @@ class Loader(Iterator[Batch]):
       batches: of this host.
       workers: processes; 0: threads of this one.
       prefetch: batches held ready, per worker.
+      choice: why so many workers, for people; "": the configuration says so.
     """
 
-    def __init__(self, batches: HostBatches, *, workers: int, prefetch: int):
+    def __init__(self, batches: HostBatches, *, workers: int, prefetch: int, choice: str = ""):
         self._batches = batches
+        self.workers, self.choice = workers, choice
         self._closed = False
         self._turn = 0
         self._iters: list[Any] = []
@@ -231,17 +251,53 @@ class Loader(Iterator[Batch]):
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
+def choose_workers(batches: HostBatches, demand: float, prefetch: int) -> tuple[int, str]:
+    """The fewest worker processes that keep up with a step, by making two batches in this one; and a line that says so.
+
+    Args:
+      batches: of this host.
+      demand: images/s of this host; 0: threads of this process are wanted, and nothing is measured.
+      prefetch: batches held ready, per worker.
+
+    Returns:
+      The number, bounded by the cores and by the shared memory; 0 where more than one process is not needed, or has
+      no cores. The line is "" where nothing was measured.
+    """
+    if not demand:
+        return 0, ""
+    try:
+        rate, busy = batches.rate()
+    except BaseException:
+        batches.close()
+        raise
+    cores, (free, need) = usable_cores(), _shared_memory(batches.nbytes, prefetch)
+    most = int(min(cores / max(busy, 0.1), free // need))
+    wanted = demand / rate
+    workers = most if wanted > most else math.ceil(wanted)
+    workers = 0 if workers < 2 else workers
+    reached = rate * max(1, workers)
+    wants = f"the step takes at most {demand:.0f}" if math.isfinite(demand) else "what the step takes is not known"
+    if reached < demand:
+        wants += f"; {cores} cores and the shared memory allow no more than {reached:.0f}"
+    where = f"{workers} processes" if workers else "threads of this process"
+    return workers, f"{where}: one process makes {rate:.0f} images/s on {busy:.1f} cores, and {wants}"
+
+
+def _shared_memory(batch_bytes: int, prefetch: int) -> tuple[float, int]:
+    """Bytes free in /dev/shm, in which worker processes hand their batches over, and those that each may need."""
+    stat = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    free = stat.f_bavail * stat.f_frsize if stat else math.inf
+    return free, batch_bytes * (2 * prefetch + 2)
+
+
 def _check_shared_memory(batch_bytes: int, workers: int, prefetch: int) -> None:
-    """Worker processes hand their batches over in /dev/shm; one that is too small kills them without a word."""
-    if not os.path.isdir("/dev/shm"):
-        return
-    stat = os.statvfs("/dev/shm")
-    free, need = stat.f_bavail * stat.f_frsize, batch_bytes * workers * (2 * prefetch + 2)
-    if free < need:
+    """Shared memory that is too small kills worker processes without a word."""
+    free, need = _shared_memory(batch_bytes, prefetch)
+    if free < need * workers:
         raise DataError(
             f"/dev/shm has {free / 1e6:.0f} MB free, but data.workers = {workers} processes with data.prefetch = "
-            f"{prefetch} need up to {need / 1e6:.0f} MB there; enlarge it (docker --shm-size, an emptyDir of medium "
-            "Memory in Kubernetes), lower them, or set data.workers to 0"
+            f"{prefetch} need up to {need * workers / 1e6:.0f} MB there; enlarge it (docker --shm-size, an emptyDir of "
+            "medium Memory in Kubernetes), lower them, or set data.workers to 0"
         )
 
 

@@ -25,7 +25,7 @@ from absl import logging
 
 from visionfm_jax.config.limits import ImageSize
 from visionfm_jax.config.schema import DataConfig
-from visionfm_jax.data.batches import Batch, HostBatches, Loader
+from visionfm_jax.data.batches import Batch, HostBatches, Loader, choose_workers
 from visionfm_jax.data.chain import Chain, EvalTransform
 from visionfm_jax.data.fields import Fields, Row
 from visionfm_jax.data.images import DamagedImage
@@ -53,6 +53,7 @@ def train_loader(
     sources: Sequence[Source],
     fields: Fields,
     pair_ratio: tuple[int, int] = (0, 0),
+    demand: float = 0.0,
 ) -> Loader:
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
@@ -66,6 +67,7 @@ def train_loader(
       sources: opened datasets.
       fields: what a row holds beside its image.
       pair_ratio: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all.
+      demand: images/s of this host that `data.workers = -1` provides for; 0: threads of this process.
 
     Returns:
       An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, H, W, 3); the fields' own, "source":
@@ -87,13 +89,14 @@ def train_loader(
     order = run_order(data, seed, sources, pair_ratio)
     chain = Chain(data.transforms, image_size, data.max_pixels)
     chain.check()
-    rows = order.random_map(_TrainRow(tuple(sources), fields, chain), seed=derive_seed(seed, "crop"))
+    row = _TrainRow(tuple(sources), fields, chain, derive_seed(seed, "crop"))
     spec = {**chain.spec, **fields.spec}
     spec |= {"source": ((), np.int32), "record": ((), np.int64), "damaged": ((), np.int32)}
     batches = HostBatches(
-        rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
+        order, row, spec, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
     )
-    return Loader(batches, workers=data.workers, prefetch=data.prefetch)
+    workers, choice = (data.workers, "") if data.workers >= 0 else choose_workers(batches, demand, data.prefetch)
+    return Loader(batches, workers=workers, prefetch=data.prefetch, choice=choice)
 
 
 def eval_loader(
@@ -123,9 +126,9 @@ def eval_loader(
     Raises:
       DataError: not one record could be read.
     """
-    rows = grain.MapDataset.range(len(source)).map(_EvalRow(source, fields, transform))
+    order, row = grain.MapDataset.range(len(source)), _EvalRow(source, fields, transform)
     spec = {**transform.spec, **fields.spec, "mask": ((), np.float32)}
-    batches = HostBatches(rows, spec, _store, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
+    batches = HostBatches(order, row, spec, batch_size=batch_size, host=host, hosts=hosts, start=0, threads=threads)
     asked = read = 0
     with Loader(batches, workers=0, prefetch=2) as loader:
         for step, batch in enumerate(loader):
@@ -291,14 +294,21 @@ def _why(source: Source, record: int) -> str:
     return ""
 
 
-class _TrainRow(grain.transforms.RandomMap):
-    """(source, record) -> a row; steps over damaged records."""
+class _TrainRow:
+    """(source, record) -> a row, by the random numbers of (seed, sample); steps over damaged records."""
 
-    def __init__(self, sources: tuple[Source, ...], fields: Fields, chain: Chain):
+    def __init__(self, sources: tuple[Source, ...], fields: Fields, chain: Chain, seed: int):
         self._sources, self._fields, self._chain = sources, fields, chain
+        self._views = tuple(chain.spec)
+        self._rngs = grain.experimental.RngPool(seed)
 
-    def random_map(self, asked: tuple[int, int], rng: np.random.Generator) -> Row:
-        number, record = asked
+    def __call__(self, asked: tuple[int, int], sample: int) -> Row:
+        rng = self._rngs.acquire_rng(sample)
+        row = self._row(*asked, rng)
+        self._rngs.release_rng(rng)
+        return row
+
+    def _row(self, number: int, record: int, rng: np.random.Generator) -> Row:
         source = self._sources[number]
         for damaged in range(STEP_OVER + 1):
             try:
@@ -307,7 +317,7 @@ class _TrainRow(grain.transforms.RandomMap):
             except DAMAGED as error:
                 reason = error
                 continue
-            pixels = {name: sample[name] for name in self._chain.spec}
+            pixels = {name: sample[name] for name in self._views}
             return {**pixels, **row, "source": number, "record": record, "damaged": damaged}
         raise DataError(
             f"{source.name}: {STEP_OVER + 1} records in a row cannot be decoded, from {source.key(record)} on; "
@@ -315,13 +325,13 @@ class _TrainRow(grain.transforms.RandomMap):
         )
 
 
-class _EvalRow(grain.transforms.Map):
+class _EvalRow:
     """Record -> its row, or an empty one where it is damaged."""
 
     def __init__(self, source: Source, fields: Fields, transform: EvalTransform):
         self._source, self._fields, self._transform = source, fields, transform
 
-    def map(self, record: int) -> Row:
+    def __call__(self, record: int, _: int) -> Row:
         try:
             sample = self._transform.record(read_record(self._source, record))
             row = self._fields(sample)
@@ -330,12 +340,6 @@ class _EvalRow(grain.transforms.Map):
             logging.warning("%s: record %s is damaged and left out: %s", self._source.name, key, error)
             return {}
         return {"image": sample["image"], **row, "mask": 1.0}
-
-
-def _store(batch: Batch, index: int, row: Row) -> None:
-    """Copy a row into the batch; one without an image leaves its zeros."""
-    for key, value in row.items():
-        batch[key][index] = value
 
 
 def _pair(source: int, record: int) -> tuple[int, int]:

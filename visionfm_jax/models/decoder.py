@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config import NetworkConfig
-from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
+from visionfm_jax.config.limits import ATTENTION, IDS, MLP_MATMULS, REMAT, Limits, OneOf, Problem, Range
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.fused import add_rows
 from visionfm_jax.models.layers import (
@@ -71,8 +71,11 @@ class DecoderConfig(NetworkConfig):
     end_token: int = 2  # id of the token whose features embed the text, at its first position
     mask_token: int = 4  # id of the token that replaces a masked word
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -87,7 +90,12 @@ class DecoderConfig(NetworkConfig):
         "mask_token": IDS,
         "attention": ATTENTION,
         "remat": REMAT,
+        "mlp_matmuls": MLP_MATMULS,
     }
+
+    @property
+    def blocks(self) -> int:
+        return sum(size_of(self).depths)
 
     def problems(self, name: str) -> list[Problem]:
         size = size_of(self)
@@ -169,6 +177,7 @@ class Layer(nn.Module):
     image: jax.Array | None = None
     cross_attention_mask: jax.Array | None = None
     position: jax.Array | None = None
+    matmuls: str = "compute"  # of `Mlp`
 
     @nn.compact
     def __call__(self, x: jax.Array, before: dict | None = None) -> Any:
@@ -191,7 +200,7 @@ class Layer(nn.Module):
                 mask = self.cross_attention_mask.reshape(len(y), -1)
                 y = y * jnp.repeat(mask, y.shape[1] // mask.shape[1], 1)[..., None].astype(y.dtype)
             x = add_rows(x, y)
-        x = add_rows(x, Mlp(self.mlp, self.dtype, name="mlp")(norm(name="ln2")(x)))
+        x = add_rows(x, Mlp(self.mlp, self.dtype, matmuls=self.matmuls, name="mlp")(norm(name="ln2")(x)))
         return (x, after) if before else x
 
 
@@ -214,7 +223,10 @@ class UnimodalDecoder(nn.Module):
         readings = len(view.causal) if view is not None and isinstance(view.causal, tuple) else 1
         places = jax.lax.dynamic_slice_in_dim(places, start, tokens.shape[1] // readings)
         x = (table[tokens] + jnp.tile(places, (readings, 1))).astype(self.dtype)
-        layer = Layer(size.heads, size.mlp, self.dtype, config.attention, view, position=position, parent=None)
+        layer = Layer(
+            size.heads, size.mlp, self.dtype, config.attention, view, position=position, matmuls=config.mlp_matmuls,
+            parent=None,
+        )  # fmt: skip
         return scan_blocks(
             self, [layer], size.depths[0], x,
             gather_params=self.gather_params, remat=config.remat,
@@ -242,8 +254,9 @@ class MultimodalDecoder(nn.Module):
         """With `before`, as for `UnimodalDecoder`; without an image, `before` holds what was made of it."""
         config, size = self.config, size_of(self.config)
         layer = Layer(
-            size.heads, size.mlp, self.dtype, config.attention, view, image, cross_attention_mask, position, parent=None
-        )
+            size.heads, size.mlp, self.dtype, config.attention, view, image, cross_attention_mask, position,
+            config.mlp_matmuls, parent=None,
+        )  # fmt: skip
         x = scan_blocks(
             self, [layer], size.depths[1], x,
             gather_params=self.gather_params, remat=config.remat,

@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from visionfm_jax.config.limits import HeightWidth
+from visionfm_jax.models import fp8
 from visionfm_jax.models.attention import attention, windowed_attention
 from visionfm_jax.models.fused import LayerNorm, add_rows, gelu
 
@@ -28,8 +29,9 @@ GatherParams = Callable[[Params], Params]
 
 # Values a block names for rematerialisation: what matmuls make, with a block's sum of the two where that serves as
 # well; and what matmuls read that elementwise kernels make.
-RESULTS = ("qkv", "attention", "projection", "residual", "mlp_hidden", "mlp_output")
+RESULTS = ("qkv", "attention", "projection", "residual", "mlp_hidden", "mlp_output", "fp8_scale")
 OPERANDS = ("normed", "activated")
+BRANCHES = ("attention", "projection", "mlp_output")  # of the results, those with the most arithmetic to a byte
 
 
 def no_gather(params: Params) -> Params:
@@ -211,11 +213,13 @@ class Mlp(nn.Module):
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
     activation: str = "gelu"  # of `activate`, or swiglu
+    matmuls: str = "compute"  # of operands in `dtype`, or fp8
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, features: int, name: str) -> jax.Array:
-            return dense(x, features, self.dtype, name, kernel_init=self.kernel_init)
+            dot_general = fp8.dot_general if self.matmuls == "fp8" else None
+            return dense(x, features, self.dtype, name, kernel_init=self.kernel_init, dot_general=dot_general)
 
         h = checkpoint_name(layer(x, self.hidden, "fc1"), "mlp_hidden")
         if self.activation == "swiglu":
@@ -233,6 +237,7 @@ class Block(nn.Module):
       layer_scale: where the factors of each branch's channels start (Touvron et al. 2021, "CaiT"); 0: no factors.
       keys: (B,), draw which branches a sample leaves out; None: nothing is left out.
       mask: (B, 1, T, T) bool, which tokens see which; None: all see all.
+      matmuls: of `Mlp`.
     """
 
     heads: int
@@ -250,6 +255,7 @@ class Block(nn.Module):
     mask: jax.Array | None = None
     window: int = 0
     grid: HeightWidth = (0, 0)
+    matmuls: str = "compute"
 
     @nn.compact
     def __call__(self, x: jax.Array, own: dict[str, jax.Array] | None = None) -> jax.Array:
@@ -268,7 +274,8 @@ class Block(nn.Module):
         y = layer_norm(self.dtype, "ln1", self.epsilon)(x)
         x = add_rows(x, branch(attend(y, mask=self.mask), 1))
         y = layer_norm(self.dtype, "ln2", self.epsilon)(x)
-        return add_rows(x, branch(Mlp(self.mlp, self.dtype, activation=self.activation, name="mlp")(y), 2))
+        mlp = Mlp(self.mlp, self.dtype, activation=self.activation, matmuls=self.matmuls, name="mlp")
+        return add_rows(x, branch(mlp(y), 2))
 
 
 def _save(*names: str, logits: bool = False) -> Callable[..., bool]:
@@ -293,9 +300,10 @@ POLICIES = {
     "none": _save(*RESULTS, *OPERANDS, logits=True),  # elementwise kernels
     "attention": _save(*RESULTS, *OPERANDS),  # and the logits of attention, where it is not fused
     "dots": _save(*RESULTS),  # and norms and activations
+    "branches": _save(*BRANCHES),  # and the first matmuls of attention and MLP
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-LIGHTER = {"attention": "none", "dots": "none", "full": "dots"}
+LIGHTER = dict(zip(list(POLICIES)[1:], POLICIES, strict=False))  # the next that recomputes less
 
 
 def scan_blocks(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from visionfm_jax.config import NetworkConfig
-from visionfm_jax.config.limits import ATTENTION, IDS, REMAT, Limits, OneOf, Problem, Range
+from visionfm_jax.config.limits import ATTENTION, IDS, MLP_MATMULS, REMAT, Limits, OneOf, Problem, Range
 from visionfm_jax.models.layers import Block, GatherParams, layer_norm, no_gather, scan_blocks
 from visionfm_jax.models.sizes import TransformerSize, heads_problems, size_by_name
 
@@ -44,8 +44,11 @@ class TextConfig(NetworkConfig):
     activation: str = "gelu"  # in the MLPs: gelu | gelu_tanh | quick_gelu
     norm_eps: float = 1e-5  # of LayerNorm; must be that of loaded weights
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -61,7 +64,12 @@ class TextConfig(NetworkConfig):
         "norm_eps": Range(1e-12, 1e-3),
         "attention": ATTENTION,
         "remat": REMAT,
+        "mlp_matmuls": MLP_MATMULS,
     }
+
+    @property
+    def blocks(self) -> int:
+        return size_of(self).depth
 
     @property
     def features(self) -> int:
@@ -105,7 +113,7 @@ class TextTransformer(nn.Module):
         x = (table[tokens] + position[: tokens.shape[1]]).astype(self.dtype)
         block = Block(
             size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, causal=config.causal,
-            activation=config.activation, parent=None,
+            activation=config.activation, matmuls=config.mlp_matmuls, parent=None,
         )  # fmt: skip
         x = scan_blocks(
             self,

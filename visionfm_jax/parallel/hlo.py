@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -31,6 +32,36 @@ class Array(NamedTuple):
     def nbytes(self) -> int:
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+class Product(NamedTuple):
+    """Matmuls (m, k) @ (k, n), `batch` of them in one kernel."""
+
+    dtype: str  # of the operands
+    batch: int
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.n * self.k
+
+
+class Attention(NamedTuple):
+    """A fused attention kernel."""
+
+    dtype: str
+    batch: int  # images or windows, times heads
+    queries: int
+    keys: int
+    dim: int  # of a head
+    backward: bool
+
+    @property
+    def flops(self) -> int:
+        """QKᵀ and PV; five products of the same size in the backward pass."""
+        return 2 * (5 if self.backward else 2) * self.batch * self.queries * self.keys * self.dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,22 +226,27 @@ class Module:
             return self.computations[instruction.called[0]].root
         return instruction
 
-    def flops(self, instruction: Instruction, inside: Computation) -> Counter[str]:
-        """FLOPs of its matmuls and attention kernels, by the operands' dtype; loops once."""
+    def products(self, instruction: Instruction, inside: Computation) -> tuple[Product | Attention, ...]:
+        """Its matmuls and attention kernels; those of a loop once."""
         if instruction.opcode == "dot":
-            dtype = inside[instruction.operands[0]].outputs[0].dtype
-            products = math.prod(instruction.outputs[0].shape) * _contracted(instruction, inside)
-            return Counter({dtype: 2 * products})
+            return (_product(instruction, inside),)
         if instruction.opcode == "custom-call":
-            return _kernel_flops(instruction, inside)
+            return _library_products(instruction, inside)
         if instruction.opcode.endswith("-done"):
-            return Counter()
-        return sum((self._computation_flops(name) for name in instruction.called), Counter())
+            return ()
+        return tuple(itertools.chain.from_iterable(map(self._computation_products, instruction.called)))
 
     @functools.cache  # noqa: B019 - lives as long as the module
-    def _computation_flops(self, name: str) -> Counter[str]:
+    def _computation_products(self, name: str) -> tuple[Product | Attention, ...]:
         inside = self.computations[name]
-        return sum((self.flops(i, inside) for i in inside.values()), Counter())
+        return tuple(itertools.chain.from_iterable(self.products(i, inside) for i in inside.values()))
+
+    def flops(self, instruction: Instruction, inside: Computation) -> Counter[str]:
+        """FLOPs of its matmuls and attention kernels, by the operands' dtype; loops once."""
+        counts: Counter[str] = Counter()
+        for product in self.products(instruction, inside):
+            counts[product.dtype] += product.flops
+        return counts
 
     def bytes_moved(self, instruction: Instruction, inside: Computation) -> int:
         """Bytes that it reads and writes in device memory: of a stack of layers' arrays, one layer's."""
@@ -281,6 +317,18 @@ class Module:
                     kept[backward] += array.nbytes
         return kept[0], kept[1]
 
+    def kept_bytes(self) -> int:
+        """Bytes of arrays outside of loops that the forward pass makes and the backward pass reads."""
+        inside, kept = self.computations[self.entry], {}
+        for reader in inside.values():
+            if "transpose(" not in reader.source:
+                continue
+            for made, index in (_made_by(inside, name) for name in reader.operands):
+                backward = "transpose(" in made.source or made.opcode in ("while", "parameter")
+                if "jvp(" in made.source and not backward:
+                    kept[made.name, index] = made.outputs[index].nbytes
+        return sum(kept.values())
+
     def _is_updated_in_place(self, member: Instruction, body: Computation) -> bool:
         index = 0
         while member.opcode in ("get-tuple-element", "bitcast", "copy") or member.opcode.endswith("-done"):
@@ -296,6 +344,16 @@ class Module:
                 root = called[root.operands[0]]
             return root.opcode == "dynamic-update-slice"
         return member.opcode == "dynamic-update-slice"
+
+
+def _made_by(inside: Computation, name: str) -> tuple[Instruction, int]:
+    """The instruction that an array comes from by other names alone, and which of its outputs it is."""
+    instruction, index = inside[name], 0
+    while instruction.opcode in ("bitcast", "get-tuple-element"):
+        if instruction.opcode == "get-tuple-element":
+            index = int(re.search(r"\bindex=(\d+)", instruction.attributes)[1])
+        instruction = inside[instruction.operands[0]]
+    return instruction, min(index, len(instruction.outputs) - 1)
 
 
 def _instruction(line: str) -> Instruction:
@@ -327,31 +385,37 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
+@functools.lru_cache(4096)
 def _arrays(text: str) -> tuple[Array, ...]:
     found = re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", text)
     return tuple(Array(t, tuple(map(int, filter(None, dims.split(","))))) for t, dims in found if t != "token")
 
 
-def _contracted(dot: Instruction, inside: Computation) -> int:
-    """The product of a dot's summed dims."""
-    dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
-    shape = inside[dot.operands[0]].outputs[0].shape
-    return math.prod(shape[int(d)] for d in dims[1].split(",") if d) if dims else 1
+def _product(dot: Instruction, inside: Computation) -> Product:
+    """Of a dot, or of the text of one in a library call's configuration."""
+    lhs, rhs = (inside[name].outputs[0] for name in dot.operands[:2])
+    contracted, batched = _dims(dot, "contracting", lhs), _dims(dot, "batch", lhs)
+    k, batch = math.prod(contracted), math.prod(batched)
+    return Product(lhs.dtype, batch, math.prod(lhs.shape) // (k * batch), math.prod(rhs.shape) // (k * batch), k)
 
 
-def _kernel_flops(call: Instruction, inside: Computation) -> Counter[str]:
-    """FLOPs of a library call: cuBLAS products and cuDNN attention; none for others."""
-    target = re.search(r'custom_call_target="([^"]*)"', call.attributes)
-    target = target[1] if target else ""
-    arrays = [inside[name].outputs[0] for name in call.operands if inside[name].outputs]
+def _dims(dot: Instruction, kind: str, lhs: Array) -> list[int]:
+    """Sizes of the left operand's contracting or batch dims, in either of HLO's notations."""
+    found = re.search(rf'lhs_{kind}_dim(?:s=\{{|ensions":\[)([^\]}}]*)', dot.attributes)
+    return [lhs.shape[int(d)] for d in re.findall(r"\d+", found[1])] if found else []
+
+
+def _library_products(call: Instruction, inside: Computation) -> tuple[Product | Attention, ...]:
+    """Those of a library call: cuBLAS products and cuDNN attention; none of others."""
+    found = re.search(r'custom_call_target="([^"]*)"', call.attributes)
+    target = found[1] if found else ""
     if "gemm" in target or "matmul" in target:
-        dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
-        contracted = math.prod(arrays[0].shape[int(d)] for d in re.findall(r"\d+", dims[1])) if dims else 1
-        return Counter({arrays[0].dtype: 2 * math.prod(call.outputs[0].shape) * contracted})
-    if target.startswith("__cudnn$fmha"):  # q, k (B, T, N, K); QKᵀ and PV, and five products in the backward pass
-        products = 5 if "Backward" in target else 2
-        return Counter({arrays[0].dtype: 2 * products * math.prod(arrays[0].shape) * arrays[1].shape[1]})
-    return Counter()
+        return (_product(call, inside),)
+    if target.startswith("__cudnn$fmha"):  # q, k (B, T, N, K)
+        q, k = (inside[name].outputs[0] for name in call.operands[:2])
+        batch, queries, heads, dim = q.shape
+        return (Attention(q.dtype, batch * heads, queries, k.shape[1], dim, "Backward" in target),)
+    return ()
 
 
 def _first_group(attributes: str, devices: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import re
 import tomllib
@@ -77,14 +78,39 @@ TARGETS: dict[str, Target] = {
 
 WATTS = {"a100-40gb": 400, "a100-80gb": 400, "h100": 700, "h200": 700, "b200": 1000}  # thermal design power of a GPU
 
-# What `launch/env.sh` sets for training, with a reason for each: a plan compiles with the same.
-XLA_FLAGS = (
-    "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "--xla_gpu_enable_pipelined_all_gather=true",
-    "--xla_gpu_all_gather_combine_threshold_bytes=268435456",
-    "--xla_gpu_reduce_scatter_combine_threshold_bytes=268435456",
-    "--xla_gpu_all_reduce_combine_threshold_bytes=268435456",
-)
+
+def xla_flags(version: str) -> tuple[str, ...]:
+    """XLA's settings for training with this version of jax: `launch/env.sh` sets them, and a plan compiles with them.
+
+    Not among them, though NVIDIA's JAX-Toolbox and MaxText's scripts set some of these:
+      pipelined reduce-scatter: a plan of ViT-H on 128 A100 is the same to the last digit with it.
+      while-loop double buffering: two layers an iteration. A plan of ViT-H on 128 A100 is 4 % shorter with it, on one
+        H100 with 128 images 7 % longer (jax 0.10.2).
+      --xla_gpu_enable_triton_gemm=false: on a card, XLA times its own kernels against cuBLAS for each product, and
+        takes the faster. A plan, which cannot, assumes cuBLAS.
+      --xla_gpu_enable_nccl_user_buffers=true: NCCL then needs no copies inside a host, but the buffers come from a
+        pool beside that of XLA, of whose size no plan knows. Try it by `benchmarks/flag_sweep.py`.
+    """
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    return (
+        # Start a collective as early and wait for it as late as its data allow: without this the weight gathers of
+        # ZeRO-3 stand between the layers instead of running below them.
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
+        # Gather the next layer's weights while this one computes: a layer cannot hide the gather of its own. One more
+        # layer's weights are held. jax 0.12 deprecates the former spelling, which jax 0.10 alone knows.
+        "--xla_gpu_pipeline_all_gather=on" if numbers >= (0, 12) else "--xla_gpu_enable_pipelined_all_gather=true",
+        # Join the small gathers of one layer (weights, biases, norms) into one of up to 256 MiB: more than a layer
+        # of the largest model here in bf16, so each layer pays one latency.
+        "--xla_gpu_all_gather_combine_threshold_bytes=268435456",
+        # The same for the gradients that are scattered after each layer's backward pass.
+        "--xla_gpu_reduce_scatter_combine_threshold_bytes=268435456",
+        # And for plain data parallelism (stage 0 and replicas): large, but small enough that the first all-reduce
+        # can run while later gradients are still computed.
+        "--xla_gpu_all_reduce_combine_threshold_bytes=268435456",
+    )
+
+
+XLA_FLAGS = xla_flags(importlib.metadata.version("jax"))
 MEMORY_FRACTION = 0.92  # of a GPU's memory that a run may use: XLA_PYTHON_CLIENT_MEM_FRACTION there
 
 # Slower boards and slices that carry a table entry's name: no figure is better than a wrong one.
@@ -209,3 +235,7 @@ def _checked(path: str, name: str, field: str, kind: str, value: object) -> obje
     if not good(value) or not value > 0:
         raise ConfigError(f"{refused} a positive {'whole ' * whole}number")
     return int(value) if kind == "int" else float(value)
+
+
+if __name__ == "__main__":  # for launch/env.sh
+    print(*XLA_FLAGS)

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-
 from visionfm_jax.config import Config
 from visionfm_jax.config.load import MODULE
 from visionfm_jax.errors import UserError, complain
@@ -30,6 +28,8 @@ from visionfm_jax.parallel.targets import XLA_FLAGS, Cluster
 from visionfm_jax.storage import replacing
 
 if TYPE_CHECKING:
+    from jax.stages import Compiled
+
     from visionfm_jax.train.state import TrainState
     from visionfm_jax.train.step import Trainer
 
@@ -189,6 +189,8 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
 
 def _pickled(what: Any) -> bytes:
     """`what`, with the classes that a configuration file defines itself, which another process cannot import."""
+    import cloudpickle  # which those who only bench need not have
+
     if (module := sys.modules.get(MODULE)) is not None:
         cloudpickle.register_pickle_by_value(module)
     return cloudpickle.dumps(what)
@@ -208,8 +210,19 @@ def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
     state, batch = inputs_of(trainer, config.train.batch_size)
     began = time.perf_counter()
     compiled = trainer.step.trace(state, batch).lower(lowering_platforms=(platform,)).compile()
-    seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    return described(trainer, compiled, platform, cluster.per_host, time.perf_counter() - began)
+
+
+def described(trainer: Trainer, compiled: Compiled, platform: str, per_host: int, seconds: float) -> CompiledStep:
+    """A compiled step of this trainer, in figures.
+
+    Args:
+      platform: that it is compiled for.
+      per_host: devices of a host.
+      seconds: that the compiler took.
+    """
+    config, memory = trainer.config, compiled.memory_analysis()
+    state, batch = inputs_of(trainer, config.train.batch_size)
     in_use, gradients = trainer.zero.held_bytes(trainer.shapes.params, config.train.accumulate)
     return CompiledStep(
         platform=platform,
@@ -217,7 +230,7 @@ def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
         state=state_bytes(state, batch, in_use if trainer.task.momentum else None),
         weights_in_use=in_use,
         gradients=gradients,
-        checkpoint_host_bytes=checkpoint_host_bytes(state, cluster.per_host, trainer.mesh.size),
+        checkpoint_host_bytes=checkpoint_host_bytes(state, per_host, trainer.mesh.size),
         step_flops=trainer.task.step_flops,
         total_steps=config.total_steps,
         batch_size=config.train.batch_size,

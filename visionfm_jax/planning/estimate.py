@@ -1,7 +1,11 @@
 """From a compiled step to seconds and bytes: a roofline of its schedule.
 
 Every instruction takes the longer of its arithmetic and its traffic to memory; a collective runs on the network from
-its start, one after the other, and delays the instruction that waits for it by what is left of it then.
+its start, one after the other, and delays the instruction that waits for it by what is left of it then. Asynchronous
+copies take their turn among the kernels: a large product leaves no core for them. How fast kernels and copies are, is
+in `planning.rates`.
+
+Of branches that depend on the data, the shortest counts, and the range reaches up to the longest.
 """
 
 from __future__ import annotations
@@ -9,20 +13,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from visionfm_jax.parallel.hlo import Collective, Computation, Instruction, Module
+from visionfm_jax.parallel.hlo import Attention, Collective, Computation, Instruction, Module
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster
+from visionfm_jax.planning.calibration import ATTENTION, ELSE, MATMULS, WAITS, Calibration, calibration_of
 from visionfm_jax.planning.compiled import GPU, CompiledStep
-
-# What programs reach of a data sheet's figures. Assumptions, to be replaced by measurements of one's own machine.
-MATMULS = 0.70  # of peak FLOP/s, by large matmuls
-ATTENTION = 0.50  # of peak FLOP/s, by fused attention kernels
-MEMORY = 0.85  # of memory bandwidth
-NETWORK = 0.80  # of network bandwidth
-KERNEL = 2e-6  # seconds from one kernel to the next
-LATENCY = 10e-6, 1e-6  # seconds of a collective, and more for each further device of its group
-
-# fp32 products run as TF32, at half the rate of 16-bit ones.
-RATE = {"f32": 0.5, "f64": 1 / 16}
+from visionfm_jax.planning.rates import KERNEL, LATENCY, NETWORK, arithmetic_seconds, memory_rate
 
 
 @dataclasses.dataclass
@@ -42,14 +37,38 @@ class Estimate:
 
     compiled: CompiledStep
     cluster: Cluster
+    calibration: Calibration
     memory: dict[str, int]  # bytes by kind; they add up to the peak
     collectives: list[CollectiveTime]
     executed_flops: float
-    traffic: float  # bytes to and from device memory
-    seconds: float
-    matmuls: float  # seconds in matmuls and attention
-    other: float  # seconds in everything else that computes, all of it bound by memory
-    exposed: float  # seconds of waiting for the network
+    traffic_by_kind: dict[str, float]  # bytes to and from device memory by matmuls, attention and all else
+    modelled: dict[str, float]  # seconds by kind, before they are calibrated
+    longest_branches: float  # seconds more, were every branch the longest
+
+    @property
+    def traffic(self) -> float:
+        """Bytes to and from device memory."""
+        return sum(self.traffic_by_kind.values())
+
+    @property
+    def seconds_by_kind(self) -> dict[str, float]:
+        """Of matmuls, of attention, of all else (bound by memory), and of waiting for the network."""
+        return {kind: self.calibration.factors[kind] * seconds for kind, seconds in self.modelled.items()}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_by_kind.values())
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Seconds between which a measurement should lie."""
+        deviation = 2 * self.calibration.deviation(self.modelled)
+        return self.seconds - deviation, self.seconds + deviation + self.longest_branches
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of waiting for the network."""
+        return self.seconds_by_kind[WAITS]
 
     @property
     def usable(self) -> int:
@@ -83,24 +102,29 @@ class Estimate:
         return self.days * 24 * self.cluster.devices
 
 
-def estimate(compiled: CompiledStep, cluster: Cluster) -> Estimate:
-    """Walk the schedule of a step that was compiled for GPUs."""
+def estimate(compiled: CompiledStep, cluster: Cluster, calibration: Calibration | None = None) -> Estimate:
+    """Walk the schedule of a step that was compiled for GPUs.
+
+    Args:
+      calibration: from measurements; None: what is known of the card without any.
+    """
     if compiled.platform != GPU:
         raise ValueError("a schedule for CPUs says nothing of a GPU's time")
     module = Module(compiled.hlo)
     walk = _Walk(module, cluster)
-    seconds = walk.computation(module.entry, 1)
+    walk.computation(module.entry, 1)
+    collectives = list(walk.collectives.values())
+    waits = sum(e.exposed * e.collective.count for e in collectives)
     return Estimate(
         compiled=compiled,
         cluster=cluster,
+        calibration=calibration or calibration_of(cluster.target),
         memory=memory_by_kind(compiled, module),
-        collectives=list(walk.collectives.values()),
+        collectives=collectives,
         executed_flops=walk.flops,
-        traffic=walk.traffic,
-        seconds=seconds,
-        matmuls=walk.matmuls,
-        other=walk.other,
-        exposed=sum(e.exposed * e.collective.count for e in walk.collectives.values()),
+        traffic_by_kind={kind: walk.traffic[kind] for kind in (MATMULS, ATTENTION, ELSE)},
+        modelled={**{kind: walk.seconds[kind] for kind in (MATMULS, ATTENTION, ELSE)}, WAITS: waits},
+        longest_branches=walk.longest_branches,
     )
 
 
@@ -112,16 +136,16 @@ def usable_bytes(cluster: Cluster) -> int:
 def memory_by_kind(compiled: CompiledStep, module: Module) -> dict[str, int]:
     """Bytes of one GPU at the step's peak.
 
-    What is held throughout follows from the ZeRO stage, activations are what the compiled loops keep for their backward
-    pass, and temporary is the rest of the compiler's peak.
+    What is held throughout follows from the ZeRO stage, activations are what the forward pass keeps for the backward
+    pass, in loops and outside of them, and temporary is the rest of the compiler's peak.
     """
-    kinds = {**compiled.held, "activations": module.stacked_bytes()[0]}
+    kinds = {**compiled.held, "activations": module.stacked_bytes()[0] + module.kept_bytes()}
     kinds["temporary"] = max(compiled.peak - sum(kinds.values()), 0)
     return {kind: size for kind, size in kinds.items() if size}
 
 
 def network_seconds(collective: Collective, cluster: Cluster) -> float:
-    """One collective's time, as a ring over its group.
+    """One collective's time, as a ring over its group; of small ones that of the steps around the ring.
 
     A ring that crosses hosts has one lane per member on a host, each with a network adapter of its own; it runs at
     the speed of all adapters of a host, or at that inside hosts if this is less.
@@ -131,7 +155,9 @@ def network_seconds(collective: Collective, cluster: Cluster) -> float:
     bandwidth = target.network_inside
     if hosts > 1:
         bandwidth = min(bandwidth, size / hosts * target.network_between)
-    return collective.wire_bytes / (NETWORK * bandwidth) + LATENCY[0] + LATENCY[1] * (size - 1)
+    start, inside, between = LATENCY
+    steps = (size - hosts) * inside + (hosts - 1) * between
+    return collective.wire_bytes / (NETWORK * bandwidth) + start + steps
 
 
 class _Walk:
@@ -140,7 +166,9 @@ class _Walk:
     def __init__(self, module: Module, cluster: Cluster):
         self.module, self.cluster = module, cluster
         self.collectives: dict[str, CollectiveTime] = {}
-        self.flops = self.traffic = self.matmuls = self.other = 0.0
+        self.flops = self.longest_branches = 0.0
+        self.traffic: Counter[str] = Counter()  # bytes by kind
+        self.seconds: Counter[str] = Counter()  # by kind
 
     def computation(self, name: str, times: int) -> float:
         """Seconds of one run of a computation that a step runs `times`; adds to the totals."""
@@ -155,7 +183,10 @@ class _Walk:
                 clock += sum(self.computation(called, times) for called in instruction.called)
                 continue
             if instruction.opcode == "conditional":
-                clock += max(self.computation(called, times) for called in instruction.called)
+                apart = _Walk(self.module, self.cluster)
+                lengths = sorted((apart.computation(called, 1), called) for called in instruction.called)
+                self.longest_branches += times * (lengths[-1][0] - lengths[0][0])
+                clock += self.computation(lengths[0][1], times)
                 continue
             if instruction.operands and instruction.operands[0] in running and instruction.opcode.endswith("-done"):
                 end, timed = running.pop(instruction.operands[0])
@@ -185,20 +216,19 @@ class _Walk:
 
     def _work(self, instruction: Instruction, inside: Computation, times: int) -> float:
         """Seconds of one kernel; adds to the totals."""
-        target = self.cluster.target
         traffic = self.module.bytes_moved(instruction, inside)
         if not traffic:
             return 0.0
-        flops = self.module.flops(instruction, inside)
-        reached = ATTENTION if "fmha" in instruction.attributes else MATMULS
-        arithmetic = sum(n / (RATE.get(dtype, 1.0) * reached * target.peak_flops) for dtype, n in flops.items())
-        seconds = max(arithmetic, traffic / (MEMORY * target.memory_bandwidth)) + KERNEL
-        self.flops += times * flops.total()
-        self.traffic += times * traffic
-        if flops:
-            self.matmuls += times * seconds
-        else:
-            self.other += times * seconds
+        target = self.cluster.target
+        products = self.module.products(instruction, inside)
+        arithmetic = sum(arithmetic_seconds(product, target) for product in products)
+        seconds = max(arithmetic, traffic / memory_rate(target)) + KERNEL
+        kind = ELSE
+        if products:
+            kind = ATTENTION if any(isinstance(product, Attention) for product in products) else MATMULS
+        self.flops += times * sum(product.flops for product in products)
+        self.traffic[kind] += times * traffic
+        self.seconds[kind] += times * seconds
         return seconds
 
 

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from visionfm_jax.parallel.hlo import Collective
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster
-from visionfm_jax.planning import estimate as assumed
+from visionfm_jax.planning.calibration import ATTENTION, ELSE, MATMULS
 from visionfm_jax.planning.compiled import CompiledStep
 from visionfm_jax.planning.estimate import CollectiveTime, Estimate
+from visionfm_jax.planning.rates import rates_of
 from visionfm_jax.planning.settings import Setting
 
 GIB = 2**30
@@ -55,7 +56,7 @@ def print_without_gpus(
         memory.add_row(kind, size(held))
     step = _table("One step", "", "")
     step.add_row("model FLOPs of all GPUs", f"{compiled.step_flops:.4g}")
-    least = compiled.step_flops / (cluster.devices * cluster.target.peak_flops * assumed.MATMULS)
+    least = compiled.step_flops / (cluster.devices * cluster.target.peak_flops * rates_of(cluster.target).matmuls)
     step.add_row("time, at the very least", f"{least * 1e3:.1f} ms")
     for table in (_parameters(compiled), memory, step):
         console.print()
@@ -137,11 +138,15 @@ def _times(found: Estimate) -> Table:
     def row(what: str, value: str, remark: str = "") -> None:
         table.add_row(what, value, remark)
 
-    row("matmuls", f"{found.matmuls * 1e3:.1f} ms", f"at {assumed.MATMULS:.0%} of the peak, or memory-bound")
-    row("all else", f"{found.other * 1e3:.1f} ms", f"memory-bound, at {assumed.MEMORY:.0%} of the bandwidth")
+    for kind in (MATMULS, ATTENTION, ELSE):
+        if found.traffic_by_kind[kind]:
+            moved = f"{found.traffic_by_kind[kind] / 1e9:,.4g} GB to and from memory"
+            row(kind, f"{found.seconds_by_kind[kind] * 1e3:.1f} ms", moved)
     row("exposed communication", f"{found.exposed * 1e3:.1f} ms", f"of {found.network * 1e3:.1f} ms that it is busy")
     table.add_section()
-    row("step", f"{found.seconds * 1e3:.1f} ms", "a roofline, not a measurement")
+    low, high = found.range
+    row("step", f"{found.seconds * 1e3:.1f} ms", f"between {low * 1e3:.4g} and {high * 1e3:.4g} ms")
+    row("", "", found.calibration.source)
     row("images/s", f"{found.images_per_s:,.0f}", f"{found.images_per_s / cluster.devices:,.1f} per GPU")
     row("model FLOPs", f"{compiled.step_flops:.4g}", f"executed {executed / compiled.step_flops:.2f} times that")
     row("MFU", f"{found.mfu:.1%}", f"of {cluster.target.peak_flops / 1e12:,.0f} TFLOP/s per GPU")
@@ -198,11 +203,15 @@ def as_json(name: str, found: Estimate) -> dict[str, Any]:
             "model_flops": compiled.step_flops,
             "executed_flops": found.executed_flops * cluster.devices,
             "memory_traffic_bytes": found.traffic,
-            "matmul_seconds": found.matmuls,
-            "other_seconds": found.other,
+            "memory_traffic_bytes_by_kind": found.traffic_by_kind,
+            "matmul_seconds": found.seconds_by_kind[MATMULS],
+            "attention_seconds": found.seconds_by_kind[ATTENTION],
+            "other_seconds": found.seconds_by_kind[ELSE],
             "network_seconds": found.network,
             "exposed_seconds": found.exposed,
             "seconds": found.seconds,
+            "seconds_range": found.range,
+            "calibration": found.calibration.source,
             "images_per_s": found.images_per_s,
             "mfu": found.mfu,
         },
@@ -243,6 +252,7 @@ def setting_json(setting: Setting, base: Setting, found: Estimate) -> dict[str, 
         "attention": dict(zip(setting.networks, setting.attention, strict=True)),
         "flags": setting.flags(base),
         "seconds": found.seconds,
+        "seconds_range": found.range,
         "images_per_s": found.images_per_s,
         "mfu": found.mfu,
         "peak_bytes": found.compiled.peak,

@@ -1,7 +1,7 @@
 """Other settings of the same run: which would be faster, and which would fit.
 
-The global batch stays. A setting that recomputes less, or works on larger micro-batches, is never slower on the same
-devices, so that once one fits, those that only save memory beyond it are not tried.
+The global batch stays. What recomputes less needs more memory, and may be slower all the same, as what is kept must be
+written and read: all that fit are compared. Smaller micro-batches are tried only where larger ones do not fit.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import itertools
+import math
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from visionfm_jax.config import Config
 from visionfm_jax.errors import ConfigError
-from visionfm_jax.models.layers import POLICIES
+from visionfm_jax.models.layers import LIGHTER, POLICIES
 from visionfm_jax.parallel.targets import Cluster
+from visionfm_jax.planning.calibration import Calibration
 from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
 
-REMAT = tuple(POLICIES)  # from most memory to most arithmetic
+REMAT = tuple(POLICIES)  # those that are tried, from most memory to most arithmetic; a configuration may have others
 COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
@@ -32,7 +35,8 @@ class Setting(NamedTuple):
     replicas: int
     accumulate: int
     remat: tuple[str, ...]  # of each network
-    attention: tuple[str, ...]  # of each network
+    attention: tuple[str, ...]  # of each network; "auto" counts as what a plan makes of it
+    scan_layers: tuple[bool, ...]  # of each network
     networks: tuple[str, ...]  # their fields in the configuration
 
     @property
@@ -40,7 +44,7 @@ class Setting(NamedTuple):
         """The configuration's fields and their values."""
         of_networks = {
             f"{network}.{name}": value
-            for name in ("remat", "attention")
+            for name in ("remat", "attention", "scan_layers")
             for network, value in zip(self.networks, getattr(self, name), strict=True)
         }
         run = {"parallel.stage": self.stage, "parallel.replicas": self.replicas, "train.accumulate": self.accumulate}
@@ -53,24 +57,32 @@ class Setting(NamedTuple):
 
     def with_remat(self, limit: Callable[..., int], policy: str) -> Setting:
         """The same with `policy` for each network, where it is the `limit` (max: the heavier) of it and its own."""
-        return self._replace(remat=tuple(REMAT[limit(REMAT.index(r), REMAT.index(policy))] for r in self.remat))
+        return self._replace(remat=tuple(limit(r, policy, key=heaviness) for r in self.remat))
 
     def with_attention(self, kind: str) -> Setting:
         """The same with this kernel for all networks."""
         return self._replace(attention=(kind,) * len(self.networks))
 
     @property
-    def recomputed(self) -> int:
+    def recomputed(self) -> float:
         """How much is recomputed, as steps through `REMAT`."""
-        return sum(map(REMAT.index, self.remat))
+        return sum(map(heaviness, self.remat))
+
+
+def heaviness(remat: str) -> float:
+    """Where a value stands in `REMAT`; one that only some blocks follow, such as "full:8", just before its policy."""
+    policy = re.match("[a-z]*", remat)[0]
+    return REMAT.index(policy) - 0.5 * (remat != policy) if policy in REMAT else -0.5
 
 
 def setting_of(config: Config) -> Setting:
     """The setting of a configuration."""
-    networks = config.model.networks()
+    networks, auto = config.model.networks(), "xla" if config.train.precision == "fp32" else "cudnn"
     return Setting(
         config.parallel.stage, config.parallel.replicas, config.train.accumulate,
-        tuple(n.remat for n in networks.values()), tuple(n.attention for n in networks.values()), tuple(networks),
+        tuple(n.remat for n in networks.values()),
+        tuple(auto if n.attention == "auto" else n.attention for n in networks.values()),
+        tuple(n.scan_layers for n in networks.values()), tuple(networks),
     )  # fmt: skip
 
 
@@ -79,8 +91,9 @@ def with_setting(config: Config, setting: Setting) -> Config:
     config = copy.deepcopy(config)
     config.parallel.stage, config.parallel.replicas = setting.stage, setting.replicas
     config.train.accumulate = setting.accumulate
-    for network, remat, kind in zip(config.model.networks().values(), setting.remat, setting.attention, strict=True):
-        network.remat, network.attention = remat, kind
+    networks, of_each = config.model.networks(), (setting.remat, setting.attention, setting.scan_layers)
+    for network, *values in zip(networks.values(), *of_each, strict=True):
+        network.remat, network.attention, network.scan_layers = values
     return config
 
 
@@ -105,13 +118,14 @@ class Planner:
     Args:
       config: the run.
       cluster: where.
+      calibration: as of `estimate`.
       on_progress: called with the number of settings known so far, and of those asked for.
     """
 
     def __init__(
-        self, config: Config, cluster: Cluster, on_progress: Callable[[int, int], None] = lambda done, of: None
+        self, config: Config, cluster: Cluster, calibration: Calibration, on_progress: Callable[[int, int], None]
     ):
-        self.config, self.cluster, self._on_progress = config, cluster, on_progress
+        self.config, self.cluster, self.calibration, self._on_progress = config, cluster, calibration, on_progress
         self._pool = concurrent.futures.ThreadPoolExecutor(jobs())
         self._asked: dict[Setting, concurrent.futures.Future[Estimate | None]] = {}
         self._lock = threading.Lock()  # families are walked in threads
@@ -123,16 +137,24 @@ class Planner:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
 
+    def know(self, setting: Setting, found: Estimate) -> None:
+        """Give it an estimate that is there already."""
+        self._asked[setting] = concurrent.futures.Future()
+        self._asked[setting].set_result(found)
+        self.compiled += 1
+
     def ask(self, setting: Setting) -> concurrent.futures.Future[Estimate | None]:
         """The estimate, later; None where the compiler refuses the setting."""
         with self._lock:
             if setting not in self._asked:
                 self._asked[setting] = self._pool.submit(self._estimate, setting)
+                self._on_progress(self.compiled, len(self._asked))
             return self._asked[setting]
 
     def _estimate(self, setting: Setting) -> Estimate | None:
         try:
-            found = estimate(compile_step(with_setting(self.config, setting), self.cluster, GPU), self.cluster)
+            step = compile_step(with_setting(self.config, setting), self.cluster, GPU)
+            found = estimate(step, self.cluster, self.calibration)
         except CompileError:
             found = None
         with self._lock:
@@ -148,20 +170,46 @@ def jobs() -> int:
 
 
 def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> list[tuple[Setting, Estimate]]:
-    """The `count` single changes that would save the most time, of those that fit, best first."""
+    """The `count` changes that would save the most time, of those that fit, best first."""
 
-    def allowed(settings: Iterator[Setting]) -> list[Setting]:
+    def allowed(settings: Iterable[Setting]) -> list[Setting]:
         return [s for s in settings if is_allowed(planner.config, s, planner.cluster)]
 
     known = [(s, planner.ask(s)) for s in allowed(neighbours(base, planner.cluster))]
-    for setting in allowed(lighter(base)):
-        known.append((setting, planner.ask(setting)))
-        found = known[-1][1].result()
-        if not (found and found.fits):  # then nothing lighter does
-            break
+    for family in (lighter(base), *larger_micro_batches(base)):
+        for setting in allowed(family):
+            if setting.stage == base.stage and not _may_fit(setting, base, now):
+                continue
+            known.append((setting, planner.ask(setting)))
+            found = known[-1][1].result()
+            if found and not found.fits and (partly := _partly(planner.config, base, now, setting, found)):
+                known.append((partly, planner.ask(partly)))
+            if bool(found and found.fits) == (setting.accumulate != base.accumulate):
+                break  # what recomputes less needs more memory yet; smaller micro-batches are no faster
     better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
     better = [(s, e) for s, e in better if e.seconds < 0.99 * now.seconds]
     return sorted(better, key=lambda found: found[1].seconds)[:count]
+
+
+def _may_fit(setting: Setting, base: Setting, now: Estimate) -> bool:
+    """Whether larger micro-batches may fit: at the least, their activations grow."""
+    growth = now.memory.get("activations", 0) * (base.accumulate / setting.accumulate - 1)
+    return now.compiled.peak + growth <= now.usable
+
+
+def _partly(config: Config, base: Setting, now: Estimate, lighter: Setting, too_large: Estimate) -> Setting | None:
+    """Between `base` and a setting that recomputes less and does not fit: as many blocks recompute less as fit.
+
+    That a block keeps as much as another is an approximation: those of the last stages, which keep less, come last.
+    """
+    share = (now.usable - now.compiled.peak) / max(too_large.compiled.peak - now.compiled.peak, 1)
+    remat = []
+    for network, before, after in zip(config.model.networks().values(), base.remat, lighter.remat, strict=True):
+        recomputing = math.ceil(network.blocks * (1 - 0.95 * share))
+        mixed = LIGHTER.get(before) == after and 0 < recomputing < network.blocks
+        remat.append(f"{before}:{recomputing}" if mixed else before)
+    found = base._replace(remat=tuple(remat))
+    return found if found != base and lighter.accumulate == base.accumulate else None
 
 
 def lighter(base: Setting) -> Iterator[Setting]:
@@ -170,11 +218,18 @@ def lighter(base: Setting) -> Iterator[Setting]:
     yield from (s for s in fewer if s != base)
 
 
+def larger_micro_batches(base: Setting) -> Iterator[list[Setting]]:
+    """From one micro-batch to half as many as now, with the stage as it is and with those that leave more memory."""
+    fewer = [n for n in range(1, base.accumulate) if base.accumulate % n == 0]
+    yield from ([base._replace(accumulate=n, stage=stage) for n in fewer] for stage in range(base.stage, 4))
+
+
 def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:
-    """Other single changes that may save time: less exchanged, larger micro-batches, another kernel."""
+    """Other single changes that may save time: less exchanged, more recomputed and less kept, another kernel."""
     yield base.with_attention("xla" if "cudnn" in base.attention else "cudnn")
-    if base.accumulate % 2 == 0:
-        yield base._replace(accumulate=base.accumulate // 2)
+    if any(base.scan_layers):
+        yield base._replace(scan_layers=(False,) * len(base.networks))
+    yield from (s for s in dict.fromkeys(base.with_remat(max, policy) for policy in REMAT) if s != base)
     yield from (base._replace(stage=stage) for stage in range(base.stage - 1, 0, -1))
     for replicas in {1, cluster.hosts} - {base.replicas}:
         yield base._replace(replicas=replicas)
@@ -191,7 +246,7 @@ def nearest_that_fits(planner: Planner, base: Setting) -> tuple[Setting, Estimat
     candidates = [s._replace(attention=kind, stage=stage, accumulate=n) for kind, stage, n, s in found]
     candidates += [c._replace(replicas=1) for c in candidates if c.replicas > 1]
 
-    def cost(setting: Setting) -> tuple[int, int]:
+    def cost(setting: Setting) -> tuple[int, float]:
         """Changed fields, then how far each goes; a kernel costs nothing, a stage traffic, the others arithmetic."""
         steps = (setting.accumulate // base.accumulate).bit_length() - 1
         steps += setting.recomputed - base.recomputed + 2 * (setting.stage - base.stage)
@@ -215,8 +270,8 @@ def _first_that_fits(planner: Planner, candidates: Sequence[Setting]) -> tuple[S
 def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
     """All settings worth knowing that fit, fastest first.
 
-    Each family (stage, replicas, attention kernel) is walked from the least recomputation and the largest
-    micro-batch to the most and the smallest, several families side by side.
+    Each family (stage, replicas, attention kernel) is walked from the largest micro-batch to the smallest, several
+    families side by side.
     """
     base, cluster = setting_of(planner.config), planner.cluster
     replicated = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
@@ -236,28 +291,30 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
 
 
 def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
-    """Of one family: what fits, at each micro-batch with the least recomputation, until nothing is recomputed."""
+    """Of one family: each rematerialisation that fits, with the largest micro-batch with which it does."""
     found: list[tuple[Setting, Estimate]] = []
-    remats: Sequence[str] = REMAT
+    left = list(reversed(REMAT))  # from the least memory
     too_large: dict[str, tuple[int, int, int]] = {}  # by remat: micro-batches, bytes that stay, bytes that shrink
     for accumulate in _accumulations(planner, family):
-        for remat in remats:
+        for remat in tuple(left):
             setting = family._replace(accumulate=accumulate, remat=(remat,) * len(family.networks))
             if remat in too_large:  # a smaller micro-batch is worth a compile only where it may fit
                 before, fixed, shrinking = too_large[remat]
                 if fixed + shrinking * before / accumulate > usable_bytes(planner.cluster):
-                    continue
+                    break
             known = planner.ask(setting).result() if is_allowed(planner.config, setting, planner.cluster) else None
             if known is None:  # the rules or the compiler refuse the family's kernel
                 return found
-            if known.fits:
-                found.append((setting, known))
-                remats = REMAT[: REMAT.index(remat)]
-                break
-            fixed = sum(size for kind, size in known.memory.items() if kind not in ("activations", "temporary"))
-            if fixed > known.usable:
-                return found
-            too_large[remat] = accumulate, fixed, known.compiled.peak - fixed
+            if not known.fits:
+                fixed = sum(size for kind, size in known.memory.items() if kind not in ("activations", "temporary"))
+                if fixed > known.usable:
+                    return found
+                too_large[remat] = accumulate, fixed, known.compiled.peak - fixed
+                break  # nor does what keeps more
+            found.append((setting, known))
+            left.remove(remat)
+        if not left:
+            break
     return found
 
 

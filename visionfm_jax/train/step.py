@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from visionfm_jax.config import Config
+from visionfm_jax.config import Config, rules
 from visionfm_jax.optim import loss_scale
 from visionfm_jax.optim.adamw import make_optimizer, schedule, update_count
 from visionfm_jax.parallel.accumulate import GradCache, LossFn
@@ -104,6 +104,8 @@ def make_step(
     loss_fn, momentum = loss_of(config, task), task.momentum or (lambda step: config.optim.ema)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        device = zero.mesh.devices.flat[0]  # CPUs have no compute capability
+        rules.check(rules.card_problems(config, device.device_kind, getattr(device, "compute_capability", "")))
         batch = with_keys(config, zero.mesh, state.step, batch)
         scale = state.loss_scale.scale if state.loss_scale else None
         parts = state.params, batch, config.train.accumulate, scale, context_of(config, task, zero, state, batch)
@@ -120,11 +122,11 @@ def make_step(
         params = task.constrain({**state.params, **optax.apply_updates(trained, updates)})
         if (ema := state.ema) is not None:
             ema = optax.incremental_update(select(params, zero.trained), ema, 1 - momentum(state.step))
-        metrics |= update_ratios(updates, trained)
 
         task_state = task.update(state.task_state, means)
         new = state.replace(params=params, opt_state=opt_state, ema=ema, task_state=task_state)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(step=state.step + 1)
+        metrics |= update_ratios(select(new.params, zero.trained), trained)
         if state.loss_scale:
             new = new.replace(loss_scale=loss_scale.update(state.loss_scale, finite))
             metrics["loss_scale"] = scale  # of this step
@@ -133,12 +135,17 @@ def make_step(
     return step
 
 
-def update_ratios(updates: dict, params: dict) -> Metrics:
-    """The norm of each group's update over that of its parameters, by the tree's first names."""
-    out = {}
-    for group, update in updates.items():
-        size = optax.tree.norm(params[group])
-        ratio = optax.tree.norm(update) / jnp.where(size > 0, size, 1)
+def update_ratios(new: dict, old: dict) -> Metrics:
+    """The norm of each group's change over that of its parameters, by the tree's first names.
+
+    Of the parameters, not of the optimiser's update: with a second use of that XLA writes it, in fp32, and reads it
+    again, where all else of a parameter's update is one pass. The barrier keeps the second norm out of that pass, for
+    which XLA would copy the parameters.
+    """
+    out, after = {}, jax.lax.optimization_barrier(new)
+    for group, params in new.items():
+        size = optax.tree.norm(after[group])
+        ratio = optax.tree.norm(optax.tree.sub(params, old[group])) / jnp.where(size > 0, size, 1)
         out[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # a head of zeros has no ratio yet
     return out
 

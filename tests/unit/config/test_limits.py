@@ -162,6 +162,20 @@ def test_cudnn_has_no_attention_in_fp32():
     )
 
 
+def test_fp8_needs_16_bit_around_it_and_a_card_that_has_it():
+    config = pairs()
+    config.train.precision = "fp32"
+    assert refusal(config, "model.text.mlp_matmuls", "fp8").startswith(
+        "config.model.text.mlp_matmuls = 'fp8': needs train.precision = bf16 or fp16"
+    )
+    for capability, count in [("8.0", 1), ("8.9", 0), ("9.0", 0), ("10.0", 0), ("", 0), ("gfx942", 0)]:
+        found = rules.card_problems(config, "NVIDIA A100-SXM4-80GB", capability)
+        assert len(found) == count
+    (problem,) = rules.card_problems(config, "NVIDIA A100-SXM4-80GB", "8.0")
+    assert problem[0] == "model.text.mlp_matmuls"
+    assert "NVIDIA A100-SXM4-80GB has 8.0" in problem[2]
+
+
 def test_rules_between_fields_that_are_right_are_reported_beside_wrong_fields():
     config = good()
     config.optim.b1, config.train.accumulate, config.checkpoint.keep_best = INF, 3, 1

@@ -4,6 +4,7 @@ import collections
 import errno
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -124,8 +125,65 @@ def test_threads_and_prefetch_change_nothing():
 
 def test_worker_processes_change_nothing():
     sources = [Pictures(13), Pictures(7, "more", damaged=(3,))]
-    expected = load(5, sources, start_step=2)
+    expected = load(5, sources, config(2, workers=0), start_step=2)
     assert same(expected, load(5, sources, config(2, workers=2), start_step=2))
+
+
+def started(demand: float) -> tuple[int, str, list[dict]]:
+    """Workers that are chosen, why, and the first batches."""
+    arguments = {"image_size": SIZE, "batch_size": 8, "seed": 0, "start_step": 0, "host": 0, "hosts": 1}
+    with train_loader(config(workers=-1), sources=[Pictures(13)], fields=LABELS, demand=demand, **arguments) as loader:
+        return loader.workers, loader.choice, [next(loader) for _ in range(3)]
+
+
+def test_measuring_how_many_workers_are_needed_changes_nothing():
+    workers, choice, batches = started(demand=1e-3)
+    assert workers == 0
+    assert "threads of this process: one process makes" in choice
+    assert same(batches, load(3, data=config(workers=0)))
+    workers, choice, batches = started(demand=0.0)
+    assert (workers, choice) == (0, "")
+    assert same(batches, load(3, data=config(workers=0)))
+
+
+@pytest.mark.parametrize(
+    ("demand", "cores", "memory", "workers"),
+    [
+        (90.0, 16, math.inf, 0),
+        (110.0, 16, math.inf, 2),
+        (500.0, 16, math.inf, 5),
+        (5000.0, 16, math.inf, 8),  # two cores each
+        (math.inf, 16, math.inf, 8),
+        (5000.0, 16, 3.5, 3),  # times what a process needs
+        (5000.0, 3, math.inf, 0),
+        (5000.0, 16, 0.0, 0),
+    ],
+)
+def test_as_many_workers_as_are_needed_and_have_room(monkeypatch, demand, cores, memory, workers):
+    class Batches:
+        nbytes = 10
+
+        def rate(self):
+            return 100.0, 2.0
+
+    monkeypatch.setattr(batches_module, "usable_cores", lambda: cores)
+    monkeypatch.setattr(batches_module, "_shared_memory", lambda size, prefetch: (memory * 60, 60))
+    chosen, why = batches_module.choose_workers(Batches(), demand, 2)
+    assert chosen == workers
+    assert ("allow no more than" in why) == (demand > 100 * max(1, workers))
+    assert "one process makes 100 images/s on 2.0 cores" in why
+
+
+def test_threads_end_where_measuring_meets_an_error():
+    before = set(threading.enumerate())
+    with pytest.raises(StorageError):
+        train_loader(
+            config(workers=-1), sources=[Unreadable(13)], fields=LABELS, demand=1.0,
+            image_size=SIZE, batch_size=8, seed=0, start_step=0, host=0, hosts=1,
+        )  # fmt: skip
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_starting_at_a_step_is_skipping_to_it():

@@ -457,3 +457,23 @@ def test_text_without_an_entry_is_refused(text):
 )
 def test_bytes_of_arrays(dtype, nbytes):
     assert Array(dtype, (2, 3)).nbytes == nbytes
+
+
+def test_what_the_forward_pass_keeps_outside_of_loops():
+    forward, backward = 'metadata={op_name="jit(f)/jvp(M)/mul"}', 'metadata={op_name="jit(f)/transpose(jvp(M))/mul"}'
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (p: bf16[64]) -> bf16[64] {{
+  %p = bf16[64]{{0}} parameter(0)
+  %kept = (bf16[64]{{0}}, f32[8]{{0}}) custom-call(%p), custom_call_target="x", {forward}
+  %first = bf16[64]{{0}} get-tuple-element(%kept), index=0, {forward}
+  %second = f32[8]{{0}} get-tuple-element(%kept), index=1, {forward}
+  %gone = bf16[64]{{0}} multiply(%first, %first), {forward}
+  %sum = f32[] reduce(%gone, %second), {forward}
+  %view = bf16[8,8]{{1,0}} bitcast(%first), {backward}
+  %again = bf16[64]{{0}} multiply(%p, %first), {backward}
+  %used = bf16[8,8]{{1,0}} multiply(%view, %again), {backward}
+  ROOT %out = bf16[64]{{0}} multiply(%used, %again), {backward}
+}}
+"""
+    assert Module(text).kept_bytes() == 128  # of `kept` one output, twice read; the other stays in the forward pass

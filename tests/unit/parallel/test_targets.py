@@ -1,6 +1,7 @@
 import os
 import re
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from visionfm_jax.parallel.targets import (
     find_target,
     peak_flops,
     read_targets,
+    xla_flags,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -213,8 +215,25 @@ def test_a_file_that_is_missing_or_no_text(tmp_path):
         read_targets(str(tmp_path / "bytes.toml"))
 
 
+def test_flags_are_spelled_as_this_jax_spells_them():
+    for old in ("0.10.2", "0.11.2"):
+        assert "--xla_gpu_enable_pipelined_all_gather=true" in xla_flags(old)
+    for new in ("0.12.0.1", "0.13.0", "1.0.0.dev1"):
+        assert "--xla_gpu_pipeline_all_gather=on" in xla_flags(new)
+        assert len(xla_flags(new)) == len(xla_flags("0.10.2"))
+
+
+def test_launchers_without_this_package_say_which_python_they_asked():
+    environment = os.environ | {"PYTHON": "/no/python"}
+    done = subprocess.run(
+        ["bash", "-c", "source launch/env.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "error: launch/env.sh: /no/python cannot say XLA's settings; set PYTHON" in done.stderr
+
+
 def test_plans_compile_with_what_the_launchers_set():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")} | {"PYTHON": sys.executable}
     output = subprocess.run(
         ["bash", "launch/env.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     ).stdout

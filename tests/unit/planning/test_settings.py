@@ -1,22 +1,33 @@
 """The search for settings, on a cluster whose memory and time are formulas."""
 
 import concurrent.futures
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from visionfm_jax.config import load
+from visionfm_jax.models.layers import LIGHTER
 from visionfm_jax.parallel.targets import find_cluster
 from visionfm_jax.planning import settings
 from visionfm_jax.planning.settings import REMAT, Setting, advice, nearest_that_fits, search, setting_of
 
 GB = 10**9
 USABLE = settings.usable_bytes(find_cluster("h100:2x8"))
-KEPT = dict(zip(REMAT, (400, 200, 100, 4), strict=True))  # GB of activations of the whole batch on one GPU
+KEPT = dict(zip(REMAT, (400, 200, 100, 40, 4), strict=True))  # GB of activations of the whole batch on one GPU
 
 
 def vit(stage: int, replicas: int, accumulate: int, remat: str, attention: str) -> Setting:
-    return Setting(stage, replicas, accumulate, (remat,), (attention,), ("model",))
+    return Setting(stage, replicas, accumulate, (remat,), (attention,), (False,), ("model",))
+
+
+def kept_by(remat: str) -> float:
+    """Of ViT-H's 32 blocks."""
+    name, _, blocks = remat.partition(":")
+    if not blocks:
+        return KEPT[name]
+    share = int(blocks) / 32
+    return share * KEPT[name] + (1 - share) * KEPT[LIGHTER[name]]
 
 
 class Planner:
@@ -35,7 +46,7 @@ class Planner:
 
     def formula(self, s: Setting):
         fixed = int(self.state * GB * (1, 0.5, 0.4, 0.1)[s.stage])
-        kept = int(KEPT[min(s.remat, key=REMAT.index)] * GB / s.accumulate * (1.1 if "xla" in s.attention else 1))
+        kept = int(min(map(kept_by, s.remat)) * GB / s.accumulate * (1.1 if "xla" in s.attention else 1))
         seconds = 1 + 0.1 * s.recomputed + 0.05 * s.stage + 0.02 * s.accumulate
         seconds += 0.3 * ("xla" in s.attention) + 0.01 * s.replicas
         return SimpleNamespace(
@@ -128,13 +139,16 @@ def test_advice_tries_nothing_lighter_than_what_does_not_fit():
     base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
     advice(planner, base, planner.formula(base))
     assert not planner.formula(base._replace(remat=("dots",))).fits
-    assert {s.remat for s in planner.asked} == {("full",), ("dots",)}
+    assert {s.remat for s in planner.asked if ":" not in s.remat[0]} == {("full",), ("dots",)}
 
 
 def test_advice_has_nothing_to_say_where_all_is_best():
     planner = Planner(state=1)
     base = vit(stage=1, replicas=1, accumulate=8, remat="none", attention="cudnn")
-    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=1.0 if s == base else 1.5)
+    formula = planner.formula
+    planner.formula = lambda s: SimpleNamespace(
+        **vars(formula(s)) | {"fits": True, "seconds": 1.0 if s == base else 1.5}
+    )
     assert advice(planner, base, planner.formula(base)) == []
 
 
@@ -191,3 +205,87 @@ def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
     monkeypatch.setattr(settings, "missing_packages", list)
     planner.config.train.precision = "fp32"
     assert not settings.is_allowed(planner.config, cudnn, planner.cluster)
+
+
+def test_search_compares_all_recomputation_that_fits():
+    planner = Planner(state=1, cluster="h100:8x8")
+    seconds = {"none": 2.0, "attention": 1.5, "dots": 1.0, "full": 1.2}
+    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=seconds[s.remat[0]])
+    found = search(planner)
+    assert found[0][0].remat == ("dots",)  # though `none` fits
+    assert {s.remat[0] for s, _ in found} == set(REMAT)
+
+
+def test_advice_finds_one_micro_batch_in_a_stage_that_leaves_room_for_it():
+    planner = Planner(state=100)  # in stage 2: 40 GB; activations of the whole batch, 50
+    planner.formula = formula_of(planner, activations=50)
+    base = vit(stage=2, replicas=1, accumulate=8, remat="dots", attention="cudnn")
+    found = advice(planner, base, planner.formula(base))
+    assert planner.formula(base._replace(accumulate=2)).fits
+    assert not planner.formula(base._replace(accumulate=1)).fits
+    assert found[0][0] == base._replace(accumulate=1, stage=3)
+    assert base._replace(accumulate=2) in [s for s, _ in found]
+    assert base._replace(accumulate=1) not in planner.asked  # its activations alone are too much
+    assert base._replace(accumulate=4) not in planner.asked  # 2 fits
+
+
+def formula_of(planner, activations):
+    def formula(s):
+        fixed, kept = planner.state * (1, 0.5, 0.4, 0.1)[s.stage], activations / s.accumulate
+        return SimpleNamespace(
+            fits=(fixed + kept) * GB <= USABLE,
+            usable=USABLE,
+            seconds=1 + 0.1 * s.accumulate + 0.02 * s.stage + abs(s.recomputed - 2) + s.replicas,
+            memory={"weights": fixed * GB, "activations": kept * GB},
+            compiled=SimpleNamespace(peak=(fixed + kept) * GB),
+        )
+
+    return formula
+
+
+def test_advice_tries_more_recomputation_too():
+    planner = Planner(state=1)
+    formula = planner.formula
+    planner.formula = lambda s: SimpleNamespace(
+        **vars(formula(s)) | {"fits": True, "seconds": {"full": 1.0, "dots": 2.0}.get(s.remat[0], 3.0)}
+    )
+    base = vit(stage=3, replicas=1, accumulate=1, remat="none", attention="cudnn")
+    found = advice(planner, base, planner.formula(base))
+    assert [s.remat[0] for s, _ in found] == ["full", "dots"]
+
+
+def test_values_of_remat_that_no_search_tries_are_kept_in_order():
+    order = ["none", "attention", "dots", "full:8", "full"]
+    assert sorted(order, key=settings.heaviness) == order
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full:8", attention="cudnn")
+    assert [s.remat[0] for s in settings.lighter(base)] == ["dots", "attention", "none"]
+    assert base.with_remat(max, "full").remat == ("full",)
+
+
+def test_where_less_recomputation_does_not_fit_some_blocks_recompute_less():
+    planner = Planner()
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
+    now = planner.formula(base)
+    assert now.fits
+    assert not planner.formula(base._replace(remat=("dots",))).fits
+    advice(planner, base, now)
+    (partly,) = {s.remat[0] for s in planner.asked if ":" in s.remat[0]}
+    assert re.fullmatch(r"full:\d+", partly)
+    found = planner.formula(base._replace(remat=(partly,)))
+    assert found.fits
+    assert found.compiled.peak > now.compiled.peak
+    fewer = f"full:{int(partly[5:]) - 4}"  # what is left free is less than four blocks take
+    assert not planner.formula(base._replace(remat=(fewer,))).fits
+
+
+def test_unrolled_layers_are_tried_where_they_are_a_loop():
+    planner = Planner()
+    base = vit(stage=3, replicas=1, accumulate=1, remat="full", attention="cudnn")
+    loop = base._replace(scan_layers=(True,))
+    advice(planner, loop, planner.formula(loop))
+    assert base in planner.asked
+    assert not any(any(s.scan_layers) for s in planner.asked if s.scan_layers != loop.scan_layers)
+    changed = settings.with_setting(planner.config, loop)
+    assert changed.model.scan_layers
+    assert settings.setting_of(changed) == loop
+    assert base.flags(loop) == "--config.model.scan_layers=False"

@@ -148,7 +148,7 @@ def read_file(root: str, name: str, checksums: Checksums | None) -> bytes:
       OSError: it cannot be read.
       DamagedRecord: it differs.
     """
-    with open(os.path.join(root, name), "rb") as file:
+    with open(os.path.join(root, name), "rb", buffering=0) as file:  # one read of all of it
         content = file.read()
     if checksums is not None:
         checksums.verify(name, content)

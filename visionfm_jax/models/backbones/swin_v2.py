@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from visionfm_jax.config import BackboneConfig
 from visionfm_jax.config.limits import (
     ATTENTION,
+    MLP_MATMULS,
     REMAT,
     SHARE,
     SIDE,
@@ -94,8 +95,11 @@ class SwinV2Config(BackboneConfig):
     pretrained_image_size: ImageSize = 0  # pixels; image size of that run; 0: none
     roll_first: bool = False  # padded shifted maps: True: roll, then pad, as timm; False: pad, then roll
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
     drop_path: float = 0.2  # probability of dropping the last block; decreases linearly to 0 at the first
 
     limits: ClassVar[Limits] = {
@@ -111,8 +115,13 @@ class SwinV2Config(BackboneConfig):
         "pretrained_image_size": Range(1, 4096, off=True),  # pixels
         "attention": ATTENTION,
         "remat": REMAT,
+        "mlp_matmuls": MLP_MATMULS,
         "drop_path": SHARE,
     }
+
+    @property
+    def blocks(self) -> int:
+        return sum(size_of(self).depths)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -381,6 +390,7 @@ class SwinBlock(nn.Module):
     implementation: str
     extra_norm: bool
     keys: jax.Array | None
+    matmuls: str = "compute"  # of `Mlp`
 
     @nn.compact
     def __call__(self, x: jax.Array, own: dict[str, jax.Array]) -> jax.Array:
@@ -391,7 +401,7 @@ class SwinBlock(nn.Module):
 
         y = WindowAttention(self.heads, self.windows, self.dtype, self.implementation, name="attn")(x)
         x = add_rows(x, drop(layer_norm(self.dtype, "ln1", **zero)(y), 0))
-        y = Mlp(self.mlp_ratio * x.shape[-1], self.dtype, kernel_init=_init, name="mlp")(x)
+        y = Mlp(self.mlp_ratio * x.shape[-1], self.dtype, kernel_init=_init, matmuls=self.matmuls, name="mlp")(x)
         x = add_rows(x, drop(layer_norm(self.dtype, "ln2", **zero)(y), 1))
         return layer_norm(self.dtype, "norm", epsilon=EPS)(x) if self.extra_norm else x
 
@@ -429,8 +439,9 @@ class SwinStage(nn.Module):
             windows = windows_of(x.shape[1:3], config.window, pretrained, i % 2 == 1, config.roll_first)
             extra_norm = size.extra_norm_every > 0 and (i + 1) % size.extra_norm_every == 0
             return SwinBlock(
-                heads, config.mlp_ratio, windows, self.dtype, config.attention, extra_norm, keys, parent=None
-            )
+                heads, config.mlp_ratio, windows, self.dtype, config.attention, extra_norm, keys, config.mlp_matmuls,
+                parent=None,
+            )  # fmt: skip
 
         first, total = sum(size.depths[: self.number]), sum(size.depths)
         layer = jnp.arange(first, first + depth)

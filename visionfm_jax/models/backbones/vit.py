@@ -25,6 +25,7 @@ from flax import linen as nn
 from visionfm_jax.config import BackboneConfig
 from visionfm_jax.config.limits import (
     ATTENTION,
+    MLP_MATMULS,
     REMAT,
     SHARE,
     SIDE,
@@ -92,8 +93,11 @@ class ViTConfig(BackboneConfig):
     window: int = 0  # patches, side of the windows that most blocks attend in (Li et al. 2022); 0: all blocks globally
     global_blocks: int = 4  # blocks that attend globally beside windows, evenly spread up to the last; divides depth
     attention: str = "auto"  # auto: cudnn if this GPU runs it, else xla | xla | cudnn
-    remat: str = "none"  # what the backward pass recomputes: none | attention | dots | full; full:N: in N blocks
+    remat: str = (
+        "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
+    )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),
@@ -118,11 +122,16 @@ class ViTConfig(BackboneConfig):
         "global_blocks": Range(1, 1024),
         "attention": ATTENTION,
         "remat": REMAT,
+        "mlp_matmuls": MLP_MATMULS,
     }
 
     @property
     def has_class_token(self) -> bool:
         return self.class_token or self.pool in ("cls", "cls_gap")
+
+    @property
+    def blocks(self) -> int:
+        return size_of(self).depth
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -288,7 +297,8 @@ class ViT(nn.Module):
             Block(
                 size.heads, size.mlp, self.dtype, config.attention, config.norm_eps, activation=config.activation,
                 biases=config.qkv_bias, qk_norm=config.norm_eps if config.qk_norm else 0.0, rotation=turn,
-                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid, parent=None,
+                layer_scale=config.layer_scale, keys=keys, mask=mask, window=window, grid=grid,
+                matmuls=config.mlp_matmuls, parent=None,
             )
             for window in windows_of(config, grid)
         ]  # fmt: skip

@@ -1,0 +1,141 @@
+"""Estimates corrected by measured steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from visionfm_jax import bench
+from visionfm_jax.errors import UserError, entry_point
+from visionfm_jax.parallel.targets import TARGETS
+from visionfm_jax.planning.calibration import append_record, calibration_of, read_calibration
+from visionfm_jax.planning.compiled import CompiledStep
+
+A100 = TARGETS["a100-80gb"]
+STEPS = [  # seconds of the model, by kind
+    {"matmuls": 0.6, "attention": 0.05, "all else": 0.3, "waits": 0.0},
+    {"matmuls": 0.3, "attention": 0.0, "all else": 0.4, "waits": 0.1},
+    {"matmuls": 0.2, "attention": 0.3, "all else": 0.1, "waits": 0.0},
+    {"matmuls": 0.5, "attention": 0.02, "all else": 0.1, "waits": 0.3},
+]
+
+
+def record(modelled, measured, device="NVIDIA A100-SXM4-80GB"):
+    return {"device": device, "planned_seconds": modelled, "measured_seconds": measured}
+
+
+def seconds(calibration, modelled):
+    return sum(calibration.factors[kind] * value for kind, value in modelled.items())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "measured.jsonl")
+
+
+def test_one_step_corrects_a_plan_of_itself_and_narrows_its_range(path):
+    append_record(path, record(STEPS[0], 1.1 * sum(STEPS[0].values())))
+    found = read_calibration(path, A100)
+    assert seconds(found, STEPS[0]) == pytest.approx(1.1 * sum(STEPS[0].values()), rel=0.015)
+    assert found.deviation(STEPS[0]) < 0.5 * calibration_of(A100).deviation(STEPS[0])
+    assert found.source == f"calibrated by {path}, 1 measured step"
+    assert found.factors["waits"] == 1  # it waited for nothing
+
+
+def test_several_steps_tell_the_kinds_apart(path):
+    true = {"matmuls": 1.1, "attention": 1.4, "all else": 0.9, "waits": 1.5}
+    for step in STEPS:
+        append_record(path, record(step, sum(true[kind] * value for kind, value in step.items())))
+    found = read_calibration(path, A100)
+    assert found.factors == pytest.approx(true, rel=0.06)
+    assert found.source.endswith("4 measured steps")
+
+
+def test_a_plan_of_a_plan_changes_nothing(path):
+    append_record(path, record(STEPS[0], sum(STEPS[0].values())))
+    assert read_calibration(path, A100).factors == pytest.approx(calibration_of(A100).factors)
+
+
+def test_only_steps_of_the_same_card_count(path):
+    append_record(path, record(STEPS[0], 9.0, device="NVIDIA H100 80GB HBM3"))
+    append_record(path, record(STEPS[0], 1.0))
+    assert read_calibration(path, A100).source.endswith("1 measured step")
+    with pytest.raises(UserError, match="measured on NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3, not on NVIDIA B200"):
+        read_calibration(path, TARGETS["b200"])
+
+
+def test_the_range_says_what_it_rests_on():
+    assert calibration_of(TARGETS["h100"]).source == "calibrated on one H100, 3 steps"
+    assert calibration_of(A100).source == "from data sheets and published rates, not measured"
+    assert calibration_of(TARGETS["h100"]).deviation(STEPS[0]) < 0.7 * calibration_of(A100).deviation(STEPS[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2 is no record"),
+        ("[]", "line 2 is no record"),
+        ('{"device": "NVIDIA A100-SXM4-80GB"}', "line 2 lacks 'planned_seconds'"),
+        (json.dumps(record(STEPS[0] | {"waits": "long"}, 1.0)), "line 2 is no record"),
+        (json.dumps(record(STEPS[0] | {"waits": -1}, 1.0)), "line 2 has seconds that are none"),
+        (json.dumps(record(STEPS[0], float("nan"))), "line 2 has seconds that are none"),
+        (json.dumps(record(STEPS[0], 0)), "line 2 has seconds that are none"),
+        (json.dumps(record(STEPS[0], 1.0, device=7)), "line 2 has seconds that are none"),
+    ],
+)
+def test_a_bad_line_is_named(path, line, said):
+    append_record(path, record(STEPS[0], 1.0))
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=said) as error:
+        read_calibration(path, A100)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_calibration(path, A100)
+    Path(path).touch()
+    with pytest.raises(UserError, match="measured on nothing"):
+        read_calibration(path, A100)
+
+
+TINY = CompiledStep(
+    platform="cuda", parameters={}, state={"weights": 0}, weights_in_use=0, gradients=0, checkpoint_host_bytes=0,
+    step_flops=1.0, total_steps=1, batch_size=1, peak=0, arguments=0, seconds=1.0, hlo="",
+)  # fmt: skip
+HLO = """HloModule jit_step, is_scheduled=true, num_partitions=1
+
+ENTRY %main.1 (a: bf16[4096,4096]) -> bf16[4096,4096] {
+  %a = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %dot = bf16[4096,4096]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_bench_writes_what_plan_reads(monkeypatch, path):
+    """The step of a stand-in for a GPU: its name, and a program as XLA compiles for one."""
+    step = SimpleNamespace(as_text=lambda: HLO, memory_analysis=lambda: SimpleNamespace(
+        peak_memory_in_bytes=2**30, argument_size_in_bytes=2**20))  # fmt: skip
+    monkeypatch.setattr(bench, "find_target", lambda kind: A100)
+    monkeypatch.setattr(bench, "described", lambda trainer, compiled, *_: replace(
+        TINY, hlo=compiled.as_text(), peak=compiled.memory_analysis().peak_memory_in_bytes))  # fmt: skip
+    names = ("devices", "config", "batch_size", "accumulate", "precision", "stage", "attention", "remat")
+    figures = dict.fromkeys(names) | {"device": "NVIDIA A100-SXM4-80GB", "jax": jax.__version__}
+    plan = bench.planned(None, step)
+    low, high = plan["range_ms"]
+    assert low < 1e3 * sum(plan["seconds"].values()) < high
+    figures |= {"step_ms": {"p50": 0.66}, "peak_gib_measured": 1.1, "plan": plan}
+    append_record(path, bench.record_of(figures))
+    assert json.loads(Path(path).read_text())["planned_peak_gib"] == 1.0
+    assert seconds(read_calibration(path, A100), plan["seconds"]) == pytest.approx(0.66e-3, rel=0.03)
+
+
+def test_bench_refuses_to_compare_what_no_plan_is_for(monkeypatch, capsys, path):
+    monkeypatch.setattr(bench, "measure", None)
+    assert entry_point(bench.main)(["--config=quickstart", f"--compare-plan={path}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--compare-plan={path}: the step runs on cpu, for which there is no plan" in line
