@@ -66,6 +66,7 @@ SLOW = (
     "distributed/test_lost_processes.py",
     "distributed/test_tar_pairs.py",
     "distributed/test_layer_statistics.py",
+    "distributed/test_compiled_traffic.py",
     "distributed/test_views.py",
     "unit/data/test_loader.py",
     "unit/test_layers.py",
