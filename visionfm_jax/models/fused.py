@@ -108,12 +108,32 @@ normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
 def add_rows(x: jax.Array, branch: jax.Array) -> jax.Array:
-    """x + branch, (…, D), laid out in memory as rows of D.
+    """x + branch, (…, D), in training laid out in memory as rows of D.
 
     Left to choose, XLA keeps the sums of a transformer with D or the tokens outermost for some versions and shapes: all
     norms then read columns, and biases are no part of matmuls any more.
     """
     D = x.shape[-1]
-    total = x.reshape(-1, D) + branch.reshape(-1, D)
-    total = with_layout_constraint(total, Layout(major_to_minor=(0, 1)))
+    total = _add(x.reshape(-1, D), branch.reshape(-1, D))
     return checkpoint_name(total.reshape(x.shape), "residual")
+
+
+@jax.custom_vjp
+def _add(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x + y  # exported programs have no place for layouts
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+
+
+def _add_fwd(x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
+    return _rows(x + y), None
+
+
+def _add_bwd(_: None, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    cotangent = _rows(cotangent)
+    return cotangent, cotangent
+
+
+_add.defvjp(_add_fwd, _add_bwd)

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,3 +72,15 @@ def test_rows_are_added():
     x, y = jax.random.normal(jax.random.key(0), (2, 3, 5, 4)), jax.random.normal(jax.random.key(1), (2, 3, 5, 4))
     assert both(add_rows, jnp.add, x, y) == 0
     chex.assert_trees_all_equal(jax.jit(jax.vmap(add_rows))(x, y), x + y)
+
+
+def test_forms_can_be_exported():
+    """A layout has no place in a program that is to outlive this version of XLA."""
+
+    def forward(x):
+        return gelu(add_rows(x, LayerNorm(jnp.float32, 1e-6).apply({"params": params}, x)))
+
+    params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    x = jnp.ones((2, 3, 4))
+    again = jax.export.deserialize(jax.export.export(jax.jit(forward))(x).serialize())
+    chex.assert_trees_all_equal(again.call(x), forward(x))
