@@ -43,14 +43,18 @@ def usage() -> str:
     return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "More: visionfm COMMAND --help"])
 
 
-def use_large_pages() -> None:
-    """Let arrays have pages of 2 MiB: start this very program again, for the C library asks once, at the start.
+STARTED = "VISIONFM_STARTED"  # set where the program has been started again, whatever became of the other variable
 
-    XLA takes the memory of a step on CPUs from the system and gives it back, each time: of pages of 4 KiB, that alone
-    is up to a sixth of the step.
+
+def use_large_pages() -> None:
+    """Let arrays have pages of 2 MiB: start `visionfm` again, for the C library asks once, at the start.
+
+    XLA takes the memory of a step on CPUs from the system and gives it back, each time: with pages of 4 KiB, clearing
+    them took 1.0 of 7.2 s of a step (benchmarks/RESULTS.md).
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    ours = os.path.basename(sys.argv[0]) in ("visionfm", "__main__.py")  # not a program that calls `main`
+    if sys.platform == "linux" and ours and not {"GLIBC_TUNABLES", STARTED} & os.environ.keys():
+        os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", STARTED: "1"}
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -57,19 +57,24 @@ def test_wrong_commands_are_one_line_and_exit_code_2(words, message, capsys):
 
 
 @pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=9"])
-def test_a_program_runs_with_large_pages_unless_its_user_has_other_settings(own):
-    """By a program that names its settings where the module of a command would run."""
-    code = (
+def test_a_program_runs_with_large_pages_unless_its_user_has_other_settings(own, tmp_path):
+    """By a script that names its settings where the module of a command would run."""
+    script = tmp_path / "visionfm"
+    script.write_text(
         "import os, sys, types, visionfm_jax.__main__ as console\n"
-        "ran = types.SimpleNamespace(main=lambda *words, **_: print(os.environ['GLIBC_TUNABLES'], *words))\n"
+        "ran = types.SimpleNamespace(main=lambda *words, **_: print(os.environ.get('GLIBC_TUNABLES'), *words))\n"
         "sys.modules['visionfm_jax.plan'] = ran\n"
         "console.main()\n"
     )
-    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    env |= {"GLIBC_TUNABLES": own} if own else {}
-    run = [sys.executable, "-c", code, "plan", "a b"]
-    shown = subprocess.run(run, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert shown == f"{own or 'glibc.malloc.hugetlb=1'} ['a b'] visionfm plan\n"
+    env = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "VISIONFM_STARTED")}
+    env |= {"PYTHONPATH": str(ROOT)} | ({"GLIBC_TUNABLES": own} if own else {})
+
+    def shown(*program, **more):
+        run = [sys.executable, *program, "plan", "a b"]
+        return subprocess.run(run, env=env, capture_output=True, text=True, check=True, **more).stdout
+
+    assert shown(str(script)) == f"{own or 'glibc.malloc.hugetlb=1'} ['a b'] visionfm plan\n"
+    assert shown("-", input=script.read_text()) == f"{own} ['a b'] visionfm plan\n"  # could not be read again
 
 
 def test_a_command_reaches_its_module_with_its_words(monkeypatch):

@@ -120,7 +120,7 @@ class Attend(nn.Module):
         ends = [sum(self.groups[: i + 1]) for i in range(len(self.groups) - 1)]
         parts = zip(*(jnp.split(x, ends, axis=1) for x in made), strict=True)
         each = [attention(*part, self.implementation, bias=bias, lengths=lengths) for part in parts]
-        y = checkpoint_name(rearrange(jnp.concatenate(each, 1), "b t n k -> b t (n k)"), "attention")
+        y = rearrange(jnp.concatenate(each, 1), "b t n k -> b t (n k)")
         return checkpoint_name(dense(y, D, self.dtype, "out", kernel_init=_init), "projection")
 
 

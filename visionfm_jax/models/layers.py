@@ -373,6 +373,8 @@ def scan_blocks(
         parts = _unstack(p, len(group)) if alike else [p[str(i)] for i in range(len(group))] if len(group) > 1 else [p]
         kept = None
         for i, block in enumerate(group):
+            if len(policies) > 1:  # by its name, a block is told from that of the other loop (`train.layer_statistics`)
+                block = block.clone(name=f"{policy}{i}")
 
             def one(x: jax.Array, p: Params, *own: Any, block: nn.Module = block) -> jax.Array:
                 return block.apply({"params": gather_params(p)}, x, *own)
@@ -389,7 +391,8 @@ def scan_blocks(
     if part != slice(None):
         params, own = jax.tree.map(lambda a: a[part], (params, own))
     x, kept = as_rows(x), []
-    for policy, inputs in _by_policy(remat, first + len(group) * passes.start, len(group), (params, own)):
+    policies = _by_policy(remat, first + len(group) * passes.start, len(group), (params, own))
+    for policy, inputs in policies:
         count = len(jax.tree.leaves(inputs)[0])
         loop = count > 1 and not unroll
         x, more = jax.lax.scan(functools.partial(body, policy, loop), x, inputs, unroll=1 if loop else max(count, 1))
@@ -403,8 +406,10 @@ def _by_policy(remat: str, first: int, group: int, inputs: Any) -> list[tuple[st
     name, _, blocks = remat.partition(":")
     passes = len(jax.tree.leaves(inputs)[0])
     heavier = min(max(-(-(int(blocks) - first) // group), 0), passes) if blocks else passes
-    if heavier in (0, passes):
-        return [(name if heavier else LIGHTER[name], inputs)]
+    if heavier == passes:
+        return [(name, inputs)]
+    if not heavier:
+        return [(LIGHTER[name], inputs)]
     leaves, tree = jax.tree.flatten(inputs)
     parts = zip(*(jnp.split(leaf, [heavier]) for leaf in leaves), strict=True)  # whose gradients are joined at once
     return list(zip((name, LIGHTER[name]), (jax.tree.unflatten(tree, part) for part in parts), strict=True))

@@ -24,7 +24,7 @@ KERNEL = "dot_product_attention"  # in the names of cuDNN's primitives in JAX
 def with_attention(config: Config, mesh: Mesh, trace: Callable[[Config], Any]) -> Config:
     """`config`, whose networks with "auto" attention have the kind that the devices of `mesh` run.
 
-    Devices that are only compiled for count as GPUs that run cuDNN's. Where one does not, a line says why.
+    Devices that are only compiled for count as GPUs that run what JAX lets them. Where one does not, a line says why.
 
     Args:
       config: a valid one.
@@ -36,12 +36,15 @@ def with_attention(config: Config, mesh: Mesh, trace: Callable[[Config], Any]) -
         return config
     plain = _with(config, names, "xla")
     device = mesh.devices.flat[0]
-    if device.platform == "cpu" or config.train.precision == "fp32":
+    client = device.client
+    if device.platform != "gpu" or "rocm" in client.platform_version.lower() or config.train.precision == "fp32":
         return plain
-    if device.client.runtime_type == "compile_only_runtime":
-        return _with(config, names, "cudnn")
     for name in names:
-        problem = refused(trace(_with(plain, [name], "cudnn")))
+        try:  # JAX knows of some shapes that there is no kernel of them
+            jaxpr = trace(_with(plain, [name], "cudnn"))
+            problem = "" if client.runtime_type == "compile_only_runtime" else refused(jaxpr)
+        except Exception as error:
+            problem = one_line(error)
         if jax.process_count() > 1:  # all hosts run one program
             refusals = multihost_utils.process_allgather(jnp.asarray(bool(problem)))
             problem = problem or ("another host refuses it" if refusals.any() else "")

@@ -30,7 +30,6 @@ class Trainer:
     """A configuration made into compiled-on-first-use functions on a mesh; what `main` and `bench` run.
 
     Attributes:
-      config: of the run, with the attention that these devices run where it said "auto".
       task, tx, zero: objective, optimiser, placement.
       shapes: the state's `jax.ShapeDtypeStruct`s.
       shardings: where each part of the state is stored.
@@ -41,7 +40,6 @@ class Trainer:
     """
 
     def __init__(self, config: Config, mesh: Mesh):
-        config = with_attention(config, mesh, lambda config: Trainer(config, mesh).traced())
         self.config, self.mesh = config, mesh
         self.task = make_task(config, gather_params)
         self.tx = make_optimizer(config.optim, config.total_steps)
@@ -50,13 +48,6 @@ class Trainer:
         self.zero = Zero(mesh, config.parallel.stage, self.shapes.params, dtype, trained)
         self.shardings = state_shardings(self.shapes, self.tx, self.zero)
         self.init = jax.jit(lambda: init_state(self.task, self.tx, config), out_shardings=self.shardings)
-        rows = NamedSharding(mesh, BATCH)
-        self.step = jax.jit(
-            make_step(config, self.task, self.tx, self.zero),
-            in_shardings=(self.shardings, rows),
-            out_shardings=(self.shardings, NamedSharding(mesh, REPLICATED)),
-            donate_argnums=0,
-        )
 
         fields = ("image", "text")  # what embeddings are of: large, and known to the host that has loaded them
 
@@ -64,6 +55,22 @@ class Trainer:
             return {k: v for k, v in rows.items() if k not in fields} | self.task.predict(params, rows, *what)
 
         self.predict = self.over_rows(predict)
+
+    @functools.cached_property
+    def step_config(self) -> Config:
+        """Of the step: with the attention that these devices run where the configuration has "auto"."""
+        return with_attention(self.config, self.mesh, lambda config: Trainer(config, self.mesh).traced())
+
+    @functools.cached_property
+    def step(self) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+        """Made at its first use: who only predicts needs none of what a step asks of devices."""
+        task = make_task(self.step_config, gather_params)
+        return jax.jit(
+            make_step(self.step_config, task, self.tx, self.zero),
+            in_shardings=(self.shardings, NamedSharding(self.mesh, BATCH)),
+            out_shardings=(self.shardings, NamedSharding(self.mesh, REPLICATED)),
+            donate_argnums=0,
+        )
 
     def traced(self) -> Any:
         """The jaxpr of a step."""
@@ -138,15 +145,15 @@ def make_step(
 def update_ratios(new: dict, old: dict) -> Metrics:
     """The norm of each group's change over that of its parameters, by the tree's first names.
 
-    Of the parameters, not of the optimiser's update: with a second use of that XLA writes it, in fp32, and reads it
-    again, where all else of a parameter's update is one pass. The barrier keeps the second norm out of that pass, for
-    which XLA would copy the parameters.
+    Of the parameters as they are after the step, not of the optimiser's update: with a second use of that XLA writes
+    it, in fp32, and reads it again, where all else of a parameter's update is one pass. The barrier keeps the second
+    norm out of that pass, for which XLA would copy the parameters. So a head that was zero has the ratio 1 once.
     """
     out, after = {}, jax.lax.optimization_barrier(new)
     for group, params in new.items():
         size = optax.tree.norm(after[group])
         ratio = optax.tree.norm(optax.tree.sub(params, old[group])) / jnp.where(size > 0, size, 1)
-        out[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # a head of zeros has no ratio yet
+        out[f"update_ratio/{group}"] = jnp.where(size > 0, ratio, 0)  # still zero
     return out
 
 

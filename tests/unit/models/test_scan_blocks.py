@@ -53,6 +53,15 @@ def test_so_many_blocks_are_loops_of_their_own(remat, loops):
     assert [int(n) for n in re.findall(r"\blength=(\d+)", text)] == loops
 
 
+def test_no_block_at_all_is_the_identity():
+    """As before the first of the blocks that queries join, where they join all."""
+    module = ViTConfig(**VIT, remat="none").make(jnp.float32, no_gather)
+    x, images = jax.random.normal(jax.random.key(0), (2, 9, 24)), jnp.zeros((2, 12, 12, 3))
+    params = module.init(jax.random.key(1), images)
+    y = module.apply(params, x, (3, 3), None, slice(0), method="encode")
+    chex.assert_trees_all_equal(y, x)
+
+
 def memory(remat):
     config = ViTConfig(width=64, depth=6, heads=4, mlp=256, patch_size=4, image_size=32, remat=remat)
     module, images = config.make(jnp.bfloat16, no_gather), jnp.zeros((16, 32, 32, 3))

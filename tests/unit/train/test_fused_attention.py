@@ -22,8 +22,9 @@ def config_of(precision="bf16", attention="auto") -> Config:
     return config
 
 
-def mesh_of(platform, runtime="pjrt_ifrt"):
-    device = SimpleNamespace(platform=platform, client=SimpleNamespace(runtime_type=runtime))
+def mesh_of(platform, runtime="pjrt_ifrt", version="cuda 13000"):
+    client = SimpleNamespace(runtime_type=runtime, platform_version=version)
+    device = SimpleNamespace(platform=platform, client=client)
     return SimpleNamespace(devices=np.array([[device]]))
 
 
@@ -39,14 +40,32 @@ def no_trial(config):
     ("mesh", "precision", "image"),
     [
         (mesh_of("cpu"), "bf16", "xla"),
+        (mesh_of("tpu"), "bf16", "xla"),
+        (mesh_of("gpu", version="PJRT rocm 60000"), "bf16", "xla"),
         (mesh_of("gpu"), "fp32", "xla"),  # cuDNN has no attention in fp32
-        (mesh_of("gpu", "compile_only_runtime"), "bf16", "cudnn"),
     ],
 )
 def test_what_needs_no_trial(mesh, precision, image):
     config = config_of(precision, attention="xla")
     assert kinds(with_attention(config, mesh, no_trial)) == {"model.image": image, "model.text": "xla"}
     assert config.model.image.attention == "auto"  # the run's own stays as it was written
+
+
+def test_gpus_that_are_not_there_run_what_jax_lets_them(capsys):
+    mesh, jaxpr = mesh_of("gpu", "compile_only_runtime"), jax.make_jaxpr(lambda: 0)()
+    assert kinds(with_attention(config_of(), mesh, lambda config: jaxpr)) == {
+        "model.image": "cudnn", "model.text": "cudnn",
+    }  # fmt: skip
+
+    def trace(config):
+        if config.model.text.attention == "cudnn":
+            raise NotImplementedError("head dim 12\nand more")
+        return jaxpr
+
+    assert kinds(with_attention(config_of(), mesh, trace)) == {"model.image": "cudnn", "model.text": "xla"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "config.model.text.attention = auto" in line
+    assert "head dim 12" in line
 
 
 def test_a_kernel_that_does_not_run_is_replaced_and_a_line_says_why(capsys):
@@ -87,4 +106,5 @@ def test_kernels_are_found_wherever_they_stand():
 
 def test_a_trainer_on_cpus_computes_xlas():
     trainer = Trainer(config_of(), make_mesh(1, jax.devices()[:1]))
-    assert set(kinds(trainer.config).values()) == {"xla"}
+    assert set(kinds(trainer.step_config).values()) == {"xla"}
+    assert trainer.config.model.image.attention == "auto"
