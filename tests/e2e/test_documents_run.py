@@ -246,7 +246,7 @@ def test_a_configuration_of_a_page_reads_its_data_and_makes_its_step(name, place
     trainer = Trainer(config, make_mesh(1))
     sources, fields = open_data(config, trainer.task)
     check_labels(config, open_evals(config, 0, 1), class_names(sources))
-    with open_loader(config, sources, fields, 0) as batches:
+    with open_loader(trainer, sources, fields, 0) as batches:
         rows = next(iter(batches))
     jax.eval_shape(trainer.step, trainer.shapes, rows)
     assert f"{config.name}.py" == name
