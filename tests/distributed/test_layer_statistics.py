@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import BATCH, batches, trainer_on
+from small_run import BATCH, batches, small_config
 
 from visionfm_jax.data.augment import augment
 from visionfm_jax.models.backbones.vit import SIZES
 from visionfm_jax.models.layers import Block
 from visionfm_jax.optim.loss_scale import LossScale
 from visionfm_jax.parallel.context import Context
-from visionfm_jax.parallel.mesh import to_global
+from visionfm_jax.parallel.mesh import make_mesh, to_global
 from visionfm_jax.tasks.classification import Draws
 from visionfm_jax.tasks.task import split_keys
 from visionfm_jax.train.layer_statistics import INPUT, OUTPUT, Layer, LayerStatistics
-from visionfm_jax.train.step import sample_keys, with_keys
+from visionfm_jax.train.step import Trainer, sample_keys, with_keys
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -29,7 +29,9 @@ STEP, SCALE, DEPTH = 3, 8.0, SIZES["P"].depth
 @pytest.fixture(scope="module")
 def measured() -> Callable[..., list[Layer]]:
     """(factors of the images, loss scale, parameters) -> layers, and the trainer and its parameters as attributes."""
-    trainer = trainer_on(2, accumulate=2)
+    config = small_config(accumulate=2)
+    config.model.remat = "full:2"  # two loops over the blocks
+    trainer = Trainer(config, make_mesh(1, jax.devices()[:2]))
     plain, logits = trainer.task.loss, trainer.task._logits
 
     def loss(params: dict, rows: dict, keys: jax.Array, context: Context) -> tuple[jax.Array, dict, dict]:
