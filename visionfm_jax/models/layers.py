@@ -364,12 +364,16 @@ def scan_blocks(
         # By its name, a block is told from the others of its group (`train.layer_statistics`).
         group = [block.clone(name=str(i)) for i, block in enumerate(group)]
 
-    shapes = jax.tree.map(jnp.shape, x)
+    shapes = jax.tree.map(lambda a: a.shape, x)
+
+    def from_rows(x: Any) -> Any:
+        return jax.tree.map(lambda a, shape: a.reshape(shape), x, shapes)
+
     passes = range(repeats)[part]
 
     def body(policy: str, loop: bool, x: Any, inputs: tuple[Params, Any]) -> tuple[Any, Any]:
         p, own = inputs
-        x = jax.tree.map(jnp.reshape, x, shapes)
+        x = from_rows(x)
         parts = _unstack(p, len(group)) if alike else [p[str(i)] for i in range(len(group))] if len(group) > 1 else [p]
         kept = None
         for i, block in enumerate(group):
@@ -397,7 +401,7 @@ def scan_blocks(
         loop = count > 1 and not unroll
         x, more = jax.lax.scan(functools.partial(body, policy, loop), x, inputs, unroll=1 if loop else max(count, 1))
         kept.append(more)
-    x = jax.tree.map(jnp.reshape, x, shapes)
+    x = from_rows(x)
     return (x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)) if outputs else x
 
 
