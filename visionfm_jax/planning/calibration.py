@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.errors import UserError
+from visionfm_jax.errors import OutputError, UserError
 from visionfm_jax.parallel.targets import Target, find_target
 from visionfm_jax.planning.rates import rates_of
 
@@ -91,19 +91,15 @@ def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]
 
 
 def append_record(path: str, record: dict[str, Any]) -> None:
-    """Add a line to a file of measurements."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def check_appendable(path: str) -> None:
-    """Before the minutes that a measurement takes.
+    """Add a line to a file of measurements.
 
     Raises:
-      UserError: the file cannot be written.
+      OutputError: it cannot be written.
     """
     try:
-        with open(path, "a"):
-            pass
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise UserError(f"--compare-plan={path}: {error.strerror}; name a file that can be written") from error
+        raise OutputError(
+            f"--compare-plan={path}: {error.strerror}; make room, then measure again: nothing was added to the file"
+        ) from error
