@@ -32,6 +32,7 @@ from visionfm_jax.parallel.targets import TARGETS, Cluster, find_target, peak_fl
 from visionfm_jax.planning.calibration import append_record
 from visionfm_jax.planning.compiled import GPU, described
 from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.planning.rates import VERSION
 from visionfm_jax.storage import check_writable
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
@@ -192,6 +193,7 @@ def record_of(figures: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: figures[name] for name in about},
         "cudnn": next(cudnn, None),
+        "rates": VERSION,
         "measured_seconds": figures["step_ms"]["p50"] / 1e3,
         "planned_seconds": plan["seconds"],
         "measured_peak_gib": figures["peak_gib_measured"],

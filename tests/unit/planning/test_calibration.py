@@ -1,6 +1,7 @@
 """Estimates corrected by measured steps."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import pytest
 from visionfm_jax import bench
 from visionfm_jax.errors import OutputError, UserError, entry_point
 from visionfm_jax.parallel.targets import TARGETS, Cluster
+from visionfm_jax.planning import rates
 from visionfm_jax.planning.calibration import append_record, calibration_of, read_calibration
 from visionfm_jax.planning.compiled import CompiledStep
+from visionfm_jax.planning.rates import VERSION
 
 A100 = TARGETS["a100-80gb"]
 STEPS = [  # seconds of the model, by kind
@@ -24,7 +27,7 @@ STEPS = [  # seconds of the model, by kind
 
 
 def record(modelled, measured, device="NVIDIA A100-SXM4-80GB"):
-    return {"device": device, "planned_seconds": modelled, "measured_seconds": measured}
+    return {"device": device, "planned_seconds": modelled, "measured_seconds": measured, "rates": VERSION}
 
 
 def seconds(calibration, modelled):
@@ -65,6 +68,14 @@ def test_only_steps_of_the_same_card_count(path):
     assert read_calibration(path, A100).source.endswith("1 measured step")
     with pytest.raises(UserError, match="measured on NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3, not on NVIDIA B200"):
         read_calibration(path, TARGETS["b200"])
+    with pytest.raises(UserError, match="not on Mine; leave --calibration out"):  # a card of a --targets file
+        read_calibration(path, replace(A100, description="Mine"))
+
+
+def test_rates_that_change_have_another_version():
+    """Where this fails for a change of the figures, raise `VERSION` too."""
+    figures = {name: value for name, value in vars(rates).items() if name.isupper()}
+    assert f"{zlib.crc32(repr(sorted(figures.items())).encode()):08x}" == "ba92a6b0"
 
 
 def test_the_range_says_what_it_rests_on():
@@ -80,10 +91,12 @@ def test_the_range_says_what_it_rests_on():
         ("[]", "line 2 is no record"),
         ('{"device": "NVIDIA A100-SXM4-80GB"}', "line 2 lacks 'planned_seconds'"),
         (json.dumps(record(STEPS[0] | {"waits": "long"}, 1.0)), "line 2 is no record"),
-        (json.dumps(record(STEPS[0] | {"waits": -1}, 1.0)), "line 2 has seconds that are none"),
-        (json.dumps(record(STEPS[0], float("nan"))), "line 2 has seconds that are none"),
-        (json.dumps(record(STEPS[0], 0)), "line 2 has seconds that are none"),
-        (json.dumps(record(STEPS[0], 1.0, device=7)), "line 2 has seconds that are none"),
+        (json.dumps(record(STEPS[0] | {"waits": -1}, 1.0)), "line 2: seconds must be finite and positive"),
+        (json.dumps(record(STEPS[0], float("nan"))), "line 2: seconds must be finite and positive"),
+        (json.dumps(record(STEPS[0], 0)), "line 2: seconds must be finite"),
+        (json.dumps(record(STEPS[0], 1.0, device=7)), "line 2 is no record"),
+        (json.dumps(record(STEPS[0], 1.0) | {"rates": 0}), "line 2 was planned with version 0 of the rates"),
+        ("\n{", "line 3 is no record"),  # blank lines count
     ],
 )
 def test_a_bad_line_is_named(path, line, said):
