@@ -11,7 +11,6 @@ import copy
 import itertools
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from visionfm_jax.planning.calibration import Calibration
 from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
 
-REMAT = tuple(POLICIES)  # those that are tried, from most memory to most arithmetic; a configuration may have others
+REMAT = tuple(POLICIES)  # from most memory to most arithmetic
 COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
@@ -71,8 +70,8 @@ class Setting(NamedTuple):
 
 def heaviness(remat: str) -> float:
     """Where a value stands in `REMAT`; one that only some blocks follow, such as "full:8", just before its policy."""
-    policy = re.match("[a-z]*", remat)[0]
-    return REMAT.index(policy) - 0.5 * (remat != policy) if policy in REMAT else -0.5
+    policy, partly, _ = remat.partition(":")
+    return REMAT.index(policy) - 0.5 * bool(partly)
 
 
 def setting_of(config: Config) -> Setting:

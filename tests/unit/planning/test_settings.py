@@ -10,6 +10,7 @@ from visionfm_jax.config import load
 from visionfm_jax.models.layers import LIGHTER
 from visionfm_jax.parallel.targets import find_cluster
 from visionfm_jax.planning import settings
+from visionfm_jax.planning.report import setting_json
 from visionfm_jax.planning.settings import REMAT, Setting, advice, nearest_that_fits, search, setting_of
 
 GB = 10**9
@@ -289,3 +290,6 @@ def test_unrolled_layers_are_tried_where_they_are_a_loop():
     assert changed.model.scan_layers
     assert settings.setting_of(changed) == loop
     assert base.flags(loop) == "--config.model.scan_layers=False"
+    figures = ("seconds", "range", "images_per_s", "mfu")
+    found = SimpleNamespace(**dict.fromkeys(figures), compiled=SimpleNamespace(peak=0))
+    assert setting_json(base, loop, found)["scan_layers"] == {"model": False}
