@@ -74,7 +74,7 @@ def open_loader(trainer: Trainer, sources: Sequence[Source], fields: Fields, sta
 
 
 def demand_of(trainer: Trainer) -> float:
-    """Images/s of this host that its step takes at most, by the peak of the card, which no step reaches.
+    """Images/s of this process that its step takes at most, by the peak of the card, which no step reaches.
 
     0 on CPUs, whose cores the step needs itself; infinite on an accelerator whose peak is not known.
     """

@@ -109,7 +109,8 @@ class HostBatches(grain.MapDataset):
 
     def _fill(self, first: int) -> Batch:
         batch = {k: np.empty((self._local, *shape), dtype) for k, (shape, dtype) in self._spec.items()}
-        # All at once: between two decodes the processor has forgotten how, and takes twice as long.
+        # All at once: reads between two decodes push the decoder out of the processor's caches; it then takes twice as
+        # long.
         asked = [self._parent[i] for i in range(first, min(first + self._local, len(self._parent)))]
         for array in batch.values():
             array[len(asked) :] = 0
@@ -146,7 +147,7 @@ class Loader(Iterator[Batch]):
     """Runs `batches` ahead in threads or worker processes; an error or `close` ends all of them.
 
     Args:
-      batches: of this host.
+      batches: of this process.
       workers: processes; 0: threads of this one.
       prefetch: batches held ready, per worker.
       choice: why so many workers, for people; "": the configuration says so.
@@ -256,8 +257,8 @@ def choose_workers(batches: HostBatches, demand: float, own: Room, prefetch: int
     """The fewest worker processes that keep up with a step, by making two batches in this one; and a line that says so.
 
     Args:
-      batches: of this host.
-      demand: images/s of this host; 0: threads of this process are wanted, and nothing is measured.
+      batches: of this process.
+      demand: images/s of this process; 0: threads of this process are wanted, and nothing is measured.
       own: what this process may take of its machine.
       prefetch: batches held ready, per worker.
 

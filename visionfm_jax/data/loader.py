@@ -70,7 +70,7 @@ def train_loader(
       sources: opened datasets.
       fields: what a row holds beside its image.
       pair_ratio: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all.
-      demand: images/s of this host that `data.workers = -1` provides for; 0: threads of this process.
+      demand: images/s of this process that `data.workers = -1` provides for; 0: threads of this process.
       room: what those processes may take of the machine; None: all that this process may use.
 
     Returns:
