@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import re
@@ -25,10 +26,10 @@ from typing import Any
 
 from halves import HalfFailed, machine, run, say, versions
 
-from visionfm_jax.parallel.targets import XLA_FLAGS
+from visionfm_jax.parallel.targets import XLA_FLAGS, pipelined
 
 CHANGES = (  # with who sets it
-    "--xla_gpu_enable_pipelined_reduce_scatter=true",  # MaxText
+    pipelined("reduce_scatter", importlib.metadata.version("jax")),  # MaxText
     "--xla_gpu_enable_while_loop_double_buffering=true",  # MaxText
     "--xla_gpu_enable_triton_gemm=false",  # MaxText
     "--xla_disable_hlo_passes=rematerialization",  # MaxText

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +26,14 @@ from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel import cluster
+from visionfm_jax.parallel.agreement import from_each
 from visionfm_jax.parallel.mesh import BATCH, make_mesh, to_global
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_target, peak_flops
-from visionfm_jax.planning.calibration import append_record, check_appendable
+from visionfm_jax.planning.calibration import append_record
 from visionfm_jax.planning.compiled import GPU, described
 from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.planning.rates import VERSION
+from visionfm_jax.storage import check_writable
 from visionfm_jax.train.state import TrainState
 from visionfm_jax.train.step import Trainer
 
@@ -111,7 +115,7 @@ def measure_with_data(
 
 
 def measure(
-    config: Config, steps: int = 20, warmup: int = 3, *, with_data: bool = False, compare: bool = False
+    config: Config, steps: int = 20, warmup: int = 3, *, with_data: bool = False, compare: Cluster | None = None
 ) -> dict[str, Any]:
     """Compile and run the real step on random rows.
 
@@ -119,8 +123,8 @@ def measure(
       config: as for training.
       steps: timed ones.
       warmup: untimed ones before.
-      compare: also what `plan` says of the program that ran, as "plan".
       with_data: also time the data of the configuration, by themselves and with the step; else they are not opened.
+      compare: the devices at hand; also what `plan` says of the program that ran on them, as "plan".
 
     Returns:
       The figures of the JSON line, with units in their names.
@@ -165,13 +169,12 @@ def measure(
         "peak_gib_compiled": round(memory.peak_memory_in_bytes / 2**30, 3) if memory else None,
     }
     if compare:
-        figures["plan"] = planned(trainer, compiled)
+        figures["plan"] = planned(trainer, compiled, compare)
     return figures
 
 
-def planned(trainer: Trainer, compiled: Compiled) -> dict[str, Any]:
-    """What `plan` says of a step that was compiled for the GPUs at hand, without a calibration."""
-    cluster = Cluster(find_target(jax.devices()[0].device_kind), jax.process_count(), jax.local_device_count())
+def planned(trainer: Trainer, compiled: Compiled, cluster: Cluster) -> dict[str, Any]:
+    """What `plan` says of a step that was compiled for the GPUs of this cluster, without a calibration."""
     found = estimate(described(trainer, compiled, GPU, cluster.per_host, 0.0), cluster)
     return {
         "seconds": found.modelled,
@@ -184,21 +187,13 @@ def record_of(figures: dict[str, Any]) -> dict[str, Any]:
     """The measured step beside the planned one, as `plan --calibration` reads it."""
     plan = figures["plan"]
     cudnn = (d.version for d in distributions() if d.name.startswith("nvidia-cudnn"))
-    kept = (
-        "device",
-        "devices",
-        "jax",
-        "config",
-        "batch_size",
-        "accumulate",
-        "precision",
-        "stage",
-        "attention",
-        "remat",
-    )
+    about = (
+        "device", "devices", "jax", "config", "batch_size", "accumulate", "precision", "stage", "attention", "remat"
+    )  # fmt: skip
     return {
-        **{name: figures[name] for name in kept},
+        **{name: figures[name] for name in about},
         "cudnn": next(cudnn, None),
+        "rates": VERSION,
         "measured_seconds": figures["step_ms"]["p50"] / 1e3,
         "planned_seconds": plan["seconds"],
         "measured_peak_gib": figures["peak_gib_measured"],
@@ -206,19 +201,37 @@ def record_of(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_comparable(path: str) -> None:
-    """Before minutes of measuring.
+def count_machines(hosts: Sequence[str]) -> int:
+    """How many machines the processes run on, by the name of each one's host.
 
     Raises:
-      UserError: the devices are none that a plan knows, or the file cannot be written.
+      UserError: neighbours do not share a machine, or machines have different numbers of processes.
+    """
+    runs = [(host, len(list(same))) for host, same in itertools.groupby(hosts)]
+    if len(set(hosts)) < len(runs) or len({processes for _, processes in runs}) > 1:
+        there = ", ".join(f"{processes} on {host}" for host, processes in runs[:8])
+        raise UserError(
+            f"--compare-plan: the processes run, in their order, {there}: a plan is for as many, and neighbours, on "
+            "each machine; start them so (srun --distribution=block)"
+        )
+    return len(runs)
+
+
+def cluster_at_hand(path: str) -> Cluster:
+    """The devices of this run as a plan has them; all processes call this, before minutes of measuring.
+
+    Raises:
+      UserError: they are none that a plan knows.
     """
     device = jax.devices()[0]
-    if device.platform != "gpu" or find_target(device.device_kind) is None:
+    target = find_target(device.device_kind)
+    if device.platform != "gpu" or target is None:
         raise UserError(
             f"--compare-plan={path}: the step runs on {device.device_kind}, for which there is no plan; "
             f"run it on one of {', '.join(TARGETS)}"
         )
-    check_appendable(path)
+    machines = count_machines(from_each(socket.gethostname()))
+    return Cluster(target, machines, jax.device_count() // machines)
 
 
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> int:
@@ -239,13 +252,14 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> 
     path = arguments.compare_plan
 
     def work() -> int:
-        if path:
-            check_comparable(path)
-        figures = measure(config, arguments.steps, arguments.warmup, with_data=arguments.with_data, compare=bool(path))
+        compare = cluster_at_hand(path) if path else None
+        if path and process == 0:
+            check_writable(path, "--compare-plan")
+        figures = measure(config, arguments.steps, arguments.warmup, with_data=arguments.with_data, compare=compare)
         if process == 0:
-            if path:
-                append_record(path, record_of(figures))
             print(json.dumps(figures), flush=True)
+            if path:  # last: a full disk does not lose the figures
+                append_record(path, record_of(figures))
         return 0
 
     return cluster.run_together(work)

@@ -27,6 +27,7 @@ from visionfm_jax.planning import report, settings
 from visionfm_jax.planning.calibration import Calibration, calibration_of, read_calibration
 from visionfm_jax.planning.compiled import CPU, GPU, compile_step, missing_packages
 from visionfm_jax.planning.estimate import estimate
+from visionfm_jax.storage import check_writable
 
 DOES_NOT_FIT = 3
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     else:
         calibration = calibration_of(cluster.target)
     if arguments.json:
-        _check_writable(arguments.json)
+        check_writable(arguments.json, "--json")
 
     console = Console(soft_wrap=False)
     if missing := missing_packages():
@@ -71,15 +72,6 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(plan, indent=1) + "\n")
     return code
-
-
-def _check_writable(path: str) -> None:
-    """Minutes of compiling come before the file is written."""
-    try:
-        with open(path, "a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--json={path}: {error.strerror}; name a file that can be written") from error
 
 
 def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missing: list[str]) -> dict[str, Any]:

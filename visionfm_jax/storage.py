@@ -45,6 +45,19 @@ class _LastError(StorageError):
     """The last try has failed too: who tries around it does not begin again."""
 
 
+def check_writable(path: str, flag: str) -> None:
+    """Before the minutes of work whose result goes to `path`, as `flag` asks.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}={path}: {error.strerror}; name a file that can be written") from error
+
+
 def retry(act: Callable[[], _T], failed: Callable[[], str]) -> _T:
     """What `act` returns; it is called again, after longer and longer waits, while storage fails for a moment.
 

@@ -47,6 +47,7 @@ def work():
     except StorageError as error:
         print(error, file=sys.stderr)
     print(agreement.first_text(""), agreement.first_text("\u00e9" * me), agreement.from_first(lambda: [me]))
+    print(agreement.from_each([me]))
     config = CheckpointConfig(keep_last=1, keep_best=1, best_metric="val/top1", on_damage="older")
     with Checkpoints(Path(sys.argv[1], str(me)), config) as checkpoints:
         print(checkpoints.latest(), checkpoints.scores(6), sorted(checkpoints._keep.scores.items()))
@@ -106,6 +107,7 @@ def test_what_one_process_sees_or_finds_damaged_counts_for_all(tmp_path):
     assert lines[0] == lines[1]
     assert lines[0] == [
         " \u00e9 [0]",
+        "[[0], [1]]",
         "6 ({'val/top1': 0.75}, {'val': '0123abcd'}) [(2, {'val/top1': 0.25}), (4, {}), (6, {'val/top1': 0.75})]",
         "4 1 True [4.0]",
         "{'val/top1': 0.1} 4",

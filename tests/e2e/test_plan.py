@@ -14,6 +14,7 @@ from visionfm_jax.errors import entry_point
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
 from visionfm_jax.plan import _progress, main
 from visionfm_jax.planning.compiled import GPU, compile_step
+from visionfm_jax.planning.rates import VERSION
 
 ROOT = Path(__file__).parents[2]
 FULL, TINY = "--config=configs/vit_huge.py", "--config=configs/vit_huge.py:tiny"
@@ -69,7 +70,7 @@ def test_a_plan_with_advice(cache, tmp_path):
     assert again.stdout == done.stdout  # from the cache
 
     kinds = {"matmuls": 0.5, "attention": 0, "all else": 0.5, "waits": 0}
-    record = {"device": "NVIDIA H100 80GB HBM3", "planned_seconds": kinds, "measured_seconds": 1.2}
+    record = {"device": "NVIDIA H100 80GB HBM3", "planned_seconds": kinds, "measured_seconds": 1.2, "rates": VERSION}
     (tmp_path / "measured").write_text(json.dumps(record))
     words = ("--advice=no", f"--calibration={tmp_path / 'measured'}", f"--json={tmp_path / 'plan.json'}")
     alone = plan(cache, *SMALL, "--cluster=h100:1x8", *words)

@@ -249,6 +249,13 @@ def test_the_flags_of_env_are_known_to_this_xla():
     assert "NCCL_DEBUG=INFO" in shown
 
 
+def test_env_leaves_the_variables_of_its_caller():
+    result = bash(
+        "-c", f"python=mine flags=too; source {ROOT}/launch/env.sh; echo $python $flags; compgen -v visionfm_"
+    )
+    assert result.stdout == "mine too\n"
+
+
 def test_the_jobset_is_consistent():
     jobset = yaml.safe_load((ROOT / "launch/k8s-jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
@@ -270,7 +277,23 @@ def test_the_jobset_is_consistent():
     }
     assert rules == {75: "Ignore", 1: "FailJob"}
     assert pod["restartPolicy"] == "Never"
-    assert "exec python -m visionfm_jax.main" in container["args"][0]
+
+
+def test_a_pod_asks_its_own_python_for_the_settings_and_does_not_run_without_them(tmp_path):
+    jobset = yaml.safe_load((ROOT / "launch/k8s-jobset.yaml").read_text())
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (script,) = pod["containers"][0]["args"]
+    put(tmp_path / "launch", "env.sh", "")
+    path = put(tmp_path / "bin", "python", 'echo "$@"\n')
+
+    def start(env):
+        (tmp_path / "launch/env.sh").write_text(env)
+        return bash("-c", f"cd {tmp_path}; {script}", PATH=path, PYTHON="")
+
+    done = start("echo asks $PYTHON")
+    assert done.stdout.startswith("asks python\n-m visionfm_jax.main --config=configs/vit_huge.py ")
+    done = start("return 2")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 def test_quickstart_installs_once_and_again_when_pyproject_changes(tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from visionfm_jax import machine
 from visionfm_jax.config import Config
 from visionfm_jax.data.batches import Loader
 from visionfm_jax.data.chain import Chain
@@ -15,7 +16,7 @@ from visionfm_jax.data.fields import Fields, check_classes, class_names
 from visionfm_jax.data.loader import check_pair_ratio, train_loader
 from visionfm_jax.data.sources import Source, open_sources
 from visionfm_jax.errors import ConfigError, DataError, count
-from visionfm_jax.parallel.agreement import require_same
+from visionfm_jax.parallel.agreement import from_each, require_same
 from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.tasks.task import Task
 from visionfm_jax.train.step import Trainer
@@ -68,11 +69,12 @@ def open_loader(trainer: Trainer, sources: Sequence[Source], fields: Fields, sta
         config.data, image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
         start_step=start_step, host=jax.process_index(), hosts=jax.process_count(), sources=sources, fields=fields,
         pair_ratio=config.task.pair_ratio, demand=demand_of(trainer),
+        room=machine.room(from_each(machine.place()), jax.process_index()),
     )  # fmt: skip
 
 
 def demand_of(trainer: Trainer) -> float:
-    """Images/s of this host that its step takes at most, by the peak of the card, which no step reaches.
+    """Images/s of this process that its step takes at most, by the peak of the card, which no step reaches.
 
     0 on CPUs, whose cores the step needs itself; infinite on an accelerator whose peak is not known.
     """

@@ -113,14 +113,14 @@ class Remat:
     def problem(self, value: str) -> tuple[str, str] | None:
         """Rule and remedy if `value` is neither."""
         name, colon, blocks = value.partition(":")
-        if not colon or name == self.names[0]:
-            return OneOf(self.names).problem(value)
-        if re.fullmatch(r"[1-9]\d{0,3}", blocks):
-            return OneOf(self.names).problem(name)
-        return (
-            "must have a number of blocks from 1 to 9999 behind the colon",
-            f"set it to {self.names[-1]}:18, or without",
-        )
+        if found := OneOf(self.names).problem(name):
+            return found
+        if colon and name == self.names[0]:
+            return f"must be without a number of blocks where it is {name}", f"set it to {name}"
+        if colon and not re.fullmatch(r"[1-9]\d{0,3}", blocks):
+            rule = "must have a number of blocks from 1 to 9999 behind the colon"
+            return rule, f"set it to {name}:18, or to {name} for all blocks"
+        return None
 
 
 Limit = Range | OneOf | FileName | Filled | Remat

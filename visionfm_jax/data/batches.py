@@ -31,11 +31,12 @@ from visionfm_jax.config.load import MODULE
 from visionfm_jax.data.children import end_with_parent
 from visionfm_jax.data.fields import Row, Spec
 from visionfm_jax.errors import DataError
-from visionfm_jax.machine import usable_cores
+from visionfm_jax.machine import Room, place, room
 
 Batch = dict[str, np.ndarray]
 Make = Callable[[Any, int], Row]  # the row of a sample: what the order has at an index, and the index
 
+OWN_CORES = 2  # of a process, for the run itself, beside its worker processes
 CLOSE_SECONDS = 10.0  # for worker processes to end by themselves
 
 
@@ -108,7 +109,8 @@ class HostBatches(grain.MapDataset):
 
     def _fill(self, first: int) -> Batch:
         batch = {k: np.empty((self._local, *shape), dtype) for k, (shape, dtype) in self._spec.items()}
-        # All at once: between two decodes the processor has forgotten how, and takes twice as long.
+        # All at once: reads between two decodes push the decoder out of the processor's caches; it then takes twice as
+        # long.
         asked = [self._parent[i] for i in range(first, min(first + self._local, len(self._parent)))]
         for array in batch.values():
             array[len(asked) :] = 0
@@ -145,7 +147,7 @@ class Loader(Iterator[Batch]):
     """Runs `batches` ahead in threads or worker processes; an error or `close` ends all of them.
 
     Args:
-      batches: of this host.
+      batches: of this process.
       workers: processes; 0: threads of this one.
       prefetch: batches held ready, per worker.
       choice: why so many workers, for people; "": the configuration says so.
@@ -160,7 +162,7 @@ class Loader(Iterator[Batch]):
         self._processes: list[Any] = []
         self._first: collections.deque[concurrent.futures.Future] = collections.deque()  # batch of each worker
         if workers:
-            _check_shared_memory(batches.nbytes, workers, prefetch)
+            _check_shared_memory(batches.nbytes, workers, prefetch, bool(choice))
             self._iters = [_worker_iterator(batches, i, workers, prefetch) for i in range(workers)]
             self._start()
         else:
@@ -251,17 +253,18 @@ class Loader(Iterator[Batch]):
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
-def choose_workers(batches: HostBatches, demand: float, prefetch: int) -> tuple[int, str]:
+def choose_workers(batches: HostBatches, demand: float, own: Room, prefetch: int) -> tuple[int, str]:
     """The fewest worker processes that keep up with a step, by making two batches in this one; and a line that says so.
 
     Args:
-      batches: of this host.
-      demand: images/s of this host; 0: threads of this process are wanted, and nothing is measured.
+      batches: of this process.
+      demand: images/s of this process; 0: threads of this process are wanted, and nothing is measured.
+      own: what this process may take of its machine.
       prefetch: batches held ready, per worker.
 
     Returns:
-      The number, bounded by the cores and by the shared memory; 0 where more than one process is not needed, or has
-      no cores. The line is "" where nothing was measured.
+      The number, bounded by the cores, without those of the run itself, and by the shared memory; 0 where more than
+      one process is not needed, or has no cores. The line is "" where nothing was measured.
     """
     if not demand:
         return 0, ""
@@ -270,34 +273,33 @@ def choose_workers(batches: HostBatches, demand: float, prefetch: int) -> tuple[
     except BaseException:
         batches.close()
         raise
-    cores, (free, need) = usable_cores(), _shared_memory(batches.nbytes, prefetch)
-    most = int(min(cores / max(busy, 0.1), free // need))
+    cores = max(own.cores - OWN_CORES, 0.0)
+    most = int(min(cores / max(busy, 0.1), own.shared_memory // _shared_memory(batches.nbytes, prefetch)))
     wanted = demand / rate
     workers = most if wanted > most else math.ceil(wanted)
     workers = 0 if workers < 2 else workers
     reached = rate * max(1, workers)
     wants = f"the step takes at most {demand:.0f}" if math.isfinite(demand) else "what the step takes is not known"
     if reached < demand:
-        wants += f"; {cores} cores and the shared memory allow no more than {reached:.0f}"
+        wants += f"; {cores:.3g} cores and the shared memory allow no more than {reached:.0f}"
     where = f"{workers} processes" if workers else "threads of this process"
     return workers, f"{where}: one process makes {rate:.0f} images/s on {busy:.1f} cores, and {wants}"
 
 
-def _shared_memory(batch_bytes: int, prefetch: int) -> tuple[float, int]:
-    """Bytes free in /dev/shm, in which worker processes hand their batches over, and those that each may need."""
-    stat = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-    free = stat.f_bavail * stat.f_frsize if stat else math.inf
-    return free, batch_bytes * (2 * prefetch + 2)
+def _shared_memory(batch_bytes: int, prefetch: int) -> int:
+    """Bytes that a worker process may need in /dev/shm, where it hands its batches over."""
+    return batch_bytes * (2 * prefetch + 2)
 
 
-def _check_shared_memory(batch_bytes: int, workers: int, prefetch: int) -> None:
+def _check_shared_memory(batch_bytes: int, workers: int, prefetch: int, chosen: bool) -> None:
     """Shared memory that is too small kills worker processes without a word."""
-    free, need = _shared_memory(batch_bytes, prefetch)
+    free, need = room([place()], 0).shared_memory, _shared_memory(batch_bytes, prefetch)
     if free < need * workers:
         raise DataError(
-            f"/dev/shm has {free / 1e6:.0f} MB free, but data.workers = {workers} processes with data.prefetch = "
-            f"{prefetch} need up to {need * workers / 1e6:.0f} MB there; enlarge it (docker --shm-size, an emptyDir of "
-            "medium Memory in Kubernetes), lower them, or set data.workers to 0"
+            f"/dev/shm has {free / 1e6:.0f} MB free, but the {workers} processes of data.workers = "
+            f"{-1 if chosen else workers} with data.prefetch = {prefetch} need up to {need * workers / 1e6:.0f} MB "
+            "there; enlarge it (docker --shm-size, an emptyDir of medium Memory in Kubernetes), lower them, or set "
+            "data.workers to 0"
         )
 
 

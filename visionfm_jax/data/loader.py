@@ -23,6 +23,7 @@ import grain
 import numpy as np
 from absl import logging
 
+from visionfm_jax import machine
 from visionfm_jax.config.limits import ImageSize
 from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data.batches import Batch, HostBatches, Loader, choose_workers
@@ -32,6 +33,7 @@ from visionfm_jax.data.images import DamagedImage
 from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
+from visionfm_jax.machine import Room
 
 DAMAGED = (DamagedImage, DamagedRecord)
 # One of Grain's shuffles, 4 rounds of a block cipher, leaves records correlated over hundreds of samples; two leave
@@ -54,6 +56,7 @@ def train_loader(
     fields: Fields,
     pair_ratio: tuple[int, int] = (0, 0),
     demand: float = 0.0,
+    room: Room | None = None,
 ) -> Loader:
     """Endless batches of this host, from step `start_step` on; close it, or use it in a `with`.
 
@@ -67,7 +70,8 @@ def train_loader(
       sources: opened datasets.
       fields: what a row holds beside its image.
       pair_ratio: (p, q): sample i has a caption if i % (p + q) < p, else it has none; (0, 0): one mixture of all.
-      demand: images/s of this host that `data.workers = -1` provides for; 0: threads of this process.
+      demand: images/s of this process that `data.workers = -1` provides for; 0: threads of this process.
+      room: what those processes may take of the machine; None: all that this process may use.
 
     Returns:
       An iterator of {"image": uint8 (B, H, W, 3), or each array of views, (B, V, H, W, 3); the fields' own, "source":
@@ -95,7 +99,9 @@ def train_loader(
     batches = HostBatches(
         order, row, spec, batch_size=batch_size, host=host, hosts=hosts, start=start_step, threads=data.threads
     )
-    workers, choice = (data.workers, "") if data.workers >= 0 else choose_workers(batches, demand, data.prefetch)
+    workers, choice = data.workers, ""
+    if workers < 0:
+        workers, choice = choose_workers(batches, demand, room or machine.room([machine.place()], 0), data.prefetch)
     return Loader(batches, workers=workers, prefetch=data.prefetch, choice=choice)
 
 

@@ -318,9 +318,12 @@ class Module:
         return kept[0], kept[1]
 
     def kept_bytes(self) -> int:
-        """Bytes of arrays outside of loops that the forward pass makes and the backward pass reads."""
-        inside, kept = self.computations[self.entry], {}
-        for reader in inside.values():
+        """Bytes of arrays that the forward pass makes and the backward pass of the same computation reads.
+
+        That is, not of layers in a loop, whose activations are `stacked_bytes`; a loop over micro-batches has both.
+        """
+        kept = {}
+        for reader, inside, _ in self.instructions():
             if "transpose(" not in reader.source:
                 continue
             for made, index in (_made_by(inside, name) for name in reader.operands):

@@ -79,26 +79,34 @@ TARGETS: dict[str, Target] = {
 WATTS = {"a100-40gb": 400, "a100-80gb": 400, "h100": 700, "h200": 700, "b200": 1000}  # thermal design power of a GPU
 
 
+def pipelined(collective: str, version: str) -> str:
+    """XLA's flag to run `collective` of a layer ("all_gather") beside its neighbour, as this version of jax spells it.
+
+    jax 0.12 deprecates the former spelling, which jax 0.10 alone knows.
+    """
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    new = numbers >= (0, 12)
+    return f"--xla_gpu_pipeline_{collective}=on" if new else f"--xla_gpu_enable_pipelined_{collective}=true"
+
+
 def xla_flags(version: str) -> tuple[str, ...]:
     """XLA's settings for training with this version of jax: `launch/env.sh` sets them, and a plan compiles with them.
 
     Not among them, though NVIDIA's JAX-Toolbox and MaxText's scripts set some of these:
-      pipelined reduce-scatter: a plan of ViT-H on 128 A100 is the same to the last digit with it.
-      while-loop double buffering: two layers an iteration. A plan of ViT-H on 128 A100 is 4 % shorter with it, on one
-        H100 with 128 images 7 % longer (jax 0.10.2).
+      pipelined reduce-scatter, while-loop double buffering (two layers an iteration): not measured on a cluster. Try
+        them by `benchmarks/flag_sweep.py`.
       --xla_gpu_enable_triton_gemm=false: on a card, XLA times its own kernels against cuBLAS for each product, and
         takes the faster. A plan, which cannot, assumes cuBLAS.
       --xla_gpu_enable_nccl_user_buffers=true: NCCL then needs no copies inside a host, but the buffers come from a
         pool beside that of XLA, of whose size no plan knows. Try it by `benchmarks/flag_sweep.py`.
     """
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     return (
         # Start a collective as early and wait for it as late as its data allow: without this the weight gathers of
         # ZeRO-3 stand between the layers instead of running below them.
         "--xla_gpu_enable_latency_hiding_scheduler=true",
         # Gather the next layer's weights while this one computes: a layer cannot hide the gather of its own. One more
-        # layer's weights are held. jax 0.12 deprecates the former spelling, which jax 0.10 alone knows.
-        "--xla_gpu_pipeline_all_gather=on" if numbers >= (0, 12) else "--xla_gpu_enable_pipelined_all_gather=true",
+        # layer's weights are held.
+        pipelined("all_gather", version),
         # Join the small gathers of one layer (weights, biases, norms) into one of up to 256 MiB: more than a layer
         # of the largest model here in bf16, so each layer pays one latency.
         "--xla_gpu_all_gather_combine_threshold_bytes=268435456",

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.errors import UserError
-from visionfm_jax.parallel.targets import Target, find_target
-from visionfm_jax.planning.rates import rates_of
+from visionfm_jax.errors import OutputError, UserError
+from visionfm_jax.parallel.targets import TARGETS, Target, find_target
+from visionfm_jax.planning.rates import VERSION, rates_of
 
 MATMULS, ATTENTION, ELSE, WAITS = KINDS = ("matmuls", "attention", "all else", "waits")
 # Standard deviations of the factors.
@@ -52,18 +52,21 @@ def read_calibration(path: str, target: Target) -> Calibration:
       UserError: no such file, a line that is no record, or none of this card.
     """
     try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration={path}: cannot be read: {error}") from error
-    records = [_record(path, number, line) for number, line in enumerate(lines, 1)]
+    records = [_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     devices = sorted({device for device, _, _ in records})
     records = [r for r in records if (card := find_target(r[0])) and card.description == target.description]
     if not records:
         there = ", ".join(devices) or "nothing"
-        raise UserError(
-            f"--calibration={path}: measured on {there}, not on {target.description}; "
+        known = any(card.description == target.description for card in TARGETS.values())
+        remedy = (
             f"run visionfm bench --compare-plan={path} there"
+            if known
+            else "leave --calibration out: only cards of the built-in table can be measured"
         )
+        raise UserError(f"--calibration={path}: measured on {there}, not on {target.description}; {remedy}")
     prior = calibration_of(target)
     modelled = np.array([seconds for _, seconds, _ in records])
     measured = np.array([seconds for _, _, seconds in records])
@@ -78,32 +81,34 @@ def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]
     """(device, modelled seconds by kind, measured seconds) of a line."""
     try:
         record = json.loads(line)
-        device, modelled = record["device"], [float(record["planned_seconds"][kind]) for kind in KINDS]
-        measured = float(record["measured_seconds"])
+        device = str.strip(record["device"])  # a text
+        modelled = [float(record["planned_seconds"][kind]) for kind in KINDS]
+        measured, version = float(record["measured_seconds"]), record["rates"]
     except (ValueError, KeyError, TypeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else "is no record"
         raise UserError(
             f"--calibration={path}: line {number} {what}; delete it, or measure again by visionfm bench --compare-plan"
         ) from error
-    if not isinstance(device, str) or not all(0 <= n < np.inf for n in modelled) or not 0 < measured < np.inf:
-        raise UserError(f"--calibration={path}: line {number} has seconds that are none; delete that line")
+    if version != VERSION:
+        raise UserError(
+            f"--calibration={path}: line {number} was planned with version {version!r} of the rates, and here it is "
+            f"{VERSION}; delete it, or measure again by visionfm bench --compare-plan"
+        )
+    if not all(0 <= n < np.inf for n in modelled) or not 0 < measured < np.inf:
+        raise UserError(f"--calibration={path}: line {number}: seconds must be finite and positive; delete that line")
     return device, modelled, measured
 
 
 def append_record(path: str, record: dict[str, Any]) -> None:
-    """Add a line to a file of measurements."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def check_appendable(path: str) -> None:
-    """Before the minutes that a measurement takes.
+    """Add a line to a file of measurements.
 
     Raises:
-      UserError: the file cannot be written.
+      OutputError: it cannot be written.
     """
     try:
-        with open(path, "a"):
-            pass
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise UserError(f"--compare-plan={path}: {error.strerror}; name a file that can be written") from error
+        raise OutputError(
+            f"--compare-plan={path}: {error.strerror}; make room, then measure again: nothing was added to the file"
+        ) from error

@@ -13,6 +13,10 @@ from typing import NamedTuple
 from visionfm_jax.parallel.hlo import Attention, Product
 from visionfm_jax.parallel.targets import Target
 
+# Of these figures and of what `estimate` does with them: a change of either raises it, as a calibration corrects the
+# times of one version alone.
+VERSION = 1
+
 
 class Rates(NamedTuple):
     """Shares of a data sheet's figures."""

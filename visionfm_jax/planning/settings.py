@@ -11,7 +11,6 @@ import copy
 import itertools
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -23,8 +22,10 @@ from visionfm_jax.parallel.targets import Cluster
 from visionfm_jax.planning.calibration import Calibration
 from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
+from visionfm_jax.tasks.detection import DetectionConfig
+from visionfm_jax.tasks.eomt import EomtConfig
 
-REMAT = tuple(POLICIES)  # those that are tried, from most memory to most arithmetic; a configuration may have others
+REMAT = tuple(POLICIES)  # from most memory to most arithmetic
 COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
@@ -71,8 +72,8 @@ class Setting(NamedTuple):
 
 def heaviness(remat: str) -> float:
     """Where a value stands in `REMAT`; one that only some blocks follow, such as "full:8", just before its policy."""
-    policy = re.match("[a-z]*", remat)[0]
-    return REMAT.index(policy) - 0.5 * (remat != policy) if policy in REMAT else -0.5
+    policy, partly, _ = remat.partition(":")
+    return REMAT.index(policy) - 0.5 * bool(partly)
 
 
 def setting_of(config: Config) -> Setting:
@@ -139,17 +140,26 @@ class Planner:
 
     def know(self, setting: Setting, found: Estimate) -> None:
         """Give it an estimate that is there already."""
-        self._asked[setting] = concurrent.futures.Future()
-        self._asked[setting].set_result(found)
+        future = self._asked[self._program(setting)] = concurrent.futures.Future()
+        future.set_result(found)
         self.compiled += 1
 
     def ask(self, setting: Setting) -> concurrent.futures.Future[Estimate | None]:
         """The estimate, later; None where the compiler refuses the setting."""
+        program = self._program(setting)
         with self._lock:
-            if setting not in self._asked:
-                self._asked[setting] = self._pool.submit(self._estimate, setting)
+            if program not in self._asked:
+                self._asked[program] = self._pool.submit(self._estimate, setting)
                 self._on_progress(self.compiled, len(self._asked))
-            return self._asked[setting]
+            return self._asked[program]
+
+    def _program(self, setting: Setting) -> Setting:
+        """One name for settings that are the same program: where attention is fused, it has no logits to recompute."""
+        if isinstance(self.config.task, (DetectionConfig, EomtConfig)):  # whose heads recompute by other rules
+            return setting
+        kinds = zip(setting.remat, setting.attention, strict=True)
+        remat = tuple("none" if (policy, kind) == ("attention", "cudnn") else policy for policy, kind in kinds)
+        return setting._replace(remat=remat)
 
     def _estimate(self, setting: Setting) -> Estimate | None:
         try:
@@ -191,7 +201,13 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
                 break  # what recomputes less needs more memory yet; smaller micro-batches are no faster
     better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
     better = [(s, e) for s, e in better if e.seconds < 0.99 * now.seconds]
-    return sorted(better, key=lambda found: found[1].seconds)[:count]
+    return _fastest_first(better)[:count]
+
+
+def _fastest_first(found: list[tuple[Setting, Estimate]]) -> list[tuple[Setting, Estimate]]:
+    """One setting of each program."""
+    distinct = {id(estimated): (setting, estimated) for setting, estimated in found}
+    return sorted(distinct.values(), key=lambda f: f[1].seconds)
 
 
 def _may_fit(setting: Setting, base: Setting, now: Estimate) -> bool:
@@ -290,7 +306,7 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
         found = list(itertools.chain.from_iterable(walk.result() for walk in walks))
     finally:
         walkers.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for them
-    return sorted(found, key=lambda f: f[1].seconds)
+    return _fastest_first(found)
 
 
 def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:

@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 import typing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from visionfm_jax.data.sources.kinds import TfdsConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.transforms import RandAugment, RandomResizedCrop, Resize
 from visionfm_jax.errors import DataError, StorageError
+from visionfm_jax.machine import Room
 
 SIZE = 16
 LABELS = Labels(100)
@@ -149,26 +151,25 @@ def test_measuring_how_many_workers_are_needed_changes_nothing():
 @pytest.mark.parametrize(
     ("demand", "cores", "memory", "workers"),
     [
-        (90.0, 16, math.inf, 0),
-        (110.0, 16, math.inf, 2),
-        (500.0, 16, math.inf, 5),
-        (5000.0, 16, math.inf, 8),  # two cores each
-        (math.inf, 16, math.inf, 8),
-        (5000.0, 16, 3.5, 3),  # times what a process needs
-        (5000.0, 3, math.inf, 0),
-        (5000.0, 16, 0.0, 0),
+        (90.0, 18, math.inf, 0),
+        (110.0, 18, math.inf, 2),
+        (500.0, 18, math.inf, 5),
+        (5000.0, 18, math.inf, 8),  # two cores each, and two for the run
+        (math.inf, 18, math.inf, 8),
+        (5000.0, 18, 3.5, 3),  # times what a process needs
+        (5000.0, 5, math.inf, 0),
+        (5000.0, 0.25, math.inf, 0),  # eight processes on two cores
+        (5000.0, 18, 0.0, 0),
     ],
 )
-def test_as_many_workers_as_are_needed_and_have_room(monkeypatch, demand, cores, memory, workers):
+def test_as_many_workers_as_are_needed_and_have_room(demand, cores, memory, workers):
     class Batches:
         nbytes = 10
 
         def rate(self):
             return 100.0, 2.0
 
-    monkeypatch.setattr(batches_module, "usable_cores", lambda: cores)
-    monkeypatch.setattr(batches_module, "_shared_memory", lambda size, prefetch: (memory * 60, 60))
-    chosen, why = batches_module.choose_workers(Batches(), demand, 2)
+    chosen, why = batches_module.choose_workers(Batches(), demand, Room(cores, memory * 60), 2)
     assert chosen == workers
     assert ("allow no more than" in why) == (demand > 100 * max(1, workers))
     assert "one process makes 100 images/s on 2.0 cores" in why
@@ -405,6 +406,9 @@ def test_small_shared_memory_is_said_before_it_kills_workers(monkeypatch):
     monkeypatch.setattr(batches_module.os, "statvfs", lambda _: Stat)
     with pytest.raises(DataError, match=r"/dev/shm has 0 MB free.*--shm-size.*data\.workers to 0"):
         load(1, data=config(workers=2), batch_size=64)
+    big = SimpleNamespace(nbytes=10**6, close=lambda: None)
+    with pytest.raises(DataError, match=r"but the 2 processes of data\.workers = -1 with"):
+        batches_module.Loader(big, workers=2, prefetch=2, choice="2 processes: …")
 
 
 def test_threads_end_with_the_loader_also_after_an_error():

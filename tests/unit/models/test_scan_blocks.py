@@ -82,14 +82,17 @@ def test_policies_are_those_that_configurations_name():
 
 
 @pytest.mark.parametrize(
-    ("value", "rule"),
+    ("value", "rule", "remedy"),
     [
-        ("some", "one of"),
-        ("none:3", "one of"),
-        ("full:", "number of blocks"),
-        ("full:0", "number"),
-        ("ful:3", "one of"),
+        ("dot", "one of", "set it to dots"),
+        ("none:3", "without a number of blocks", "set it to none"),
+        ("full:", "number of blocks", "set it to full:18, or to full for all blocks"),
+        ("dots:x", "number of blocks", "set it to dots:18, or to dots for all blocks"),
+        ("full:0", "number", "full:18"),
+        ("ful:3", "one of", "set it to full"),
     ],
 )
-def test_other_words_are_refused(value, rule):
-    assert rule in REMAT.problem(value)[0]
+def test_other_words_are_refused(value, rule, remedy):
+    said = REMAT.problem(value)
+    assert rule in said[0]
+    assert remedy in said[1]

@@ -459,11 +459,12 @@ def test_bytes_of_arrays(dtype, nbytes):
     assert Array(dtype, (2, 3)).nbytes == nbytes
 
 
-def test_what_the_forward_pass_keeps_outside_of_loops():
+@pytest.mark.parametrize("in_a_loop", [False, True])  # of micro-batches
+def test_what_the_forward_pass_keeps_for_the_backward_pass_beside_it(in_a_loop):
     forward, backward = 'metadata={op_name="jit(f)/jvp(M)/mul"}', 'metadata={op_name="jit(f)/transpose(jvp(M))/mul"}'
     text = f"""HloModule m, is_scheduled=true
 
-ENTRY %main (p: bf16[64]) -> bf16[64] {{
+{"" if in_a_loop else "ENTRY "}%main (p: bf16[64]) -> bf16[64] {{
   %p = bf16[64]{{0}} parameter(0)
   %kept = (bf16[64]{{0}}, f32[8]{{0}}) custom-call(%p), custom_call_target="x", {forward}
   %first = bf16[64]{{0}} get-tuple-element(%kept), index=0, {forward}
@@ -475,5 +476,12 @@ ENTRY %main (p: bf16[64]) -> bf16[64] {{
   %used = bf16[8,8]{{1,0}} multiply(%view, %again), {backward}
   ROOT %out = bf16[64]{{0}} multiply(%used, %again), {backward}
 }}
+"""
+    if in_a_loop:
+        text += """
+ENTRY %all (q: bf16[64]) -> bf16[64] {
+  %q = bf16[64]{0} parameter(0)
+  ROOT %loop = bf16[64]{0} while(%q), condition=%less, body=%main
+}
 """
     assert Module(text).kept_bytes() == 128  # of `kept` one output, twice read; the other stays in the forward pass

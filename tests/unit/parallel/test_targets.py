@@ -18,6 +18,7 @@ from visionfm_jax.parallel.targets import (
     find_cluster,
     find_target,
     peak_flops,
+    pipelined,
     read_targets,
     xla_flags,
 )
@@ -221,6 +222,8 @@ def test_flags_are_spelled_as_this_jax_spells_them():
     for new in ("0.12.0.1", "0.13.0", "1.0.0.dev1"):
         assert "--xla_gpu_pipeline_all_gather=on" in xla_flags(new)
         assert len(xla_flags(new)) == len(xla_flags("0.10.2"))
+        assert pipelined("reduce_scatter", new) == "--xla_gpu_pipeline_reduce_scatter=on"
+    assert pipelined("reduce_scatter", "0.10.2") == "--xla_gpu_enable_pipelined_reduce_scatter=true"
 
 
 def test_launchers_without_this_package_say_which_python_they_asked():

@@ -1,6 +1,7 @@
 """Estimates corrected by measured steps."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import jax
 import pytest
 
 from visionfm_jax import bench
-from visionfm_jax.errors import UserError, entry_point
-from visionfm_jax.parallel.targets import TARGETS
+from visionfm_jax.errors import OutputError, UserError, entry_point
+from visionfm_jax.parallel.targets import TARGETS, Cluster
+from visionfm_jax.planning import rates
 from visionfm_jax.planning.calibration import append_record, calibration_of, read_calibration
 from visionfm_jax.planning.compiled import CompiledStep
+from visionfm_jax.planning.rates import VERSION
 
 A100 = TARGETS["a100-80gb"]
 STEPS = [  # seconds of the model, by kind
@@ -24,7 +27,7 @@ STEPS = [  # seconds of the model, by kind
 
 
 def record(modelled, measured, device="NVIDIA A100-SXM4-80GB"):
-    return {"device": device, "planned_seconds": modelled, "measured_seconds": measured}
+    return {"device": device, "planned_seconds": modelled, "measured_seconds": measured, "rates": VERSION}
 
 
 def seconds(calibration, modelled):
@@ -65,6 +68,14 @@ def test_only_steps_of_the_same_card_count(path):
     assert read_calibration(path, A100).source.endswith("1 measured step")
     with pytest.raises(UserError, match="measured on NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3, not on NVIDIA B200"):
         read_calibration(path, TARGETS["b200"])
+    with pytest.raises(UserError, match="not on Mine; leave --calibration out"):  # a card of a --targets file
+        read_calibration(path, replace(A100, description="Mine"))
+
+
+def test_rates_that_change_have_another_version():
+    """Where this fails for a change of the figures, raise `VERSION` too."""
+    figures = {name: value for name, value in vars(rates).items() if name.isupper()}
+    assert f"{zlib.crc32(repr(sorted(figures.items())).encode()):08x}" == "ba92a6b0"
 
 
 def test_the_range_says_what_it_rests_on():
@@ -80,10 +91,12 @@ def test_the_range_says_what_it_rests_on():
         ("[]", "line 2 is no record"),
         ('{"device": "NVIDIA A100-SXM4-80GB"}', "line 2 lacks 'planned_seconds'"),
         (json.dumps(record(STEPS[0] | {"waits": "long"}, 1.0)), "line 2 is no record"),
-        (json.dumps(record(STEPS[0] | {"waits": -1}, 1.0)), "line 2 has seconds that are none"),
-        (json.dumps(record(STEPS[0], float("nan"))), "line 2 has seconds that are none"),
-        (json.dumps(record(STEPS[0], 0)), "line 2 has seconds that are none"),
-        (json.dumps(record(STEPS[0], 1.0, device=7)), "line 2 has seconds that are none"),
+        (json.dumps(record(STEPS[0] | {"waits": -1}, 1.0)), "line 2: seconds must be finite and positive"),
+        (json.dumps(record(STEPS[0], float("nan"))), "line 2: seconds must be finite and positive"),
+        (json.dumps(record(STEPS[0], 0)), "line 2: seconds must be finite"),
+        (json.dumps(record(STEPS[0], 1.0, device=7)), "line 2 is no record"),
+        (json.dumps(record(STEPS[0], 1.0) | {"rates": 0}), "line 2 was planned with version 0 of the rates"),
+        ("\n{", "line 3 is no record"),  # blank lines count
     ],
 )
 def test_a_bad_line_is_named(path, line, said):
@@ -120,18 +133,60 @@ def test_bench_writes_what_plan_reads(monkeypatch, path):
     """The step of a stand-in for a GPU: its name, and a program as XLA compiles for one."""
     step = SimpleNamespace(as_text=lambda: HLO, memory_analysis=lambda: SimpleNamespace(
         peak_memory_in_bytes=2**30, argument_size_in_bytes=2**20))  # fmt: skip
-    monkeypatch.setattr(bench, "find_target", lambda kind: A100)
     monkeypatch.setattr(bench, "described", lambda trainer, compiled, *_: replace(
         TINY, hlo=compiled.as_text(), peak=compiled.memory_analysis().peak_memory_in_bytes))  # fmt: skip
     names = ("devices", "config", "batch_size", "accumulate", "precision", "stage", "attention", "remat")
     figures = dict.fromkeys(names) | {"device": "NVIDIA A100-SXM4-80GB", "jax": jax.__version__}
-    plan = bench.planned(None, step)
+    plan = bench.planned(None, step, Cluster(A100, 1, 1))
     low, high = plan["range_ms"]
     assert low < 1e3 * sum(plan["seconds"].values()) < high
     figures |= {"step_ms": {"p50": 0.66}, "peak_gib_measured": 1.1, "plan": plan}
     append_record(path, bench.record_of(figures))
     assert json.loads(Path(path).read_text())["planned_peak_gib"] == 1.0
     assert seconds(read_calibration(path, A100), plan["seconds"]) == pytest.approx(0.66e-3, rel=0.03)
+
+
+def test_machines_are_counted_by_the_hosts_of_their_processes():
+    assert bench.count_machines(["a"]) == 1
+    assert bench.count_machines(["a"] * 8) == 1  # a process for each GPU
+    assert bench.count_machines(["a"] * 8 + ["b"] * 8) == 2
+    assert bench.count_machines(["a", "b", "c"]) == 3  # a process for each machine
+    for uneven in (["a", "b", "a", "b"], ["a", "a", "b"]):
+        with pytest.raises(UserError, match=r"1 on b.*neighbours, on each machine; start them so"):
+            bench.count_machines(uneven)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`bench` as on eight GPUs of a machine, one process each, without a step."""
+    a100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(bench.cluster, "initialize", lambda: (0, 1))
+    monkeypatch.setattr(bench.jax, "devices", lambda: [a100])
+    monkeypatch.setattr(bench.jax, "device_count", lambda: 8)
+    monkeypatch.setattr(bench, "from_each", lambda own: [own] * 8)
+    monkeypatch.setattr(bench, "record_of", lambda figures: figures)
+    monkeypatch.setattr(bench, "measure", lambda *_, compare, **__: {"cluster": compare.name})
+    return monkeypatch
+
+
+def test_a_process_for_each_gpu_is_one_machine_to_a_plan(on_a_gpu, path):
+    assert entry_point(bench.main)(["--config=quickstart", f"--compare-plan={path}"]) == 0
+    assert json.loads(Path(path).read_text()) == {"cluster": "a100-80gb:1x8"}
+
+
+def test_the_first_process_alone_opens_the_file(on_a_gpu, capsys, tmp_path):
+    words = ["--config=quickstart", f"--compare-plan={tmp_path / 'no' / 'folder'}"]
+    assert entry_point(bench.main)(words) == 2
+    assert "No such file or directory; name a file that can be written" in capsys.readouterr().err
+    on_a_gpu.setattr(bench.cluster, "initialize", lambda: (1, 8))
+    assert entry_point(bench.main)(words) == 0
+
+
+def test_a_full_disk_does_not_lose_a_measurement(on_a_gpu, capsys):
+    assert entry_point(bench.main)(["--config=quickstart", "--compare-plan=/dev/full"]) == OutputError.exit_code
+    out, error = capsys.readouterr()
+    assert json.loads(out) == {"cluster": "a100-80gb:1x8"}
+    assert "--compare-plan=/dev/full: No space left on device; make room" in error
 
 
 def test_bench_refuses_to_compare_what_no_plan_is_for(monkeypatch, capsys, path):
