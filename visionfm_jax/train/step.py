@@ -64,7 +64,11 @@ class Trainer:
     @functools.cached_property
     def step(self) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
         """Made at its first use: who only predicts needs none of what a step asks of devices."""
-        task = make_task(self.step_config, gather_params)
+        chosen = {network.attention for network in self.step_config.model.networks().values()}
+        same = (
+            self.step_config.model == self.config.model or "cudnn" not in chosen
+        )  # "auto" is XLA's where nobody chose
+        task = self.task if same else make_task(self.step_config, gather_params)
         return jax.jit(
             make_step(self.step_config, task, self.tx, self.zero),
             in_shardings=(self.shardings, NamedSharding(self.mesh, BATCH)),
