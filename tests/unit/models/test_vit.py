@@ -217,7 +217,8 @@ def test_the_compiled_step_does_not_grow_with_depth():
     """The program that XLA gets: 12, 24, 32 and 40 layers are the same loop, in the step of the full configuration."""
     lines = {}
     for size in ("B", "L", "H", "g"):
-        config, _ = load.from_arguments([f"--config={CONFIG}", f"--config.model.size={size}"])
+        flags = [f"--config.model.size={size}", "--config.model.scan_layers=True"]
+        config, _ = load.from_arguments([f"--config={CONFIG}", *flags])
         trainer = Trainer(config, make_mesh())
         lowered = trainer.step.lower(trainer.shapes, trainer.task.batch_spec(config.train.batch_size))
         lines[size] = len(lowered.as_text().splitlines())
