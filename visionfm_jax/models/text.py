@@ -116,14 +116,9 @@ class TextTransformer(nn.Module):
             activation=config.activation, matmuls=config.mlp_matmuls, parent=None,
         )  # fmt: skip
         x = scan_blocks(
-            self,
-            [block],
-            size.depth,
-            x,
-            gather_params=self.gather_params,
-            remat=config.remat,
+            self, [block], size.depth, x, gather_params=self.gather_params, remat=config.remat,
             unroll=not config.scan_layers,
-        )
+        )  # fmt: skip
         if config.pool == "end":
             end = jnp.argmax(tokens == config.end_token, 1)
             x = jnp.take_along_axis(x, end[:, None, None], axis=1)
