@@ -22,8 +22,6 @@ from visionfm_jax.parallel.targets import Cluster
 from visionfm_jax.planning.calibration import Calibration
 from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, missing_packages
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
-from visionfm_jax.tasks.detection import DetectionConfig
-from visionfm_jax.tasks.eomt import EomtConfig
 
 REMAT = tuple(POLICIES)  # from most memory to most arithmetic
 COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
@@ -140,26 +138,17 @@ class Planner:
 
     def know(self, setting: Setting, found: Estimate) -> None:
         """Give it an estimate that is there already."""
-        future = self._asked[self._program(setting)] = concurrent.futures.Future()
-        future.set_result(found)
+        self._asked[setting] = concurrent.futures.Future()
+        self._asked[setting].set_result(found)
         self.compiled += 1
 
     def ask(self, setting: Setting) -> concurrent.futures.Future[Estimate | None]:
         """The estimate, later; None where the compiler refuses the setting."""
-        program = self._program(setting)
         with self._lock:
-            if program not in self._asked:
-                self._asked[program] = self._pool.submit(self._estimate, setting)
+            if setting not in self._asked:
+                self._asked[setting] = self._pool.submit(self._estimate, setting)
                 self._on_progress(self.compiled, len(self._asked))
-            return self._asked[program]
-
-    def _program(self, setting: Setting) -> Setting:
-        """One name for settings that are the same program: where attention is fused, it has no logits to recompute."""
-        if isinstance(self.config.task, (DetectionConfig, EomtConfig)):  # whose heads recompute by other rules
-            return setting
-        kinds = zip(setting.remat, setting.attention, strict=True)
-        remat = tuple("none" if (policy, kind) == ("attention", "cudnn") else policy for policy, kind in kinds)
-        return setting._replace(remat=remat)
+            return self._asked[setting]
 
     def _estimate(self, setting: Setting) -> Estimate | None:
         try:
@@ -201,13 +190,7 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
                 break  # what recomputes less needs more memory yet; smaller micro-batches are no faster
     better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
     better = [(s, e) for s, e in better if e.seconds < 0.99 * now.seconds]
-    return _fastest_first(better)[:count]
-
-
-def _fastest_first(found: list[tuple[Setting, Estimate]]) -> list[tuple[Setting, Estimate]]:
-    """One setting of each program."""
-    distinct = {id(estimated): (setting, estimated) for setting, estimated in found}
-    return sorted(distinct.values(), key=lambda f: f[1].seconds)
+    return sorted(better, key=lambda found: found[1].seconds)[:count]
 
 
 def _may_fit(setting: Setting, base: Setting, now: Estimate) -> bool:
@@ -306,7 +289,7 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
         found = list(itertools.chain.from_iterable(walk.result() for walk in walks))
     finally:
         walkers.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for them
-    return _fastest_first(found)
+    return sorted(found, key=lambda f: f[1].seconds)
 
 
 def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:

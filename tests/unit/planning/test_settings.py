@@ -293,17 +293,3 @@ def test_unrolled_layers_are_tried_where_they_are_a_loop():
     figures = ("seconds", "range", "images_per_s", "mfu")
     found = SimpleNamespace(**dict.fromkeys(figures), compiled=SimpleNamespace(peak=0))
     assert setting_json(base, loop, found)["scan_layers"] == {"model": False}
-
-
-@pytest.mark.parametrize(("config", "programs"), [("vit_huge", 4), ("vit_huge_coco", 5)])
-def test_settings_of_the_same_program_are_compiled_once(monkeypatch, config, programs):
-    """With fused attention `none` and `attention` are one, but for detectors, whose cross-attention is not fused."""
-    monkeypatch.setattr(settings, "compile_step", lambda config, *_: config.model.remat)
-    monkeypatch.setattr(settings, "estimate", lambda step, *_: SimpleNamespace(seconds=REMAT.index(step)))
-    config, _ = load.from_arguments([f"--config=configs/{config}.py"])
-    with settings.Planner(config, find_cluster("h100:2x8"), None, lambda *_: None) as planner:
-        asked = [setting_of(config).with_attention("cudnn")._replace(remat=(remat,)) for remat in REMAT]
-        found = [(setting, planner.ask(setting).result()) for setting in asked]
-        assert planner.compiled == len(settings._fastest_first(found)) == programs
-        plain = [planner.ask(setting.with_attention("xla")).result() for setting in asked]
-        assert [e.seconds for e in plain] == [0, 1, 2, 3, 4]
