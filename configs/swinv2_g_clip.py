@@ -1,6 +1,6 @@
 """SwinV2-G and a text tower, 3.36 B parameters: CLIP at 224 px on the 1.2 B pairs of LAION-5B with the highest score.
 
-    visionfm select --path=/data/laion5b --where='similarity >= 0.28' --out=/data/laion5b.selection
+    visionfm data select --path=/data/laion5b --where='similarity >= 0.28' --out=/data/laion5b.selection
     visionfm train --config=swinv2_g_clip
     visionfm train --config=swinv2_g_clip:tiny
 

@@ -31,15 +31,15 @@ COMMANDS = {  # module and what it does
     "plan": ("plan", "estimate memory, collectives and time of a step on a cluster, without GPUs"),
     "scripts": ("scripts", "copy the launch scripts of SLURM, MPI, Kubernetes and one machine into a folder"),
     "bench": ("bench", "time the training step on synthetic data"),
-    "select": ("data.select", "select image-text pairs of a folder of tars by their metadata"),
     "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on the captions of a configuration"),
-    "checksums": ("data.checksums", "make checksums of image files"),
+    "data select": ("data.select", "select image-text pairs of a folder of tars by their columns"),
+    "data checksums": ("data.checksums", "make checksums of image files"),
 }
 
 
 def usage() -> str:
     """The commands, for people."""
-    lines = [f"  {name:10} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:16} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(["usage: visionfm COMMAND [ARGUMENTS]", "", *lines, "", "More: visionfm COMMAND --help"])
 
 
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         use_large_pages()
         argv = sys.argv[1:]
     name, *rest = argv or [""]
-    if name in ("-h", "--help"):
+    if any(command.startswith(f"{name} ") for command in COMMANDS) and rest and rest[0] not in ("-h", "--help"):
+        name, *rest = f"{name} {rest[0]}", *rest[1:]
+    if name in ("-h", "--help", "data"):
         show_help(usage())
         return 0
     if name not in COMMANDS:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", console.COMMANDS)
 def test_every_command_has_help_under_its_own_name(name, capsys):
     with pytest.raises(SystemExit) as end:
-        console.main([name, "--help"])
+        console.main([*name.split(), "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: visionfm {name} [-h]")

@@ -79,6 +79,8 @@ def test_a_command_is_understood(page, line, monkeypatch):
         monkeypatch.setattr(Parser, name, parsed)
     words = shlex.split(line, comments=True)
     command, rest = (words[1], words[2:]) if words[0] == "visionfm" else ("train", words[3:])
+    if command == "data":
+        command, rest = f"data {rest[0]}", rest[1:]
     name = COMMANDS[command][0]
     mode = {"mode": command} if name == "main" else {}
     with pytest.raises(Understood):

@@ -1,6 +1,6 @@
 """Make checksums of the image files of a configuration, so that damaged files are noticed.
 
-    python -m visionfm_jax.data.checksums --config=FILE.py [--config.FIELD=VALUE …]
+    visionfm data checksums --config=FILE.py [--config.FIELD=VALUE …]
 
 Reads every file of the class folders, COCO and Visual Genome in `data.train` and `evals` once, and writes the checksums
 to one file next to the data (in ~/.cache if that is not writable). Runs find this file and check every image that they

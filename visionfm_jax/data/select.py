@@ -1,6 +1,6 @@
 """Select image-text pairs of a folder of tars by the columns of the parquet files next to them.
 
-    python -m visionfm_jax.data.select --path=FOLDER --out=FOLDER/good.pairs \\
+    visionfm data select --path=FOLDER --out=FOLDER/good.pairs \\
         --where='similarity >= 0.28 and NSFW == "UNLIKELY" and pwatermark < 0.8 and width >= 200'
 
 Conditions consist of columns, numbers and quoted text with == != < <= > >=, in (…), and, or, not, + - * /. An empty
@@ -26,16 +26,19 @@ from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import columns
 from visionfm_jax.data.columns import Chosen
 from visionfm_jax.data.conditions import Condition, parse
+from visionfm_jax.data.shards import Engine, add_arguments, engine_of, map_shards
 from visionfm_jax.data.sources.selection import write_selection
-from visionfm_jax.data.sources.tar_index import each
+from visionfm_jax.data.sources.tar_index import engine_for
 from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point
+from visionfm_jax.errors import DataError, UserError, entry_point
 from visionfm_jax.storage import read, write_text
 
 SHOWN = 20  # tars in the printed table; the JSON has all
 
 
-def select(path: str, where: str, out: Path, *, caption_key: str = "txt", jobs: int | None = None) -> dict[str, Any]:
+def select(
+    path: str, where: str, out: Path, *, caption_key: str = "txt", engine: Engine | None = None
+) -> dict[str, Any]:
     """Write the selection and its report.
 
     Args:
@@ -43,7 +46,7 @@ def select(path: str, where: str, out: Path, *, caption_key: str = "txt", jobs: 
       where: conditions; see `data.conditions`.
       out: file to write; the report goes to the same name with .json behind it.
       caption_key: suffix of the members with captions, as for `TarPairs`.
-      jobs: processes; None: one per core.
+      engine: that evaluates them; None: as `tar_index.engine_for` says.
 
     Returns:
       The report.
@@ -59,7 +62,8 @@ def select(path: str, where: str, out: Path, *, caption_key: str = "txt", jobs: 
         (t["name"], index.records[a:b]) for t, a, b in zip(index.tars, index.starts, index.starts[1:], strict=False)
     ]
     work = functools.partial(columns.choose, source.store, conditions)
-    found = each(work, tars, local=source.store.local, title="selecting", jobs=jobs)
+    engine = engine_for(source.store, len(tars), engine)
+    found = map_shards(work, tars, engine, title="selecting", unit=" tars")
     report = _Report(source, where, conditions)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -176,12 +180,12 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
     parser.add_argument("--where", required=True, help="conditions, see above")
     parser.add_argument("--out", required=True, type=Path, help="selection file to write")
     parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
-    parser.add_argument("--jobs", type=int, help="number of processes (one per core)")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
-    if arguments.jobs is not None and not 1 <= arguments.jobs <= 1024:
-        raise ConfigError(f"--jobs={arguments.jobs}: must lie in [1, 1024]; leave it out for one per core")
     out = arguments.out.expanduser()
-    report = select(arguments.path, arguments.where, out, caption_key=arguments.caption_key, jobs=arguments.jobs)
+    report = select(
+        arguments.path, arguments.where, out, caption_key=arguments.caption_key, engine=engine_of(arguments)
+    )
     print_report(Console(soft_wrap=False), report, out)
 
 

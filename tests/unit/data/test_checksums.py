@@ -120,11 +120,11 @@ def test_the_log_says_what_has_no_checksum(folder, caplog):
         (folder / "train/class0/1.png").write_bytes(picture(1))
         open_source(config)
     lines = [r.message.partition("[train]: ")[2] for r in caplog.records]
-    assert lines[0].startswith("its files have no checksums, so a flipped bit may go unnoticed; python -m")
+    assert lines[0].startswith("its files have no checksums, so a flipped bit may go unnoticed; visionfm data")
     assert lines[1:] == [
         f"its 6 files are compared with {folder / 'visionfm_train.checksums'}",
         f"1 of 7 files have no checksum in {folder / 'visionfm_train.checksums'}, the first is class0/1.png; run "
-        "python -m visionfm_jax.data.checksums again",
+        "visionfm data checksums again",
     ]
 
 
@@ -167,7 +167,7 @@ def test_damaged_checksums_are_refused(folder):
     path = folder / "visionfm_train.checksums"
     for byte in np.random.default_rng(0).integers(path.stat().st_size, size=20).tolist():
         turn_a_bit(path, byte)
-        with pytest.raises(DataError, match=r"train.checksums: cannot be used \(.*\); delete it, then run python"):
+        with pytest.raises(DataError, match=r"train.checksums: cannot be used \(.*\); delete it, then run visionfm data"):
             open_source(config)
         turn_a_bit(path, byte)
     assert damaged(config) == []

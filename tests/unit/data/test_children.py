@@ -8,8 +8,8 @@ import time
 
 PARENT = """
 import multiprocessing, os, signal, time
-from visionfm_jax.data.sources.tar_index import each
-results = each(time.sleep, [0] + [60] * 99, local=True, title="", jobs=2)
+from visionfm_jax.data.shards import Local, map_shards
+results = map_shards(time.sleep, [0] + [60] * 99, Local(2), title="")
 next(results)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

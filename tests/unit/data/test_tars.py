@@ -346,7 +346,7 @@ def test_a_malformed_selection_is_refused_in_one_line(folder, damage):
         TarPairs(str(folder), selection=str(path))
     message = str(caught.value)
     assert message.startswith(f"selection {path}: cannot be read (")
-    assert message.endswith("; run python -m visionfm_jax.data.select again")
+    assert message.endswith("; run visionfm data select again")
     assert "\n" not in message
 
 

@@ -1,6 +1,6 @@
 """A CRC-32 of each image file of a dataset, in one file beside them, for loose files have no checksum of their own.
 
-`python -m visionfm_jax.data.checksums` makes it, once; a source that finds it compares every file that it reads. A file
+`visionfm data checksums` makes it, once; a source that finds it compares every file that it reads. A file
 is found by a digest of its name, so that the order does not matter, and files that come later are the only ones to be
 read then. It takes 28 bytes a file, in every process that reads images. It is no part of a dataset's fingerprint, so
 that it may be made, or made again, in the midst of a run.
@@ -25,7 +25,7 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import cached, read_table
 from visionfm_jax.errors import DataError
 
-COMMAND = "python -m visionfm_jax.data.checksums"
+COMMAND = "visionfm data checksums"
 VERSION = 1
 RECORD = np.dtype([("name", "<u8"), ("size", "<u8"), ("stamp", "<i8"), ("crc", "<u4")])
 """Of a file: `digest_of` its name; size in bytes and time of change in ns, by which it is known whether it must be read

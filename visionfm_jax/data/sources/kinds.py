@@ -107,7 +107,7 @@ class TarsConfig(Format):
     reader: ClassVar[str] = "tars:open_tars"
 
     caption_key: str = "caption"  # caption: the .txt of each image; or another suffix; empty: no captions
-    selection: str = ""  # file of `python -m visionfm_jax.data.select`; empty: all pairs
+    selection: str = ""  # file of `visionfm data select`; empty: all pairs
 
 
 @dataclass(kw_only=True)

@@ -70,7 +70,7 @@ def read_selection(path: str, index: Index) -> Selection:
     Raises:
       DataError: there is no such file, or the tars are not those that it was made from.
     """
-    again = "run python -m visionfm_jax.data.select again"
+    again = "run visionfm data select again"
     try:
         bits, meta = read_table(Path(path).expanduser(), np.uint8, verify=True)
         tars = meta.get("tars")
@@ -85,7 +85,7 @@ def read_selection(path: str, index: Index) -> Selection:
         ):
             raise ValueError("the file contradicts itself")
     except FileNotFoundError:
-        raise DataError(f"selection {path}: no such file; make it with python -m visionfm_jax.data.select") from None
+        raise DataError(f"selection {path}: no such file; make it with visionfm data select") from None
     except (OSError, ValueError) as error:
         raise DataError(f"selection {path}: cannot be read ({error}); {again}") from error
     then = {name: (size, crc, pairs) for name, size, crc, pairs, _ in tars}

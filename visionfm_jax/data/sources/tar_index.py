@@ -8,33 +8,27 @@ any memory of a process.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import glob
-import multiprocessing
 import secrets
-import sys
 import tarfile
 import time
-import types
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from visionfm_jax import storage
-from visionfm_jax.data.children import end_with_parent
+from visionfm_jax.data.shards import Engine, Here, Local, Threads, map_shards
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text
 from visionfm_jax.data.sources.store import Store, read_table, write_table
 from visionfm_jax.errors import DataError, printable
-from visionfm_jax.machine import usable_cores
 
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
 RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption", "caption_size", "crc")])
@@ -56,8 +50,6 @@ _PIECE = 2**20  # bytes that are read at once
 _PROCESSES_FROM = 16  # tars; for fewer, other processes take longer to start than to read
 _KEPT = 60.0  # seconds after which what was read is kept
 _REQUESTS = 32  # tars of a store that are read side by side
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -98,12 +90,13 @@ def checksum(image: bytes, caption: bytes) -> int:
     return zlib.crc32(image) ^ zlib.crc32(caption)
 
 
-def open_index(store: Store, suffix: str) -> Index:
+def open_index(store: Store, suffix: str, engine: Engine | None = None) -> Index:
     """The index of a folder's tars; those that are new or changed since the last time are read first.
 
     Args:
       store: the folder.
       suffix: of the members with captions, such as "txt"; empty: all pictures, without captions.
+      engine: that reads the tars; None: as `engine_for` says.
 
     Raises:
       DataError: no tar, a folder or tar that cannot be read, or no place for the index.
@@ -125,7 +118,7 @@ def open_index(store: Store, suffix: str) -> Index:
         with claimed(places, f"the index of the tars of {store.url}") as place:
             if place is None or _fresh(index := known(logging.warning), tars):  # another process has made it
                 continue
-            _write(store, suffix, tars, index, place)
+            _write(store, suffix, tars, index, place, engine)
             if not store.local and not store.put(place, name):
                 logging.info("%s: cannot be written, so the index is kept in %s only", store.url, place)
     assert index is not None
@@ -219,33 +212,11 @@ def keys(store: Store, name: str, records: np.ndarray) -> list[str]:
         raise OSError(f"{name}: {error}; the file has changed") from error
 
 
-def each(
-    function: Callable[[_T], _R], tars: Sequence[_T], *, local: bool, title: str, jobs: int | None = None
-) -> Iterator[_R]:
-    """`map` over tars, in order: in `jobs` processes, or in threads where the time goes into waiting for a store."""
-    jobs = jobs or usable_cores()
-    bar = functools.partial(
-        tqdm, total=len(tars), desc=title, unit=" tars", delay=2, leave=False, disable=not sys.stderr.isatty()
-    )
-    if local and (jobs == 1 or len(tars) < _PROCESSES_FROM):
-        yield from bar(map(function, tars))
-        return
-    pool: concurrent.futures.Executor
-    if local:
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=end_with_parent)
-    else:
-        pool = concurrent.futures.ThreadPoolExecutor(_REQUESTS)
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")  # spawned processes would import it: the whole trainer
-    try:
-        results = pool.map(function, tars)
-    finally:
-        sys.modules["__main__"] = main
-    try:
-        yield from bar(results)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def engine_for(store: Store, count: int, engine: Engine | None) -> Engine:
+    """Who reads `count` tars: `engine` if it is given, threads where the time goes into waiting for a store."""
+    if not store.local and (engine is None or isinstance(engine, Local)):
+        return Threads(_REQUESTS)
+    return engine or (Local() if count >= _PROCESSES_FROM else Here())
 
 
 def _scan(
@@ -363,7 +334,14 @@ def _fresh(index: Index | None, tars: dict[str, tuple[int, str]]) -> bool:
     return index is not None and len(_known(index, tars)) == len(tars) == len(index.tars)
 
 
-def _write(store: Store, suffix: str, tars: dict[str, tuple[int, str]], known: Index | None, path: Path) -> None:
+def _write(
+    store: Store,
+    suffix: str,
+    tars: dict[str, tuple[int, str]],
+    known: Index | None,
+    path: Path,
+    engine: Engine | None,
+) -> None:
     """Write the index of all tars to `path`; of those that are not known, after they were read.
 
     What was read is kept beside `path` every `_KEPT` seconds, for the next start if this one is interrupted.
@@ -386,7 +364,9 @@ def _write(store: Store, suffix: str, tars: dict[str, tuple[int, str]], known: I
     read: list[tuple[np.ndarray, dict[str, Any]]] = []
     kept = time.monotonic()
     try:
-        for found in each(functools.partial(scan, store, suffix), todo, local=store.local, title="indexing"):
+        scanned = functools.partial(scan, store, suffix)
+        engine = engine_for(store, len(todo), engine)
+        for found in map_shards(scanned, todo, engine, title="indexing", unit=" tars"):
             read.append(found)
             if time.monotonic() - kept >= _KEPT or len(where) + len(read) == len(tars):
                 parts.append(path.with_name(f"{path.name}.part-{secrets.token_hex(4)}"))

@@ -55,7 +55,7 @@ class TarPairs:
 
     Args:
       path: folder or URL with the tars.
-      selection: file that `python -m visionfm_jax.data.select` wrote; empty: all pairs.
+      selection: file that `visionfm data select` wrote; empty: all pairs.
       caption_key: suffix of the members with captions; empty: pictures alone, all that there are.
 
     Attributes:

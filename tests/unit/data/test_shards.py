@@ -1,0 +1,146 @@
+"""A function over shards gives the same by every engine, whatever dies."""
+
+import functools
+import os
+import signal
+import time
+
+import pytest
+
+from visionfm_jax.config.arguments import Parser
+from visionfm_jax.data import shards
+from visionfm_jax.data.shards import Here, Local, Ray, Threads, map_shards
+from visionfm_jax.errors import ConfigError, DataError, LostError, UserError
+
+ENGINES = (Here(), Threads(3), Local(1), Local(3))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray, with two workers."""
+    import ray
+
+    paths = {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])}
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env={"env_vars": paths})
+    yield Ray()
+    ray.shutdown()
+
+
+def squared(shard):
+    return shard * shard
+
+
+def squared_slowly(shard):
+    time.sleep(0.02 * (shard % 3))  # so that they end out of order
+    return shard * shard
+
+
+def fails(shard):
+    if shard == 7:
+        raise DataError("shard 7 is damaged")
+    return shard
+
+
+def dies(folder, often, shard):
+    """As `squared`, but its process is killed `often` times at shard 5."""
+    if shard == 5:
+        deaths = len(os.listdir(folder))
+        if deaths < often:
+            (folder / str(deaths)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return shard * shard
+
+
+def mapped(function, engine, count=40):
+    return list(map_shards(function, range(count), engine, title="test"))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+def test_results_are_in_order(engine):
+    assert mapped(squared_slowly, engine) == [i * i for i in range(40)]
+    assert mapped(squared, engine, 0) == []
+
+
+def test_a_cluster_gives_the_same(cluster):
+    assert mapped(squared_slowly, cluster) == [i * i for i in range(40)]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=repr)
+def test_what_a_shard_raises_comes_in_its_place(engine):
+    results = map_shards(fails, range(40), engine, title="test")
+    assert [next(results) for _ in range(7)] == list(range(7))
+    with pytest.raises(DataError, match="shard 7 is damaged"):
+        next(results)
+
+
+def test_what_a_shard_raises_on_a_cluster_is_the_same_error(cluster):
+    with pytest.raises(DataError, match="shard 7 is damaged"):
+        mapped(fails, cluster)
+
+
+@pytest.mark.parametrize("often", [1, 2])
+def test_the_work_of_processes_that_die_is_done_again(tmp_path, often, capsys):
+    assert mapped(functools.partial(dies, tmp_path, often), Local(2)) == [i * i for i in range(40)]
+    assert len(os.listdir(tmp_path)) == often
+    assert capsys.readouterr().err.count("a process died at one of ") == often
+
+
+def test_a_shard_that_kills_its_process_each_time_is_named(tmp_path):
+    with pytest.raises(LostError, match=r"a process died 3 times at one of 5, 6; memory may be short"):
+        mapped(functools.partial(dies, tmp_path, 99), Local(2))
+
+
+def test_the_work_of_workers_that_die_on_a_cluster_is_done_again(cluster, tmp_path):
+    assert mapped(functools.partial(dies, tmp_path, 2), cluster) == [i * i for i in range(40)]
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_shard_that_kills_its_worker_on_a_cluster_each_time_is_named(cluster, tmp_path):
+    with pytest.raises(LostError, match=r"the worker died 3 times at 5 \(.*start the same command again"):
+        mapped(functools.partial(dies, tmp_path, 99), cluster)
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_shards_are_handed_out_as_workers_take_them():
+    """Memory does not grow with their number: only so many wait as workers may be ahead."""
+    started = []
+    results = map_shards(started.append, range(10_000), Threads(2), title="test")
+    next(results)
+    time.sleep(0.1)
+    assert len(started) <= 2 * shards.AHEAD + 1
+    results.close()
+    time.sleep(0.1)
+    assert len(started) <= 2 * shards.AHEAD + 1, "work went on after nobody wanted it"
+
+
+def engine_of(*words, gpus=0):
+    parser = Parser("test", "")
+    shards.add_arguments(parser)
+    return shards.engine_of(parser.parse_args(words), gpus)
+
+
+def test_the_command_line_names_an_engine():
+    assert engine_of() is None
+    assert engine_of("--jobs=3") == Local(3)
+    assert engine_of("--engine=ray") == Ray("")
+    assert engine_of("--engine=ray", "--address=head:6379", gpus=1) == Ray("head:6379", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs=0"], r"--jobs=0: must lie in \[1, 1024\]"),
+        (["--jobs=2", "--engine=ray"], "--jobs=2: is for --engine=local"),
+        (["--address=head"], "--address=head: is for --engine=ray; add that, or leave --address out"),
+        (["--engine=beam"], "invalid choice"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        engine_of(*words)
+
+
+def test_where_there_is_no_ray_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'visionfm_jax\[ray\]'"):
+        mapped(squared, Ray())
