@@ -167,7 +167,9 @@ def test_damaged_checksums_are_refused(folder):
     path = folder / "visionfm_train.checksums"
     for byte in np.random.default_rng(0).integers(path.stat().st_size, size=20).tolist():
         turn_a_bit(path, byte)
-        with pytest.raises(DataError, match=r"train.checksums: cannot be used \(.*\); delete it, then run visionfm data"):
+        with pytest.raises(
+            DataError, match=r"train.checksums: cannot be used \(.*\); delete it, then run visionfm data"
+        ):
             open_source(config)
         turn_a_bit(path, byte)
     assert damaged(config) == []
