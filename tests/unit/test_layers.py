@@ -26,8 +26,10 @@ PACKAGES = [
     "interop",
     "train",
     "evals",
+    "inference",
     "api",
     "telemetry",
+    "curation",
     "planning",
     "cli",
 ]
