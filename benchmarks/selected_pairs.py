@@ -82,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     visionfm("data", "score", f"--path={crawl}", f"--model={scorer}", f"--out={scores}")
     area, right, wrong = separation(crawl, scores)
     print(json.dumps({"right": right, "wrong": wrong, "area_under_curve": round(area, 4)}), flush=True)
-    visionfm(
-        "data", "select", f"--path={crawl}", f"--columns={scores}", f"--keep={right}", f"--out={out / 'good.pairs'}"
-    )
+    good = out / "good.pairs"
+    visionfm("data", "select", f"--path={crawl}", f"--columns={scores}", f"--keep={right}", f"--out={good}")
     found: dict[str, list[list[float]]] = {"all": [], "selected": []}
     for seed in range(arguments.seeds):
         for name, selection in (("all", None), ("selected", good)):
