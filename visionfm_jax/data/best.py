@@ -100,3 +100,26 @@ def find(keep: int, passes: Callable[[Boundary], Iterable[Counts]]) -> Boundary:
 
 def _next(boundary: Boundary) -> int:
     return next(i for i, (shift, bits) in enumerate(DIGITS) if shift + bits == boundary.shift)
+
+
+def histogram(total: np.ndarray, parts: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals of nearly equal width that hold all finite numbers, from the counts of the first pass's bits.
+
+    Args:
+      total: int64 (2**20,), how often each value of these bits occurs.
+      parts: intervals, at most.
+
+    Returns:
+      The bounds in number space, float64 (P+1,), and where they lie in `total`, int64 (P+1,); empty if there is none.
+    """
+    shift, bits = DIGITS[0]
+    begins = values(np.arange(2**bits, dtype=np.uint64) << np.uint64(shift))  # the least number of each
+    used = np.flatnonzero((total > 0) & np.isfinite(begins))
+    if not len(used):
+        return np.zeros(0), np.zeros(0, np.int64)
+    first, end = int(used[0]), int(used[-1]) + 1
+    low, high = begins[first], min(begins[end], np.finfo(np.float64).max)
+    wanted = np.linspace(0, 1, parts + 1)
+    wanted = low * (1 - wanted) + high * wanted
+    places = np.unique(np.clip(first + np.searchsorted(begins[first:end], wanted), first, end))
+    return np.append(begins[places[:-1]], high), places
