@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -138,8 +139,8 @@ def work(names: list[str], shards: list[int], pairs: int, size: int) -> list[dic
             make(Path(folder), count, pairs, size)
             tars = count * (Path(folder) / "tars" / "00000.tar").stat().st_size
             for name in names:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    result = pool.apply(measure, (name, Path(folder))) | {"shards": count}
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    result = pool.submit(measure, name, Path(folder)).result() | {"shards": count}
                 found.append(result)
                 rate = result["pairs"] / result["seconds"]
                 print(
