@@ -2,7 +2,7 @@
 
 A selection by radix: the order of float64 numbers is that of `keys`, whole numbers of 64 bits. The first pass counts
 their first bits. The boundary between what is taken and what is not lies in one of these bins; the next pass counts the
-next bits of that bin alone, and so on. Two passes find the boundary among float32 numbers, three among any.
+next bits of that bin alone, and so on. Two passes find the boundary among float32 numbers, four among any.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DIGITS = ((44, 20), (22, 22), (0, 22))
+DIGITS = ((44, 20), (28, 16), (12, 16), (0, 12))
 """Of each pass: how many bits lie below those that are counted, and how many are counted."""
 
 

@@ -168,7 +168,16 @@ def test_processes_choose_the_same(tmp_path, monkeypatch):
     folder = write_tars(tmp_path / "many", tars=17, pairs=1)
     for t in range(17):
         write_parquet(folder / f"{t:05d}.parquet", key=[f"{100 * t:09d}"], status=["success"], n=[t])
-    command = [sys.executable, "-m", "visionfm_jax.data.select", f"--path={folder}", "--where=n >= 15", "--jobs=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "visionfm_jax.data.select",
+        f"--path={folder}",
+        "--where=n >= 3",
+        "--keep=2",
+        "--by=n",
+        "--jobs=2",
+    ]
     result = subprocess.run([*command, f"--out={tmp_path}/s.pairs"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     source = TarPairs(str(folder), selection=str(tmp_path / "s.pairs"))

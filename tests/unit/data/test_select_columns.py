@@ -10,12 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from make_crawl import make_crawl
 
+from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data import column_folder, copies, select
+from visionfm_jax.data.fields import Texts
+from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.shards import Here
 from visionfm_jax.data.sources import open_source, tar_index
 from visionfm_jax.data.sources.kinds import TarsConfig, TfdsConfig
 from visionfm_jax.data.sources.selection import read_selection
 from visionfm_jax.data.sources.tars import TarPairs
+from visionfm_jax.data.tokenizer import open_tokenizer
+from visionfm_jax.data.transforms import RandomResizedCrop
 from visionfm_jax.errors import ConfigError, DataError, UserError, entry_point
 
 SHARDS = 3
@@ -186,6 +191,16 @@ def records(source) -> list[tuple[bytes, str]]:
     return [(record["image"], text) for record, text in zip(found, texts, strict=True)]
 
 
+def batches(config) -> list[dict[str, np.ndarray]]:
+    """The first of a training."""
+    data = DataConfig(train=(config,), transforms=(RandomResizedCrop(scale=(0.5, 1.0)),), threads=1)
+    with train_loader(
+        data, image_size=16, batch_size=4, seed=0, start_step=0, host=0, hosts=1,
+        sources=[open_source(config)], fields=Texts(open_tokenizer("clip"), 8),
+    ) as loader:  # fmt: skip
+        return [{key: np.array(value) for key, value in next(loader).items()} for _ in range(3)]
+
+
 @pytest.mark.parametrize("form", copies.FORMS)
 def test_a_copy_has_the_records_of_the_selection(folder, tmp_path, form):
     to, out = tmp_path / "copy", tmp_path / "s.pairs"
@@ -194,11 +209,16 @@ def test_a_copy_has_the_records_of_the_selection(folder, tmp_path, form):
         "--where=similarity >= 0.3 and not duplicate", f"--write={form}", f"--to={to}", "--jobs=1",
     ]  # fmt: skip
     select.main(command)
-    part = open_source(TarsConfig(path=str(folder / "crawl"), selection=str(out)))
+    of_part = TarsConfig(path=str(folder / "crawl"), selection=str(out))
+    part = open_source(of_part)
     config = TarsConfig(path=str(to)) if form == "tars" else TfdsConfig(path=str(to))
     copy = open_source(config)
     assert 5 < len(part) < 60
     assert records(copy) == records(part)
+    for ours, theirs in zip(batches(config), batches(of_part), strict=True):
+        assert ours.keys() >= {"image", "text"}
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
     if form == "tars":
         assert [copy.key(i) for i in range(len(copy))] == [part.key(i) for i in range(len(part))]
         table = pq.read_table(next(to.glob("*.parquet")))
