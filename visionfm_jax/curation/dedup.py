@@ -185,7 +185,7 @@ class _Found:
             bits = int(signatures.distances(mine["hash"], other["hash"]))
             figures.append(self._figure(row, f"dropped: {self._row(self._columns, row, 'why')}, {bits} bits"))
         more = f", of which {len(dropped)} are shown" if size > len(dropped) else ""
-        return f"<h3>{_e(f'{size:,} cop{'y' if size == 1 else 'ies'}')}{more}</h3>" + _side_by_side(figures)
+        return f"<h3>{size:,} dropped{more}</h3>" + _side_by_side(figures)
 
     def _contaminated(self, row: int) -> str:
         [match] = held_out.HeldOut(self._held).matches(self._signature(row)[None])
