@@ -15,9 +15,9 @@ the most pixels, then the first; every dropped pair is a copy of the kept one th
 file of columns, a row for each pair: `duplicate`; `duplicate_of`, TAR/KEY of the kept one; `why`, image, caption or
 pair (both). They are empty for pairs whose picture cannot be read.
 
-With --against=KIND:PATH or KIND:PATH@SPLIT, a dataset as training reads them, and as often as there are such sets:
-`contaminated`, whether the picture is a copy of a held-out image or of its mirror image, and `contaminated_by`,
-KIND:PATH#RECORD KEY. These pairs may be duplicates, too.
+With --against=KIND:PATH or KIND:PATH@SPLIT, a dataset as training reads them, such as folder:/data/pets@ of class
+folders without a split, and as often as there are such sets: `contaminated`, whether the picture is a copy of a
+held-out image or of its mirror image, and `contaminated_by`, KIND:PATH#RECORD KEY. These pairs may be duplicates, too.
 
 report.json and report.html, with pictures, lie beside the columns. When the command is stopped and started again, what
 is finished stands. The exit code is 3 if all is written, and some pictures could not be read: they are named.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import functools
 import html
 import json
 import sys
@@ -153,6 +154,7 @@ class _Found:
                 | {"unreadable_count": len(one["unreadable"])}
                 for one in sets
             ],
+            "source": self._source.report(),
         }
 
     def page(self, report: dict[str, Any]) -> str:
@@ -169,7 +171,7 @@ class _Found:
             f"<h1>Copies in {_e(report['path'])}</h1>",
             f"<style>.group{{display:flex;flex-wrap:wrap;gap:10px;margin:.3em 0 1.4em}}"
             f".group figure{{width:{SIDE}px}}.group figcaption{{white-space:pre-line}}</style>",
-            table(["pairs", "", "of all"], list(_lines(report)), "n n"),
+            table(["pairs", "", "of all"], list(_lines(report)), " nn"),
             section("Pairs whose picture cannot be read", table(["pair"], [[one] for one in _unreadable(report)])),
             section("Largest groups: the kept pair, then dropped ones", *groups),
             section("Pairs that show held-out images", *map(self._contaminated, self._shown)),
@@ -183,12 +185,12 @@ class _Found:
         for row in dropped:
             other = self._signature(row)
             bits = int(signatures.distances(mine["hash"], other["hash"]))
-            figures.append(self._figure(row, f"dropped: {self._row(self._columns, row, 'why')}, {bits} bits"))
+            figures.append(self._figure(row, f"dropped by {self._row(self._columns, row, 'why')}, {bits} bits"))
         more = f", of which {len(dropped)} are shown" if size > len(dropped) else ""
         return f"<h3>{size:,} dropped{more}</h3>" + _side_by_side(figures)
 
     def _contaminated(self, row: int) -> str:
-        [match] = held_out.HeldOut(self._held).matches(self._signature(row)[None])
+        [match] = self._held_out.matches(self._signature(row)[None])
         assert match is not None
         try:
             image = _picture(read_record(held_out.opened(match.word), match.record)["image"])
@@ -196,6 +198,10 @@ class _Found:
             image = ""
         what = "held out" + ", mirrored in the pair" * match.mirrored
         return _side_by_side([self._figure(row, "pair"), f"<figure>{image}{_text(what, match.name)}</figure>"])
+
+    @functools.cached_property
+    def _held_out(self) -> held_out.HeldOut:
+        return held_out.HeldOut(self._held)
 
     def _figure(self, row: int, what: str) -> str:
         score = self._row(self._scores, row, "similarity") if self._scores else None

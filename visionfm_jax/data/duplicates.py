@@ -186,11 +186,11 @@ def _signed(store: Store, name: str, records: np.ndarray) -> tuple[list[str], di
                 continue
             rows[i]["caption"] = signatures.of_caption(text.decode().strip())
             try:
-                found, _, rows[i]["pixels"] = signatures.of_image(picture)
+                small, rows[i]["pixels"] = signatures.shrunk(picture)
             except DamagedImage as error:
                 damage[i] = printable(str(error))
             else:
-                rows[i]["hash"], rows[i]["colours"] = found.item()
+                rows[i]["hash"], rows[i]["colours"] = signatures.of_pixels(small).item()
     flat = np.ascontiguousarray(rows["colours"]).reshape(len(rows), -1)
     columns = {name: pa.array(rows[name]) for name in ("hash", "caption", "pixels")}
     columns["colours"] = pa.array([row.tobytes() for row in flat], pa.binary(flat.shape[1]))

@@ -38,22 +38,20 @@ class Match(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def opened(word: str) -> Source:
-    """A dataset KIND:PATH, or KIND:PATH@SPLIT, of images.
+    """A dataset KIND:PATH, or KIND:PATH@SPLIT, of images; SPLIT may be empty, where class folders lie in PATH.
 
     Raises:
-      ConfigError: there is no such kind, or it has no splits.
+      ConfigError: there is no such kind.
       DataError: it cannot be opened.
     """
     kind, colon, path = word.partition(":")
     if not colon or kind not in KINDS:
         raise ConfigError(f"--against={printable(word)}: is no KIND:PATH of a dataset; kinds are {', '.join(KINDS)}")
-    path, split = (path, "") if "@" not in path or Path(path).exists() else path.rsplit("@", 1)
+    path, split = (path, None) if "@" not in path or Path(path).exists() else path.rsplit("@", 1)
     config = KINDS[kind](path=path)
     if hasattr(config, "caption_key"):
         config.caption_key = ""
-    if split and not hasattr(config, "split"):
-        raise ConfigError(f"--against={printable(word)}: {kind} has no splits; leave @{printable(split)} out")
-    if split:
+    if split is not None:
         config.split = split
     return open_source(config)
 
@@ -97,10 +95,11 @@ def _signatures(word: str, records: range) -> tuple[np.ndarray, list[str]]:
     for record in records:
         names.append(f"{word}#{record} {source.key(record)}")
         try:
-            plain, mirrored, _ = signatures.of_image(read_record(source, record)["image"])
+            small, _ = signatures.shrunk(read_record(source, record)["image"])
         except (DamagedImage, DamagedRecord):
             continue
-        found += [(*plain.item(), record, False), (*mirrored.item(), record, True)]
+        for mirrored, pixels in enumerate((small, small[:, ::-1])):
+            found.append((*signatures.of_pixels(pixels).item(), record, mirrored))
     return np.array(found, HELD_OUT), names
 
 
