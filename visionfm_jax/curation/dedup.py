@@ -49,6 +49,7 @@ from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import ConfigError, DataError, complain, count, entry_point, printable, shortened
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import not_written, remove_unfinished, write_text
 from visionfm_jax.telemetry.page import document, section, table
 
@@ -297,6 +298,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.de
     parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    quiet_logs()
     out = arguments.out.expanduser()
     report = dedup(
         arguments.path,
