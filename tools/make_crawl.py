@@ -83,13 +83,16 @@ def drawings() -> list[tuple[BundledSource, int, dict[str, Any]]]:
     return [(source, i, source.record(i)) for source in sources for i in range(len(source))]
 
 
-def make_crawl(out: Path, *, shards: int = 20, pairs: int = 300, seed: int = 0) -> pa.Table:
+def make_crawl(
+    out: Path, *, shards: int = 20, pairs: int = 300, mislabelled: float = MISLABELLED, seed: int = 0
+) -> pa.Table:
     """Write the crawl to `out`, and the held-out set beside it.
 
     Args:
       out: a folder; it is made.
       shards: tars.
       pairs: rows of a tar.
+      mislabelled: share of the captions that belong to other pictures.
       seed: of all choices.
 
     Returns:
@@ -113,7 +116,7 @@ def make_crawl(out: Path, *, shards: int = 20, pairs: int = 300, seed: int = 0) 
         path.write_bytes(picture(row))
     _write_shard(out.parent / "heldout_pairs" / "00000", held_rows, cut=False)
 
-    rows = _rows(rng, pool, held_rows, shards * pairs)
+    rows = _rows(rng, pool, held_rows, shards * pairs, mislabelled)
     digits = len(str(pairs - 1))
     for i, row in enumerate(rows):
         row["tar"], row["key"] = f"{i // pairs:05d}", f"{i // pairs:05d}{i % pairs:0{digits}d}"
@@ -141,7 +144,9 @@ def _phrase(rng: np.random.Generator, row: dict[str, Any]) -> str:
     )
 
 
-def _rows(rng: np.random.Generator, pool: np.ndarray, held: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _rows(
+    rng: np.random.Generator, pool: np.ndarray, held: list[dict[str, Any]], count: int, mislabelled: float
+) -> list[dict[str, Any]]:
     """What each row shows and says."""
     roles = np.full(count, "", object)
     places, start = rng.permutation(count), 0
@@ -152,7 +157,7 @@ def _rows(rng: np.random.Generator, pool: np.ndarray, held: list[dict[str, Any]]
     for row, role in zip(rows, roles, strict=True):
         row["lost"] = role if role in (FAILED, NO_CAPTION, EMPTY_CAPTION, RENAMED) else ""
     originals = np.flatnonzero(roles == "")
-    shuffled = rng.permutation(originals)[: int(len(originals) * MISLABELLED)].tolist()
+    shuffled = rng.permutation(originals)[: int(len(originals) * mislabelled)].tolist()
     said = [(rows[i]["says"], rows[i]["caption"]) for i in shuffled]
     for i, (says, caption) in zip(shuffled, said[1:] + said[:1], strict=True):
         rows[i] |= {"says": says, "caption": caption}
@@ -299,11 +304,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--shards", type=int, default=20, help="tars (%(default)s)")
     parser.add_argument("--pairs", type=int, default=300, help="rows of a tar, at least 20 (%(default)s)")
+    parser.add_argument("--mislabelled", type=float, default=MISLABELLED, help="share of wrong captions (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all choices (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.shards < 1 or arguments.pairs < 20:
-        raise UserError("--shards must be at least 1 and --pairs at least 20")
-    truth = make_crawl(arguments.out, shards=arguments.shards, pairs=arguments.pairs, seed=arguments.seed)
+    if arguments.shards < 1 or arguments.pairs < 20 or not 0 <= arguments.mislabelled < 1:
+        raise UserError("--shards must be at least 1, --pairs at least 20, and --mislabelled from 0 to less than 1")
+    truth = make_crawl(**vars(arguments))
     left = [row for row in truth.to_pylist() if row["lost"] is None]
     print(
         f"{len(truth):,} rows, {len(left):,} pairs: {sum(row['mislabelled'] for row in left):,} mislabelled, "

@@ -183,14 +183,15 @@ def score(
     except OSError as error:
         raise not_written(f"--out={printable(str(out))}", error) from error
     if report["unreadable"] == report["pairs"]:
-        raise DataError(f"{source.name}: none of {report['pairs']:,} images can be read, such as {tars[0]['first']}")
+        first = next(key for tar in tars for key in tar["first"])
+        raise DataError(f"{source.name}: none of {count(report['pairs'], 'image')} can be read, such as {first}")
     return report
 
 
 def _report(source: TarPairs, about: dict[str, Any], tars: list[dict[str, Any]]) -> dict[str, Any]:
     pairs, lost = (sum(tar[key] for tar in tars) for key in ("pairs", "unreadable"))
     histogram = np.sum([tar.pop("histogram") for tar in tars], axis=0)
-    below = np.cumsum(histogram) / max(1, histogram.sum())
+    below = np.cumsum(histogram) / histogram.sum() if lost < pairs else np.ones(len(histogram))
     quantiles = {f"{q:.0%}": round(float(EDGES[1 + np.searchsorted(below, q)]), 2) for q in QUANTILES}
     head = {"path": source.store.url, "pairs": pairs, "unreadable": lost}
     return (
@@ -228,7 +229,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     print("of them lie below: " + ", ".join(f"{value:.2f} {share}" for share, value in report["quantiles"].items()))
     if report["unreadable"]:
         first = [key for tar in report["tars"] for key in tar["first"]][:NAMED]
-        print(f"{report['unreadable']:,} images cannot be read and have none, such as {', '.join(first)}")
+        print(f"{count(report['unreadable'], 'image')} cannot be read, such as {', '.join(first)}")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class Ray:
         joined = ray.is_initialized()  # by who calls this
         if not joined:
             try:
-                ray.init(self.address or None, log_to_driver=False, logging_level="ERROR")
+                ray.init(self.address or None, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(f"--address={self.address}: no Ray cluster there ({one_line(error)})") from error
         try:
