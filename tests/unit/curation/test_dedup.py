@@ -135,27 +135,21 @@ def test_how_pairs_are_spread_changes_nothing(crawl, whole, tmp_path, monkeypatc
 
 
 def test_what_is_killed_goes_on(crawl, whole, tmp_path):
-    """A worker of two is killed, then the command, at two moments; the third start finds what stands."""
+    """A worker of two is killed, then the command; the next start finds what stands."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "visionfm_jax", "data", "dedup", f"--path={crawl[0]}", f"--out={out}", "--jobs=2"]
+    command.append(f"--against={against(crawl)}")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(1), stderr=subprocess.DEVNULL)
 
-    def start(*until):
-        process = subprocess.Popen(
-            [*command, f"--against={against(crawl)}"], cwd=ROOT, env=environment(1), stderr=subprocess.DEVNULL
-        )
-        for condition, act in until:
-            while process.poll() is None and not condition():
-                time.sleep(0.002)
-            act(process)
-        process.kill()
-        process.wait()
+    def wait_for(pattern: str) -> None:
+        while process.poll() is None and not any(out.glob(pattern)):
+            time.sleep(0.002)
 
-    def signed():
-        return len(list(out.glob("signatures/0*.parquet")))
-
-    start((lambda: signed() >= 1, kill_a_worker), (lambda: signed() >= 4, subprocess.Popen.kill))
-    assert not (out / duplicates.GROUPS).exists()
-    start((lambda: (out / "work").exists() or (out / duplicates.GROUPS).exists(), subprocess.Popen.kill))
+    wait_for("signatures/0*.parquet")
+    kill_a_worker(process)
+    wait_for("work/edges-*")
+    process.kill()
+    process.wait()
     assert not (out / "report.json").exists()
     dedup(str(crawl[0]), out, against=[against(crawl)], engine=Here())
     assert contents(out) == contents(whole[0])
