@@ -192,9 +192,8 @@ def _signed(store: Store, name: str, records: np.ndarray) -> tuple[list[str], di
                 damage[i] = printable(str(error))
             else:
                 rows[i]["hash"], rows[i]["colours"] = signatures.of_pixels(small).item()
-    flat = np.ascontiguousarray(rows["colours"]).reshape(len(rows), -1)
     columns = {name: pa.array(rows[name]) for name in ("hash", "caption", "pixels")}
-    columns["colours"] = pa.array([row.tobytes() for row in flat], pa.binary(flat.shape[1]))
+    columns["colours"] = pa.array([row.tobytes() for row in rows["colours"]], pa.binary(ROW["colours"].itemsize))
     return tar_index.keys(store, name, records), columns | {"damage": pa.array(damage, pa.string())}
 
 
@@ -203,7 +202,8 @@ def rows_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     rows = np.zeros(len(table), ROW)
     for name in ("hash", "caption", "pixels"):
         rows[name] = table[name].to_numpy()
-    rows["colours"] = np.frombuffer(b"".join(table["colours"].to_pylist()), np.uint8).reshape(rows["colours"].shape)
+    colours = table["colours"].combine_chunks().buffers()[1] or b""
+    rows["colours"] = np.frombuffer(colours, np.uint8, rows["colours"].size).reshape(rows["colours"].shape)
     return rows, table["damage"].is_null().to_numpy()
 
 

@@ -195,6 +195,7 @@ def few(tmp_path):
         tmp_path / "few",
         [(jpeg(a), "a photo"), (jpeg(b), "A photo!"), (jpeg(drawing(1, 128)), "large"), (b"\xff\xd8\xff", "broken")],
         [(jpeg(a, 50), "a   photo"), (jpeg(a[:, ::-1]), "mirrored"), (jpeg(b), "another")],
+        [],
     )
 
 
@@ -215,7 +216,7 @@ def test_what_makes_a_duplicate(few, tmp_path, by, expected):
 
 def test_the_best_scored_copy_is_kept(few, tmp_path):
     scores = column_folder.create(tmp_path / "scores", {"command": "data score"})
-    for tar, values in zip(TarPairs(str(few)).index.tars, [[0.1, 0.3, 0.2, None], [0.4, 0.5, 0.3]], strict=True):
+    for tar, values in zip(TarPairs(str(few)).index.tars, [[0.1, 0.3, 0.2, None], [0.4, 0.5, 0.3], []], strict=True):
         scores.write(tar, [str(i) for i in range(len(values))], {"similarity": pa.array(values, pa.float32())})
     dedup(str(few), tmp_path / "out", scores=scores.path, engine=Here())
     rows = rows_of(tmp_path / "out")
