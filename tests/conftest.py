@@ -34,6 +34,7 @@ SLOW = (
     "e2e/test_aurora_runs.py",
     "distributed/test_compiled_clip.py",
     "e2e/test_faults.py",
+    "unit/curation/test_dedup.py",
     "e2e/test_plan.py",
     "e2e/test_interruption.py",
     "distributed/test_compiled_zero.py",

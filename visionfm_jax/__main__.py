@@ -34,6 +34,7 @@ COMMANDS = {  # module and what it does
     "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on the captions of a configuration"),
     "data score": ("curation.score", "compute how well the images and captions of a folder of tars fit"),
     "data select": ("data.select", "select image-text pairs of a folder of tars by their columns"),
+    "data dedup": ("curation.dedup", "find copies among image-text pairs, and held-out images among them"),
     "data checksums": ("data.checksums", "make checksums of image files"),
 }
 

@@ -1,0 +1,423 @@
+"""Which pairs of a folder of tars are copies of better ones, in passes over files that each fit into memory.
+
+1. `sign`: of each tar, the signatures of its pictures and captions (`data.signatures`), kept in --out/signatures.
+2. `spread`: of some tars together, these rows, for each block of the hash sorted by its value, into buckets.
+3. `find`: of each bucket, which rows are copies of which better ones (`data.near`).
+4. `choose`: which of these pairs are kept. In order from the best to the worst, a pair is dropped where it is a copy of
+   one that is kept. So every dropped pair is a copy of the kept one that it is named with, however long the chain of
+   copies of copies around it. The best are those of the largest score, then of the most pixels, then the first.
+5. `write`: of each tar, its columns.
+
+Memory: of 1 and 5 that of a tar's rows; of 2 `ROWS` rows, or a tar's; of 3 as many on average, and at least those of
+one value of a block (a 512th of all, 80 bytes each); of 4, in the process that was started, 17 bytes for each found
+copy of another, at most `MOST` for a pair and block. Of a picture with many equal copies, to the bit, one takes part.
+Held-out images take 900 bytes each in every process of 5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from visionfm_jax.data import signatures
+from visionfm_jax.data.column_folder import KEY, ColumnFolder
+from visionfm_jax.data.held_out import HeldOut
+from visionfm_jax.data.images import DamagedImage
+from visionfm_jax.data.near import BLOCKS, edges
+from visionfm_jax.data.shards import Engine, map_shards
+from visionfm_jax.data.sources import tar_index
+from visionfm_jax.data.sources.store import Store, read_table, write_table
+from visionfm_jax.data.sources.tar_index import BLOCK, Index
+from visionfm_jax.errors import printable
+from visionfm_jax.storage import not_written, read, remove_unfinished
+
+BY = (
+    "image",
+    "caption",
+    "pair",
+)  # what makes a pair a duplicate: a near-copy of the picture, an equal caption, or both
+ROWS = 2**21  # pairs that are in memory at once
+CAPTION = len(BLOCKS)  # number of the table by captions, behind those by blocks of the hash
+TOP = 10  # captions that are reported
+GROUPS = "groups"
+ROW = np.dtype(
+    [*signatures.SIGNATURE.descr, ("caption", "<u8"), ("row", "<u8"), ("score", "<f4"), ("pixels", "<u4")]
+)  # the first three fields, 64 bytes, tell pairs apart
+EDGE = np.dtype([("worse", "<u8"), ("better", "<u8"), ("distance", "u1")])
+DUPLICATE = np.dtype([("row", "<u8"), ("kept", "<u8")])
+EQUAL = 255  # as the distance of an edge: no other edge of this row is noted, as all are those of the better one
+Shard = tuple[dict[str, Any], int]  # the entry of a tar in the index, and the number of its first pair
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step knows.
+
+    Attributes:
+      store: of the tars.
+      by: one of `BY`.
+      signatures, columns: what is written of each tar.
+      scores: folder with the column `similarity`; None: pairs have none.
+      work: folder of files that are needed until the end.
+      buckets: that each table is spread into.
+      groups: of tars that are spread together.
+      held_out: files of signatures of held-out images.
+    """
+
+    store: Store
+    by: str
+    signatures: ColumnFolder
+    columns: ColumnFolder
+    scores: ColumnFolder | None
+    work: Path
+    buckets: int
+    groups: int
+    held_out: tuple[Path, ...]
+
+    @property
+    def tables(self) -> list[int]:
+        """Numbers of the tables; the captions are counted whatever makes a duplicate."""
+        return [CAPTION] if self.by == "caption" else [*range(len(BLOCKS)), CAPTION]
+
+
+def find_duplicates(
+    index: Index,
+    store: Store,
+    columns: ColumnFolder,
+    by: str,
+    scores: ColumnFolder | None,
+    held_out: Sequence[Path],
+    engine: Engine,
+) -> Iterator[dict[str, Any]]:
+    """Write the columns of all tars; of each, in order, what `counted` counts.
+
+    Raises:
+      UserError: one line: a tar or file of scores cannot be read, or the columns cannot be written.
+    """
+    out = columns.path
+    work, groups, of_pictures = out / "work", _grouped(index), signatures_in(out)
+    buckets = -(-len(index.records) // ROWS)
+    job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), tuple(held_out))
+    with _written(out):
+        of_pictures.path.mkdir(exist_ok=True)
+    records = [index.records[a:b] for a, b in zip(index.starts, index.starts[1:], strict=False)]
+    shards = list(zip(index.tars, records, strict=True))
+    for _ in map_shards(functools.partial(sign, job), shards, engine, title="signatures", unit=" tars"):
+        pass
+    duplicates = _read_groups(out)
+    if duplicates is None:
+        with _written(work):
+            work.mkdir(exist_ok=True)
+        for _ in map_shards(functools.partial(spread, job), list(enumerate(groups)), engine, title="spreading"):
+            pass
+        pieces = [(table, bucket) for table in job.tables for bucket in range(buckets)]
+        for _ in map_shards(functools.partial(find, job), pieces, engine, title="finding copies"):
+            pass
+        found, captions = _collect(job, pieces)
+        duplicates = choose(found)
+        _write_table(out / GROUPS, [duplicates], captions)
+    shutil.rmtree(work, ignore_errors=True)
+    parts = [_part(index, duplicates, t) for t in range(len(index.tars))]
+    yield from map_shards(functools.partial(write, job), parts, engine, title="writing", unit=" tars")
+
+
+def signatures_in(out: Path) -> ColumnFolder:
+    """Where `sign` writes."""
+    return ColumnFolder(out / "signatures", {"command": "data dedup", "signatures": 1})
+
+
+def read_groups(out: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The duplicates, DUPLICATE (D,) in order of row, and what is known of captions: how many pairs "repeated" the
+    caption of another, and the "top" ones, [number of pairs, row of one].
+    """
+    return read_table(out / GROUPS, DUPLICATE, verify=True)
+
+
+def _read_groups(out: Path) -> np.ndarray | None:
+    try:
+        return read_groups(out)[0]
+    except (OSError, ValueError):  # not yet, or damaged: it is made again
+        return None
+
+
+def _grouped(index: Index) -> list[list[Shard]]:
+    """Tars that are spread together, of at most `ROWS` pairs, or one."""
+    groups: list[list[Shard]] = [[]]
+    rows = 0
+    for tar, first in zip(index.tars, index.starts.tolist(), strict=False):
+        if groups[-1] and rows + tar["pairs"] > ROWS:
+            groups.append([])
+            rows = 0
+        groups[-1].append((tar, first))
+        rows += tar["pairs"]
+    return groups
+
+
+def sign(job: Job, shard: tuple[dict[str, Any], np.ndarray]) -> None:
+    """Write the signatures of a tar's pairs."""
+    tar, records = shard
+    if job.signatures.is_whole(tar):
+        return
+    name = tar["name"]
+    keys, columns = read(lambda: _signed(job.store, name, records), lambda: job.store.path(name))
+    job.signatures.write(tar, keys, columns)
+
+
+def _signed(store: Store, name: str, records: np.ndarray) -> tuple[list[str], dict[str, Any]]:
+    rows = np.zeros(len(records), ROW)
+    damage: list[str | None] = [None] * len(records)
+    with store.open(name) as file:
+
+        def content(block: int, size: int) -> bytes:
+            file.seek(block * BLOCK)
+            return file.read(size) if size else b""
+
+        for i, (image, image_size, caption, caption_size, crc) in enumerate(records.tolist()):
+            picture, text = content(image, image_size), content(caption, caption_size)
+            if tar_index.checksum(picture, text) != crc:
+                damage[i] = "differs from what was indexed: the tar or its index is damaged"
+                continue
+            rows[i]["caption"] = signatures.of_caption(text.decode().strip())
+            try:
+                small, rows[i]["pixels"] = signatures.shrunk(picture)
+            except DamagedImage as error:
+                damage[i] = printable(str(error))
+            else:
+                rows[i]["hash"], rows[i]["colours"] = signatures.of_pixels(small).item()
+    columns = {name: pa.array(rows[name]) for name in ("hash", "caption", "pixels")}
+    columns["colours"] = pa.array([row.tobytes() for row in rows["colours"]], pa.binary(ROW["colours"].itemsize))
+    return tar_index.keys(store, name, records), columns | {"damage": pa.array(damage, pa.string())}
+
+
+def rows_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """What `sign` has written of a tar: ROW (N,), without rows and scores, and which can be read, bool (N,)."""
+    rows = np.zeros(len(table), ROW)
+    for name in ("hash", "caption", "pixels"):
+        rows[name] = table[name].to_numpy()
+    colours = table["colours"].combine_chunks().buffers()[1] or b""
+    rows["colours"] = np.frombuffer(colours, np.uint8, rows["colours"].size).reshape(rows["colours"].shape)
+    return rows, table["damage"].is_null().to_numpy()
+
+
+def spread(job: Job, group: tuple[int, list[Shard]]) -> None:
+    """Write the rows of some tars: table by table, sorted by bucket."""
+    number, shards = group
+    path = job.work / f"rows-{number:06d}"
+    if path.exists():
+        return
+    pieces = []
+    for tar, first in shards:
+        rows, readable = rows_of(job.signatures.read(tar))
+        rows["row"] = first + np.arange(len(rows))
+        if job.scores:
+            scores = job.scores.read(tar, ["similarity"])["similarity"].to_numpy().astype(np.float32)
+            rows["score"] = np.where(np.isnan(scores), -np.inf, scores)
+        pieces.append(rows[readable])
+    rows, starts = np.concatenate(pieces), [0]
+
+    def tables() -> Iterator[np.ndarray]:
+        for table in job.tables:
+            # The value of the block, from its lowest bit on; buckets take turns at the values.
+            low = BLOCKS[table] & -BLOCKS[table] if table != CAPTION else 1
+            value = rows["caption"] if table == CAPTION else (rows["hash"] & np.uint64(BLOCKS[table])) // np.uint64(low)
+            bucket = (value % np.uint64(job.buckets)).astype(np.int64)
+            for count in np.bincount(bucket, minlength=job.buckets).tolist():
+                starts.append(starts[-1] + count)
+            yield rows[np.argsort(bucket, kind="stable")]
+
+    _write_table(path, tables(), {"starts": starts})
+
+
+def find(job: Job, piece: tuple[int, int]) -> None:
+    """Write the edges, from worse to better copies, of a bucket of a table."""
+    table, bucket = piece
+    path = _edges(job, piece)
+    if path.exists():
+        return
+    rows = np.concatenate([_bucket(job, group, table, bucket) for group in range(job.groups)])
+    rows = rows[np.lexsort((rows["row"], -rows["pixels"].astype(np.int64), -rows["score"]))]
+    meta: dict[str, Any] = {}
+    if table == CAPTION:
+        _, first, same, counts = np.unique(rows["caption"], return_index=True, return_inverse=True, return_counts=True)
+        top = sorted(zip((-counts).tolist(), rows["row"][first].tolist(), strict=True))[:TOP]
+        meta = {"repeated": int(counts[counts > 1].sum()), "top": [[-count, row] for count, row in top if count < -1]}
+        found = [_equal(rows, first[same])] if job.by == "caption" else []
+    else:
+        fields = 64 if job.by == "pair" else 56  # bytes, with the caption or without
+        told = np.ascontiguousarray(rows.view(np.uint8).reshape(len(rows), ROW.itemsize)[:, :fields])
+        _, first, same = np.unique(told.view(f"V{fields}")[:, 0], return_index=True, return_inverse=True)
+        found = [_equal(rows, first[same])] if table == 0 else []
+        first = np.sort(first)
+        unique = rows[first][rows["hash"][first] != signatures.FLAT]
+
+        def accept(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return a["caption"] == b["caption"] if job.by == "pair" else np.ones(len(a), bool)
+
+        worse, better = (unique[i] for i in edges(unique, table, accept).T)
+        found.append(_as_edges(worse, better, signatures.distances(worse["hash"], better["hash"])))
+    _write_table(path, found, meta)
+
+
+def _edges(job: Job, piece: tuple[int, int]) -> Path:
+    return job.work / f"edges-{piece[0]}-{piece[1]:06d}"
+
+
+def _bucket(job: Job, group: int, table: int, bucket: int) -> np.ndarray:
+    rows, meta = read_table(job.work / f"rows-{group:06d}", ROW, verify=False)
+    place = job.tables.index(table) * job.buckets + bucket
+    return np.array(rows[meta["starts"][place] : meta["starts"][place + 1]])
+
+
+def _equal(rows: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """The edges from each row to the best of those that equal it, if that is another."""
+    others = best != np.arange(len(rows))
+    return _as_edges(rows[others], rows[best[others]], EQUAL)
+
+
+def _as_edges(worse: np.ndarray, better: np.ndarray, distance: np.ndarray | int) -> np.ndarray:
+    found = np.zeros(len(worse), EDGE)
+    found["worse"], found["better"], found["distance"] = worse["row"], better["row"], distance
+    return found
+
+
+def _collect(job: Job, pieces: Sequence[tuple[int, int]]) -> tuple[np.ndarray, dict[str, Any]]:
+    """All edges, and what is known of the captions."""
+    found, repeated, top = [], 0, []
+    for piece in pieces:
+        edges_there, meta = read_table(_edges(job, piece), EDGE, verify=True, mapped=False)
+        found.append(edges_there)
+        repeated += meta.get("repeated", 0)
+        top = sorted([*top, *meta.get("top", [])], key=lambda one: (-one[0], one[1]))[:TOP]
+    return np.concatenate(found), {"repeated": repeated, "top": top}
+
+
+def choose(found: np.ndarray) -> np.ndarray:
+    """The pairs that are dropped, each with the nearest kept one that it is a copy of.
+
+    Args:
+      found: EDGE (E,), from each worse pair to better ones.
+
+    Returns:
+      DUPLICATE (D,), in order of row.
+    """
+    equal, found = found[found["distance"] == EQUAL], found[found["distance"] != EQUAL]
+    nodes, ends = np.unique(np.stack([found["worse"], found["better"]]), return_inverse=True)
+    worse, better = ends.reshape(2, -1)
+    kept, dropped = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
+    left = np.arange(len(found))
+    while len(left):
+        w, b = worse[left], better[left]
+        waits = np.zeros(len(nodes), bool)
+        waits[w] = True
+        kept[b[~waits[b]]] = True  # no better copy of it is kept
+        dropped[w[kept[b]]] = True
+        left = left[~dropped[w] & ~dropped[b]]
+    told = found[dropped[worse] & kept[better]]
+    told = told[np.lexsort((told["better"], told["distance"], told["worse"]))]
+    _, first = np.unique(told["worse"], return_index=True)
+    near = np.zeros(len(first), DUPLICATE)
+    near["row"], near["kept"] = told["worse"][first], told["better"][first]
+    same = np.zeros(len(equal), DUPLICATE)
+    same["row"], same["kept"] = equal["worse"], equal["better"]
+    if len(near):
+        place = np.minimum(np.searchsorted(near["row"], same["kept"]), len(near) - 1)
+        same["kept"] = np.where(near["row"][place] == same["kept"], near["kept"][place], same["kept"])
+    out = np.concatenate([near, same])
+    return out[np.argsort(out["row"])]
+
+
+class Part(NamedTuple):
+    """What is written of a tar: its entry, which of its pairs are dropped, int64 (D,), and the tar, int64 (D,), and
+    the place in it, int64 (D,), of the kept ones; and the entries of those tars, by number.
+    """
+
+    tar: dict[str, Any]
+    dropped: np.ndarray
+    tars: np.ndarray
+    places: np.ndarray
+    entries: dict[int, dict[str, Any]]
+
+
+def _part(index: Index, duplicates: np.ndarray, t: int) -> Part:
+    start, stop = index.starts[t], index.starts[t + 1]
+    a, b = np.searchsorted(duplicates["row"], np.array([start, stop], np.uint64))
+    mine = duplicates[a:b].astype([("row", "<i8"), ("kept", "<i8")])
+    tars = np.searchsorted(index.starts, mine["kept"], side="right") - 1
+    entries = {int(number): index.tars[number] for number in np.unique(tars)}
+    return Part(index.tars[t], mine["row"] - start, tars, mine["kept"] - index.starts[tars], entries)
+
+
+def write(job: Job, part: Part) -> dict[str, Any]:
+    """Write the columns of a tar's pairs; what `counted` counts."""
+    tar = part.tar
+    signs = job.signatures.read(tar)
+    if not job.columns.is_whole(tar):
+        rows, readable = rows_of(signs)
+        duplicate = np.zeros(len(rows), bool)
+        duplicate[part.dropped] = True
+        kept_as: list[str | None] = [None] * len(rows)
+        why: list[str | None] = [None] * len(rows)
+        for number, entry in part.entries.items():
+            here = part.tars == number
+            table = job.signatures.read(entry)
+            mine, others = rows[part.dropped[here]], rows_of(table)[0][part.places[here]]
+            near = signatures.near(mine, others)
+            same = mine["caption"] == others["caption"]
+            folder, keys = entry["name"].removesuffix(".tar"), table[KEY].take(part.places[here]).to_pylist()
+            for i, key, n, s in zip(part.dropped[here].tolist(), keys, near.tolist(), same.tolist(), strict=True):
+                kept_as[i], why[i] = f"{folder}/{key}", "pair" if n and s else "image" if n else "caption"
+        columns = {
+            "duplicate": pa.array(duplicate, pa.bool_(), mask=~readable),
+            "duplicate_of": pa.array(kept_as, pa.string()),
+            "why": pa.array(why, pa.string()),
+        }
+        if job.held_out:
+            found = _held_out(job.held_out).matches(rows)
+            names = [match.name if match and there else None for match, there in zip(found, readable, strict=True)]
+            told = np.array([name is not None for name in names], bool)
+            columns["contaminated"] = pa.array(told, pa.bool_(), mask=~readable)
+            columns["contaminated_by"] = pa.array(names, pa.string())
+        job.columns.write(tar, signs[KEY].to_pylist(), columns)
+    return counted(signs, job.columns.read(tar))
+
+
+_held_out = functools.lru_cache(maxsize=1)(HeldOut)
+
+
+def counted(signs: pa.Table, columns: pa.Table) -> dict[str, Any]:
+    """Of a tar: the numbers of `pairs`, of duplicates by `why`, and of those `contaminated`; `damage`, position and
+    reason of those that cannot be read; `shown`, positions of the first contaminated ones.
+    """
+    reasons = signs["damage"].to_pylist()
+    contaminated = columns["contaminated"].to_numpy() if "contaminated" in columns.column_names else np.zeros(0)
+    why = columns["why"].to_pylist()
+    positions = np.flatnonzero(contaminated == True)  # noqa: E712 -- None, of what cannot be read, is neither
+    return {
+        "pairs": len(columns),
+        **{reason: why.count(reason) for reason in BY},
+        "contaminated": len(positions),
+        "damage": [[i, reason] for i, reason in enumerate(reasons) if reason is not None],
+        "shown": positions[:TOP].tolist(),
+    }
+
+
+def _write_table(path: Path, pieces: Iterator[np.ndarray] | Sequence[np.ndarray], meta: dict[str, Any]) -> None:
+    with _written(path):
+        remove_unfinished(path)
+        write_table(path, pieces, lambda: meta)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise not_written(f"--out: {printable(str(path))}", error) from error
