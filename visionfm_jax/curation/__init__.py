@@ -1,0 +1,1 @@
+"""Looking at, scoring and choosing training data: what needs models, or pictures for people."""
