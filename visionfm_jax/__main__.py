@@ -33,6 +33,7 @@ COMMANDS = {  # module and what it does
     "bench": ("bench", "time the training step on synthetic data"),
     "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on the captions of a configuration"),
     "data select": ("data.select", "select image-text pairs of a folder of tars by their columns"),
+    "data doctor": ("curation.doctor", "look at the data that a configuration names before training"),
     "data checksums": ("data.checksums", "make checksums of image files"),
 }
 

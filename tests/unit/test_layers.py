@@ -28,6 +28,7 @@ PACKAGES = [
     "evals",
     "api",
     "telemetry",
+    "curation",
     "planning",
     "cli",
 ]

@@ -12,7 +12,7 @@ import io
 import logging as standard_logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -316,7 +316,7 @@ def label_counts(part: Part, num_classes: int) -> tuple[np.ndarray, bool]:
     return counts, len(part.survey.rows) == len(part.source)
 
 
-def first_rows(rows: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-    """The rows whose columns `keys` repeat those of an earlier row."""
-    _, first = np.unique(rows[list(keys)], return_index=True)
+def repeated(rows: np.ndarray, column: str) -> np.ndarray:
+    """The rows whose value in a column is that of an earlier row, too."""
+    _, first = np.unique(rows[column], return_index=True)
     return np.delete(rows, first)
