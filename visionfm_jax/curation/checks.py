@@ -116,11 +116,20 @@ def has_classes(part: Part, kind: str) -> bool:
 # Paths, opening
 
 
+def named_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
+    """All datasets of a configuration, and the fields that name them."""
+    for i, source in enumerate(config.data.train):
+        yield f"data.train[{i}]", source
+    for i, e in enumerate(config.evals):
+        yield f"evals[{i}].source", e.source
+        others = "gallery" if hasattr(e, "gallery") else "sources"
+        for k, source in enumerate(s for s in e.sources if s is not e.source):
+            yield f"evals[{i}].{others}[{k}]", source
+
+
 def named_paths(config: Config) -> Iterator[tuple[str, str]]:
     """Fields of a configuration that name files or folders of this machine, and these."""
-    sources = [(f"data.train[{i}]", s) for i, s in enumerate(config.data.train)]
-    sources += [(f"evals[{i}]", s) for i, e in enumerate(config.evals) for s in e.sources]
-    for name, source in sources:
+    for name, source in named_sources(config):
         if isinstance(source, Format) and not isinstance(source, BundledConfig | ScenesConfig):
             yield f"{name}.path", source.path
             yield f"{name}.selection", getattr(source, "selection", "")
@@ -140,6 +149,7 @@ def missing_paths(config: Config) -> dict[str, list[str]]:
 
 
 def paths(study: Study) -> Iterator[Finding]:
+    """Files and folders that are not there, all of them."""
     for path, fields in missing_paths(study.config).items():
         above = next((p for p in Path(path).expanduser().absolute().parents if p.exists()), Path("/"))
         where = ", ".join(dict.fromkeys(fields))
@@ -199,10 +209,12 @@ MEANINGS = (
 
 
 def meaning_of(reason: str) -> Meaning:
+    """What a reader's error message means; the last of `MEANINGS` fits any."""
     return next(meaning for meaning in MEANINGS if re.search(meaning.pattern, reason))
 
 
 def opening(study: Study) -> Iterator[Finding]:
+    """Datasets that cannot be opened, and what the task, the transforms and the evals say to those that can."""
     lacking = missing_paths(study.config)
     for part in study.parts:
         if part.problem and part.config.path not in lacking and getattr(part.config, "selection", "") not in lacking:
@@ -226,6 +238,7 @@ def full_ade20k(config: SourceConfig) -> bool:
 
 
 def left_out(study: Study) -> Iterator[Finding]:
+    """What a dataset itself warned of when it was opened."""
     for part in study.opened:
         for line in part.said:
             line = line.removeprefix(f"{part.source.name}: ")
@@ -239,6 +252,7 @@ def left_out(study: Study) -> Iterator[Finding]:
 
 
 def no_checksums(study: Study) -> Iterator[Finding]:
+    """Loose files without checksums."""
     for part in study.opened:
         if part.config.loose_files and checksums.newest(part.config) is None:
             what = f"its {count(len(part.source), 'file')} have no checksums, so a flipped bit may go unnoticed"
@@ -249,6 +263,7 @@ def no_checksums(study: Study) -> Iterator[Finding]:
 
 
 def sizes(study: Study) -> Iterator[Finding]:
+    """Numbers of records, against the configuration and against the set as it was published."""
     config, parts = study.config, study.trained
     total = sum(len(part.source) for part in parts)
     known, epochs = config.data.num_examples, config.train.epochs
@@ -270,6 +285,7 @@ def sizes(study: Study) -> Iterator[Finding]:
 
 
 def damaged(study: Study) -> Iterator[Finding]:
+    """Records that cannot be used, by what is wrong with them."""
     for part in study.opened:
         reasons, read = part.survey.reasons, len(part.survey.rows)
         allowed = study.config.data.max_damaged * read  # and chance, as `data.loader.DamageLog` allows
@@ -289,6 +305,7 @@ def damaged(study: Study) -> Iterator[Finding]:
 
 
 def classes(study: Study) -> Iterator[Finding]:
+    """Classes of the data against those of the task, and those of training against those of evals."""
     kind = study.reads_classes
     wanted = getattr(study.config.task, "num_classes", 0)
     parts = [part for part in study.trained if kind and has_classes(part, kind)]
@@ -325,6 +342,7 @@ def _differing(part: Part, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def frequencies(study: Study) -> Iterator[Finding]:
+    """Classes without an image, and classes that most images have."""
     kind = study.reads_classes
     for part in study.opened:
         if not kind or not has_classes(part, kind) or not (part.trained or part.held_out):
@@ -351,6 +369,7 @@ def frequencies(study: Study) -> Iterator[Finding]:
 
 
 def contradictions(study: Study) -> Iterator[Finding]:
+    """Equal images with different labels."""
     for part in study.trained:
         rows = part.survey.good
         rows = rows[rows["label"] != UNLABELLED]
@@ -364,13 +383,12 @@ def contradictions(study: Study) -> Iterator[Finding]:
 
 
 def order(study: Study) -> Iterator[Finding]:
+    """Records that come in the order of the files."""
     if study.config.data.shuffle:
         return
     for part in study.trained:
-        rows = part.survey.rows
-        labels = getattr(part.source, "labels", rows["label"][rows["label"] != UNLABELLED])
-        by_record = len(labels) in (len(part.source), len(rows))
-        is_sorted = by_record and len(labels) > 1 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]
+        labels = part.survey.good["label"]
+        is_sorted = len(labels) > 1 and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]
         what = (
             "records come sorted by class, so that a batch has one class" if is_sorted else "records are not shuffled"
         )
@@ -397,14 +415,13 @@ KINDS = (
     Kind(Flag.TRANSPARENT, "transparent", "note", "are transparent; they are laid on white", "nothing, if that fits"),
     Kind(Flag.CMYK, "cmyk", "note", "are CMYK; colours are converted without a profile", "convert them to RGB"),
     Kind(Flag.DEEP, "deep", "warning", "have more than 8 bits a channel; the high byte is read", "rescale to 8 bits"),
-    Kind(
-        Flag.ANIMATED, "animated", "note", "are animated; the first frame is read", "leave them out if it says little"
-    ),
+    Kind(Flag.ANIMATED, "animated", "note", "are animated; the first frame is read", "nothing, if that fits"),
     Kind(Flag.BLANK, "blank", "warning", "are of one colour, such as placeholders of lost images", "leave them out"),
 )
 
 
 def kinds(study: Study) -> Iterator[Finding]:
+    """Images that are stored in an unusual way, or show nothing."""
     for part, kind in itertools.product(study.opened, KINDS):
         if len(found := part.survey.having(kind.flag)):
             what = f"{_of(len(found), len(part.survey.rows))} {kind.what}"
@@ -412,6 +429,7 @@ def kinds(study: Study) -> Iterator[Finding]:
 
 
 def shapes(study: Study) -> Iterator[Finding]:
+    """Images of unusual size or shape."""
     side = min(height_width(study.config.model.image_size))
     for part in study.opened:
         rows = part.survey.good
@@ -421,7 +439,7 @@ def shapes(study: Study) -> Iterator[Finding]:
              "leave them out, or train at a smaller config.model.image_size"),
             ("huge", rows["height"].astype(np.int64) * rows["width"] > max(16e6, 64 * side**2),
              "are so large that decoding costs more than the step needs", "store them at a smaller size"),
-            ("long", long > 4 * short, "are more than four times as long as wide", "leave them out, or look at the crops"),
+            ("long", long > 4 * short, "are more than four times as long as wide", "leave them out, or look at crops"),
         ):  # fmt: skip
             if wrong.any():
                 found = rows[wrong]
@@ -435,6 +453,7 @@ def shapes(study: Study) -> Iterator[Finding]:
 
 
 def maps(study: Study) -> Iterator[Finding]:
+    """Class maps in which little or nothing is of a class."""
     for part in study.opened:
         rows = part.survey.good
         if "class_map" not in getattr(part.source, "classes_of", ()) or not len(rows):
@@ -452,6 +471,7 @@ def maps(study: Study) -> Iterator[Finding]:
 
 
 def objects(study: Study) -> Iterator[Finding]:
+    """Images without objects, and objects of which little can be learned."""
     most = getattr(study.fields, "most", 0)
     for part in study.opened:
         rows = part.survey.good
@@ -465,9 +485,10 @@ def objects(study: Study) -> Iterator[Finding]:
              "check their order, left, top, width, height or corners, and their unit"),
             ("empty_mask", rows["empty"] > 0, "warning", 0, "have objects whose mask has no pixel", "mend the masks"),
             ("too_many", (single > most) & bool(most) & part.trained, "warning", 0,
-             f"have more objects than the {most:,} that the task learns", "raise config.task.most_objects or most_masks"),
-            ("small", rows["small"] > 0, "note", int(rows["small"].sum()),
-             f"objects are smaller than {SMALL} x {SMALL} pixels of the model's image", "raise config.model.image_size"),
+             f"have more than the {most:,} objects that the task learns",
+             "raise most_objects or most_masks of config.task"),
+            ("small", rows["little"] > 0, "note", int(rows["little"].sum()),
+             f"objects are below {SMALL} x {SMALL} pixels of the model's image", "raise config.model.image_size"),
             ("crowd", rows["crowd"] > 0, "note", int(rows["crowd"].sum()),
              "objects are areas of many (crowd, difficult), and are not learned", "nothing, if that is known"),
         ):  # fmt: skip
@@ -481,6 +502,7 @@ def objects(study: Study) -> Iterator[Finding]:
 
 
 def captions(study: Study) -> Iterator[Finding]:
+    """Captions that say little, or that the model reads in part only."""
     length = study.texts.length if study.texts else 0
     for part in study.opened:
         rows = part.survey.good
@@ -527,8 +549,9 @@ def _texts(part: Part, rows: np.ndarray) -> tuple[str, ...]:
 
 
 def duplicates(study: Study) -> Iterator[Finding]:
+    """Datasets, files and images that occur more than once in the training data."""
     for part, other in itertools.combinations(study.trained, 2):
-        if _same(part.config, other.config):
+        if _same(part.config, other.config) and part.source.has_captions == other.source.has_captions:
             what = f"is the data of {part.where} once more"
             yield Finding(
                 "warning", "named_twice", other.where, what, len(other.source), (), "name it once, and weigh it"
@@ -552,6 +575,7 @@ def duplicates(study: Study) -> Iterator[Finding]:
 
 
 def overlap(study: Study) -> Iterator[Finding]:
+    """Evaluation data in the training data."""
     for part in study.opened:
         if not part.held_out:
             continue
@@ -564,13 +588,13 @@ def overlap(study: Study) -> Iterator[Finding]:
         rows = part.survey.good
         for other in study.trained:
             if shared := _shared_records(part, other):
-                what = f"{count(len(shared), 'record')} of those read are records of {other.where}, too"
+                what = f"{count(len(shared), 'record')} of those read are records of {other.source.name}, too"
                 remedy = "choose splits that do not overlap"
                 yield Finding("error", "trained_on", part.where, what, len(shared), tuple(shared[:SHOWN]), remedy)
                 continue
             learned = other.survey.good
             exact = np.isin(rows["digest"], learned["digest"])
-            compared = f"of {len(rows):,} of its images and {len(learned):,} of {other.where}"
+            compared = f"of {len(rows):,} of its images and {len(learned):,} of {other.source.name}"
             if exact.any():
                 what = f"{compared}, {count(int(exact.sum()), 'image')} are equal, byte for byte"
                 found = part.keys(rows[exact])
@@ -580,7 +604,7 @@ def overlap(study: Study) -> Iterator[Finding]:
                 number = len({i for i, _ in pairs})
                 what = f"{compared}, {count(number, 'image')} look alike"
                 named = [f"{part.keys(rows[i : i + 1])[0]} | {other.keys(learned[j : j + 1])[0]}" for i, j in pairs]
-                severity = "warning" if number > 0.01 * len(rows) else "note"
+                severity = "warning" if number > 0.02 * len(rows) else "note"
                 yield Finding(severity, "near_trained_on", part.where, what, number, tuple(named[:SHOWN]), remedy)
 
 
@@ -603,6 +627,7 @@ def _shared_records(part: Part, other: Part) -> list[str]:
 
 
 def throughput(study: Study) -> Iterator[Finding]:
+    """Whether hosts like this machine read as fast as the step learns."""
     if not study.rate or not study.cluster or not study.flops:
         return
     rate, cores = study.rate
@@ -621,6 +646,7 @@ def throughput(study: Study) -> Iterator[Finding]:
 
 
 def disk(study: Study) -> Iterator[Finding]:
+    """Whether the checkpoints fit."""
     config = study.config
     if not study.parameters or "://" in config.folder:
         return

@@ -28,9 +28,8 @@ from rich.text import Text
 
 from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
-from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.curation import doctor_page
-from visionfm_jax.curation.checks import Finding, Study, as_json, findings, missing_paths
+from visionfm_jax.curation.checks import Finding, Study, as_json, findings, missing_paths, named_sources
 from visionfm_jax.curation.survey import Part, Reader, survey, warnings_kept
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.loader import check_pair_ratio, train_loader
@@ -83,17 +82,11 @@ def _parts(config: Config) -> list[Part]:
     """The datasets, each once."""
     parts: dict[str, Part] = {}
 
-    def part_of(source: SourceConfig, name: str) -> Part:
+    for name, source in named_sources(config):
         part = parts.setdefault(repr(dataclasses.replace(source, weight=1.0)), Part(source, []))
         part.fields.append(f"config.{name}")
-        return part
-
-    for i, source in enumerate(config.data.train):
-        part_of(source, f"data.train[{i}]").trained = True
-    for i, e in enumerate(config.evals):
-        part_of(e.source, f"evals[{i}].source").held_out = True
-        for k, source in enumerate(s for s in e.sources if s is not e.source):
-            part_of(source, f"evals[{i}].sources[{k + 1}]")
+        part.trained |= name.startswith("data.")
+        part.held_out |= name.endswith(".source")
     return list(parts.values())
 
 
@@ -175,12 +168,13 @@ def print_report(console: Console, study: Study, found: Sequence[Finding]) -> No
     if not found:
         console.print("Nothing was found.")
         return
-    table = _table("", "where", "what", "remedy")
+    table = _table("", "")
     for one in found:
-        what = Text(printable(one.what))
+        what = Text(f"{one.where}: ", "bold").append(printable(one.what), "not bold")
         for example in one.examples:
-            what.append(f"\n  {printable(example)}", style="dim")
-        table.add_row(Text(one.severity, STYLES[one.severity]), one.where, what, Text(printable(one.remedy)))
+            what.append(f"\n  {printable(example)}", "dim not bold")
+        what.append(f"\nremedy: {printable(one.remedy)}\n", "italic not bold")
+        table.add_row(Text(one.severity, STYLES[one.severity]), what)
     console.print(table)
 
 

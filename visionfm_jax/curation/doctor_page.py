@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from visionfm_jax.config import Config, PreprocessConfig
+from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.curation.checks import Finding, Study
 from visionfm_jax.curation.survey import UNLABELLED, Part, label_counts
 from visionfm_jax.data.chain import FAILS, Chain
@@ -63,15 +63,10 @@ def _part(study: Study, part: Part) -> str:
     whole = Chain((PreprocessConfig(crop=1.0, resize="pad"),), SIDE, study.config.data.max_pixels, exact=True)
     sheets = [_sheet("As they are stored", part.source, chosen, whole)]
     if part.trained:
-        sheets.append(
-            _sheet("As the transforms make them (not yet augmented on the device)", *_seen(study, part, chosen))
-        )
+        config = study.config
+        seen = Chain(config.data.transforms, config.model.image_size, config.data.max_pixels)
+        sheets.append(_sheet("As the transforms make them; the device augments further", part.source, chosen, seen))
     return section(part.source.name, f'<div class="panels">{"".join(_histograms(part))}</div>', *sheets)
-
-
-def _seen(study: Study, part: Part, chosen: np.ndarray) -> tuple[Source, np.ndarray, Chain]:
-    config: Config = study.config
-    return part.source, chosen, Chain(config.data.transforms, config.model.image_size, config.data.max_pixels)
 
 
 def _sheet(title: str, source: Source, chosen: np.ndarray, chain: Chain) -> str:
