@@ -37,6 +37,7 @@ from visionfm_jax.parallel.targets import Cluster
 
 SEVERITIES = ("error", "warning", "note")
 SHOWN = 5  # examples of a finding
+HUGE = 16e6  # pixels of an image that are many for any model
 LABEL_SPACES = {
     21_841: "ImageNet-21K, all of 2011", 21_843: "ImageNet-21K as TFDS and AugReg have it", 19_167: "ImageNet-21K, "
     "winter 2021", 10_450: "ImageNet-21K-P, winter 2021", 11_221: "ImageNet-21K-P, 2011", 1_000: "ImageNet-1k",
@@ -169,7 +170,7 @@ class Meaning(NamedTuple):
 
 MEANINGS = (
     Meaning(
-        r"its label is -", "unlabelled", "have no label (-1, as in test sets whose labels are secret)",
+        r"its label is -|runs from -", "unlabelled", "have no label (-1, as in test sets whose labels are secret)",
         "set a split that has labels",
     ),
     Meaning(
@@ -288,8 +289,9 @@ def damaged(study: Study) -> Iterator[Finding]:
     """Records that cannot be used, by what is wrong with them."""
     for part in study.opened:
         reasons, read = part.survey.reasons, len(part.survey.rows)
-        allowed = study.config.data.max_damaged * read  # and chance, as `data.loader.DamageLog` allows
-        stops = len(reasons) > allowed + (4 * allowed**0.5 + 1 if allowed else 0)
+        allowed = study.config.data.max_damaged * read
+        chance = 4 * allowed**0.5 + 1 if allowed and read < len(part.source) else 0  # as `data.loader.DamageLog`
+        stops = len(reasons) > allowed + chance
         severity = "error" if (part.trained and stops) or len(reasons) == read else "warning"
         by_meaning: dict[Meaning, list[int]] = {}
         for index, reason in reasons.items():
@@ -437,7 +439,7 @@ def shapes(study: Study) -> Iterator[Finding]:
         for name, wrong, what, remedy in (
             ("tiny", short < side / 2, f"are smaller than half of the model's {side} pixels, and are enlarged",
              "leave them out, or train at a smaller config.model.image_size"),
-            ("huge", rows["height"].astype(np.int64) * rows["width"] > max(16e6, 64 * side**2),
+            ("huge", rows["height"].astype(np.int64) * rows["width"] > max(HUGE, 64 * side**2),
              "are so large that decoding costs more than the step needs", "store them at a smaller size"),
             ("long", long > 4 * short, "are more than four times as long as wide", "leave them out, or look at crops"),
         ):  # fmt: skip
@@ -610,7 +612,7 @@ def overlap(study: Study) -> Iterator[Finding]:
 
 def _same(one: SourceConfig, other: SourceConfig) -> bool:
     """Whether they are the same records."""
-    place = [Path(c.path).expanduser().absolute() if isinstance(c, Format) else c.path for c in (one, other)]
+    place = [Path(c.path).expanduser().resolve() if isinstance(c, Format) else c.path for c in (one, other)]
     parts = [(c.kind, c.split, getattr(c, "selection", ""), getattr(c, "seed", 0)) for c in (one, other)]
     return place[0] == place[1] and parts[0] == parts[1]
 

@@ -74,7 +74,8 @@ def examine(
         fields = study.fields if part.trained else None
         engine = engine or Threads(usable_cores())
         part.survey = survey(Reader(part.source, chain, fields, texts), samples, engine, part.source.name)
-    _measure(study)
+    study.flops, study.parameters = _model(config)
+    study.rate = _rate(study)
     return study
 
 
@@ -123,17 +124,20 @@ def _agree(study: Study) -> None:
             refusal(f"config.evals[{i}]", lambda e=e: e.make(config, 0, 1))
 
 
-def _measure(study: Study) -> None:
-    """What the loader makes here, and what the model asks for; nothing of it where the data are not usable."""
-    config = study.config
+def _model(config: Config) -> tuple[float, int]:
+    """FLOPs of a step, and the number of parameters: of shapes alone, nothing is computed."""
     task = make_task(config, lambda params: params)
-    study.flops = task.step_flops
-    shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))  # nothing is computed
-    study.parameters = sum(x.size for x in jax.tree.leaves(shapes))
+    shapes = jax.eval_shape(task.init, jax.eval_shape(lambda: jax.random.key(0)))
+    return task.step_flops, sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def _rate(study: Study) -> tuple[float, int] | None:
+    """Images/s that the loader makes here, in threads, and on how many cores; None where the data are not usable."""
+    config = study.config
     named = {name: part.source for part in study.parts for name in part.fields}
     sources = [named[f"config.data.train[{i}]"] for i in range(len(config.data.train))]
     if study.refused or None in sources:
-        return
+        return None
     cores, rows = usable_cores(), min(config.train.batch_size, BATCH)
     loader = functools.partial(
         train_loader, dataclasses.replace(config.data, workers=0, threads=cores), image_size=config.model.image_size,
@@ -146,9 +150,9 @@ def _measure(study: Study) -> None:
             start, made = time.monotonic(), 0
             while made == 0 or time.monotonic() - start < SECONDS:
                 made += len(next(batches)["record"])
-            study.rate = made / (time.monotonic() - start), cores
+            return made / (time.monotonic() - start), cores
     except DataError:  # more damaged records in a row than are stepped over, which is found already
-        return
+        return None
 
 
 def print_report(console: Console, study: Study, found: Sequence[Finding]) -> None:

@@ -34,7 +34,7 @@ TEXT = 160  # characters of a caption
 
 def page(study: Study, found: Sequence[Finding]) -> str:
     """The whole page."""
-    rows = [[f.severity, f.where, "\n".join([f.what, *f.examples]), f.remedy] for f in found]
+    rows = [[f.severity, f.where, " · ".join([f.what, *f.examples]), f.remedy] for f in found]
     body = [
         f"<h1>Data of {_e(study.config.name)}</h1>",
         section("Findings", table(["", "where", "what", "remedy"], rows, "..ww") or "<p>Nothing was found.</p>"),
@@ -78,7 +78,8 @@ def _sheet(title: str, source: Source, chosen: np.ndarray, chain: Chain) -> str:
             continue
         views = [sample["image"][None]] if "image" in sample else [sample[name] for name in chain.spec]
         first = [pixels[0] for pixels in views]
-        images = "".join(f'<img alt="" src="{_png(drawn(pixels, sample, source))}"/>' for pixels in first)
+        shown = (_jpeg(drawn(pixels, sample, source)) for pixels in first)
+        images = "".join(f'<img alt="" style="width:100%" src="{image}"/>' for image in shown)
         figures.append(f"<figure>{images}<figcaption>{_e(_about(source, index, sample))}</figcaption></figure>")
     if not figures:
         return ""
@@ -131,10 +132,10 @@ def _name(source: Source, label: int) -> str:
     return printable(names[label]) if 0 <= label < len(names) else str(label)
 
 
-def _png(pixels: np.ndarray) -> str:
+def _jpeg(pixels: np.ndarray) -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _histograms(part: Part) -> list[str]:
