@@ -4,8 +4,9 @@
 
 Opens all datasets of `data.train` and of the evals, reads a sample of each, and lists what would stop the training,
 spoil it or slow it down: errors, warnings and notes, each with a remedy. Nothing is trained and no accelerator is used.
-The sample is the same at every call: one record of each of --samples equal parts of a dataset. --cluster compares how
-fast this machine reads with what a step there needs. --out writes doctor.json and a page with pictures, doctor.html.
+The sample is the same at every call: one record of each of --samples equal parts of a dataset; of all records
+(--samples=0), 300 bytes each are held in memory. --cluster compares how fast this machine reads with what a step there
+takes. --out writes doctor.json, and doctor.html, a page with histograms and pictures.
 
 Exit codes: 0 nothing, or notes only · 3 warnings · 2 errors.
 """

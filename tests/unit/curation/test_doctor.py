@@ -3,9 +3,9 @@
 import dataclasses
 import io
 import json
+import pickle
 import shutil
 import tarfile
-from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,10 +15,9 @@ from PIL import Image
 
 from visionfm_jax import __main__ as console
 from visionfm_jax.config import Config, DataConfig, SourceConfig, TrainConfig
-from visionfm_jax.config.load import load_file
-from visionfm_jax.curation import checks, doctor, survey
+from visionfm_jax.curation import checks, doctor, doctor_page, survey
 from visionfm_jax.curation.checks import Study, findings
-from visionfm_jax.data.shards import Here, Local
+from visionfm_jax.data.shards import Here
 from visionfm_jax.data.sources.kinds import (
     Ade20kConfig,
     BundledConfig,
@@ -289,6 +288,10 @@ def test_members_that_a_tar_lacks_are_told(tmp_path):
     said = [f.what for f in found if f.name == "left_out" and f.severity == "warning"]
     assert any(what.startswith("1 of 2 tars are truncated") for what in said)
     assert any("left out: 2 " in what and "0/b" in what for what in said)
+    (tmp_path / "old.pairs").write_bytes(b"of another crawl")
+    source = TarsConfig(path=str(tmp_path), selection=str(tmp_path / "old.pairs"))
+    one = the(found_in(config_of(source, task=ContrastiveConfig(), model=CLIP)), "unusable")
+    assert one.remedy == "run visionfm data select again"
 
 
 def test_numbers_of_records(folder):
@@ -491,17 +494,37 @@ def test_a_sample_is_one_record_of_each_part_and_always_the_same():
     np.testing.assert_array_equal(survey.choose(7, 9), np.arange(7))
 
 
-def test_processes_find_what_one_finds():
-    config = load_file("quickstart")
-    config.data.train = (BundledConfig(path="digits", split="test"),)
+def test_a_reader_travels_and_its_chunks_add_up():
+    config = config_of(BundledConfig(path="digits", split="test"), task=ClassificationConfig(num_classes=10))
     study = Study(config, doctor._parts(config))
     part = study.parts[0]
     doctor._open(part)
     doctor._agree(study)
-    chain = doctor.Chain((), config.model.image_size)
-    reader = survey.Reader(part.source, chain, study.fields, None)
-    one, two = (survey.survey(reader, 300, engine, "digits") for engine in (Here(), Local(2)))
+    reader = survey.Reader(part.source, doctor.Chain((), 32), study.fields, None)
+    one = survey.survey(reader, 300, Here(), "digits")
+    two = pickle.loads(pickle.dumps(reader))(survey.choose(1000, 300))
     np.testing.assert_array_equal(one.rows, two.rows)
     assert one.classes == two.classes
     assert sum(one.classes.values()) == 300
-    assert isinstance(one.classes, Counter)
+
+
+def test_a_page_shows_objects_masks_and_captions_and_stands_for_data_that_cannot_be_read(tmp_path):
+    box = (0, 0, 16, 16)
+    objects = {"image": png(0), "caption": ("a <cat>", "b")} | boxed(box, masks=True)
+    config = config_of(
+        RecordsConfig(records=(objects,), num_classes=2),
+        RecordsConfig(path="damaged", records=({"image": b"none"} | boxed(box),), num_classes=2),
+        task=DetectionConfig(num_classes=2),
+    )
+    study = doctor.examine(config, engine=Here())
+    doctor.write(study, findings(study), tmp_path)
+    page = (tmp_path / "doctor.html").read_text()
+    assert page.count("data:image/jpeg") == 2
+    assert "a &lt;cat&gt; | b" in page
+    assert "1 objects: 0" in page
+    assert "records damaged" in page
+    found = json.loads((tmp_path / "doctor.json").read_text())["findings"]
+    assert found[0]["severity"] == "error"
+    drawn = doctor_page.drawn(np.zeros((32, 32, 3), np.uint8), boxed(box, masks=False), Records(config.data.train[0]))
+    assert drawn[0, :16].any(1).all()
+    assert not drawn[17:, 17:].any()
