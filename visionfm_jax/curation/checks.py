@@ -437,7 +437,7 @@ def shapes(study: Study) -> Iterator[Finding]:
         rows = part.survey.good
         short, long = np.minimum(rows["height"], rows["width"]), np.maximum(rows["height"], rows["width"])
         for name, wrong, what, remedy in (
-            ("tiny", short < side / 2, f"are smaller than half of the model's {side} pixels, and are enlarged",
+            ("tiny", long < side / 2, f"are smaller than half of the model's {side} pixels, and are enlarged",
              "leave them out, or train at a smaller config.model.image_size"),
             ("huge", rows["height"].astype(np.int64) * rows["width"] > max(HUGE, 64 * side**2),
              "are so large that decoding costs more than the step needs", "store them at a smaller size"),

@@ -84,14 +84,15 @@ def _sheet(title: str, source: Source, chosen: np.ndarray, chain: Chain) -> str:
     if not figures:
         return ""
     grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px"
-    return f'<h3>{_e(title)}</h3><div style="{grid}">{"".join(figures)}</div>'
+    return f'<h3 style="margin:1.2em 0 .5em">{_e(title)}</h3><div style="{grid}">{"".join(figures)}</div>'
 
 
 def drawn(image: np.ndarray, sample: Mapping[str, Any], source: Source) -> np.ndarray:
-    """An image uint8 (H, W, 3), at most `SIDE` pixels long, with its objects and classes drawn on it."""
-    scale = min(1.0, SIDE / max(image.shape[:2]))
+    """An image uint8 (H, W, 3), resized to `SIDE` pixels along, with its objects and classes drawn on it."""
+    scale = SIDE / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    out = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    out = cv2.resize(image, size, interpolation=how).astype(np.float32)
     classes = source.num_classes
     colours = class_colours(classes, range(classes)) if classes else np.zeros((1, 3), np.uint8)
     if "class_map" in sample:
