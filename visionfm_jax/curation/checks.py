@@ -37,6 +37,7 @@ from visionfm_jax.parallel.targets import Cluster
 
 SEVERITIES = ("error", "warning", "note")
 SHOWN = 5  # examples of a finding
+PASSES = 2000  # over a dataset; MAE (He et al. 2022) reads ImageNet-1k 1,600 times
 HUGE = 16e6  # pixels of an image that are many for any model
 LABEL_SPACES = {
     21_841: "ImageNet-21K, all of 2011", 21_843: "ImageNet-21K as TFDS and AugReg have it", 19_167: "ImageNet-21K, "
@@ -283,6 +284,27 @@ def sizes(study: Study) -> Iterator[Finding]:
             if fits and part.config.split == split and (lacking := whole - len(part.source)) > 0:
                 what = f"the set as it was published has {whole:,} records; {lacking:,} are missing"
                 yield Finding("warning", "incomplete", part.where, what, lacking, (), "download and unpack it again")
+
+
+def repeats(study: Study) -> Iterator[Finding]:
+    """Datasets whose records come again more often than anything is learned from them."""
+    config, ratio = study.config, study.config.task.pair_ratio
+    named = {name: part for part in study.trained for name in part.fields}
+    parts = [named.get(f"config.data.train[{i}]") for i in range(len(config.data.train))]
+    if None in parts:
+        return
+    for i, part in enumerate(parts):
+        pool, of_pool = parts, 1.0
+        if any(ratio):
+            pool = [p for p in parts if p.source.has_captions == part.source.has_captions]
+            of_pool = ratio[not part.source.has_captions] / sum(ratio)
+        whole = sum(s.weight for s, p in zip(config.data.train, parts, strict=True) if p in pool)
+        share = of_pool * config.data.train[i].weight / whole
+        passes = share * config.total_steps * config.train.batch_size / len(part.source)
+        if passes > PASSES:
+            what = f"its {count(len(part.source), 'record')} are read {passes:,.0f} times: {share:.1%} of all samples"
+            remedy = f"lower config.data.train[{i}].weight, or train for fewer steps"
+            yield Finding("warning", "repeats", f"config.data.train[{i}]", what, int(passes), (), remedy)
 
 
 def damaged(study: Study) -> Iterator[Finding]:
@@ -552,6 +574,10 @@ def _texts(part: Part, rows: np.ndarray) -> tuple[str, ...]:
 
 def duplicates(study: Study) -> Iterator[Finding]:
     """Datasets, files and images that occur more than once in the training data."""
+    for part in study.trained:
+        if len(again := [name for name in part.fields if name.startswith("config.data.train")]) > 1:
+            what, remedy = f"is the data of {again[0]} once more", "name it once, with a weight"
+            yield Finding("warning", "named_twice", ", ".join(again[1:]), what, len(part.source), (), remedy)
     for part, other in itertools.combinations(study.trained, 2):
         if _same(part.config, other.config) and part.source.has_captions == other.source.has_captions:
             what = f"is the data of {part.where} once more"
@@ -666,8 +692,8 @@ def disk(study: Study) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Study], Iterator[Finding]], ...] = (
-    paths, opening, left_out, no_checksums, sizes, damaged, classes, frequencies, contradictions, order, kinds, shapes,
-    maps, objects, captions, duplicates, overlap, throughput, disk,
+    paths, opening, left_out, no_checksums, sizes, repeats, damaged, classes, frequencies, contradictions, order, kinds,
+    shapes, maps, objects, captions, duplicates, overlap, throughput, disk,
 )  # fmt: skip
 
 

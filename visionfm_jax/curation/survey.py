@@ -94,7 +94,7 @@ class Survey:
         return self.rows[self.rows["flags"] & Flag.DAMAGED == 0]
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """A dataset that a configuration names, once or several times.
 

@@ -310,6 +310,27 @@ def test_numbers_of_records(folder):
     assert the(found, "few_records").where == "config.train.batch_size"
 
 
+def test_a_small_source_of_large_weight_is_read_again_and_again(folder):
+    large = RecordsConfig(records=({"image": png(0), "label": 0},) * 1000, num_classes=2)
+    config = config_of(FolderConfig(path=str(folder), split="train", weight=3.0), large)
+    config.train.steps = 10_000
+    assert the(found_in(config, samples=10), "repeats").what.startswith("its 12 records are read 2,500 times: 75.0%")
+    large.weight = 3.0
+    assert "repeats" not in names(found_in(config, samples=10))
+
+
+def test_messages_of_readers_have_a_meaning():
+    """Those that the tests of records do not make."""
+    for message, name in {
+        "its label is -1, but there are 1000 classes": "unlabelled",
+        "its objects have labels beyond the 80 classes": "label_outside",
+        "its annotations are for 48 x 64 pixels, and the file has 64 x 48": "size_differs",
+        "it differs from its checksum in x.checksums: the file is damaged": "changed",
+        "premature end of JPEG (99 bytes)": "unreadable",
+    }.items():
+        assert checks.meaning_of(message).name == name
+
+
 def test_label_spaces(folder, tmp_path):
     config = of_folder(folder)
     config.task = ClassificationConfig(num_classes=21_841)
@@ -354,7 +375,7 @@ def test_equal_images_within_the_training_data(folder):
     config = of_folder(folder)
     config.data.train *= 2
     config.data.train = (config.data.train[0], dataclasses.replace(config.data.train[1], weight=2.0))
-    assert len(doctor._parts(config)) == 2  # the same part is trained on twice
+    assert {f.where for f in found_in(config) if f.name == "named_twice"} == {"config.data.train[1]"}
     config.data.train = (config.data.train[0], FolderConfig(path=f"{folder}/../set", split="train"))
     assert the(found_in(config), "named_twice").where == "config.data.train[1]"
 
