@@ -713,6 +713,19 @@ def _space(number: int) -> str:
     return f"{number:,}" + (f" ({LABEL_SPACES[number]})" if number in LABEL_SPACES else "")
 
 
+def remarks(study: Study) -> list[str]:
+    """What holds of the whole, for people."""
+    out = []
+    if study.rate:
+        out.append(f"The loader makes {study.rate[0]:,.0f} images/s on {study.rate[1]} cores of this machine.")
+    if any(len(part.survey.rows) < len(part.source) for part in study.opened):
+        out.append(
+            "Not all records were read, so rare damage, duplicates and evaluation images in the training data may be "
+            "missed: --samples=0 reads all, and visionfm data dedup compares all."
+        )
+    return out
+
+
 def as_json(found: Sequence[Finding]) -> list[dict[str, Any]]:
     """For other programs."""
     return [finding._asdict() for finding in found]

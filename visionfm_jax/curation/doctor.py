@@ -30,7 +30,7 @@ from rich.text import Text
 from visionfm_jax.config import Config
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.curation import doctor_page
-from visionfm_jax.curation.checks import Finding, Study, as_json, findings, missing_paths, named_sources
+from visionfm_jax.curation.checks import Finding, Study, as_json, findings, missing_paths, named_sources, remarks
 from visionfm_jax.curation.survey import Part, Reader, survey, warnings_kept
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.loader import check_pair_ratio, train_loader
@@ -166,9 +166,8 @@ def print_report(console: Console, study: Study, found: Sequence[Finding]) -> No
             numbers = (f"{n:,}" for n in (len(part.source), len(part.survey.rows), len(part.survey.reasons)))
         table.add_row(Text(printable(name)), part.where, *numbers)
     console.print(table)
-    if study.rate:
-        rate, cores = study.rate
-        console.print(f"The loader makes {rate:,.0f} images/s on {cores} cores of this machine.", highlight=False)
+    for remark in remarks(study):
+        console.print(remark, highlight=False)
     console.print()
     if not found:
         console.print("Nothing was found.")

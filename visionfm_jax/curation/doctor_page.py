@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from visionfm_jax.config import PreprocessConfig
-from visionfm_jax.curation.checks import Finding, Study
+from visionfm_jax.curation.checks import Finding, Study, remarks
 from visionfm_jax.curation.survey import UNLABELLED, Part, label_counts
 from visionfm_jax.data.chain import FAILS, Chain
 from visionfm_jax.data.loader import DAMAGED
@@ -51,10 +51,8 @@ def _datasets(study: Study) -> str:
         numbers = [f"{n:,}" for n in (len(part.source), len(part.survey.rows), len(part.survey.reasons))] * opened
         name = part.source.name if opened else f"{part.config.kind} {part.config.path}"
         rows.append([name, part.where, *(numbers or ["cannot be opened", "", ""])])
-    speed = ""
-    if study.rate:
-        speed = f"<p>The loader makes {study.rate[0]:,.0f} images/s on {study.rate[1]} cores of this machine.</p>"
-    return table(["dataset", "in", "records", "read", "damaged"], rows, "..nnn") + speed
+    said = "".join(f"<p>{_e(remark)}</p>" for remark in remarks(study))
+    return table(["dataset", "in", "records", "read", "damaged"], rows, "..nnn") + said
 
 
 def _part(study: Study, part: Part) -> str:

@@ -192,6 +192,7 @@ def test_a_shipped_configuration_is_clean_and_written_down(tmp_path, capsys, mon
     shown = capsys.readouterr().out
     assert "Nothing was found." in shown
     assert "bundled digits/train" in shown
+    assert "Not all records were read" in shown
     about = json.loads((tmp_path / "doctor.json").read_text())
     assert about["findings"] == []
     assert about["images_per_s"] > 0
