@@ -220,17 +220,17 @@ def opening(study: Study) -> Iterator[Finding]:
     lacking = missing_paths(study.config)
     for part in study.parts:
         if part.problem and part.config.path not in lacking and getattr(part.config, "selection", "") not in lacking:
-            what, _, remedy = part.problem.rpartition("; ")
+            what, remedy = _told(part.problem)
             meaning, name, full = meaning_of(part.problem), "unusable", full_ade20k(part.config)
             if full:
                 name, remedy = "map_colours", MEANINGS[2].remedy
                 what = f"{printable(part.config.path)} is ADE20K's full set, whose maps code instances and parts"
             elif meaning.pattern:
                 name, remedy = meaning.name, meaning.remedy
-            yield Finding("error", name, part.where, what or part.problem, 0, (), remedy)
+            yield Finding("error", name, part.where, what, 0, (), remedy)
     for where, reason in study.refused:
-        what, _, remedy = reason.rpartition("; ")
-        yield Finding("error", "refused", where, what or reason, 0, (), remedy)
+        what, remedy = _told(reason)
+        yield Finding("error", "refused", where, what, 0, (), remedy)
 
 
 def full_ade20k(config: SourceConfig) -> bool:
@@ -356,7 +356,7 @@ def classes(study: Study) -> Iterator[Finding]:
             try:
                 check_classes(part.where, part.source, names)
             except DataError as error:
-                what, _, remedy = str(error).removeprefix(f"{part.where}: ").rpartition("; ")
+                what, remedy = _told(str(error).removeprefix(f"{part.where}: "))
                 yield Finding("error", "classes_differ", part.where, what, 0, _differing(part, names), remedy)
 
 
@@ -530,7 +530,7 @@ def captions(study: Study) -> Iterator[Finding]:
     length = study.texts.length if study.texts else 0
     for part in study.opened:
         rows = part.survey.good
-        if not part.source.has_captions or not part.config.caption_key or not len(rows) or not study.texts:
+        if not study.texts or not part.source.has_captions or not len(rows):
             continue
         for flag, name, usual, what, remedy in (
             (Flag.CUT, "cut", 0.1, f"have captions of more than the {length} tokens that the text network reads",
@@ -701,6 +701,12 @@ def findings(study: Study) -> list[Finding]:
     """Of all checks, the most severe first."""
     found = [finding for check in CHECKS for finding in check(study)]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
+
+
+def _told(message: str) -> tuple[str, str]:
+    """What an error message says, and its remedy, which stands at its end."""
+    what, _, remedy = message.rpartition("; ")
+    return (what, remedy) if what else (message, "mend this")
 
 
 def _of(number: int, total: int) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from visionfm_jax.config import PreprocessConfig
 from visionfm_jax.curation.checks import Finding, Study, remarks
-from visionfm_jax.curation.survey import UNLABELLED, Part, label_counts
+from visionfm_jax.curation.survey import Part, label_counts
 from visionfm_jax.data.chain import FAILS, Chain
 from visionfm_jax.data.loader import DAMAGED
 from visionfm_jax.data.sources import Source, read_record
@@ -92,9 +92,11 @@ def drawn(image: np.ndarray, sample: Mapping[str, Any], source: Source) -> np.nd
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     out = cv2.resize(image, size, interpolation=how).astype(np.float32)
     classes = source.num_classes
-    colours = class_colours(classes, range(classes)) if classes else np.zeros((1, 3), np.uint8)
+    if not {"class_map", "box_labels"} & sample.keys():
+        return out.astype(np.uint8)
+    colours = class_colours(classes, range(classes))
     if "class_map" in sample:
-        shown = cv2.resize(sample["class_map"], size, interpolation=cv2.INTER_NEAREST)
+        shown = cv2.resize(sample["class_map"].astype(np.float32), size, interpolation=cv2.INTER_NEAREST).astype(int)
         out = 0.4 * out + 0.6 * colours[np.where(shown < classes, shown, classes)]
     boxes, labels = sample.get("boxes", np.zeros((0, 4))), sample.get("box_labels", ())
     for i, label in enumerate(labels):
@@ -152,7 +154,7 @@ def _histograms(part: Part) -> list[str]:
         charts.append(histogram("objects on an image", rows["objects"]))
     if "class_map" in getattr(part.source, "classes_of", ()):
         charts.append(histogram("share of a map's pixels that are of no class", rows["unclassed"]))
-    if part.survey.classes or (rows["label"] != UNLABELLED).any():
+    if part.survey.classes and part.source.num_classes:
         counts, _ = label_counts(part, part.source.num_classes)
         if len(counts) > MANY:
             charts.append(histogram("images or objects of a class", counts))

@@ -82,7 +82,6 @@ class RecordsConfig(SourceConfig):
     split: str = "train"
     records: tuple = ()
     num_classes: int = 0
-    caption_key: str = "caption"
 
     def make(self):
         return Records(self)
@@ -539,6 +538,7 @@ def test_a_reader_travels_and_its_chunks_add_up():
 def test_a_page_shows_objects_masks_and_captions_and_stands_for_data_that_cannot_be_read(tmp_path):
     box = (0, 0, 16, 16)
     objects = {"image": png(0), "caption": ("a <cat>", "b")} | boxed(box, masks=True)
+    objects |= {"class_map": np.eye(32, dtype=np.int64)}
     config = config_of(
         RecordsConfig(records=(objects,), num_classes=2),
         RecordsConfig(path="damaged", records=({"image": b"none"} | boxed(box),), num_classes=2),
