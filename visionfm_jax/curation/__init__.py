@@ -1,1 +1,1 @@
-"""Looking at, scoring and choosing training data: what needs models, or pictures for people."""
+"""Look at data and choose among it: scores, duplicates, held-out images, and what is amiss."""
