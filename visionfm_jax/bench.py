@@ -157,7 +157,7 @@ def measure(
         "accumulate": config.train.accumulate,
         "precision": config.train.precision,
         "stage": config.parallel.stage,
-        "attention": {name: network.attention for name, network in trainer.step_config.model.networks().items()},
+        "attention": trainer.attention,
         "remat": {name: network.remat for name, network in config.model.networks().items()},
         "images_per_s": round(rate, 3),
         **data,

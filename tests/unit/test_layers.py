@@ -26,6 +26,7 @@ PACKAGES = [
     "interop",
     "train",
     "evals",
+    "inference",
     "api",
     "telemetry",
     "curation",

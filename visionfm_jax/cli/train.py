@@ -78,6 +78,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
                 start,
                 devices=trainer.mesh.size,
                 parameters=sum(p.size for p in jax.tree.leaves(trainer.shapes.params)),
+                attention=trainer.attention,
             ) as session,
             RunMonitor(config, folder.path, start, watchdog, session) as monitor,
             open_loader(trainer, sources, fields, start) as batches,

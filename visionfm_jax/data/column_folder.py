@@ -99,12 +99,13 @@ class ColumnFolder:
         return json.dumps([tar["name"], tar["pairs"], tar["crc"], settings]).encode()
 
 
-def create(path: Path, about: dict[str, Any]) -> ColumnFolder:
+def create(path: Path, about: dict[str, Any], flag: str = "--out") -> ColumnFolder:
     """A folder to write to: a new one, or one that the same command with the same settings has begun.
 
     Args:
       path: of the folder.
       about: "command", such as "data score", and its settings, in plain values.
+      flag: that names the folder, for people.
 
     Raises:
       ConfigError: it holds something else.
@@ -115,15 +116,15 @@ def create(path: Path, about: dict[str, Any]) -> ColumnFolder:
         path.mkdir(parents=True, exist_ok=True)
         there = _about(path)
         if there is None and any(file.suffix in (".parquet", ".tar") for file in path.iterdir()):
-            raise ConfigError(f"--out={printable(str(path))}: is a folder of other files; name a new one")
+            raise ConfigError(f"{flag}={printable(str(path))}: is a folder of other files; name a new one")
         if there is None:
             write_text(path / ABOUT, json.dumps(about, indent=1) + "\n")
     except OSError as error:
-        raise not_written(f"--out={printable(str(path))}", error) from error
+        raise not_written(f"{flag}={printable(str(path))}", error) from error
     if there is not None and there != about:
         different = ", ".join(name for name in {**about, **there} if there.get(name) != about.get(name))
         raise ConfigError(
-            f"--out={printable(str(path))}: was made with another {different}; name another folder, or remove it"
+            f"{flag}={printable(str(path))}: was made with another {different}; name another folder, or remove it"
         )
     return ColumnFolder(path, about)
 

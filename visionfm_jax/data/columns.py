@@ -1,10 +1,15 @@
-"""The parquet that img2dataset writes beside each tar: its columns joined to the pairs, and conditions on them."""
+"""Columns of pairs: of the parquets that img2dataset writes beside the tars, and of folders of computed columns.
+
+Those of a folder are joined by position, those of a parquet by key. Conditions are evaluated on both.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +17,90 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from visionfm_jax.data import best
+from visionfm_jax.data.best import Boundary, Counts
+from visionfm_jax.data.column_folder import ColumnFolder, columns_of, open_folder
 from visionfm_jax.data.conditions import Condition
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
-from visionfm_jax.errors import ConfigError, DataError, one_line
+from visionfm_jax.errors import ConfigError, DataError, one_line, printable
 
 KEY, STATUS, SUCCESS = "key", "status", "success"
 _SHOWN = 30  # names of columns in a message
+_T = TypeVar("_T")
+
+Shard = tuple[str, dict[str, Any], np.ndarray]
+"""The name of a tar, its entry in `tar_index.Index.tars`, and its pairs as in `Index.records`."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where columns of the pairs of a folder of tars are.
+
+    Attributes:
+      store: the folder.
+      beside: those in the parquets beside the tars; empty: these are not read.
+      computed: folders of computed columns, and what is read of each.
+    """
+
+    store: Store
+    beside: tuple[str, ...]
+    computed: tuple[tuple[ColumnFolder, tuple[str, ...]], ...]
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Column -> where it is, for people."""
+        beside = dict.fromkeys(self.beside, "the parquets beside the tars")
+        return beside | {name: str(folder.path) for folder, names in self.computed for name in names}
+
+    def read(self, shard: Shard) -> Rows:
+        """What there is of the pairs of a tar.
+
+        Raises:
+          DataError: a file is missing, damaged, of another crawl, or lacks a column.
+        """
+        name, tar, records = shard
+        columns: dict[str, pa.ChunkedArray] = {}
+        known, rows, success = np.arange(len(records)), None, None
+        if self.beside:
+            table = _read(self.store, parquet_of(name), list(dict.fromkeys([KEY, STATUS, *self.beside])))
+            rows, table = len(table), table.filter(pc.equal(table[STATUS], SUCCESS))
+            success, place = len(table), self._places(name, records, table[KEY])
+            known = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
+            table = table.take(place.drop_null())
+            columns |= {column: table[column] for column in self.beside}
+        for folder, names in self.computed:
+            table = folder.read(tar, names).take(known)
+            columns |= {column: table[column] for column in names}
+        return Rows(pa.table(columns), known, rows, success)
+
+    def _places(self, name: str, records: np.ndarray, column: pa.ChunkedArray) -> pa.Array:
+        """Of each pair, its row in a column of keys."""
+        try:
+            keys = pa.array(tar_index.keys(self.store, name, records), pa.string())
+            kind = column.type if pa.types.is_integer(column.type) else pa.string()  # the first img2dataset counted
+            return pc.index_in(keys.cast(kind), value_set=column.cast(kind).combine_chunks())
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"{self.store.path(name)}: its keys do not fit {parquet_of(name)} ({one_line(error)}); download both "
+                "again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of pairs of a tar.
+
+    Attributes:
+      table: a row for each pair that is known.
+      known: int64 (R,), which pairs these are: with a parquet those in it that were downloaded, else all.
+      rows: of the parquet; `success`: those with a picture; None: it was not read.
+    """
+
+    table: pa.Table
+    known: np.ndarray
+    rows: int | None
+    success: int | None
 
 
 @dataclass(frozen=True)
@@ -28,19 +110,24 @@ class Chosen:
     Attributes:
       name: of the tar.
       chosen: bool (pairs,).
-      rows: of the parquet; `success`: those with a picture; `known`: pairs of the tar that are among these.
+      rows, success: as in `Rows`; `known`: the number of known pairs.
       drops: int64 (C,); known pairs that condition c does not hold for; `empty`: those for want of a value; `only`:
         those for which every other condition holds.
+      values: float64 (pairs,), of the column that pairs are ranked by; NaN: none, or infinite where it says so. None:
+        there is no such column.
+      problem: why none is chosen: what is the matter with the tar's columns; empty: nothing.
     """
 
     name: str
     chosen: np.ndarray
-    rows: int
-    success: int
+    rows: int | None
+    success: int | None
     known: int
     drops: np.ndarray
     empty: np.ndarray
     only: np.ndarray
+    values: np.ndarray | None
+    problem: str = ""
 
     @property
     def selected(self) -> int:
@@ -53,6 +140,36 @@ def parquet_of(tar: str) -> str:
     return tar.removesuffix(".tar") + ".parquet"
 
 
+def find(store: Store, folders: Sequence[Path], tars: Sequence[dict[str, Any]], wanted: Sequence[str]) -> Columns:
+    """Where the wanted columns are; a column of a folder goes before one of that name beside the tars.
+
+    Args:
+      store: the folder of the tars.
+      folders: of computed columns.
+      tars: as `tar_index.Index.tars`.
+      wanted: names of columns.
+
+    Raises:
+      DataError: a column is nowhere, with the names that there are; or a folder holds none of these tars' columns.
+      ConfigError: a column is in several folders.
+    """
+    opened = [open_folder(path) for path in folders]
+    there = [_first(tars, lambda tar, folder=folder: columns_of(folder, [tar])) for folder in opened]
+    for name in wanted:
+        if len(places := [folder.path for folder, names in zip(opened, there, strict=True) if name in names]) > 1:
+            both = " and ".join(printable(str(path)) for path in places)
+            raise ConfigError(f"--columns: {both} both have a column {name!r}; leave one of them out")
+    computed = [name for names in there for name in names]
+    beside = [name for name in wanted if name not in computed]
+    if beside:
+        where, names = _beside(store, tars, optional=bool(folders))
+        check_columns(where, computed + names, beside)
+    found = [
+        (folder, tuple(name for name in wanted if name in names)) for folder, names in zip(opened, there, strict=True)
+    ]
+    return Columns(store, tuple(beside), tuple((folder, names) for folder, names in found if names))
+
+
 def check_columns(where: str, names: Sequence[str], wanted: Sequence[str]) -> None:
     """Complain about the first wanted column that is not among `names`.
 
@@ -63,61 +180,145 @@ def check_columns(where: str, names: Sequence[str], wanted: Sequence[str]) -> No
         if column not in names:
             lower = {name.lower(): name for name in names}
             near = [lower[n] for n in difflib.get_close_matches(column.lower(), lower, n=3)]
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            there = ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+            hint = f"did you mean {printable(' or '.join(near))}? " if near else ""
+            there = printable(", ".join(names[:_SHOWN])) + (" …" if len(names) > _SHOWN else "")
             raise DataError(f"{where}: no column {column!r}; {hint}the columns are {there}")
 
 
-def choose(store: Store, conditions: Sequence[Condition], tar: tuple[str, np.ndarray]) -> Chosen:
+def choose(columns: Columns, conditions: Sequence[Condition], by: str | None, shard: Shard) -> Chosen:
     """Evaluate the conditions on a tar's pairs; only the columns that they need are read.
 
     Args:
-      store: the folder.
+      columns: where they are.
       conditions: all of which have to hold.
-      tar: its name, and the pairs as in `tar_index.Index.records`.
+      by: the column whose values are wanted too.
+      shard: the tar.
 
     Raises:
-      DataError: the parquet, or the tar, cannot be read, or a column is missing.
-      ConfigError: a condition does not fit the type of its column.
+      DataError: as `Columns.read`.
+      ConfigError: a condition does not fit the type of its column, or `by` is no column of numbers.
     """
-    name, records = tar
-    table = _read(store, parquet_of(name), conditions)
-    rows, table = len(table), table.filter(pc.equal(table[STATUS], SUCCESS))
-    try:
-        keys = pa.array(tar_index.keys(store, name, records), pa.string())
-        kind = table[KEY].type
-        kind = kind if pa.types.is_integer(kind) else pa.string()  # img2dataset's first versions counted
-        place = pc.index_in(keys.cast(kind), value_set=table[KEY].cast(kind).combine_chunks())
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"{store.path(name)}: its keys do not fit {parquet_of(name)} ({one_line(error)}); download both again"
-        ) from error
-    known = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
-    held, empty = _evaluate(table.take(place.drop_null()), conditions)
+    name, _, records = shard
+    rows = columns.read(shard)
+    held, empty = _evaluate(rows.table, conditions)
     failed = (~held).sum(axis=0)  # conditions that fail, by pair
     chosen = np.zeros(len(records), bool)
-    chosen[known[failed == 0]] = True
+    chosen[rows.known[failed == 0]] = True
+    values = None
+    if by is not None:
+        values = np.full(len(records), np.nan)
+        values[rows.known] = _numbers(rows.table[by], by)
     return Chosen(
         name=name,
         chosen=chosen,
-        rows=rows,
-        success=len(table),
-        known=len(known),
+        rows=rows.rows,
+        success=rows.success,
+        known=len(rows.known),
         drops=(~held).sum(axis=1),
         empty=empty.sum(axis=1),
         only=(~held & (failed == 1)).sum(axis=1),
+        values=values,
     )
 
 
-def _read(store: Store, name: str, conditions: Sequence[Condition]) -> pa.Table:
-    """The columns that are needed."""
-    wanted = list(dict.fromkeys([KEY, STATUS, *(c for condition in conditions for c in condition.columns)]))
+# The passes over the tars; their first arguments are those of `choose`.
+
+
+def first_pass(
+    columns: Columns, conditions: Sequence[Condition], by: str | None, shard: Shard
+) -> tuple[Chosen, list[Counts]]:
+    """What is chosen; and of a column `by` the values of all pairs, and of those chosen, counted for `best.find`."""
+    chosen = _chosen(columns, conditions, by, shard)
+    if chosen.values is None:
+        return chosen, []
+    every, fit = (chosen.values[which & ~np.isnan(chosen.values)] for which in (True, chosen.chosen))
+    counts = [best.count(best.keys(values), Boundary()) for values in (every, fit)]
+    return replace(chosen, values=None), counts
+
+
+def next_pass(columns: Columns, conditions: Sequence[Condition], by: str, boundary: Boundary, shard: Shard) -> Counts:
+    """The values of chosen pairs that lie on the boundary, counted for `best.find`."""
+    chosen = _chosen(columns, conditions, by, shard)
+    return best.count(best.keys(chosen.values[chosen.chosen]), boundary)
+
+
+def taken(
+    columns: Columns, conditions: Sequence[Condition], by: str, boundary: Boundary, shard: Shard
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Which chosen pairs lie above the boundary, and which on it, bool (pairs,), and the least of their values."""
+    chosen = _chosen(columns, conditions, by, shard)
+    above, on = np.zeros((2, len(chosen.chosen)), bool)
+    above[chosen.chosen], on[chosen.chosen] = boundary.split(best.keys(chosen.values[chosen.chosen]))
+    return above, on, float(np.min(chosen.values[above | on], initial=np.inf))
+
+
+def _chosen(columns: Columns, conditions: Sequence[Condition], by: str | None, shard: Shard) -> Chosen:
+    """As `choose`; where a tar's columns cannot be used, none of its pairs."""
+    try:
+        return choose(columns, conditions, by, shard)
+    except DataError as error:
+        problem = str(error)
+    except ConfigError as error:  # a column of another type than in the first tar
+        problem = f"{shard[0]}: {error}"
+    none, pairs = np.zeros(len(conditions), np.int64), len(shard[2])
+    values = None if by is None else np.full(pairs, np.nan)
+    return Chosen(shard[0], np.zeros(pairs, bool), 0, 0, 0, none, none, none, values, problem)
+
+
+def _first(tars: Sequence[dict[str, Any]], names: Callable[[dict[str, Any]], _T]) -> _T:
+    """What is found of the first tar of which it can be read."""
+    problem: DataError | None = None
+    for tar in tars:
+        try:
+            return names(tar)
+        except DataError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _beside(store: Store, tars: Sequence[dict[str, Any]], *, optional: bool) -> tuple[str, list[str]]:
+    """A parquet beside the tars and its columns; of a folder where there need be none, the folder and no columns."""
+
+    def names(tar: dict[str, Any]) -> tuple[str, list[str]]:
+        name = parquet_of(tar["name"])
+        return store.path(name), names_of(store, name)
+
+    try:
+        return _first(tars, names)
+    except DataError:
+        if not optional:
+            raise
+        return f"{store.url} (without parquets that can be read) and --columns", []
+
+
+def names_of(store: Store, name: str) -> list[str]:
+    """The columns of a parquet beside the tars.
+
+    Raises:
+      DataError: it is missing, or cannot be read.
+    """
+    return _opened(store, name, lambda file: file.schema_arrow.names)
+
+
+def _read(store: Store, name: str, wanted: Sequence[str]) -> pa.Table:
+    """Columns of a parquet beside the tars."""
+
+    def read(file: pq.ParquetFile) -> pa.Table:
+        check_columns(store.path(name), file.schema_arrow.names, wanted)
+        return file.read(columns=wanted)
+
+    return _opened(store, name, read)
+
+
+def _opened(store: Store, name: str, act: Callable[[pq.ParquetFile], _T]) -> _T:
     try:
         with pq.ParquetFile(store.path(name) if store.local else store.open(name)) as file:
-            check_columns(store.path(name), file.schema_arrow.names, wanted)
-            return file.read(columns=wanted)
+            return act(file)
     except DataError:
         raise
+    except FileNotFoundError as error:
+        raise DataError(f"{store.path(name)}: missing beside the tar; download the shard again, or move it") from error
     except Exception as error:  # Arrow's, and every store has its own
         raise DataError(f"{store.path(name)}: cannot be read ({one_line(error)}); download the shard again") from error
 
@@ -137,3 +338,14 @@ def _evaluate(table: pa.Table, conditions: Sequence[Condition]) -> tuple[np.ndar
         held[c] = column.fill_null(False).to_numpy()
         empty[c] = column.is_null().to_numpy()
     return held, empty
+
+
+def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
+    """float64 (rows,); NaN where there is none."""
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise ConfigError(f"--by={name}: is a column of {kind}; name one of numbers")
+    try:
+        return column.cast(pa.float64()).fill_null(np.nan).to_numpy()
+    except pa.ArrowInvalid as error:  # whole numbers beyond 2**53
+        raise ConfigError(f"--by={name}: {one_line(error)}; name a column of smaller numbers") from error

@@ -145,11 +145,11 @@ class Ray:
 
     Attributes:
       address: of the cluster; empty: RAY_ADDRESS, else one of this machine alone, which ends with the work.
-      gpus: of a worker.
+      gpus: whether a worker takes a GPU, where the cluster has some.
     """
 
     address: str = ""
-    gpus: int = 0
+    gpus: bool = False
 
     def map(self, function: Callable[[_S], _R], shards: Sequence[_S]) -> Iterator[_R]:
         """As `Engine.map`."""
@@ -160,7 +160,7 @@ class Ray:
         joined = ray.is_initialized()  # by who calls this
         if not joined:
             try:
-                ray.init(self.address or None, log_to_driver=False, logging_level="ERROR")
+                ray.init(self.address or None, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UserError(f"--address={self.address}: no Ray cluster there ({one_line(error)})") from error
         try:
@@ -171,15 +171,15 @@ class Ray:
 
     def _map(self, ray: Any, function: Callable[[_S], _R], shards: Sequence[_S]) -> Iterator[_R]:
         kept = ray.put(function)  # once, not with each shard
-        task = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=TRIES - 1)(_called)
-        workers = ray.cluster_resources().get("GPU" if self.gpus else "CPU", 1) / max(self.gpus, 1)
-        if workers < 1:
-            raise UserError(f"--engine=ray: the cluster has no {self.gpus} GPUs for a worker; add nodes that have them")
+        there = ray.cluster_resources()
+        gpus = self.gpus and there.get("GPU", 0)
+        task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=TRIES - 1)(_called)
+        workers = int(gpus or there.get("CPU", 1))
         waiting: deque[tuple[_S, Any]] = deque()
         try:
             for shard in shards:
                 waiting.append((shard, task.remote(kept, shard)))
-                if len(waiting) == int(workers) * AHEAD:
+                if len(waiting) >= workers * AHEAD:
                     yield self._result(ray, *waiting.popleft())
             while waiting:
                 yield self._result(ray, *waiting.popleft())
@@ -209,12 +209,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--address", default="", metavar="HOST:PORT", help="of the Ray cluster (RAY_ADDRESS)")
 
 
-def engine_of(arguments: Namespace, gpus: int = 0) -> Engine | None:
+def engine_of(arguments: Namespace, gpus: bool = False) -> Engine | None:
     """The engine that `add_arguments` asks for; None: none is named, and each work has its own.
 
     Args:
       arguments: as they were parsed.
-      gpus: of a worker on a cluster.
+      gpus: as of `Ray`.
 
     Raises:
       ConfigError: arguments that do not go together, or a number that is no number of processes.
@@ -230,7 +230,7 @@ def engine_of(arguments: Namespace, gpus: int = 0) -> Engine | None:
 
 
 def _shown(shards: Sequence[Any]) -> str:
-    names = [str(shard[0] if isinstance(shard, tuple) else shard) for shard in shards]
+    names = [str(shard[0] if type(shard) is tuple else shard) for shard in shards]
     return ", ".join(name if len(name) < 60 else name[:60] + "…" for name in names)
 
 

@@ -195,6 +195,8 @@ def _facts(run: Facts) -> dict[str, str]:
     if run.sessions:
         last = run.sessions[-1]
         out["devices"] = f"{last.get('devices')} x {last.get('device')}"
+        if isinstance(kinds := last.get("attention"), dict):
+            out["attention"] = ", ".join(sorted({str(kind) for kind in kinds.values()}))
     if speeds := _values(run, "images_per_s"):
         out["images/s, median"] = f"{np.median(speeds):,.4g}"
     if mfu := _values(run, "mfu"):

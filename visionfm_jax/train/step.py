@@ -61,13 +61,16 @@ class Trainer:
         """Of the step: with the attention that these devices run where the configuration has "auto"."""
         return with_attention(self.config, self.mesh, lambda config: Trainer(config, self.mesh).traced())
 
+    @property
+    def attention(self) -> dict[str, str]:
+        """By network, the kind that the step computes."""
+        return {name: network.attention for name, network in self.step_config.model.networks().items()}
+
     @functools.cached_property
     def step(self) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
         """Made at its first use: who only predicts needs none of what a step asks of devices."""
-        chosen = {network.attention for network in self.step_config.model.networks().values()}
-        same = (
-            self.step_config.model == self.config.model or "cudnn" not in chosen
-        )  # "auto" is XLA's where nobody chose
+        # "auto" is XLA's where nobody chose
+        same = self.step_config.model == self.config.model or "cudnn" not in self.attention.values()
         task = self.task if same else make_task(self.step_config, gather_params)
         return jax.jit(
             make_step(self.step_config, task, self.tx, self.zero),

@@ -98,6 +98,8 @@ def test_the_report_counts_what_each_condition_drops(folder, capsys):
     assert report == {
         "path": str(folder),
         "where": where,
+        "columns": dict.fromkeys(("similarity", "NSFW", "width"), "the parquets beside the tars"),
+        "left_out": [],
         "rows": 10,
         "success": 8,
         "pairs": 8,
@@ -213,7 +215,7 @@ def test_a_tar_only_touched_or_copied_keeps_its_selection(folder):
         ("similarity > 'a'", r"cannot be evaluated: similarity is double"),
         ("similarity", r"cannot be evaluated"),
         ("similarity >", "invalid syntax"),
-        ("", "invalid syntax"),
+        ("", "--where and --keep are both missing"),
         ("1 < 2", "names no column"),
         ("__import__('os').system('x') == 0", "is not allowed here"),
         ("similarity > (lambda: 1)", "is not allowed here"),
@@ -252,8 +254,25 @@ def test_a_wrong_condition_is_one_line_and_writes_nothing(folder, capsys, where,
 def test_a_wrong_folder_is_one_line(folder, act, message):
     act(folder)
     with pytest.raises(DataError, match=message) as caught:
-        select.select(str(folder), "width > 0", folder / "s.pairs")
+        select.main([f"--path={folder}", "--where=width > 0", f"--out={folder}/s.pairs"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_tar_without_its_columns_is_left_out_and_the_exit_code_says_so(folder, capsys):
+    (folder / "00000.parquet").unlink()
+    write_parquet(folder / "00001.parquet", key=["000000100"], status=["success"], width=["wide"])
+    write_tars(folder, tars=3)
+    write_parquet(folder / "00002.parquet", key=["000000201"], status=["success"], width=[7])
+    out = folder / "s.pairs"
+    assert entry_point(select.main)([f"--path={folder}", "--where=width > 'w' and width < 'x'", f"--out={out}"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "left out, the" in line)
+    assert "2 of 3 tars left out, the selection has the others: " in line
+    assert "00000.parquet: missing beside the tar" in line
+    source = TarPairs(str(folder), selection=str(out))
+    assert [source.key(i) for i in range(len(source))] == ["00001/000000100"]
+    why = {tar["name"]: tar["why"] for tar in json.loads(select.report_file(out).read_text())["left_out"]}
+    assert why.keys() == {"00000.tar", "00002.tar"}
+    assert why["00002.tar"].startswith("00002.tar: --where: ")
 
 
 def test_an_output_that_cannot_be_written(folder):

@@ -113,7 +113,7 @@ def test_shards_are_handed_out_as_workers_take_them():
     assert len(started) <= 2 * shards.AHEAD + 1, "work went on after nobody wanted it"
 
 
-def engine_of(*words, gpus=0):
+def engine_of(*words, gpus=False):
     parser = Parser("test", "")
     shards.add_arguments(parser)
     return shards.engine_of(parser.parse_args(words), gpus)
@@ -123,7 +123,7 @@ def test_the_command_line_names_an_engine():
     assert engine_of() is None
     assert engine_of("--jobs=3") == Local(3)
     assert engine_of("--engine=ray") == Ray("")
-    assert engine_of("--engine=ray", "--address=head:6379", gpus=1) == Ray("head:6379", 1)
+    assert engine_of("--engine=ray", "--address=head:6379", gpus=True) == Ray("head:6379", True)
 
 
 @pytest.mark.parametrize(

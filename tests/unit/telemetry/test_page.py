@@ -92,7 +92,8 @@ def add_session(folder, first, last, state, hours, device="NVIDIA H200", **more)
 
 def test_a_finished_run_is_on_one_page(tmp_path):
     run = write_run(tmp_path / "run")
-    add_session(run, 0, 200, "finished", 2, processes=1, parameters=1234567, versions={"jax": "9.8.7"})
+    facts = {"processes": 1, "parameters": 1234567, "attention": {"model": "cudnn"}, "versions": {"jax": "9.8.7"}}
+    add_session(run, 0, 200, "finished", 2, **facts)
     (run / "eval_digits.json").write_text(
         json.dumps({"protocol": "0a1b2c3d", "step": 200, "settings": {"crop": 0.875}, "classes": [{"name": "seven"}]})
     )
@@ -104,7 +105,8 @@ def test_a_finished_run_is_on_one_page(tmp_path):
     )
     text = read(page.write_page([run], run / "report.html"))
     for words in (
-        "finished, step 200 of 200", "1,234,567", "4 x NVIDIA H200", "0a1b2c3d", "weights/vit", "00ff", "seven",
+        "finished, step 200 of 200", "1,234,567", "4 x NVIDIA H200", "attention cudnn", "0a1b2c3d", "weights/vit",
+        "00ff", "seven",
         "seed: 7 -> 0", "9.8.7", "GPU-hours (NVIDIA H200) 8", "5.6 kWh", "700 W", "3.00 GiB", "best digits/top1 0.8",
         "predictions_digits.png", "optim.lr", "settings at their defaults",
     ):  # fmt: skip
@@ -369,7 +371,8 @@ DAMAGED = {
     "eval_digits.json": ["{", '{"classes": [1], "settings": 3, "metrics": []}', '{"metrics": {"top1": "x"}}'],
     "evaluations.jsonl": ["x\n", "{}\n"],
     "sessions.jsonl": ["x\n", seal({"began": "2026-01-01"}) + "\n", seal({"ended": "2026-01-01", "state": 1}) + "\n",
-                       seal({"began": "2026-01-01", "first": "x", "devices": None, "versions": 3}) + "\n"],
+                       seal({"began": "2026-01-01", "first": "x", "devices": None, "versions": 3}) + "\n",
+                       seal({"began": "2026-01-01", "first": 0, "devices": 1, "attention": 3}) + "\n"],
     "plan.json": ["{", '{"step": {"images_per_s": "x"}, "per_gpu": 1, "run": {"gpu_hours": []}}'],
     "predictions_digits.png": ["no picture"],
     "config-until-5.json": ["{", '{"config": {"seed": []}}'],

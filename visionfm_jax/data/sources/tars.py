@@ -50,6 +50,45 @@ def open_tars(config: TarsConfig) -> TarPairs:
     return source
 
 
+def read_pair(store: Store, tar: dict[str, Any], record: np.void) -> tuple[bytes, bytes]:
+    """The encoded picture and the text of a pair.
+
+    Args:
+      store: the folder.
+      tar: its entry in `Index.tars`.
+      record: of the pair, a RECORD.
+
+    Raises:
+      OSError: the tar cannot be read.
+      DamagedRecord: the tar holds something else than when it was indexed, or the index is damaged.
+      DataError: the tar is shorter than when it was indexed.
+    """
+    image, image_size, caption, caption_size, crc = record.tolist()
+    image, caption = image * BLOCK, caption * BLOCK
+    if max(image + image_size, caption + caption_size) > tar["size"]:
+        raise DamagedRecord("the index is damaged: it points behind the end of the tar; delete visionfm_*.index there")
+    picture, text = _read(store, tar["name"], (image, image_size), (caption, caption_size))
+    if tar_index.checksum(picture, text) != crc:
+        raise DamagedRecord("it differs from what was indexed: the tar or its index is damaged")
+    return picture, text
+
+
+def _read(store: Store, name: str, image: tuple[int, int], caption: tuple[int, int]) -> tuple[bytes, bytes]:
+    """The contents of two members, given by where they begin and how many bytes they have."""
+    (image, image_size), (caption, caption_size) = image, caption
+    if not caption_size:
+        return store.read(name, image, image + image_size), b""
+    low, high = min(image, caption), max(image + image_size, caption + caption_size)
+    if high - low <= image_size + caption_size + _NEAR:
+        data = store.read(name, low, high)
+        picture = data[image - low : image - low + image_size]
+        text = data[caption - low : caption - low + caption_size]
+    else:
+        picture = store.read(name, image, image + image_size)
+        text = store.read(name, caption, caption + caption_size)
+    return picture, text
+
+
 class TarPairs:
     """The source of all pairs of a folder of tars, or of a selection, in order of tar and position.
 
@@ -95,30 +134,7 @@ class TarPairs:
     def pair(self, index: int) -> tuple[bytes, bytes]:
         """The encoded picture and its text; as `__getitem__`."""
         tar, row = self._locate(index)
-        name, size, record = self.index.tars[tar]["name"], self.index.tars[tar]["size"], self.index.records[row]
-        image, image_size, caption, caption_size, crc = record.tolist()
-        image, caption = image * BLOCK, caption * BLOCK
-        if max(image + image_size, caption + caption_size) > size:
-            raise DamagedRecord(f"the index is damaged: it points behind the end of the tar; delete {self.index.path}")
-        picture, text = self._read(name, (image, image_size), (caption, caption_size))
-        if tar_index.checksum(picture, text) != crc:
-            raise DamagedRecord("it differs from what was indexed: the tar or its index is damaged")
-        return picture, text
-
-    def _read(self, name: str, image: tuple[int, int], caption: tuple[int, int]) -> tuple[bytes, bytes]:
-        """The contents of two members, given by where they begin and how many bytes they have."""
-        (image, image_size), (caption, caption_size) = image, caption
-        if not caption_size:
-            return self.store.read(name, image, image + image_size), b""
-        low, high = min(image, caption), max(image + image_size, caption + caption_size)
-        if high - low <= image_size + caption_size + _NEAR:
-            data = self.store.read(name, low, high)
-            picture = data[image - low : image - low + image_size]
-            text = data[caption - low : caption - low + caption_size]
-        else:
-            picture = self.store.read(name, image, image + image_size)
-            text = self.store.read(name, caption, caption + caption_size)
-        return picture, text
+        return read_pair(self.store, self.index.tars[tar], self.index.records[row])
 
     def key(self, index: int) -> str:
         """TAR/KEY without .tar; TAR/[n], its n-th pair, while the tar cannot be read."""

@@ -1,0 +1,115 @@
+"""Scores of pairs: what the model says, whoever computes them, and what is left of a start that was stopped."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tar_sets import caption, members, picture, tar_bytes
+
+import visionfm_jax
+from visionfm_jax.curation import score
+from visionfm_jax.data.shards import Local, Ray
+from visionfm_jax.errors import ConfigError, DataError, UserError
+from visionfm_jax.export import export
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder as OpenCLIP has it, of a small model with random weights."""
+    folder = tmp_path_factory.mktemp("clip") / "model"
+    made = runpy.run_path(f"{ROOT}/tests/unit/test_export.py")
+    export(made["model_of"](made["config_of"]("clip")), "open_clip", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Two tars of three pairs; a picture of the second is damaged."""
+    folder = tmp_path_factory.mktemp("tars")
+    for t in range(2):
+        files = members(100 * t, 3)
+        if t:
+            files["000000101.jpg"] = files["000000101.jpg"][:40]
+        (folder / f"{t:05d}.tar").write_bytes(tar_bytes(files))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(clip, tars, tmp_path_factory):
+    """The folder of scores and the report."""
+    out = tmp_path_factory.mktemp("out") / "scores"
+    return out, score.score(str(tars), str(clip), out, embeddings=True)
+
+
+def test_a_score_is_the_cosine_of_the_embeddings_of_the_model(clip, scored):
+    out, report = scored
+    model = visionfm_jax.load(clip)
+    images, texts = (
+        model.embed_images([picture(i) for i in range(3)]),
+        model.embed_texts([caption(i) for i in range(3)]),
+    )
+    first, second = (pq.read_table(out / f"0000{t}.parquet") for t in range(2))
+    np.testing.assert_allclose(first["similarity"].to_numpy(), (images * texts).sum(1), rtol=1e-5, atol=1e-6)
+    assert first["key"].to_pylist() == ["000000000", "000000001", "000000002"]
+    kept = np.array(first["image_embedding"].to_pylist())
+    np.testing.assert_allclose(kept, images, atol=1e-3)
+    np.testing.assert_allclose(np.array(first["text_embedding"].to_pylist()), texts, atol=1e-3)
+    assert second["similarity"].is_null().to_pylist() == [False, True, False]
+    assert second["image_embedding"].is_null().to_pylist() == [False, True, False]
+    assert (report["pairs"], report["unreadable"]) == (6, 1)
+    assert report["tars"][1]["first"] == ["00001/000000101"]
+    assert sum(report["histogram"]) == 5
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+
+
+@pytest.mark.parametrize("engine", [Local(2), Ray()], ids=repr)
+def test_every_engine_writes_the_same_bytes(clip, tars, scored, tmp_path, engine):
+    score.score(str(tars), str(clip), tmp_path / "scores", embeddings=True, engine=engine)
+    names = [file.name for file in sorted(scored[0].iterdir())]
+    assert names == ["00000.parquet", "00001.parquet", "about.json", "report.json"]
+    for name in names:
+        assert (tmp_path / "scores" / name).read_bytes() == (scored[0] / name).read_bytes(), name
+
+
+def test_what_is_done_is_kept_and_what_is_damaged_is_made_again(clip, tars, scored, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "scores"
+    shutil.copytree(scored[0], out)
+    (out / "00001.parquet").write_bytes((out / "00001.parquet").read_bytes()[:-9])
+    done = []
+    columns = score.Scorer._columns
+    monkeypatch.setattr(score.Scorer, "_columns", lambda self, shard: done.append(str(shard)) or columns(self, shard))
+    score.score(str(tars), str(clip), out, embeddings=True)
+    assert done == ["00001.tar"]
+    assert "00001.parquet is damaged" in capsys.readouterr().err
+    assert (out / "00001.parquet").read_bytes() == (scored[0] / "00001.parquet").read_bytes()
+    with pytest.raises(ConfigError, match="was made with another embeddings; name another folder, or remove it"):
+        score.score(str(tars), str(clip), out)
+
+
+def test_the_command_prints_what_people_choose_a_threshold_by(clip, tars, tmp_path, capsys):
+    score.main([f"--path={tars}", f"--model={clip}", f"--out={tmp_path / 'scores'}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"5 pairs of 2 tars have a similarity: {tmp_path / 'scores'}"
+    assert lines[1].startswith("of them lie below: ")
+    assert lines[2] == "1 image cannot be read, such as 00001/000000101"
+
+
+def test_what_cannot_be_scored_is_refused(clip, tars, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/0.tar").write_bytes(tar_bytes({"a.jpg": picture(0)}))
+    with pytest.raises(DataError, match=r"has no image with a caption .txt; set --caption_key or --path"):
+        score.score(str(tmp_path / "pictures"), str(clip), tmp_path / "a")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/0.tar").write_bytes(tar_bytes({"a.jpg": b"no picture", "a.txt": b"a text"}))
+    with pytest.raises(DataError, match=r"none of 1 image can be read, such as 0/a"):
+        score.score(str(tmp_path / "damaged"), str(clip), tmp_path / "b")
+    made = runpy.run_path(f"{ROOT}/tests/unit/test_export.py")
+    export(made["model_of"](made["config_of"]("vit_cls")), "timm", tmp_path / "vit")
+    with pytest.raises(UserError, match=r"--model=.*vit: ClassificationConfig has no embeddings .*; name a CLIP"):
+        score.score(str(tars), str(tmp_path / "vit"), tmp_path / "c")
