@@ -32,9 +32,10 @@ COMMANDS = {  # module and what it does
     "scripts": ("scripts", "copy the launch scripts of SLURM, MPI, Kubernetes and one machine into a folder"),
     "bench": ("bench", "time the training step on synthetic data"),
     "tokenizer": ("data.tokenizer.train", "train a SentencePiece model on the captions of a configuration"),
+    "data doctor": ("curation.doctor", "look at the data that a configuration names before training"),
     "data score": ("curation.score", "compute how well the images and captions of a folder of tars fit"),
-    "data select": ("data.select", "select image-text pairs of a folder of tars by their columns"),
     "data dedup": ("curation.dedup", "find copies among image-text pairs, and held-out images among them"),
+    "data select": ("data.select", "select image-text pairs of a folder of tars by their columns"),
     "data checksums": ("data.checksums", "make checksums of image files"),
 }
 

@@ -413,14 +413,14 @@ def _legend(areas: np.ndarray, class_names: Sequence[str]) -> tuple[np.ndarray, 
     """Colours uint8 (C + 1, 3) of classes by the pixels (C + 1,) that are drawn of them, and those that are named."""
     classes = len(class_names)
     largest = [c for c in np.argsort(-areas[:classes], kind="stable") if areas[c]]
-    colours = _colours(classes, largest)
+    colours = class_colours(classes, largest)
     legend = [(_short(class_names[c], 22), colours[c] / 255) for c in largest[:LEGEND]]
     if (more := len(largest) - len(legend)) > 0:
         legend.append((f"and {more} more", np.ones(3)))
     return colours, legend
 
 
-def _colours(classes: int, largest: Sequence[int]) -> np.ndarray:
+def class_colours(classes: int, largest: Sequence[int]) -> np.ndarray:
     """uint8 (C + 1, 3): those of the largest classes far apart, black for none."""
     out = np.zeros((classes + 1, 3))
     for i, c in enumerate(largest):

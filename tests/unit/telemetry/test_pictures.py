@@ -179,7 +179,7 @@ def test_maps_have_the_same_colours_beside_each_other_and_in_the_legend(tmp_path
     truth = np.zeros((40, 60), int)
     truth[:, 30:], truth[:5] = 1, -1
     entry = {"key": "k", "image": np.full((40, 60, 3), 255, np.uint8), "share": 0.9, "truth": truth}
-    colours = pictures._colours(3, [0, 1])
+    colours = pictures.class_colours(3, [0, 1])
     assert len(np.unique(colours, axis=0)) == 3  # two classes and black
     path = tmp_path / "m.png"
     counts = []
@@ -199,7 +199,7 @@ def test_segments_have_the_colours_of_their_classes(tmp_path):
     number = np.zeros((40, 60), int)
     number[:20], number[20:, 30:] = 1, 2
     image, path = np.zeros((40, 60, 3), np.uint8), tmp_path / "s.png"
-    colours = np.round(pictures._colours(3, [0, 1])[:2] * 0.6)
+    colours = np.round(pictures.class_colours(3, [0, 1])[:2] * 0.6)
     truth = {"map": number, "labels": np.array([0, 1])}
     counts = []
     for found in (truth, {"map": number * (number == 1), "labels": np.array([0])}):

@@ -22,6 +22,7 @@ class Source(Protocol):
     # And where the classes are not those of whole images (`label`):
     # classes_of: tuple[str, ...], the fields of a record that hold them: "box_labels", with "masks" where these have
     # them, too; "class_map".
+    # labels: int (N,), of all records, or of all objects in their order, where they are known without reading records.
     # things: tuple[bool, ...], for each class, where segments are of things and of stuff (Kirillov et al. 2019).
 
     def __len__(self) -> int:

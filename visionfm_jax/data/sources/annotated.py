@@ -166,6 +166,11 @@ class AnnotatedFiles(ListedFiles):
         record = {"image": data, "boxes": boxes, "box_labels": labels, "box_crowd": crowd, "box_areas": box_areas}
         return record, size
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(M,), of all objects."""
+        return self._objects["labels"]
+
     def fingerprint(self) -> dict[str, str]:
         """Of the objects, and of each thousand images."""
         names = ("ends", "labels", "crowd", "areas", "boxes", "outlines", "outline_ends")

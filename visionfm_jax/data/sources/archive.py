@@ -50,7 +50,7 @@ class ArchiveSource:
         if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
             rule = f"give {shape[0]} integers, one an image"
             raise self._bad(f"{config.label_key!r} is {labels.dtype} {labels.shape}", rule)
-        self._labels = labels = labels.astype(np.int64)
+        self.labels = labels = labels.astype(np.int64)
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(map(str, names))
         highest = int(labels.max(initial=-1))
         self.num_classes = len(self.class_names) if self.class_names else highest + 1
@@ -59,13 +59,13 @@ class ArchiveSource:
             raise self._bad(f"{config.label_key!r} runs from {labels.min()} to {highest}", rule)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A view of the image, uint8 (H, W, C), and its label."""
-        if not 0 <= index < len(self._labels):
-            raise IndexError(f"{self.name}: record {index} of {len(self._labels)}")
-        return {"image": self._loaded()[index], "label": int(self._labels[index])}
+        if not 0 <= index < len(self.labels):
+            raise IndexError(f"{self.name}: record {index} of {len(self.labels)}")
+        return {"image": self._loaded()[index], "label": int(self.labels[index])}
 
     def key(self, index: int) -> str:
         """File and row."""

@@ -65,6 +65,11 @@ class FolderSource:
         image = checksums.read_file(self.root, self.file(index), self._checksums)
         return {"image": image, "label": int(self._labels[index])}
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,), of all records."""
+        return self._labels
+
     def key(self, index: int) -> str:
         """CLASS/FILE."""
         return printable(self.file(index))
