@@ -27,7 +27,7 @@ from visionfm_jax.data.shards import Engine, Here, Local, Threads, map_shards
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text
-from visionfm_jax.data.sources.store import Store, read_table, write_table
+from visionfm_jax.data.sources.store import REQUESTS, Store, read_table, write_table
 from visionfm_jax.errors import DataError, printable
 
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
@@ -49,7 +49,6 @@ _VERSION = 2
 _PIECE = 2**20  # bytes that are read at once
 _PROCESSES_FROM = 16  # tars; for fewer, other processes take longer to start than to read
 _KEPT = 60.0  # seconds after which what was read is kept
-_REQUESTS = 32  # tars of a store that are read side by side
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,13 @@ def open_index(store: Store, suffix: str, engine: Engine | None = None) -> Index
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
     name = f"visionfm_pairs_{suffix}.index" if suffix else "visionfm_pictures.index"
-    places = [*([Path(store.path(name))] if store.local else []), store.cache(name)]
+    whole = not store.pattern  # else these are some of the folder's tars, and it has no place for their index
+    beside, shared = whole and store.local, whole and not store.local
+    places = [*([Path(store.path(name))] if beside else []), store.cache(name)]
 
     def known(log: Callable[..., None]) -> Index | None:
         found = _best(places, tars, log)
-        if not store.local and not _fresh(found, tars) and store.fetch(name, places[0]):
+        if shared and not _fresh(found, tars) and store.fetch(name, places[0]):
             found = _best(places, tars, log)
         return found
 
@@ -119,7 +120,7 @@ def open_index(store: Store, suffix: str, engine: Engine | None = None) -> Index
             if place is None or _fresh(index := known(logging.warning), tars):  # another process has made it
                 continue
             _write(store, suffix, tars, index, place, engine)
-            if not store.local and not store.put(place, name):
+            if shared and not store.put(place, name):
                 logging.info("%s: cannot be written, so the index is kept in %s only", store.url, place)
     assert index is not None
     return index
@@ -173,7 +174,7 @@ def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[n
 
     def read() -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]]]:
         try:
-            with store.open(name) as file:
+            with store.open(name, size) as file:
                 return _scan(file, size, suffix)
         except OSError:
             raise
@@ -215,7 +216,7 @@ def keys(store: Store, name: str, records: np.ndarray) -> list[str]:
 def engine_for(store: Store, count: int, engine: Engine | None) -> Engine:
     """Who reads `count` tars: `engine` if it is given, threads where the time goes into waiting for a store."""
     if not store.local and (engine is None or isinstance(engine, Local)):
-        return Threads(_REQUESTS)
+        return Threads(REQUESTS)
     return engine or (Local() if count >= _PROCESSES_FROM else Here())
 
 

@@ -8,6 +8,7 @@ counted, with keys, in the log.
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Any
 
@@ -36,7 +37,7 @@ def open_tars(config: TarsConfig) -> TarPairs:
     Raises:
       DataError: as `TarPairs`; or there is no pair, or a selection among pairs is to be used without captions.
     """
-    if "://" not in config.path and not any(check_path(config).glob("*.tar")):
+    if not re.search(r"://|\{.*\}\.tar$", config.path) and not any(check_path(config).glob("*.tar")):
         raise misfit(config, "a folder of .tar files")
     if config.selection and not config.caption_key:
         rule = "set selection='', or the caption_key that it was made with"
@@ -188,6 +189,7 @@ class TarPairs:
 
     def _open(self, index: Index) -> None:
         self.index = index
+        self.store.remember_all((tar["name"], tar["size"], tar["stamp"]) for tar in index.tars)
         self._selection: Selection | None = None
         self._starts = index.starts
         if self._selected:
