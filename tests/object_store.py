@@ -95,7 +95,7 @@ def object_store(patch: pytest.MonkeyPatch) -> Iterator[Proxy]:
                 return
             self.wfile.write(content)
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
         def log_message(self, *_: object) -> None:
             pass

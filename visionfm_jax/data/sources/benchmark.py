@@ -50,7 +50,7 @@ def open_benchmark(config: BenchmarkConfig) -> Source:
                 "class folders; give one name a folder, in sorted order"
             )
         return source
-    return LabelledTars(split, names) if names else CaptionedTars(split)
+    return LabelledTars(split, names) if names else _captioned(split)
 
 
 def _names_of(config: BenchmarkConfig, folders: tuple[str, ...]) -> tuple[str, ...]:
@@ -96,23 +96,12 @@ class LabelledTars(TarPairs):
         return {"image": picture, "label": int(label)}
 
 
-class CaptionedTars(TarPairs):
+def _captioned(split: Place) -> TarPairs:
     """Pictures of a folder of tars, with a caption on each line of members KEY.txt."""
-
-    def __init__(self, path: Place):
-        super().__init__(str(path))
-        if not len(self):
-            raise DataError(
-                f"{self.name}: no image has a caption, a member KEY.txt beside it; for labels in members KEY.cls "
-                f"write the names of the classes into {path.parent / NAMES}"
-            )
-        self.most_captions = max(len(self._lines(self.pair(i)[1])) for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded picture and its captions, a tuple; as `TarPairs`."""
-        picture, text = self.pair(index)
-        return {"image": picture, "caption": self._lines(text)}
-
-    @staticmethod
-    def _lines(text: bytes) -> tuple[str, ...]:
-        return tuple(" ".join(line.split()) for line in text.decode().split("\n") if line.strip())
+    source = TarPairs(str(split), caption_key="txt:lines")
+    if not len(source):
+        raise DataError(
+            f"{source.name}: no image has a caption, a member KEY.txt beside it; for labels in members KEY.cls "
+            f"write the names of the classes into {split.parent / NAMES}"
+        )
+    return source

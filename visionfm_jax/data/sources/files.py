@@ -93,6 +93,7 @@ def check_files(name: str, store: Store, keys: Sequence[str], what: str = "image
     Raises:
       DataError: some are not.
     """
+    keys = [key for key in keys if "://" not in key]  # of a URL nobody knows until it is read
     found = there(store, set(keys))
     if missing := [key for key in keys if key not in found]:
         raise DataError(

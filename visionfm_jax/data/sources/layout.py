@@ -14,6 +14,8 @@ from visionfm_jax.data.sources.kinds import (
     CocoPanopticConfig,
     FolderConfig,
     NumpyConfig,
+    ParquetConfig,
+    TableConfig,
     TarsConfig,
     TfdsConfig,
     VisualGenomeConfig,
@@ -114,6 +116,10 @@ def _guess(path: Place) -> tuple[str, str]:
             return "an .npz file", _use(NumpyConfig, "split=''")
         if path.suffix == ".tar":
             return "a .tar file", _use(TarsConfig, "its folder as path")
+        if path.suffix == ".parquet":
+            return "a .parquet file", _use(ParquetConfig, "split=''")
+        if path.suffix in (".csv", ".tsv", ".jsonl"):
+            return f"a {path.suffix} file", _use(TableConfig)
         return f"a {path.suffix or 'suffixless'} file", "set a folder or an .npz file"
     entries = _entries(path)
     if any(e.suffix == ".npz" for e in entries):
@@ -148,6 +154,8 @@ def _guess(path: Place) -> tuple[str, str]:
     if any(e.suffix == ".tar" for e in entries):
         remedy = f"for pairs with captions {_use(TarsConfig)}, for classes unpack them into PATH/SPLIT/CLASS/"
         return "tar files", f"{remedy} and {_use(FolderConfig)}"
+    if any(e.suffix == ".parquet" for e in chain(entries, *(_entries(e)[:20] for e in entries[:20]))):
+        return "Parquet files", _use(ParquetConfig)
     if any("tfrecord" in e.name or "array_record" in e.name for e in entries):
         return "record files without dataset_info.json", "copy the whole TFDS version directory"
     names = ", ".join(sorted(e.name for e in entries)[:3])

@@ -15,6 +15,7 @@ piece by piece and mapped into memory by every process, however large it is.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -253,10 +254,12 @@ class Store:
         """
         if self.local:
             path = os.path.join(self._root, folder)
-            return np.array([os.stat(os.path.join(path, name)).st_size for name in names], np.int64)
+            sizes = (0 if "://" in name else os.stat(os.path.join(path, name)).st_size for name in names)  # 0: a URL's
+            return np.fromiter(sizes, np.int64, len(names))
         out = np.zeros(len(names), np.int64)
         for i, name in enumerate(names):
-            out[i] = self._entry(f"{folder}/{name}" if folder else name).size
+            if "://" not in name:  # of a URL its size is not asked for
+                out[i] = self._entry(f"{folder}/{name}" if folder else name).size
         return out
 
     def _entry(self, name: str) -> Entry:
@@ -338,18 +341,21 @@ class Store:
                 return [os.pread(file.fileno(), length, start) for start in starts]
         return side_by_side(lambda start: self._range(self.path(name), start, start + length), starts)
 
-    def open(self, name: str, size: int | None = None) -> BinaryIO:
+    def open(self, name: str, size: int | None = None, keep: bool = False) -> BinaryIO:
         """A file to be read with seeks; a store's in large blocks, for a request takes longer than skipped data.
 
         Args:
           name: of the file.
           size: in bytes, if it is known.
+          keep: what is read, in the cache on disk; else what is read once does not push the rest out of it.
         """
         if self.local:
             return open(self.path(name), "rb", buffering=0, opener=_open_at_once)
+        if size is None and (place := self._place(name)):
+            size = place[0]
         if size is None:
             size = storage.retry(lambda: self._ask("size", self.path(name)), lambda: self.path(name))
-        return io.BufferedReader(_Blocks(self, name, size), 2**16)
+        return io.BufferedReader(_Blocks(self, name, size, keep), 2**16)
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
         """Fewer bytes where the file ends."""
@@ -411,8 +417,9 @@ class Store:
 class _Blocks(io.RawIOBase):
     """A file of a store, read in blocks, each of which is asked for again when storage fails for a moment."""
 
-    def __init__(self, store: Store, name: str, size: int):
-        self._store, self._name, self._size = store, name, size
+    def __init__(self, store: Store, name: str, size: int, keep: bool):
+        self._size, self._path = size, store.path(name)
+        self._read = functools.partial(store.read, name) if keep else functools.partial(store._range, self._path)
         self._at, self._first, self._block = 0, 0, b""
 
     def readable(self) -> bool:
@@ -431,8 +438,7 @@ class _Blocks(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if not 0 <= self._at - self._first < len(self._block) and self._at < self._size:
             start, stop = self._at, min(self._at + _BLOCK, self._size)
-            path = self._store.path(self._name)
-            self._block = storage.retry(lambda: self._store._range(path, start, stop), lambda: path)
+            self._block = storage.retry(lambda: self._read(start, stop), lambda: self._path)
             self._first = start
         offset = self._at - self._first
         piece = self._block[offset : offset + len(buffer)] if offset >= 0 else b""
