@@ -541,7 +541,7 @@ def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_p
         sources.append(open_source(annotated_sets.write(kind, tmp_path / kind)))
     sources.append(open_source(ScenesConfig(path="noto")))
     sources.append(opened("parquet", written_parquet(tmp_path / "parquet")))
-    (tmp_path / "coco/table.csv").write_text("image,caption\ntrain/000000000000.jpg,one\n")
+    (tmp_path / "coco/table.csv").write_text("image,caption\ntrain/000000000000.jpg,one\ntrain/000000000001.jpg,two\n")
     sources.append(open_source(TableConfig(path=str(tmp_path / "coco/table.csv"))))
     assert len(sources) == len(KINDS)
     expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel

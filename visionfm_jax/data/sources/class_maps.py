@@ -21,9 +21,8 @@ from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import ClassMapsConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit, no_split, splits_of
-from visionfm_jax.data.sources.places import Place, below
+from visionfm_jax.data.sources.places import Place, below, store_of
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
-from visionfm_jax.data.sources.store import Store
 from visionfm_jax.errors import DataError
 
 TRIED = 8  # maps, when the set is opened
@@ -49,7 +48,7 @@ class ClassMapsSource(ListedFiles):
         if names and len(names) != self.num_classes:
             raise DataError(f"{name}: {config.names} has {len(names)} names; set num_classes to that, or names to ''")
         self.class_names = names or None
-        self._maps, self._end, self._suffix = Store(str(path / folders[1])), config.image_suffix, config.map_suffix
+        self._maps, self._end, self._suffix = store_of(path / folders[1]), config.image_suffix, config.map_suffix
         dtype = np.dtype(np.uint8 if self.num_classes <= 255 else np.uint16)
         self._none = int(ignored(dtype))
         self._table = np.full(65_536, _UNKNOWN, np.int32)

@@ -14,7 +14,7 @@ from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, describe
-from visionfm_jax.data.sources.places import Place
+from visionfm_jax.data.sources.places import Place, store_of
 from visionfm_jax.data.sources.record import left_out
 from visionfm_jax.data.sources.store import Store, side_by_side
 from visionfm_jax.errors import DataError, printable
@@ -41,7 +41,7 @@ class ListedFiles:
 
     def __init__(self, config: SourceConfig, root: str | Place, files: Sequence[str]):
         self.name, self.root = describe(config), str(root)
-        self.store = Store(self.root)
+        self.store = store_of(root)
         for file in files:
             if os.path.isabs(file) or ".." in file.split("/") or "\0" in file or not _encodable(file):
                 raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; fix the list of images")

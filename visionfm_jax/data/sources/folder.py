@@ -19,9 +19,9 @@ from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import FolderConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
-from visionfm_jax.data.sources.places import Place, RemotePath, scandir
+from visionfm_jax.data.sources.places import Place, RemotePath, scandir, store_of
 from visionfm_jax.data.sources.record import left_out
-from visionfm_jax.data.sources.store import Store, side_by_side
+from visionfm_jax.data.sources.store import side_by_side
 from visionfm_jax.errors import DataError, printable
 
 _NAMED = 5  # names of files that are not read, in a line of the log
@@ -45,7 +45,7 @@ class FolderSource:
             raise misfit(config, "PATH/SPLIT/CLASS/FILE")
         place = path / config.split
         self.root = str(place)
-        self.store = Store(self.root)
+        self.store = store_of(place)
         self.folders = _class_names(path, config.split)
         self.class_names: tuple[str, ...] | None = self.folders
         self.num_classes = len(self.folders)

@@ -20,9 +20,8 @@ from visionfm_jax.data.sources.files import check_files, read_json
 from visionfm_jax.data.sources.fingerprint import of_files
 from visionfm_jax.data.sources.kinds import CocoPanopticConfig
 from visionfm_jax.data.sources.outlines import check_number
-from visionfm_jax.data.sources.places import place_of
+from visionfm_jax.data.sources.places import place_of, store_of
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
-from visionfm_jax.data.sources.store import Store
 
 PNG = b"\x89PNG"  # how its files begin
 _NEEDED = (
@@ -46,7 +45,7 @@ class PanopticSource(AnnotatedFiles):
             config, annotations_of(config), _parse, _NEEDED
         )
         super().__init__(config, folder, files, objects, names, sizes=sizes)
-        self._maps = Store(str(maps))
+        self._maps = store_of(maps)
         check_files(self.name, self._maps, pngs, "maps")
         self._pngs = np.array([os.fsencode(png) for png in pngs], np.bytes_)
         self._masks = config.truth == "masks"

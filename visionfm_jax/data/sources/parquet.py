@@ -26,7 +26,7 @@ from absl import logging
 from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.kinds import ParquetConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split
-from visionfm_jax.data.sources.places import below
+from visionfm_jax.data.sources.places import below, store_of
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import Store, side_by_side
 from visionfm_jax.errors import DataError, one_line, printable
@@ -161,7 +161,7 @@ class ParquetSource:
         try:
             with (
                 self._store.open(self._files[number], keep=True) as content,
-                pq.ParquetFile(content, metadata=meta) as parquet,
+                pq.ParquetFile(content, metadata=meta, page_checksum_verification=True) as parquet,
             ):
                 return parquet.read_row_group(group - int(self._groups[number]), columns=columns)
         except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as error:
@@ -232,14 +232,14 @@ def _files(config: ParquetConfig) -> tuple[Store, list[str]]:
     if path.is_file():
         if config.split:
             raise DataError(f"{describe(config)}: a single file has no splits; set split=''")
-        return Store(str(path.parent)), [path.name]
+        return Store(config.path.rpartition("/")[0] or "."), [path.name]
     found = [file for file in below(path) if file.endswith(".parquet")]
     if not found:
         raise misfit(config, "a folder of .parquet files")
     files = [file for file in found if not config.split or config.split in _splits(file)]
     if not files:
         raise no_split(config, sorted({next(_splits(file)) for file in found}))
-    return Store(str(path)), files
+    return store_of(path), files
 
 
 def _splits(file: str) -> Iterator[str]:

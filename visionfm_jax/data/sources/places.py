@@ -107,6 +107,9 @@ class RemotePath:
         folder, _, name = self._inside.rpartition("/")
         return self._store.listing(folder).get(name)
 
+    def store(self) -> Store:
+        return self._store.within(self._inside) if self._inside else self._store
+
 
 Place = Path | RemotePath
 
@@ -114,6 +117,11 @@ Place = Path | RemotePath
 def place_of(path: str) -> Place:
     """What a path or URL names."""
     return RemotePath(Store(path)) if "://" in path else Path(path).expanduser()
+
+
+def store_of(folder: Place | str) -> Store:
+    """The store of a folder."""
+    return folder.store() if isinstance(folder, RemotePath) else Store(str(folder))
 
 
 def scandir(place: Place) -> contextlib.AbstractContextManager[Iterator[Any]]:

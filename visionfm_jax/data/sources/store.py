@@ -96,7 +96,14 @@ class Store:
         self.local = isinstance(self._fs, LocalFileSystem)
         self._known = np.zeros(0, _PLACE)
         self._listed: dict[str, dict[str, Entry]] = {}
+        self._above: tuple[Store, str] | None = None
         self._lock = threading.Lock()
+
+    def within(self, folder: str) -> Store:
+        """A folder in this one, of a remote store, which shares its listings."""
+        store = Store(f"{self.url.rstrip('/')}/{folder}")
+        store._above = self, folder
+        return store
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "known": self._known}
@@ -178,6 +185,9 @@ class Store:
         Raises:
           DataError, OSError, StorageError: it cannot be read.
         """
+        if self._above:
+            above, place = self._above
+            return above.listing(f"{place}/{folder}" if folder else place)
         if (found := self._listed.get(folder)) is None:
             try:
                 found = storage.retry(lambda: self._list(folder), lambda: f"{self.path(folder)} cannot be listed")
