@@ -16,7 +16,6 @@ import pytest
 from caption_sets import write_coco, write_visual_genome
 from object_store import object_store, upload
 from parquet_sets import written_parquet
-from runs import finish, losses, start
 from tar_sets import picture, write_tars
 
 from visionfm_jax import storage
@@ -276,20 +275,3 @@ def test_paths_in_stores_are_as_those_on_a_disk():
             (root / "x").read_bytes()
     finally:
         memory.rm("/walk", recursive=True)
-
-
-def test_a_run_from_a_store_that_fails_now_and_then_equals_the_local_one(tmp_path, proxy):
-    folder = class_folders(tmp_path / "images", 27, 9)
-    url = upload(folder, "trained")
-    first = proxy.requests
-    proxy.fault = lambda number, path: ("5xx", "cut")[number % 2] if number - first in (3, 10, 17) else ""
-    source = ["--config.data.train[0].kind=folder", "--config.train.steps=5", "--config.checkpoint.every_steps=5"]
-    runs = {}
-    for name, path in {"local": str(folder), "remote": url}.items():
-        run = tmp_path / name
-        finish(start(run, *source, f"--config.data.train[0].path={path}", devices=1), run)
-        runs[name] = losses(run)
-    assert len(runs["local"]) == 5
-    assert runs["local"] == runs["remote"]
-    assert len(proxy.faults) == 3
-    assert Path(f"{tmp_path / 'remote'}.err").read_text().count("trying again in 1 s") == 3
