@@ -4,8 +4,8 @@
 
 Reads every file of the class folders, COCO and Visual Genome in `data.train` and `evals` once, and writes the checksums
 to one file next to the data (in ~/.cache if that is not writable). Runs find this file and check every image that they
-read. The command can be stopped and started again at any time: it then reads only new or changed files. Tars, TFDS and
-.npz files have checksums of their own.
+read. The command can be stopped and started again at any time: it then reads only new or changed files. Tars, Parquet,
+TFDS and .npz files have checksums of their own, and so have remote stores (gs://, s3://, …).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tqdm import tqdm
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.schema import Config, SourceConfig
 from visionfm_jax.data.sources import open_source
-from visionfm_jax.data.sources.checksums import RECORD, VERSION, Checksums, ImageFiles, digest_of, newest, places
+from visionfm_jax.data.sources.checksums import RECORD, VERSION, Checksums, ImageFiles, newest, places
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.kinds import KINDS
-from visionfm_jax.data.sources.store import write_table
+from visionfm_jax.data.sources.store import digest_of, write_table
 from visionfm_jax.errors import ConfigError, DataError, entry_point
 from visionfm_jax.storage import read, retry
 
@@ -46,11 +46,11 @@ def sources_of(config: Config) -> list[SourceConfig]:
       ConfigError: there are none.
     """
     named = [*config.data.train, *(s for e in config.evals for s in e.sources)]
-    files = {repr(dataclasses.replace(s, weight=1.0)): s for s in named if s.loose_files}
+    files = {repr(dataclasses.replace(s, weight=1.0)): s for s in named if s.loose_files and "://" not in s.path}
     if not files:
         kinds = " or ".join(name for name, cls in KINDS.items() if cls.loose_files)
         raise ConfigError(
-            f"config.data.train and config.evals: no source is {kinds}; others have checksums of their own"
+            f"config.data.train and config.evals: no source is {kinds} on a disk; others have checksums of their own"
         )
     return list(files.values())
 

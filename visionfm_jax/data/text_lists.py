@@ -6,6 +6,7 @@ import functools
 import json
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from visionfm_jax.errors import DataError
 
@@ -27,18 +28,21 @@ def list_names() -> list[str]:
     return sorted([*(f.name.removesuffix(".txt") for f in files if f.name.endswith(".txt")), *_of_benchmarks()])
 
 
-def read_lines(name: str) -> tuple[str, ...]:
+def read_lines(name: str | Any) -> tuple[str, ...]:
     """The lines of a shipped list or of a UTF-8 text file, without blanks around them; at least one.
 
     Args:
-      name: of a shipped list ("imagenet_prompts", "imagenet_classes", "food101_prompts", …), or a path.
+      name: of a shipped list ("imagenet_prompts", "imagenet_classes", "food101_prompts", …), or a path, also a `Path`.
     Raises:
       DataError: no such list or file, a file that cannot be read as text, one without lines, or with a blank one.
     """
     if name in _of_benchmarks():
         return _of_benchmarks()[name]
     shipped = list_names()
-    file = resources.files("visionfm_jax.data.text") / f"{name}.txt" if name in shipped else Path(name)
+    if name in shipped:
+        file = resources.files("visionfm_jax.data.text") / f"{name}.txt"
+    else:
+        file = Path(name) if isinstance(name, str) else name
     try:
         text = file.read_text("utf-8-sig")
     except FileNotFoundError:

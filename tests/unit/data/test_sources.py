@@ -19,6 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 from caption_sets import write_coco, write_visual_genome
+from parquet_sets import written_parquet
 from PIL import Image
 from tar_sets import write_tars
 
@@ -26,7 +27,7 @@ from visionfm_jax import storage
 from visionfm_jax.config.limits import types_of
 from visionfm_jax.data import images
 from visionfm_jax.data.sources import open_source, read_record
-from visionfm_jax.data.sources.kinds import KINDS, BenchmarkConfig, BundledConfig, ScenesConfig
+from visionfm_jax.data.sources.kinds import KINDS, BenchmarkConfig, BundledConfig, ScenesConfig, TableConfig
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError
 
@@ -539,6 +540,9 @@ def test_every_kind_travels_to_worker_processes(written, folder, archives, tmp_p
     for kind in ("coco", "coco_panoptic", "voc", "yolo", "class_maps", "ade20k"):
         sources.append(open_source(annotated_sets.write(kind, tmp_path / kind)))
     sources.append(open_source(ScenesConfig(path="noto")))
+    sources.append(opened("parquet", written_parquet(tmp_path / "parquet")))
+    (tmp_path / "coco/table.csv").write_text("image,caption\ntrain/000000000000.jpg,one\ntrain/000000000001.jpg,two\n")
+    sources.append(open_source(TableConfig(path=str(tmp_path / "coco/table.csv"))))
     assert len(sources) == len(KINDS)
     expected = [_first(source) for source in sources]  # also reads, so that open files would have to travel
     with multiprocessing.get_context("spawn").Pool(1) as pool:

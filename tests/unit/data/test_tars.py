@@ -51,9 +51,9 @@ def scanned(monkeypatch):
     names = []
     scan = tar_index.scan
 
-    def spy(store, suffix, tar):
+    def spy(store, suffix, tar, **more):
         names.append(tar[0])
-        return scan(store, suffix, tar)
+        return scan(store, suffix, tar, **more)
 
     monkeypatch.setattr(tar_index, "scan", spy)
     return names
@@ -483,7 +483,7 @@ def test_the_index_goes_to_the_cache_where_the_data_cannot_be_written(folder, ca
 
 
 def test_nobody_sees_half_an_index(folder, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise DataError("stopped")
 
     monkeypatch.setattr(tar_index, "scan", fail)
@@ -514,10 +514,10 @@ def test_an_index_is_written_again_where_storage_fails_for_a_moment(folder, scan
 def test_what_was_read_before_an_interruption_is_kept(folder, scanned, monkeypatch):
     spy = tar_index.scan
 
-    def fail(store, suffix, tar):
+    def fail(store, suffix, tar, **more):
         if tar[0] == "00002.tar":
             raise DataError("interrupted")
-        return spy(store, suffix, tar)
+        return spy(store, suffix, tar, **more)
 
     monkeypatch.setattr(tar_index, "_KEPT", 0.0)
     monkeypatch.setattr(tar_index, "scan", fail)
@@ -541,12 +541,12 @@ def index_slowly(path: str, there, go_on, names) -> None:
     """To be run by a process: it opens the tars, and says what it does; at the last one it waits."""
     scan, finished = tar_index.scan, claim._finished
 
-    def slow(store, suffix, tar):
+    def slow(store, suffix, tar, **more):
         names.put(tar[0])
         if tar[0] == "00002.tar":
             there.set()
             go_on.wait(60)
-        return scan(store, suffix, tar)
+        return scan(store, suffix, tar, **more)
 
     def spy(path):
         there.set()

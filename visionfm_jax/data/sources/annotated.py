@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.images import UPRIGHT, stored_orientation, stored_size
 from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest
+from visionfm_jax.data.sources.places import Place
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.errors import DataError, printable
 
@@ -120,7 +120,7 @@ class AnnotatedFiles(ListedFiles):
     def __init__(
         self,
         config: SourceConfig,
-        root: str | Path,
+        root: str | Place,
         files: Sequence[str],
         objects: Objects,
         class_names: Sequence[str],

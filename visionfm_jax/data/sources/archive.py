@@ -9,13 +9,13 @@ from __future__ import annotations
 import threading
 import zipfile
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from visionfm_jax.data.sources.kinds import NumpyConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split
+from visionfm_jax.data.sources.places import Place
 from visionfm_jax.errors import DataError
 
 _LOADING = threading.Lock()  # one thread of a process reads an archive, the others wait for it
@@ -36,7 +36,7 @@ class ArchiveSource:
             shape, dtype, keys = _header(self._path, config.image_key)
             if config.label_key not in keys:
                 raise self._bad(f"holds no array {config.label_key!r} but {', '.join(keys)}", "set label_key")
-            with np.load(self._path) as archive:
+            with self._path.open("rb") as file, np.load(file) as archive:
                 labels = archive[config.label_key]
                 names = archive["class_names"] if "class_names" in keys else None
         except KeyError as error:
@@ -74,7 +74,7 @@ class ArchiveSource:
     def fingerprint(self) -> dict[str, str]:
         """Of each array, by the checksum that the archive has of its content."""
         try:
-            with zipfile.ZipFile(self._path) as archive:
+            with self._path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 members = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
         except (OSError, zipfile.BadZipFile) as error:
             raise self._bad(f"is not a readable .npz file ({error})", "write it again with np.savez") from error
@@ -86,7 +86,7 @@ class ArchiveSource:
             with _LOADING:
                 if self._images is None:
                     try:
-                        with np.load(self._path) as archive:
+                        with self._path.open("rb") as file, np.load(file) as archive:
                             images = archive[self._key]
                     except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
                         raise self._bad(f"is damaged ({error})", "write it again with np.savez") from error
@@ -100,7 +100,7 @@ class ArchiveSource:
         return DataError(f"{self.name}: {self._path.name} {what}; {remedy}")
 
 
-def _find(config: NumpyConfig) -> Path:
+def _find(config: NumpyConfig) -> Place:
     path = check_path(config)
     if path.is_file():
         if path.suffix != ".npz":
@@ -116,13 +116,13 @@ def _find(config: NumpyConfig) -> Path:
     return path / f"{config.split}.npz"
 
 
-def _header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype, list[str]]:
+def _header(path: Place, key: str) -> tuple[tuple[int, ...], np.dtype, list[str]]:
     """Shape and dtype of an array, without reading it, and the names of all arrays.
 
     Raises:
       KeyError: no such array; its arguments are the names that there are.
     """
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as content, zipfile.ZipFile(content) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
         if key not in keys:
             raise KeyError(*keys)

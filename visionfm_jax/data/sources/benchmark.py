@@ -10,13 +10,13 @@ number the name in the shipped list of this set, else the name of the folder.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from visionfm_jax.data.sources import Source
 from visionfm_jax.data.sources.folder import FolderSource
 from visionfm_jax.data.sources.kinds import BenchmarkConfig, FolderConfig
 from visionfm_jax.data.sources.layout import check_path, describe
+from visionfm_jax.data.sources.places import Place, place_of
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.data.text_lists import benchmarks, read_lines
@@ -26,7 +26,7 @@ NAMES = "classnames.txt"
 SPLITS = ("test", "val", "validation")  # of held-out images, the first that is there
 
 
-def set_name(path: Path) -> str:
+def set_name(path: Place) -> str:
     """The name of a set by its folder: "cifar10" of "wds_vtab-cifar10"."""
     name = path.name.lower().removeprefix("wds_").replace("-", "_")
     return name.removeprefix("vtab_")
@@ -40,7 +40,7 @@ def open_benchmark(config: BenchmarkConfig) -> Source:
     """
     path = check_path(config)
     split = path / config.split
-    names = read_lines(str(path / NAMES)) if (path / NAMES).is_file() else None
+    names = read_lines(path / NAMES) if (path / NAMES).is_file() else None
     if not any(split.glob("*.tar")):
         source = FolderSource(FolderConfig(path=config.path, split=config.split))
         source.class_names = names or _names_of(config, source.folders)
@@ -50,7 +50,7 @@ def open_benchmark(config: BenchmarkConfig) -> Source:
                 "class folders; give one name a folder, in sorted order"
             )
         return source
-    return LabelledTars(split, names) if names else CaptionedTars(split)
+    return LabelledTars(split, names) if names else _captioned(split)
 
 
 def _names_of(config: BenchmarkConfig, folders: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def _names_of(config: BenchmarkConfig, folders: tuple[str, ...]) -> tuple[str, .
         return tuple(names[folder] for folder in folders)
     if not all(folder.isdecimal() for folder in folders):
         return tuple(folder.replace("_", " ") for folder in folders)
-    name = set_name(Path(config.path))
+    name = set_name(place_of(config.path))
     known = read_lines("imagenet_classes") if name.startswith("imagenet") else benchmarks().get(name, {}).get("classes")
     first = min(map(int, folders))
     if known is None or max(map(int, folders)) - first >= len(known) or (first and len(folders) != len(known)):
@@ -80,7 +80,7 @@ class LabelledTars(TarPairs):
       names: of the classes, in the order of the labels.
     """
 
-    def __init__(self, path: Path, names: tuple[str, ...]):
+    def __init__(self, path: Place, names: tuple[str, ...]):
         super().__init__(str(path), caption_key="cls")
         self.has_captions, self.most_captions = False, 0
         self.class_names, self.num_classes = names, len(names)
@@ -96,23 +96,12 @@ class LabelledTars(TarPairs):
         return {"image": picture, "label": int(label)}
 
 
-class CaptionedTars(TarPairs):
+def _captioned(split: Place) -> TarPairs:
     """Pictures of a folder of tars, with a caption on each line of members KEY.txt."""
-
-    def __init__(self, path: Path):
-        super().__init__(str(path))
-        if not len(self):
-            raise DataError(
-                f"{self.name}: no image has a caption, a member KEY.txt beside it; for labels in members KEY.cls "
-                f"write the names of the classes into {path.parent / NAMES}"
-            )
-        self.most_captions = max(len(self._lines(self.pair(i)[1])) for i in range(len(self)))
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded picture and its captions, a tuple; as `TarPairs`."""
-        picture, text = self.pair(index)
-        return {"image": picture, "caption": self._lines(text)}
-
-    @staticmethod
-    def _lines(text: bytes) -> tuple[str, ...]:
-        return tuple(" ".join(line.split()) for line in text.decode().split("\n") if line.strip())
+    source = TarPairs(str(split), caption_key="txt:lines")
+    if not len(source):
+        raise DataError(
+            f"{source.name}: no image has a caption, a member KEY.txt beside it; for labels in members KEY.cls "
+            f"write the names of the classes into {split.parent / NAMES}"
+        )
+    return source

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from visionfm_jax.data.sources.files import ListedFiles, read_json
 from visionfm_jax.data.sources.fingerprint import digest
-from visionfm_jax.data.sources.kinds import CocoCaptionsConfig, VisualGenomeConfig
+from visionfm_jax.data.sources.kinds import CocoCaptionsConfig, TableConfig, VisualGenomeConfig
 from visionfm_jax.data.sources.layout import VISUAL_GENOME, check_path, coco_splits, misfit, no_split
+from visionfm_jax.data.sources.places import place_of
 from visionfm_jax.data.sources.record import has_text
 
 _FOLDERS = ("VG_100K", "VG_100K_2")
@@ -36,12 +36,18 @@ class CaptionedFiles(ListedFiles):
     Args:
       config: where they come from; with `caption_key` "" the captions are forgotten.
       images: path below the folder, captions; blanks in a caption become single spaces, empty captions are dropped.
+      root: folder of the images; empty: the path.
 
     Raises:
       DataError: an image is not there.
     """
 
-    def __init__(self, config: CocoCaptionsConfig | VisualGenomeConfig, images: Iterable[tuple[str, Iterable[str]]]):
+    def __init__(
+        self,
+        config: CocoCaptionsConfig | VisualGenomeConfig | TableConfig,
+        images: Iterable[tuple[str, Iterable[str]]],
+        root: str = "",
+    ):
         self.has_captions = bool(config.caption_key)
         self.most_captions = 0
         without: list[str] = []
@@ -60,7 +66,7 @@ class CaptionedFiles(ListedFiles):
             ends.append(len(text))
             self.most_captions = max(self.most_captions, len(lines))
         self._text, self._ends = bytes(text), np.array(ends, np.int64)
-        super().__init__(config, Path(config.path).expanduser(), files)
+        super().__init__(config, place_of(root or config.path), files)
         self.log({"images without a caption": without, "empty captions": empty})
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def open_visual_genome(config: VisualGenomeConfig) -> CaptionedFiles:
     path = check_path(config)
     if not (path / VISUAL_GENOME).is_file():
         raise misfit(config, f"PATH/{VISUAL_GENOME}")
-    second = set(os.listdir(path / _FOLDERS[1])) if (path / _FOLDERS[1]).is_dir() else set()
+    second = {e.name for e in (path / _FOLDERS[1]).iterdir()} if (path / _FOLDERS[1]).is_dir() else set()
     key = "phrase" if config.caption_key in ("", VisualGenomeConfig.caption_key) else config.caption_key
 
     def slim(entry: dict[str, Any]) -> Any:

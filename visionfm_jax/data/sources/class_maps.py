@@ -12,7 +12,6 @@ damaged; images without a map and maps without an image are left out, counted an
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from visionfm_jax.data.sources.files import ListedFiles
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import ClassMapsConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit, no_split, splits_of
+from visionfm_jax.data.sources.places import Place, below, store_of
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 from visionfm_jax.errors import DataError
 
@@ -48,7 +48,7 @@ class ClassMapsSource(ListedFiles):
         if names and len(names) != self.num_classes:
             raise DataError(f"{name}: {config.names} has {len(names)} names; set num_classes to that, or names to ''")
         self.class_names = names or None
-        self._maps, self._end, self._suffix = str(path / folders[1]), config.image_suffix, config.map_suffix
+        self._maps, self._end, self._suffix = store_of(path / folders[1]), config.image_suffix, config.map_suffix
         dtype = np.dtype(np.uint8 if self.num_classes <= 255 else np.uint16)
         self._none = int(ignored(dtype))
         self._table = np.full(65_536, _UNKNOWN, np.int32)
@@ -62,13 +62,14 @@ class ClassMapsSource(ListedFiles):
             raise DataError(f"{name}: ignore = {config.ignore} has values of classes, which begin at first; mend one")
         self._table[list(config.ignore)] = self._none
         self._dtype = dtype
-        images = [f for f in _below(path / folders[0]) if self._is_image(f)]
-        maps = {f for f in _below(path / folders[1]) if f.endswith(config.map_suffix)}
+        images = [f for f in below(path / folders[0]) if self._is_image(f)]
+        maps = {f for f in below(path / folders[1]) if f.endswith(config.map_suffix)}
         both = [f for f in images if self.map_file(f) in maps]
         if not both:
             raise misfit(config, f"PATH/{folders[0]}/NAME and PATH/{folders[1]}/NAME{config.map_suffix}")
         super().__init__(config, path / folders[0], both)
         mapped = {self.map_file(f) for f in both}
+        self._maps.remember(mapped)
         self.log(
             {
                 "images without a map": [f for f in images if self.map_file(f) not in maps],
@@ -87,8 +88,7 @@ class ClassMapsSource(ListedFiles):
         Raises:
           DamagedImage, DamagedRecord: the map cannot be decoded, or has values that are no class.
         """
-        with open(os.path.join(self._maps, self.map_file(self.file(index))), "rb") as file:
-            values = decode_map(file.read())
+        values = decode_map(self._maps.content(self.map_file(self.file(index))))
         classes = self._table[values]
         if (wrong := classes == _UNKNOWN).any():
             raise DamagedRecord(
@@ -123,16 +123,7 @@ class ClassMapsSource(ListedFiles):
         return file.endswith(self._end) if self._end else os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
-def _below(folder: Path) -> list[str]:
-    """Files below a folder, sorted, without hidden ones."""
-    out = []
-    for root, _, files in os.walk(folder):
-        below = os.path.relpath(root, folder)
-        out += [file if below == "." else f"{below}/{file}" for file in files if not file.startswith(".")]
-    return sorted(out)
-
-
-def _names(config: ClassMapsConfig, path: Path) -> tuple[str, ...]:
+def _names(config: ClassMapsConfig, path: Place) -> tuple[str, ...]:
     """Of the classes; (): not known. ADE20K's table has them in its last column.
 
     Raises:

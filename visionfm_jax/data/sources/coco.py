@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from visionfm_jax.data.sources.files import read_json
 from visionfm_jax.data.sources.kinds import CocoConfig, CocoPanopticConfig
 from visionfm_jax.data.sources.layout import check_path, misfit, no_split, splits_of
 from visionfm_jax.data.sources.outlines import check_number, mask_of
+from visionfm_jax.data.sources.places import Place, place_of
 
 _NEEDED = (
     "images with id and file_name, annotations with image_id, category_id and bbox, and categories with id and name"
@@ -49,7 +49,7 @@ class CocoSource(AnnotatedFiles):
             return _parse(content, config.masks)
 
         files, sizes, names, self.category_ids, objects = read_json(config, path, parse, _NEEDED, slim)
-        folder = Path(config.path).expanduser() / config.images.replace("{split}", config.split)
+        folder = place_of(config.path) / config.images.replace("{split}", config.split)
         super().__init__(config, folder, files, objects, names, sizes=sizes)
 
     def annotated(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
@@ -130,7 +130,7 @@ def _length(value: Any) -> int:
     return value if type(value) is int and 0 < value < FAR else 0
 
 
-def annotations_of(config: CocoConfig | CocoPanopticConfig) -> Path:
+def annotations_of(config: CocoConfig | CocoPanopticConfig) -> Place:
     """The file of the split.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,9 @@ from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, describe
+from visionfm_jax.data.sources.places import Place, store_of
 from visionfm_jax.data.sources.record import left_out
+from visionfm_jax.data.sources.store import Store, side_by_side
 from visionfm_jax.errors import DataError, printable
 
 _NAMED = 5  # files in a line of the log
@@ -26,7 +27,7 @@ class ListedFiles:
 
     Args:
       config: of the source, for errors and checksums.
-      root: folder.
+      root: folder, or its URL.
       files: paths below it.
 
     Raises:
@@ -38,13 +39,14 @@ class ListedFiles:
     has_captions = False
     most_captions = 0
 
-    def __init__(self, config: SourceConfig, root: str | Path, files: Sequence[str]):
+    def __init__(self, config: SourceConfig, root: str | Place, files: Sequence[str]):
         self.name, self.root = describe(config), str(root)
+        self.store = store_of(root)
         for file in files:
             if os.path.isabs(file) or ".." in file.split("/") or "\0" in file or not _encodable(file):
                 raise DataError(f"{self.name}: {printable(file)!r} is no file of this folder; fix the list of images")
         self._files = np.array([os.fsencode(file) for file in files], np.bytes_)
-        check_files(self.name, self.root, [os.fsdecode(bytes(file)) for file in self._files])
+        check_files(self.name, self.store, [os.fsdecode(bytes(file)) for file in self._files])
         self._checksums = checksums.find(config, self)
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class ListedFiles:
 
     def image(self, index: int) -> bytes:
         """The file's bytes."""
-        return checksums.read_file(self.root, self.file(index), self._checksums)
+        return checksums.read_file(self.store, self.file(index), self._checksums)
 
     def key(self, index: int) -> str:
         """Path below the folder."""
@@ -71,12 +73,12 @@ class ListedFiles:
     def fingerprint(self) -> dict[str, str]:
         """Of each thousand images."""
         starts = range(0, len(self), 1000)
-        return of_files(self.root, {f"images from {i:,} on": ("", self._files[i : i + 1000].tolist()) for i in starts})
+        return of_files(self.store, {f"images from {i:,} on": ("", self._files[i : i + 1000].tolist()) for i in starts})
 
     def unlisted(self) -> list[str]:
         """Image files in the same folders that the list does not name, sorted."""
         keys = {os.fsdecode(bytes(file)) for file in self._files}
-        return sorted(k for k in there(self.root, keys) - keys if os.path.splitext(k)[1].lower() in IMAGE_SUFFIXES)
+        return sorted(k for k in there(self.store, keys) - keys if os.path.splitext(k)[1].lower() in IMAGE_SUFFIXES)
 
     def log(self, left: Mapping[str, Sequence[str]]) -> None:
         """Write to the log what is left out: names by reason."""
@@ -85,33 +87,32 @@ class ListedFiles:
                 logging.warning("%s: %s", self.name, left_out(reason, len(names), [*map(printable, names[:_NAMED])]))
 
 
-def check_files(name: str, root: str, keys: Sequence[str], what: str = "images") -> None:
-    """That all files of a list are below a folder.
+def check_files(name: str, store: Store, keys: Sequence[str], what: str = "images") -> None:
+    """That all files of a list are below a folder, which remembers them.
 
     Raises:
       DataError: some are not.
     """
-    found = there(root, set(keys))
+    keys = [key for key in keys if "://" not in key]  # of a URL nobody knows until it is read
+    found = there(store, set(keys))
     if missing := [key for key in keys if key not in found]:
         raise DataError(
             f"{name}: {len(missing)} of {len(keys)} {what} are missing, the first is "
-            f"{printable(os.path.join(root, missing[0]))}; unpack the {what} there"
+            f"{printable(store.path(missing[0]))}; unpack the {what} there"
         )
+    store.remember(keys)
 
 
-def there(root: str, keys: set[str]) -> set[str]:
+def there(store: Store, keys: set[str]) -> set[str]:
     """What is in the folders of `keys`: these are listed, for asking after each file takes minutes on a network."""
-    return {
-        os.path.join(folder, name)
-        for folder in {os.path.dirname(key) for key in keys}
-        if os.path.isdir(path := os.path.join(root, folder))
-        for name in _files(path)
-    }
+    folders = sorted({os.path.dirname(key) for key in keys})
+    names = map(store.names, folders) if store.local else side_by_side(store.names, folders)
+    return {os.path.join(folder, name) for folder, found in zip(folders, names, strict=True) for name in found}
 
 
 def read_json(
     config: SourceConfig,
-    path: Path,
+    path: Place,
     parse: Callable[[Any], Any],
     needed: str,
     slim: Callable[[dict[str, Any]], Any] | None = None,
@@ -123,8 +124,7 @@ def read_json(
       OSError: it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=slim)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=slim)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{describe(config)}: {path} is not valid JSON ({error}); copy or unpack it again") from error
     try:
@@ -140,9 +140,3 @@ def _encodable(name: str) -> bool:
         return bool(name.encode())
     except UnicodeEncodeError:
         return False
-
-
-def _files(folder: str) -> list[str]:
-    """Names in a folder, without broken links."""
-    with os.scandir(folder) as entries:
-        return [e.name for e in entries if not e.is_symlink() or os.path.exists(e.path)]

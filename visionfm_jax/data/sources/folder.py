@@ -10,7 +10,6 @@ is no image file of a known kind, the log tells the number and names.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,9 @@ from visionfm_jax.data.sources import checksums
 from visionfm_jax.data.sources.fingerprint import digest, of_files
 from visionfm_jax.data.sources.kinds import FolderConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, class_splits, describe, misfit, no_split
+from visionfm_jax.data.sources.places import Place, RemotePath, scandir, store_of
 from visionfm_jax.data.sources.record import left_out
+from visionfm_jax.data.sources.store import side_by_side
 from visionfm_jax.errors import DataError, printable
 
 _NAMED = 5  # names of files that are not read, in a line of the log
@@ -42,12 +43,16 @@ class FolderSource:
             if splits := class_splits(path):
                 raise no_split(config, splits)
             raise misfit(config, "PATH/SPLIT/CLASS/FILE")
-        self.root = str(path / config.split)
+        place = path / config.split
+        self.root = str(place)
+        self.store = store_of(place)
         self.folders = _class_names(path, config.split)
         self.class_names: tuple[str, ...] | None = self.folders
         self.num_classes = len(self.folders)
         others: dict[str, list[str]] = {}
-        files = [self._images(name, others) for name in self.folders]
+        if isinstance(place, RemotePath):  # many requests, side by side
+            side_by_side(lambda name: [*(place / name).iterdir()], self.folders)
+        files = [self._images(place / name, others) for name in self.folders]
         if not any(files):
             raise misfit(config, "PATH/SPLIT/CLASS/FILE" if config.split else "PATH/CLASS/FILE")
         for reason, names in others.items():
@@ -55,6 +60,7 @@ class FolderSource:
         # Arrays, not lists: an index of millions of files travels to every worker process.
         self._files = np.array([file for names in files for file in names])
         self._labels = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+        self.store.remember(map(self.file, range(len(self))))
         self._checksums = checksums.find(config, self)
 
     def __len__(self) -> int:
@@ -62,7 +68,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes and its class."""
-        image = checksums.read_file(self.root, self.file(index), self._checksums)
+        image = checksums.read_file(self.store, self.file(index), self._checksums)
         return {"image": image, "label": int(self._labels[index])}
 
     @property
@@ -88,26 +94,25 @@ class FolderSource:
         """Of each class folder."""
         ends = np.searchsorted(self._labels, np.arange(self.num_classes + 1))
         files = {n: (n, self._files[ends[i] : ends[i + 1]].tolist()) for i, n in enumerate(self.folders)}
-        return of_files(self.root, files)
+        return of_files(self.store, files)
 
-    def _images(self, name: str, others: dict[str, list[str]]) -> list[bytes]:
+    def _images(self, folder: Place, others: dict[str, list[str]]) -> list[bytes]:
         """Names of the image files of a class, sorted; what else there is goes to `others`, by reason."""
-        folder = os.path.join(self.root, name)
-        if not os.path.lexists(folder):  # a class of another split
+        if not folder.is_symlink() and not folder.exists():  # a class of another split
             return []
         images = []
-        with os.scandir(folder) as entries:
+        with scandir(folder) as entries:
             for e in entries:
                 if reason := _why_no_image(e):
                     if reason not in others and len(others) >= _KINDS:
                         reason = "files of other kinds"
-                    others.setdefault(reason, []).append(f"{name}/{e.name}")
+                    others.setdefault(reason, []).append(f"{folder.name}/{e.name}")
                 else:
                     images.append(os.fsencode(e.name))
         return sorted(images)
 
 
-def _why_no_image(entry: os.DirEntry[str]) -> str:
+def _why_no_image(entry: os.DirEntry[str] | RemotePath) -> str:
     """What an entry of a class folder is; empty: an image file."""
     if _leads_nowhere(entry):
         return "broken links"
@@ -121,29 +126,29 @@ def _why_no_image(entry: os.DirEntry[str]) -> str:
     return "" if entry.is_file() else "devices, pipes or sockets"
 
 
-def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+def _leads_nowhere(entry: os.DirEntry[str] | RemotePath) -> bool:
     """Whether it is a link to something that is not there, or a link in a circle."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def _folders(path: Path) -> list[str]:
+def _folders(path: Place) -> list[str]:
     """Names of the folders in `path`, without hidden ones, sorted.
 
     Raises:
       DataError: a link leads nowhere, so that nobody knows whether it is a folder.
       OSError: the folder cannot be read.
     """
-    with os.scandir(path) as entries:
+    with scandir(path) as entries:
         seen = [e for e in entries if not e.name.startswith(".")]
     if lost := [e.name for e in seen if _leads_nowhere(e)]:
         raise DataError(f"{printable(str(path / min(lost)))}: is a broken link; fix or remove it")
     return sorted(e.name for e in seen if e.is_dir())
 
 
-def _class_names(path: Path, split: str) -> tuple[str, ...]:
+def _class_names(path: Place, split: str) -> tuple[str, ...]:
     classes = set(_folders(path / split))
     if split and os.sep not in split:
-        with os.scandir(path) as entries:
+        with scandir(path) as entries:
             others = sorted(e.name for e in entries if not e.name.startswith(".") and (e.is_symlink() or e.is_dir()))
         for other in others:
             try:

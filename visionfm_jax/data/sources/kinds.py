@@ -106,8 +106,35 @@ class TarsConfig(Format):
     kind: ClassVar[str] = "tars"
     reader: ClassVar[str] = "tars:open_tars"
 
-    caption_key: str = "caption"  # caption: the .txt of each image; or another suffix; empty: no captions
+    caption_key: str = "caption"  # caption: the .txt of each image; or another suffix; json:FIELD; txt:lines; "": none
+    image_key: str = ""  # suffix of the images, such as rgb.png; empty: any of an image
     selection: str = ""  # file of `visionfm data select`; empty: all pairs
+
+
+@dataclass(kw_only=True)
+class ParquetConfig(Format):
+    """Parquet files with images in them, as Hugging Face's datasets and img2dataset write them."""
+
+    kind: ClassVar[str] = "parquet"
+    reader: ClassVar[str] = "parquet:ParquetSource"
+
+    split: str = "train"  # how the names of its files, or that of their folder, begin; empty: all files
+    image_key: str = "image"  # column with the image
+    label_key: str = "label"  # column with the label, if it is there; empty: none
+    caption_key: str = "caption"  # column with the caption or captions, if it is there; empty: none
+
+
+@dataclass(kw_only=True)
+class TableConfig(Format):
+    """Images that a table names, with captions or labels: PATH is a .csv, .tsv or .jsonl file."""
+
+    kind: ClassVar[str] = "table"
+    reader: ClassVar[str] = "table:TableSource"
+
+    root: str = ""  # folder or URL that paths of images begin at; empty: that of the table
+    image_key: str = "image"  # column with the path of an image, or its URL
+    caption_key: str = "caption"  # column with its caption; several rows of one image: several; empty: none
+    label_key: str = ""  # column with its label; empty: none
 
 
 @dataclass(kw_only=True)
@@ -243,8 +270,8 @@ KINDS = SourceConfig.kinds
 KINDS |= {
     cls.kind: cls
     for cls in (
-        TfdsConfig, FolderConfig, NumpyConfig, BundledConfig, TarsConfig, BenchmarkConfig, CocoCaptionsConfig,
-        VisualGenomeConfig, CocoConfig, CocoPanopticConfig, VocConfig, YoloConfig, ClassMapsConfig, Ade20kConfig,
-        ScenesConfig,
+        TfdsConfig, FolderConfig, NumpyConfig, BundledConfig, TarsConfig, ParquetConfig, TableConfig, BenchmarkConfig,
+        CocoCaptionsConfig, VisualGenomeConfig, CocoConfig, CocoPanopticConfig, VocConfig, YoloConfig, ClassMapsConfig,
+        Ade20kConfig, ScenesConfig,
     )
 }  # fmt: skip

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from itertools import chain, islice
-from pathlib import Path
 
 from visionfm_jax.config.schema import SourceConfig
 from visionfm_jax.data.sources.kinds import (
@@ -16,12 +14,15 @@ from visionfm_jax.data.sources.kinds import (
     CocoPanopticConfig,
     FolderConfig,
     NumpyConfig,
+    ParquetConfig,
+    TableConfig,
     TarsConfig,
     TfdsConfig,
     VisualGenomeConfig,
     VocConfig,
     YoloConfig,
 )
+from visionfm_jax.data.sources.places import Place, RemotePath, place_of, scandir
 from visionfm_jax.errors import DataError, printable
 
 IMAGE_SUFFIXES = frozenset(
@@ -36,14 +37,18 @@ def describe(config: SourceConfig) -> str:
     return printable(f"{config.kind} {config.path}" + (f" [{config.split}]" if config.split else ""))
 
 
-def check_path(config: SourceConfig) -> Path:
+def check_path(config: SourceConfig) -> Place:
     """`config.path`, which exists and is not an empty folder or file.
 
     Raises:
       DataError: it is missing or empty.
       OSError: it cannot be read.
     """
-    path = Path(config.path).expanduser()
+    path = place_of(config.path)
+    if isinstance(path, RemotePath):
+        if not path.exists():
+            raise DataError(f"{describe(config)}: the path does not exist; set the dataset's path")
+        return path
     if not path.exists():
         parent = next(p for p in path.absolute().parents if p.exists())
         raise DataError(f"{describe(config)}: the path does not exist (but {parent} does); set the dataset's path")
@@ -54,7 +59,7 @@ def check_path(config: SourceConfig) -> Path:
 
 def misfit(config: SourceConfig, expected: str) -> DataError:
     """The error for a path that holds something else than `expected`, or names what is there otherwise."""
-    found, remedy = _guess(Path(config.path).expanduser())
+    found, remedy = _guess(place_of(config.path))
     texts = (field.name for field in dataclasses.fields(config) if isinstance(getattr(config, field.name), str))
     names = [name for name in texts if name not in ("path", "split")]
     if names and remedy.startswith(f"use {type(config).__name__} ") and "named here" not in remedy:
@@ -68,7 +73,7 @@ def no_split(config: SourceConfig, splits: list[str]) -> DataError:
     return DataError(f"{describe(config)}: no split {config.split!r}; the splits are {there}")
 
 
-def tfds_versions(path: Path) -> list[Path]:
+def tfds_versions(path: Place) -> list[Place]:
     """TFDS version folders at `path` or up to three levels below it: data_dir/dataset/config/version."""
     level = [path]
     for _ in range(4):
@@ -79,7 +84,7 @@ def tfds_versions(path: Path) -> list[Path]:
     return []
 
 
-def splits_of(path: Path, place: str) -> list[str]:
+def splits_of(path: Place, place: str) -> list[str]:
     """What stands for {split} in the files or folders `place` below `path`, sorted."""
     before, split, after = place.partition("{split}")
     if not split:
@@ -88,29 +93,33 @@ def splits_of(path: Path, place: str) -> list[str]:
     return sorted(file[len(before) : len(file) - len(after)] for file in found)
 
 
-def coco_splits(path: Path, of: str = "captions") -> list[str]:
+def coco_splits(path: Place, of: str = "captions") -> list[str]:
     """Splits of which `path` holds captions, or instances, as COCO's annotations/captions_SPLIT.json, sorted."""
     return sorted(p.stem.removeprefix(f"{of}_") for p in path.glob(f"annotations/{of}_*.json"))
 
 
-def _coco_elsewhere(path: Path) -> list[str]:
+def _coco_elsewhere(path: Place) -> list[str]:
     """JSON files, below `path`, where others than COCO's authors keep what its annotations/instances_SPLIT.json has."""
     found = chain(path.glob("annotations/*.json"), path.glob("*/_annotations.coco.json"))
     return sorted(file.relative_to(path).as_posix() for file in islice(found, _LOOK))
 
 
-def class_splits(path: Path) -> list[str]:
+def class_splits(path: Place) -> list[str]:
     """Names of the folders in `path` that hold class folders with images, sorted."""
     return sorted(e.name for e in _entries(path) if any(_has_image(c) for c in _entries(e)[:20]))
 
 
-def _guess(path: Path) -> tuple[str, str]:
+def _guess(path: Place) -> tuple[str, str]:
     """What is at `path`, and what to do about it."""
     if path.is_file():
         if path.suffix == ".npz":
             return "an .npz file", _use(NumpyConfig, "split=''")
         if path.suffix == ".tar":
             return "a .tar file", _use(TarsConfig, "its folder as path")
+        if path.suffix == ".parquet":
+            return "a .parquet file", _use(ParquetConfig, "split=''")
+        if path.suffix in (".csv", ".tsv", ".jsonl"):
+            return f"a {path.suffix} file", _use(TableConfig)
         return f"a {path.suffix or 'suffixless'} file", "set a folder or an .npz file"
     entries = _entries(path)
     if any(e.suffix == ".npz" for e in entries):
@@ -145,6 +154,8 @@ def _guess(path: Path) -> tuple[str, str]:
     if any(e.suffix == ".tar" for e in entries):
         remedy = f"for pairs with captions {_use(TarsConfig)}, for classes unpack them into PATH/SPLIT/CLASS/"
         return "tar files", f"{remedy} and {_use(FolderConfig)}"
+    if any(e.suffix == ".parquet" for e in chain(entries, *(_entries(e)[:20] for e in entries[:20]))):
+        return "Parquet files", _use(ParquetConfig)
     if any("tfrecord" in e.name or "array_record" in e.name for e in entries):
         return "record files without dataset_info.json", "copy the whole TFDS version directory"
     names = ", ".join(sorted(e.name for e in entries)[:3])
@@ -160,16 +171,16 @@ def _one_of(splits: list[str]) -> str:
     return f"split one of {', '.join(splits)}"
 
 
-def _entries(path: Path) -> list[Path]:
+def _entries(path: Place) -> list[Place]:
     if not path.is_dir():
         return []
-    with os.scandir(path) as entries:
+    with scandir(path) as entries:
         return [path / e.name for e in islice(entries, _LOOK)]
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(path: Place) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _has_image(path: Path) -> bool:
+def _has_image(path: Place) -> bool:
     return path.is_dir() and any(_is_image(e) for e in _entries(path)[:20])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from visionfm_jax.data.sources.files import check_files, read_json
 from visionfm_jax.data.sources.fingerprint import of_files
 from visionfm_jax.data.sources.kinds import CocoPanopticConfig
 from visionfm_jax.data.sources.outlines import check_number
+from visionfm_jax.data.sources.places import place_of, store_of
 from visionfm_jax.data.sources.record import DamagedRecord, ignored
 
 PNG = b"\x89PNG"  # how its files begin
@@ -39,22 +39,22 @@ class PanopticSource(AnnotatedFiles):
     """
 
     def __init__(self, config: CocoPanopticConfig):
-        path = Path(config.path).expanduser()
+        path = place_of(config.path)
         folder, maps = (path / part.replace("{split}", config.split) for part in (config.images, config.maps))
         files, sizes, names, self.category_ids, self.things, objects, pngs = read_json(
             config, annotations_of(config), _parse, _NEEDED
         )
         super().__init__(config, folder, files, objects, names, sizes=sizes)
-        check_files(self.name, str(maps), pngs, "maps")
-        self._maps, self._pngs = str(maps), np.array([os.fsencode(png) for png in pngs], np.bytes_)
+        self._maps = store_of(maps)
+        check_files(self.name, self._maps, pngs, "maps")
+        self._pngs = np.array([os.fsencode(png) for png in pngs], np.bytes_)
         self._masks = config.truth == "masks"
         self.classes_of = ("box_labels", "masks") if self._masks else ("class_map",)
 
     def annotated(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
         """With masks, bool (N, H, W), or in place of objects `class_map`, (H, W)."""
         record, size = super().annotated(index)
-        with open(os.path.join(self._maps, os.fsdecode(bytes(self._pngs[index]))), "rb") as file:
-            colours = file.read()
+        colours = self._maps.content(os.fsdecode(bytes(self._pngs[index])))
         if not colours.startswith(PNG):
             raise DamagedRecord("its map is no PNG; other formats may have lost colours, which are numbers of segments")
         numbers = decode(colours).astype(np.int32) @ np.array([1, 256, 65_536], np.int32)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import glob
+import json
 import secrets
 import tarfile
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,9 +29,10 @@ from visionfm_jax.data.shards import Engine, Here, Local, Threads, map_shards
 from visionfm_jax.data.sources.claim import claimed
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import has_text
-from visionfm_jax.data.sources.store import Store, read_table, write_table
+from visionfm_jax.data.sources.store import REQUESTS, Store, read_table, write_table
 from visionfm_jax.errors import DataError, printable
 
+LINES = "lines"  # in place of a field: each line is a caption
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
 RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption", "caption_size", "crc")])
 """Of a pair: where its contents begin, in blocks, how many bytes they have, and `checksum` of both; no caption is
@@ -38,6 +41,7 @@ RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption"
 NO_CAPTION = "images without a caption"
 EMPTY = "images with an empty caption"
 NOT_UTF8 = "images with a caption that is not UTF-8"
+NOT_JSON = "images whose JSON has no such text"
 NO_PICTURE = "captions without an image"
 SEVERAL = "keys with several images or captions"
 NO_KEY = "files whose name begins with a dot or has no extension"
@@ -49,7 +53,6 @@ _VERSION = 2
 _PIECE = 2**20  # bytes that are read at once
 _PROCESSES_FROM = 16  # tars; for fewer, other processes take longer to start than to read
 _KEPT = 60.0  # seconds after which what was read is kept
-_REQUESTS = 32  # tars of a store that are read side by side
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,40 @@ def checksum(image: bytes, caption: bytes) -> int:
     return zlib.crc32(image) ^ zlib.crc32(caption)
 
 
-def open_index(store: Store, suffix: str, engine: Engine | None = None) -> Index:
+def captions_of(content: bytes, part: str) -> tuple[str, ...]:
+    """The captions in a member, those that say something.
+
+    Args:
+      content: of the member.
+      part: "": all of it is one; "lines": each line is one; else the field of a JSON object that has one, or a list.
+
+    Raises:
+      ValueError: it is not UTF-8, or no such JSON.
+    """
+    text = content.decode()
+    if part and part != LINES:
+        try:
+            found = json.loads(text)[part]
+        except (KeyError, TypeError, IndexError, RecursionError) as error:
+            raise ValueError(f"no field {part!r}") from error
+        texts = [found] if isinstance(found, str) else found
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"field {part!r} is no text")
+    else:
+        texts = text.split("\n") if part else [text]
+    kept = [text for text in texts if has_text(text)]
+    return tuple(" ".join(text.split()) for text in kept) if part == LINES else tuple(text.strip() for text in kept)
+
+
+def open_index(store: Store, suffix: str, engine: Engine | None = None, image: str = "") -> Index:
     """The index of a folder's tars; those that are new or changed since the last time are read first.
 
     Args:
       store: the folder.
-      suffix: of the members with captions, such as "txt"; empty: all pictures, without captions.
+      suffix: of the members with captions, such as "txt"; "txt:lines" and "json:FIELD" as `captions_of`; empty: all
+        pictures, without captions.
       engine: that reads the tars; None: as `engine_for` says.
+      image: suffix of the pictures; empty: any of `IMAGE_SUFFIXES`.
 
     Raises:
       DataError: no tar, a folder or tar that cannot be read, or no place for the index.
@@ -105,12 +135,15 @@ def open_index(store: Store, suffix: str, engine: Engine | None = None) -> Index
     tars = {name: stat for name, stat in files.items() if name.endswith(".tar") and not name.startswith(".")}
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
-    name = f"visionfm_pairs_{suffix}.index" if suffix else "visionfm_pictures.index"
-    places = [*([Path(store.path(name))] if store.local else []), store.cache(name)]
+    parts = [urllib.parse.quote(part, safe="") for part in (suffix, image)]
+    name = "_".join(["visionfm", "pairs" if suffix else "pictures", *filter(None, parts)]) + ".index"
+    whole = not store.pattern  # else these are some of the folder's tars, and it has no place for their index
+    beside, shared = whole and store.local, whole and not store.local
+    places = [*([Path(store.path(name))] if beside else []), store.cache(name)]
 
     def known(log: Callable[..., None]) -> Index | None:
         found = _best(places, tars, log)
-        if not store.local and not _fresh(found, tars) and store.fetch(name, places[0]):
+        if shared and not _fresh(found, tars) and store.fetch(name, places[0]):
             found = _best(places, tars, log)
         return found
 
@@ -118,8 +151,8 @@ def open_index(store: Store, suffix: str, engine: Engine | None = None) -> Index
         with claimed(places, f"the index of the tars of {store.url}") as place:
             if place is None or _fresh(index := known(logging.warning), tars):  # another process has made it
                 continue
-            _write(store, suffix, tars, index, place, engine)
-            if not store.local and not store.put(place, name):
+            _write(store, functools.partial(scan, store, suffix, image=image), tars, index, place, engine)
+            if shared and not store.put(place, name):
                 logging.info("%s: cannot be written, so the index is kept in %s only", store.url, place)
     assert index is not None
     return index
@@ -162,7 +195,9 @@ def _is_entry(tar: Any) -> bool:
     )
 
 
-def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[np.ndarray, dict[str, Any]]:
+def scan(
+    store: Store, suffix: str, tar: tuple[str, tuple[int, str]], image: str = ""
+) -> tuple[np.ndarray, dict[str, Any]]:
     """The pairs of one tar, RECORD (n,), and its entry for `Index.tars`.
 
     Raises:
@@ -171,10 +206,10 @@ def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[n
     """
     name, (size, stamp) = tar
 
-    def read() -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]]]:
+    def read() -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]], int]:
         try:
-            with store.open(name) as file:
-                return _scan(file, size, suffix)
+            with store.open(name, size) as file:
+                return _scan(file, size, suffix, image)
         except OSError:
             raise
         except Exception as error:  # every store has its own
@@ -183,10 +218,12 @@ def scan(store: Store, suffix: str, tar: tuple[str, tuple[int, str]]) -> tuple[n
                 raise DataError(f"{store.path(name)}: is not a readable tar ({what}); write it again") from error
             raise OSError(str(error) or type(error).__name__) from error
 
-    pairs, cut, skipped = storage.read(read, lambda: store.path(name))
+    pairs, cut, skipped, most = storage.read(read, lambda: store.path(name))
     records = np.array(list(pairs.values()), RECORD)
     entry: dict[str, Any] = {"name": name, "size": size, "stamp": stamp, "pairs": len(records)}
     entry["crc"] = zlib.crc32("\n".join(pairs).encode(), zlib.crc32(records.tobytes()))
+    if ":" in suffix:
+        entry["captions"] = most
     if cut is not None:
         entry["cut"] = printable(cut)
     if skipped:
@@ -215,14 +252,18 @@ def keys(store: Store, name: str, records: np.ndarray) -> list[str]:
 def engine_for(store: Store, count: int, engine: Engine | None) -> Engine:
     """Who reads `count` tars: `engine` if it is given, threads where the time goes into waiting for a store."""
     if not store.local and (engine is None or isinstance(engine, Local)):
-        return Threads(_REQUESTS)
+        return Threads(REQUESTS)
     return engine or (Local() if count >= _PROCESSES_FROM else Here())
 
 
 def _scan(
-    file: BinaryIO, size: int, suffix: str
-) -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]]]:
-    """Pairs by key in order of their first member, the key where the tar is cut, and what is left out, by reason."""
+    file: BinaryIO, size: int, suffix: str, image: str
+) -> tuple[dict[str, tuple[int, ...]], str | None, dict[str, list[str]], int]:
+    """Pairs by key in order of their first member, the key where the tar is cut, what is left out, by reason, and the
+    most captions that a pair has.
+    """
+    suffix, _, part = suffix.partition(":")
+    most = 0
     images: dict[str, tuple[int, int, int]] = {}  # key -> block, size, CRC-32
     captions: dict[str, tuple[int, int, int]] = {}
     bad: dict[str, str] = {}  # key -> what is wrong with it
@@ -243,12 +284,14 @@ def _scan(
                     skipped.setdefault(NO_KEY, []).append(member.name)
                     continue
                 place, is_caption = member.offset_data // BLOCK, bool(suffix) and kind == suffix
-                if not is_caption and f".{kind}" not in IMAGE_SUFFIXES:
+                is_image = kind == image if image else f".{kind}" in IMAGE_SUFFIXES
+                if not is_caption and not is_image:
                     others.setdefault(key, []).append(kind)
                 elif not member.isreg() or member.issparse() or member.size >= 2**31 or place >= 2**32:
                     skipped.setdefault(NO_FILE, []).append(member.name)
                 elif is_caption:
-                    captions[key], reason = _read_caption(file, member)
+                    captions[key], reason, count = _read_caption(file, member, part)
+                    most = max(most, count)
                     bad[key] = SEVERAL if key in bad else reason
                 else:
                     bad |= {key: SEVERAL} if key in images else {}
@@ -261,11 +304,11 @@ def _scan(
         cut = key
     pairs = {}
     none = (0, 0, zlib.crc32(b""))
-    for key, (image, image_size, crc) in images.items():
+    for key, (place, image_size, crc) in images.items():
         caption, caption_size, caption_crc = captions.get(key, none)
         reason = bad.get(key, NO_CAPTION if suffix else "")
         if not reason:
-            pairs[key] = image, image_size, caption, caption_size, crc ^ caption_crc
+            pairs[key] = place, image_size, caption, caption_size, crc ^ caption_crc
         elif key != cut or key in captions:
             skipped.setdefault(reason, []).append(key)
     if orphans := [key for key in captions if key not in images]:
@@ -274,7 +317,7 @@ def _scan(
         for kind in kinds:
             if key not in images or f".{kind.rpartition('.')[2]}" in IMAGE_SUFFIXES:
                 _count_other(skipped, kind, key)
-    return pairs, cut, skipped
+    return pairs, cut, skipped, most
 
 
 def _read(file: BinaryIO, member: tarfile.TarInfo) -> Iterator[bytes]:
@@ -293,14 +336,17 @@ def _crc(file: BinaryIO, member: tarfile.TarInfo) -> int:
     return functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), _read(file, member), 0)
 
 
-def _read_caption(file: BinaryIO, member: tarfile.TarInfo) -> tuple[tuple[int, int, int], str]:
-    """Block, size and CRC-32 of a caption, and what is wrong with it."""
+def _read_caption(file: BinaryIO, member: tarfile.TarInfo, part: str) -> tuple[tuple[int, int, int], str, int]:
+    """Block, size and CRC-32 of a member of captions, what is wrong with it, and how many it has."""
     content = b"".join(_read(file, member))
     place = member.offset_data // BLOCK, member.size, zlib.crc32(content)
     try:
-        return place, "" if has_text(content.decode()) else EMPTY
+        count = len(captions_of(content, part))
+        return place, "" if count else EMPTY, count
     except UnicodeDecodeError:
-        return place, NOT_UTF8
+        return place, NOT_UTF8, 0
+    except ValueError:
+        return place, NOT_JSON, 0
 
 
 def _count_other(skipped: dict[str, list[str]], kind: str, key: str) -> None:
@@ -336,7 +382,7 @@ def _fresh(index: Index | None, tars: dict[str, tuple[int, str]]) -> bool:
 
 def _write(
     store: Store,
-    suffix: str,
+    scanned: Callable[[tuple[str, tuple[int, str]]], tuple[np.ndarray, dict[str, Any]]],
     tars: dict[str, tuple[int, str]],
     known: Index | None,
     path: Path,
@@ -364,7 +410,6 @@ def _write(
     read: list[tuple[np.ndarray, dict[str, Any]]] = []
     kept = time.monotonic()
     try:
-        scanned = functools.partial(scan, store, suffix)
         engine = engine_for(store, len(todo), engine)
         for found in map_shards(scanned, todo, engine, title="indexing", unit=" tars"):
             read.append(found)

@@ -8,6 +8,7 @@ counted, with keys, in the log.
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Any
 
@@ -36,13 +37,18 @@ def open_tars(config: TarsConfig) -> TarPairs:
     Raises:
       DataError: as `TarPairs`; or there is no pair, or a selection among pairs is to be used without captions.
     """
-    if "://" not in config.path and not any(check_path(config).glob("*.tar")):
+    if not re.search(r"://|\{.*\}\.tar$", config.path) and not any(check_path(config).glob("*.tar")):
         raise misfit(config, "a folder of .tar files")
     if config.selection and not config.caption_key:
         rule = "set selection='', or the caption_key that it was made with"
         raise DataError(f"{describe(config)}: a selection chooses among pairs, but caption_key is empty; {rule}")
-    suffix = "txt" if config.caption_key == TarsConfig.caption_key else config.caption_key.lower().lstrip(".")
-    source = TarPairs(config.path, selection=config.selection, caption_key=suffix)
+    suffix, colon, part = ("txt" if config.caption_key == TarsConfig.caption_key else config.caption_key).partition(":")
+    suffix = suffix.lower().lstrip(".") + colon + part
+    if colon and (not part or (part != tar_index.LINES and not suffix.startswith(f"json{colon}"))):
+        rule = "write json:FIELD, txt:lines, or a suffix alone"
+        raise DataError(f"{describe(config)}: caption_key = {config.caption_key!r}: {rule}")
+    image_key = config.image_key.lower().lstrip(".")
+    source = TarPairs(config.path, selection=config.selection, caption_key=suffix, image_key=image_key)
     if not len(source):
         why = "".join(f"; {line}" for line in source.report_lines())
         what, rule = (f" with a caption .{suffix}", "caption_key or path") if suffix else ("", "path")
@@ -95,7 +101,9 @@ class TarPairs:
     Args:
       path: folder or URL with the tars.
       selection: file that `visionfm data select` wrote; empty: all pairs.
-      caption_key: suffix of the members with captions; empty: pictures alone, all that there are.
+      caption_key: suffix of the members with captions; "SUFFIX:lines": each line is one, "json:FIELD": the field is
+        one, or a list of them; empty: pictures alone, all that there are.
+      image_key: suffix of the pictures; empty: any of an image.
 
     Attributes:
       store, index: where the tars are, and all pairs in them.
@@ -107,13 +115,14 @@ class TarPairs:
     num_classes = 0
     class_names: tuple[str, ...] | None = None
 
-    def __init__(self, path: str, *, selection: str = "", caption_key: str = "txt"):
+    def __init__(self, path: str, *, selection: str = "", caption_key: str = "txt", image_key: str = ""):
         self.name = f"tars {path}"
         self.store = Store(path)
         self.has_captions = bool(caption_key)
-        self.most_captions = int(self.has_captions)
+        self._part = caption_key.partition(":")[2]
         self._selected = selection
-        self._open(tar_index.open_index(self.store, caption_key))
+        self._open(tar_index.open_index(self.store, caption_key, image=image_key))
+        self.most_captions = max(tar.get("captions", int(self.has_captions)) for tar in self.index.tars)
         for line in self.report_lines():
             logging.warning("%s: %s", self.name, line)
 
@@ -121,7 +130,7 @@ class TarPairs:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The encoded picture, bytes, and its caption, if wanted, str without white space around it.
+        """The encoded picture, bytes, and its caption, if wanted, str without white space around it, or a tuple.
 
         Raises:
           OSError: the tar cannot be read.
@@ -129,7 +138,10 @@ class TarPairs:
           DataError: the tar is shorter than when it was indexed.
         """
         picture, text = self.pair(index)
-        return {"image": picture} | ({"caption": text.decode().strip()} if self.has_captions else {})
+        if not self.has_captions:
+            return {"image": picture}
+        captions = tar_index.captions_of(text, self._part)
+        return {"image": picture, "caption": captions if self._part else captions[0]}
 
     def pair(self, index: int) -> tuple[bytes, bytes]:
         """The encoded picture and its text; as `__getitem__`."""
@@ -204,6 +216,7 @@ class TarPairs:
 
     def _open(self, index: Index) -> None:
         self.index = index
+        self.store.remember_all((tar["name"], tar["size"], tar["stamp"]) for tar in index.tars)
         self._selection: Selection | None = None
         self._starts = index.starts
         if self._selected:

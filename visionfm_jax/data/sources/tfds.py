@@ -206,6 +206,8 @@ def _has(features: Any, key: str, kind: type) -> bool:
 
 def _builder(config: TfdsConfig) -> Any:
     """The builder of the one version at the path, in ArrayRecord format and with the split."""
+    if "://" in config.path:
+        raise DataError(f"{describe(config)}: ArrayRecord files are read from a disk; copy the folder to one")
     versions = tfds_versions(check_path(config))
     if not versions:
         raise misfit(config, "a TFDS directory (with dataset_info.json)")

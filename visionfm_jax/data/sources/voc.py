@@ -11,13 +11,14 @@ The XML is read without document types and entities: a file cannot make the read
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
 from visionfm_jax.data.sources.kinds import VocConfig
 from visionfm_jax.data.sources.layout import check_path, describe, misfit, no_split
+from visionfm_jax.data.sources.places import Place
+from visionfm_jax.data.sources.store import side_by_side
 from visionfm_jax.errors import DataError
 
 MAX_BYTES = 2**24  # of an annotation
@@ -35,7 +36,7 @@ def open_voc(config: VocConfig) -> AnnotatedFiles:
     if not notes.is_dir() or not images.is_dir():
         raise misfit(config, "PATH/Annotations and PATH/JPEGImages")
     there = sorted(e.stem for e in notes.iterdir() if e.suffix == ".xml" and not e.name.startswith("."))
-    trees = {name: parse(config, notes / f"{name}.xml") for name in there}
+    trees = dict(zip(there, side_by_side(lambda name: parse(config, notes / f"{name}.xml"), there), strict=True))
     wanted = there
     if config.split:
         lists = path / "ImageSets" / "Main"
@@ -53,7 +54,7 @@ def open_voc(config: VocConfig) -> AnnotatedFiles:
     if not names:
         raise DataError(f"{describe(config)}: no annotation has an object; set another path")
     labels = {name: label for label, name in enumerate(names)}
-    files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(images))}
+    files = {os.path.splitext(f)[0]: f for f in sorted(e.name for e in images.iterdir())}
     objects, sizes = Objects(), []
     for i, name in enumerate(wanted):
         sizes.append((_number(trees[name], "size/height"), _number(trees[name], "size/width")))
@@ -71,7 +72,7 @@ def open_voc(config: VocConfig) -> AnnotatedFiles:
     return AnnotatedFiles(config, images, wanted, objects, names, sizes=sizes, others=others)
 
 
-def parse(config: VocConfig, path: Path) -> Element:
+def parse(config: VocConfig, path: Place) -> Element:
     """The elements of an XML file.
 
     Raises:

@@ -9,7 +9,6 @@ count. An image without a text file has no object.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ import yaml
 from visionfm_jax.data.sources.annotated import AnnotatedFiles, Objects
 from visionfm_jax.data.sources.kinds import YoloConfig
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES, check_path, describe, misfit, no_split
+from visionfm_jax.data.sources.places import Place, below
+from visionfm_jax.data.sources.store import side_by_side
 from visionfm_jax.errors import DataError, one_line, printable
 
 MAX_BYTES = 2**24  # of data.yaml
@@ -57,12 +58,13 @@ def open_yolo(config: YoloConfig) -> AnnotatedFiles:
     if not files:
         raise DataError(f"{describe(config)}: {printable(str(found))} holds no image; set another split")
     objects = Objects()
-    for i, file in enumerate(files):
-        _read(path / _labels(file), file, i, len(names), objects)
+    texts = side_by_side(lambda file: _text(path / _labels(file)), files)
+    for i, (file, text) in enumerate(zip(files, texts, strict=True)):
+        _read(text, file, i, len(names), objects)
     return AnnotatedFiles(config, path, files, objects, [str(n) for n in names], relative=True)
 
 
-def _yaml(config: YoloConfig, path: Path) -> dict[str, Any]:
+def _yaml(config: YoloConfig, path: Place) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
@@ -74,7 +76,7 @@ def _yaml(config: YoloConfig, path: Path) -> dict[str, Any]:
     return content
 
 
-def _files(config: YoloConfig, root: Path, entry: Any) -> list[str]:
+def _files(config: YoloConfig, root: Place, entry: Any) -> list[str]:
     """Images of an entry of a split, below `root`, sorted; or as a text file lists them.
 
     Raises:
@@ -84,23 +86,25 @@ def _files(config: YoloConfig, root: Path, entry: Any) -> list[str]:
     # Exports of Roboflow write ../train/images for what lies beside the file.
     tried = [text, text.removeprefix("../")]
     for candidate in tried:
-        place = Path(os.path.normpath(root / candidate))
-        if place.is_relative_to(os.path.normpath(root)) and "\0" not in candidate and place.exists():
-            break
+        folder = os.path.normpath(candidate)
+        if not os.path.isabs(folder) and folder.split("/")[0] != ".." and "\0" not in folder:
+            place = root / folder
+            if place.exists():
+                break
     else:
         raise DataError(
             f"{describe(config)}: {config.file} names {printable(text)!r} for {config.split}, which is no folder or "
             "file below the path; mend it"
         )
     if place.is_dir():
-        below = (Path(folder, f) for folder, _, files in os.walk(place) for f in files if not f.startswith("."))
-        return sorted(str(p.relative_to(os.path.normpath(root))) for p in below if p.suffix.lower() in IMAGE_SUFFIXES)
+        found = (os.path.normpath(os.path.join(folder, file)) for file in below(place))
+        return sorted(file for file in found if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
     lines = place.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     if any("\0" in line for line in lines):
         raise DataError(f"{describe(config)}: {printable(str(place))} is no list of images; set another split")
-    base = place.parent.relative_to(os.path.normpath(root))
+    base = os.path.dirname(folder)
     listed = (line.strip() for line in lines if line.strip())
-    return [os.path.normpath(base / f if f.startswith("./") else f) for f in listed]
+    return [os.path.normpath(os.path.join(base, f) if f.startswith("./") else f) for f in listed]
 
 
 def _labels(file: str) -> str:
@@ -113,12 +117,16 @@ def _labels(file: str) -> str:
     return os.path.splitext("/".join(parts))[0] + ".txt"
 
 
-def _read(path: Path, file: str, image: int, classes: int, objects: Objects) -> None:
+def _text(path: Place) -> str:
+    """Of a file of objects; empty: there is none."""
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        return path.read_text(encoding="utf-8-sig", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
-        return
-    for k, line in enumerate(lines):
+        return ""
+
+
+def _read(text: str, file: str, image: int, classes: int, objects: Objects) -> None:
+    for k, line in enumerate(text.splitlines()):
         if not (words := line.split()):
             continue
         where = f"{file} line {k + 1}"
