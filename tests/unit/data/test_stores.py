@@ -99,6 +99,24 @@ def test_a_store_that_fails_for_good_is_an_error_by_its_kind(tmp_path, proxy):
         open_source(FolderConfig(path="s3://bucket/none"))
 
 
+class Answer(Exception):
+    def __init__(self, status):
+        super().__init__("what the server said")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(404, FileNotFoundError), (410, FileNotFoundError), (401, PermissionError), (403, PermissionError)]
+    + [(status, OSError) for status in (408, 429, 500, 502, 503, 504)],
+)
+def test_which_answers_of_a_server_may_pass(status, kind):
+    error = store._as_os_error(Answer(status))
+    assert type(error) is kind
+    assert storage._is_lasting(error) == (kind is not OSError)
+    assert "what the server said" in str(error)
+
+
 def test_what_was_read_once_comes_from_the_disk_and_connections_are_kept(tmp_path, proxy, cache, monkeypatch):
     source = open_source(TarsConfig(path=upload(write_tars(tmp_path / "tars", 1, 20), "kept")))
     monkeypatch.setenv(disk_cache.LIMIT, "0")
