@@ -71,8 +71,13 @@ def test_every_record_is_the_same_over_5xx_cut_and_stalled_answers(tmp_path, pro
     urls = upload(tars, "tars"), upload(folder, "images")
     chance = random.Random(0)
     proxy.fault = lambda number, path: chance.choice(["5xx", "cut", "slow"]) if number % 4 == 0 else ""
-    same(open_source(TarsConfig(path=str(tars))), open_source(TarsConfig(path=urls[0])))
-    same(open_source(FolderConfig(path=str(folder))), open_source(FolderConfig(path=urls[1])))
+    local = open_source(TarsConfig(path=str(tars))), open_source(FolderConfig(path=str(folder)))
+    remote = open_source(TarsConfig(path=urls[0])), open_source(FolderConfig(path=urls[1]))
+    for a, b in zip(local, remote, strict=True):
+        assert [read_record(a, i) for i in range(len(a))] == [read_record(b, i) for i in range(len(b))]
+    proxy.fault = lambda number, path: ""
+    for a, b in zip(local, remote, strict=True):
+        same(a, b)
     assert set(proxy.faults) == {"5xx", "cut", "slow"}
     said = capsys.readouterr().err
     assert said.count("trying again") == len(proxy.faults)
