@@ -71,8 +71,13 @@ def test_every_record_is_the_same_over_5xx_cut_and_stalled_answers(tmp_path, pro
     urls = upload(tars, "tars"), upload(folder, "images")
     chance = random.Random(0)
     proxy.fault = lambda number, path: chance.choice(["5xx", "cut", "slow"]) if number % 4 == 0 else ""
-    same(open_source(TarsConfig(path=str(tars))), open_source(TarsConfig(path=urls[0])))
-    same(open_source(FolderConfig(path=str(folder))), open_source(FolderConfig(path=urls[1])))
+    local = open_source(TarsConfig(path=str(tars))), open_source(FolderConfig(path=str(folder)))
+    remote = open_source(TarsConfig(path=urls[0])), open_source(FolderConfig(path=urls[1]))
+    for a, b in zip(local, remote, strict=True):
+        assert [read_record(a, i) for i in range(len(a))] == [read_record(b, i) for i in range(len(b))]
+    proxy.fault = lambda number, path: ""
+    for a, b in zip(local, remote, strict=True):
+        same(a, b)
     assert set(proxy.faults) == {"5xx", "cut", "slow"}
     said = capsys.readouterr().err
     assert said.count("trying again") == len(proxy.faults)
@@ -97,6 +102,24 @@ def test_a_store_that_fails_for_good_is_an_error_by_its_kind(tmp_path, proxy):
         open_source(TarsConfig(path="s3://bucket/none"))
     with pytest.raises(DataError, match=r"s3://bucket/none \[train\]: the path does not exist"):
         open_source(FolderConfig(path="s3://bucket/none"))
+
+
+class Answer(Exception):
+    def __init__(self, status):
+        super().__init__("what the server said")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(404, FileNotFoundError), (410, FileNotFoundError), (401, PermissionError), (403, PermissionError)]
+    + [(status, OSError) for status in (408, 429, 500, 502, 503, 504)],
+)
+def test_which_answers_of_a_server_may_pass(status, kind):
+    error = store._as_os_error(Answer(status))
+    assert type(error) is kind
+    assert storage._is_lasting(error) == (kind is not OSError)
+    assert "what the server said" in str(error)
 
 
 def test_what_was_read_once_comes_from_the_disk_and_connections_are_kept(tmp_path, proxy, cache, monkeypatch):
