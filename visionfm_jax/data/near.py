@@ -37,7 +37,7 @@ def edges(rows: np.ndarray, table: int, accept: Callable[[np.ndarray, np.ndarray
       accept: whether rows of two arrays, whose signatures are near, belong together, bool (N,).
 
     Returns:
-      int64 (E, 2): the worse row and the better one; of each row at least its `MOST` best ones.
+      int64 (E, 2): the worse row and the better one; of each row its `MOST` best ones.
     """
     found = [np.zeros((0, 2), np.int64)]
     found += _search(rows, np.arange(len(rows)), [BLOCKS[table]], _ALL, _DEPTH, accept)
@@ -46,7 +46,9 @@ def edges(rows: np.ndarray, table: int, accept: Callable[[np.ndarray, np.ndarray
     first = np.ones(len(pairs), bool)
     for block in BLOCKS[:table]:
         first &= different & np.uint64(block) != 0
-    return pairs[first]
+    pairs = pairs[first]
+    rank = np.arange(len(pairs)) - np.searchsorted(pairs[:, 0], pairs[:, 0])  # among those of the same worse row
+    return pairs[rank < MOST]
 
 
 def _search(
