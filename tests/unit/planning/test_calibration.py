@@ -171,7 +171,7 @@ def test_bench_writes_what_plan_reads(monkeypatch, path):
         peak_memory_in_bytes=2**30, argument_size_in_bytes=2**20))  # fmt: skip
     monkeypatch.setattr(bench, "described", lambda trainer, compiled, *_: replace(
         TINY, hlo=compiled.as_text(), peak=compiled.memory_analysis().peak_memory_in_bytes))  # fmt: skip
-    names = ("devices", "config", "batch_size", "accumulate", "precision", "stage", "attention", "remat")
+    names = ("devices", "config", "batch_size", "accumulate", "precision", "stage", "attention", *bench.NETWORK)
     figures = dict.fromkeys(names) | {"device": "NVIDIA A100-SXM4-80GB", "jax": jax.__version__}
     plan = bench.planned(None, step, Cluster(A100, 1, 1))
     low, high = plan["range_ms"]
@@ -223,6 +223,13 @@ def test_a_full_disk_does_not_lose_a_measurement(on_a_gpu, capsys):
     out, error = capsys.readouterr()
     assert json.loads(out) == {"cluster": "a100-80gb:1x8"}
     assert "--compare-plan=/dev/full: No space left on device; make room" in error
+
+
+def test_bench_refuses_a_kernel_that_the_devices_lack(capsys):
+    words = ["--config=quickstart", "--config.train.precision=bf16", "--config.model.attention=cudnn"]
+    assert entry_point(bench.main)(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "config.model.attention = 'cudnn': needs a GPU of NVIDIA, and the step runs on cpu; set it to auto" in line
 
 
 def test_bench_refuses_to_compare_what_no_plan_is_for(monkeypatch, capsys, path):
