@@ -90,6 +90,10 @@ def _model_problems(c: Config) -> list[Problem]:
         if network.attention == "cudnn" and c.train.precision == "fp32":
             rule = "needs train.precision = bf16 or fp16, as cuDNN has no attention in fp32"
             out.append((f"{name}.attention", "cudnn", rule, "set it to xla, or train.precision to bf16"))
+        policy, _, blocks = network.remat.partition(":")
+        if blocks and int(blocks) > network.blocks > 0:
+            rule = f"must have at most as many blocks as the network, {network.blocks}"
+            out.append((f"{name}.remat", network.remat, rule, f"set it to {policy} for all of them"))
         if network.mlp_matmuls == "fp8" and c.train.precision == "fp32":
             rule = "needs train.precision = bf16 or fp16, whose products it makes with 8-bit operands"
             out.append((f"{name}.mlp_matmuls", "fp8", rule, "set it to compute, or train.precision to bf16"))
