@@ -24,6 +24,7 @@ from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, miss
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
 
 REMAT = tuple(POLICIES)  # from most memory to most arithmetic
+UNROLLED = 5  # settings of a search that are compiled once more without loops over layers
 COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
@@ -280,14 +281,13 @@ def _first_that_fits(planner: Planner, candidates: Sequence[Setting]) -> tuple[S
 def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
     """All settings worth knowing that fit, fastest first.
 
-    Each family (layers as a loop or not, stage, replicas, attention kernel) is walked from the largest micro-batch to
-    the smallest, several families side by side.
+    Each family (stage, replicas, attention kernel) is walked from the largest micro-batch to the smallest, several
+    families side by side. Of the fastest it is then tried whether layers are faster where they are no loop.
     """
     base, cluster = setting_of(planner.config), planner.cluster
     replicated = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
     families = [
-        base.with_attention(kind)._replace(stage=stage, replicas=replicas, scan_layers=loops)
-        for loops in dict.fromkeys([base.scan_layers, (False,) * len(base.networks)])
+        base.with_attention(kind)._replace(stage=stage, replicas=replicas)
         for stage in (range(4) if cluster.devices > 1 else [base.stage])
         for replicas in sorted(replicated if stage else {1})
         for kind in ("cudnn", "xla")
@@ -298,7 +298,10 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
         found = list(itertools.chain.from_iterable(walk.result() for walk in walks))
     finally:
         walkers.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for them
-    return _ranked(found, base)
+    fastest = [setting for setting, _ in _ranked(found, base)[:UNROLLED] if any(setting.scan_layers)]
+    unrolled = [setting._replace(scan_layers=(False,) * len(setting.networks)) for setting in fastest]
+    asked = [(setting, planner.ask(setting)) for setting in unrolled]
+    return _ranked(found + [(s, f.result()) for s, f in asked if f.result() and f.result().fits], base)
 
 
 def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
