@@ -23,8 +23,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from visionfm_jax.config import Config
-from visionfm_jax.config.arguments import Parser
-from visionfm_jax.errors import UserError, entry_point
+from visionfm_jax.config.arguments import Parser, file_name
+from visionfm_jax.errors import UserError, complain, entry_point
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.agreement import from_each
 from visionfm_jax.parallel.mesh import BATCH, make_mesh, to_global
@@ -35,11 +35,12 @@ from visionfm_jax.planning.estimate import estimate
 from visionfm_jax.planning.rates import VERSION
 from visionfm_jax.storage import check_writable
 from visionfm_jax.train.state import TrainState
-from visionfm_jax.train.step import Trainer
+from visionfm_jax.train.step import Trainer, check_card
 
 if TYPE_CHECKING:
     from jax.stages import Compiled
 
+NETWORK = ("remat", "scan_layers", "mlp_matmuls")  # what a step follows from, of each network
 REACHED = 0.9  # share of the slower one's speed, from which on step and loader together are as fast as that one
 
 
@@ -131,7 +132,10 @@ def measure(
     """
     config.validate_devices(jax.device_count(), jax.process_count())
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
+    check_card(config, trainer.mesh)
     state, batch = trainer.init(), synthetic_batch(trainer)
+    if jax.process_index() == 0:
+        complain("compiling the step …")
     began = time.perf_counter()
     compiled = trainer.step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - began
@@ -158,7 +162,10 @@ def measure(
         "precision": config.train.precision,
         "stage": config.parallel.stage,
         "attention": trainer.attention,
-        "remat": {name: network.remat for name, network in config.model.networks().items()},
+        **{
+            field: {name: getattr(network, field) for name, network in config.model.networks().items()}
+            for field in NETWORK
+        },
         "images_per_s": round(rate, 3),
         **data,
         "tflops_per_device": round(tflops, 4),
@@ -188,7 +195,7 @@ def record_of(figures: dict[str, Any]) -> dict[str, Any]:
     plan = figures["plan"]
     cudnn = (d.version for d in distributions() if d.name.startswith("nvidia-cudnn"))
     about = (
-        "device", "devices", "jax", "config", "batch_size", "accumulate", "precision", "stage", "attention", "remat"
+        "device", "devices", "jax", "config", "batch_size", "accumulate", "precision", "stage", "attention", *NETWORK
     )  # fmt: skip
     return {
         **{name: figures[name] for name in about},
@@ -240,7 +247,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> 
     parser.add_argument("--steps", type=int, default=20, help="steps to time (%(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them (%(default)s)")
     parser.add_argument(
-        "--compare-plan", metavar="FILE", help="add the step, measured and planned, to this file for plan --calibration"
+        "--compare-plan",
+        metavar="FILE",
+        type=file_name,
+        help="add the step, measured and planned, to this file for plan --calibration",
     )
     parser.add_argument(
         "--with-data", action="store_true", help="also time the run's own data: its loader alone, and with the step"

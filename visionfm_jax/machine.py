@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +17,7 @@ class Room(NamedTuple):
     """What one process may take, where others of the same run do alike."""
 
     cores: float
-    shared_memory: float  # bytes of /dev/shm; infinite where there is none
+    shared_memory: float  # bytes of /dev/shm; infinite where the system has none
 
 
 def place() -> Place:
@@ -40,6 +41,8 @@ def room(places: Sequence[Place], process: int) -> Room:
     host, cores = places[process]
     here = [others for name, others in places if name == host]
     users = Counter(core for others in here for core in others)
-    stat = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
-    free = stat.f_bavail * stat.f_frsize if stat else math.inf
+    free = math.inf if sys.platform != "linux" else 0
+    if os.access("/dev/shm", os.W_OK):
+        stat = os.statvfs("/dev/shm")
+        free = stat.f_bavail * stat.f_frsize
     return Room(sum(1 / users[core] for core in cores), free / len(here))

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from visionfm_jax.config import Config
-from visionfm_jax.config.arguments import Parser
+from visionfm_jax.config import Config, rules
+from visionfm_jax.config.arguments import Parser, file_name
 from visionfm_jax.errors import UserError, entry_point
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster, read_targets
 from visionfm_jax.planning import report, settings
@@ -40,20 +40,25 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     parser.add_argument(
         "--advice",
         choices=("yes", "no"),
-        default="yes",
-        help="no: only the step as it is, no other settings (%(default)s)",
+        help="no: only the step as it is, no other settings (yes)",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the plan to this file")
-    parser.add_argument("--targets", metavar="FILE.toml", help="more GPUs and networks; see docs/plan.md")
+    parser.add_argument("--json", metavar="FILE", type=file_name, help="also write the plan to this file")
     parser.add_argument(
-        "--calibration", metavar="FILE", help="steps measured by bench --compare-plan; see docs/plan.md"
+        "--targets", metavar="FILE.toml", type=file_name, help="more GPUs and networks; see docs/plan.md"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", type=file_name, help="steps measured by bench --compare-plan; see docs/plan.md"
     )
     config, arguments = parser.parse_with_config(argv)
+    if arguments.search and arguments.advice:
+        raise UserError(f"--search and --advice={arguments.advice} do not go together; leave one of them out")
     targets = read_targets(arguments.targets) if arguments.targets else TARGETS
     if not arguments.cluster:
         raise UserError(f"--cluster is missing; name one, such as --cluster=h100:4x8; GPUs: {', '.join(targets)}")
     cluster = find_cluster(arguments.cluster, targets)
     config.validate_devices(cluster.devices, cluster.hosts)
+    target = cluster.target
+    rules.check(rules.card_problems(config, target.description, ".".join(map(str, target.capability))))
     if arguments.calibration:
         calibration = read_calibration(arguments.calibration, cluster.target)
     else:
@@ -67,7 +72,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
             raise UserError(f"--search needs {' and '.join(missing)} for GPUs: pip install 'visionfm_jax[plan]'")
         plan, code = plan_without_gpus(console, config, cluster, missing), 0
     else:
-        others = "search" if arguments.search else "advice" if arguments.advice == "yes" else "none"
+        others = "search" if arguments.search else "none" if arguments.advice == "no" else "advice"
         plan, code = plan_for_gpus(console, config, cluster, calibration, others)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(plan, indent=1) + "\n")
@@ -115,12 +120,17 @@ def plan_for_gpus(
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar to be told (settings compiled, of how many), whose seconds run on while one compiles for minutes."""
+    """A bar to be told (settings compiled, of how many), whose seconds run on while one compiles for minutes.
+
+    In a log it is a line for each setting.
+    """
     with tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty()) as bar:
         if bar.disable:
             print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
 
         def on_progress(done: int, of: int) -> None:
+            if bar.disable and done > bar.n:
+                print(f"compiled {done} of the {of} settings to compare so far …", file=sys.stderr, flush=True)
             bar.n, bar.total = done, of
             bar.refresh()
 

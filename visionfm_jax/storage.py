@@ -234,7 +234,7 @@ def append_line(path: Path, line: str) -> None:
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 1))
-        torn = file.read() not in (b"", b"\n")
+        torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * torn + line.encode() + b"\n")
 
 

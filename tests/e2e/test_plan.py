@@ -83,7 +83,8 @@ def test_a_plan_with_advice(cache, tmp_path):
 
 
 def test_search_ranks_what_fits(cache, tmp_path):
-    words = ("--cluster=h100:1x8", "--config.train.precision=fp32")  # for which there is one attention kernel
+    # For fp32 there is one attention kernel, and where no layers are a loop none are unrolled.
+    words = ("--cluster=h100:1x8", "--config.train.precision=fp32", "--config.model.scan_layers=False")
     program = QUICKLY.replace("with without", "plan.settings.REMAT = ('dots',)\nwith without")
     done = plan(cache, *SMALL, *words, "--search", f"--json={tmp_path / 'plan.json'}", program=("-c", program))
     assert done.returncode == 0, done.stderr
@@ -130,6 +131,12 @@ def test_nothing_fits(cache, tmp_path):
         ((TINY, "--cluster=h100:1x8", "--json=/no/such/folder/plan.json"), "--json=/no/such/folder/plan.json: No such"),
         ((TINY, "--cluster=h100:1x8", "--targets=nowhere.toml"), "--targets=nowhere.toml"),
         ((TINY, "--cluster=h100:1x8", "--calibration=nowhere"), "--calibration=nowhere: cannot be read"),
+        ((TINY, "--cluster=h100:1x8", "--calibration="), "--calibration: names no file"),
+        ((TINY, "--cluster=h100:1x8", "--advice=no", "--search"), "--search and --advice=no do not go together"),
+        (
+            (TINY, "--cluster=a100-80gb:1x8", "--config.model.mlp_matmuls=fp8"),
+            "error: config.model.mlp_matmuls = 'fp8': needs a card with FP8 units",
+        ),
         (("--config=configs/vit_hug.py", "--cluster=h100:1x8"), "did you mean configs/vit_huge.py?"),
     ],
 )
@@ -177,6 +184,15 @@ def test_the_bar_counts_what_is_compiled(monkeypatch):
         on_progress(2, 5)
     assert "compiling:   0%" in terminal.getvalue()
     assert "2/5" in terminal.getvalue()
+
+
+def test_a_log_has_a_line_for_each_setting(capsys):
+    with _progress() as on_progress:
+        for done, of in ((0, 1), (1, 2), (1, 3), (2, 3)):
+            on_progress(done, of)
+    assert [line.partition(" settings")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "compiling the step, which takes minutes …", "compiled 1 of the 2", "compiled 2 of the 3"
+    ]  # fmt: skip
 
 
 def test_help():

@@ -22,7 +22,7 @@ from visionfm_jax.train.folder import refuse_links, refuse_other_weights
 from visionfm_jax.train.initialise import starting_state
 from visionfm_jax.train.provenance import changes, provenance_of, read_provenance, settings_files, with_settings
 from visionfm_jax.train.replay import PASSES, run_again
-from visionfm_jax.train.step import Trainer
+from visionfm_jax.train.step import Trainer, check_card
 
 
 def replay(config: Config, step: int, watchdog: Watchdog) -> int:
@@ -42,6 +42,7 @@ def replay(config: Config, step: int, watchdog: Watchdog) -> int:
         raise ConfigError(f"--step={step}: the run has the steps 0 to {config.total_steps - 1}; name one of them")
     config.validate_devices(jax.device_count(), hosts)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
+    check_card(config, trainer.mesh)
     with watchdog.suspended():
         sources, fields = open_data(config, trainer.task)
     say(describe(trainer))

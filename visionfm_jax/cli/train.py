@@ -28,7 +28,7 @@ from visionfm_jax.train.loop import Hooks, train
 from visionfm_jax.train.provenance import provenance_of, refuse_other_classes
 from visionfm_jax.train.sessions import Session
 from visionfm_jax.train.spikes import SpikeFolder
-from visionfm_jax.train.step import Trainer
+from visionfm_jax.train.step import Trainer, check_card
 from visionfm_jax.train.timing import SaveTimer, StopSignal
 
 
@@ -38,6 +38,7 @@ def run(config: Config, stop: StopSignal, watchdog: Watchdog) -> int:
     config.validate_devices(jax.device_count(), hosts)
     check_best_metric(config)
     trainer = Trainer(config, make_mesh(config.parallel.replicas))  # cheap: compiled on first use
+    check_card(config, trainer.mesh)
     with watchdog.suspended():
         sources, fields = open_data(config, trainer.task)
         evals = open_evals(config, host, hosts)

@@ -97,6 +97,13 @@ class Parser(argparse.ArgumentParser):
         return f"no argument {shown(name)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
+def file_name(text: str) -> str:
+    """The `type` of an argument that names a file: an empty variable of a script is no file."""
+    if not text:
+        raise argparse.ArgumentTypeError("names no file")
+    return text
+
+
 def show_help(text: str) -> None:
     """Print, though it may be read only in part."""
     try:

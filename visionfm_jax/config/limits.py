@@ -68,8 +68,10 @@ class OneOf:
         """Rule and remedy if `value` is another."""
         if value in self.values:
             return None
-        near = difflib.get_close_matches(str(value), map(str, self.values), n=1, cutoff=0.3)
-        return f"must be one of {', '.join(map(str, self.values))}", f"set it to {(near or self.values)[0]}"
+        names = {str(known).lower(): known for known in self.values}
+        near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.3)
+        remedy = f"set it to {names[near[0]] if near else self.values[0]}"
+        return f"must be one of {', '.join(map(str, self.values))}", remedy
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Remat:
         """Rule and remedy if `value` is neither."""
         name, colon, blocks = value.partition(":")
         if found := OneOf(self.names).problem(name):
-            return found
+            rule, remedy = found
+            return f"{rule}, or one of the last {len(self.names) - 1} and a number of blocks such as full:18", remedy
         if colon and name == self.names[0]:
             return f"must be without a number of blocks where it is {name}", f"set it to {name}"
         if colon and not re.fullmatch(r"[1-9]\d{0,3}", blocks):

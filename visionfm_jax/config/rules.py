@@ -90,6 +90,10 @@ def _model_problems(c: Config) -> list[Problem]:
         if network.attention == "cudnn" and c.train.precision == "fp32":
             rule = "needs train.precision = bf16 or fp16, as cuDNN has no attention in fp32"
             out.append((f"{name}.attention", "cudnn", rule, "set it to xla, or train.precision to bf16"))
+        policy, _, blocks = network.remat.partition(":")
+        if blocks and int(blocks) > network.blocks > 0:
+            rule = f"must have at most as many blocks as the network, {network.blocks}"
+            out.append((f"{name}.remat", network.remat, rule, f"set it to {policy} for all of them"))
         if network.mlp_matmuls == "fp8" and c.train.precision == "fp32":
             rule = "needs train.precision = bf16 or fp16, whose products it makes with 8-bit operands"
             out.append((f"{name}.mlp_matmuls", "fp8", rule, "set it to compute, or train.precision to bf16"))
@@ -159,11 +163,16 @@ BETWEEN: tuple[tuple[Any, ...], ...] = (
 
 def card_problems(c: Config, kind: str, capability: str) -> list[Problem]:
     """Rules of training on one kind of card, of a CUDA compute capability such as "9.0"; "": it has none."""
+    networks = c.model.networks().items()
     major, _, minor = capability.partition(".")
-    if not major.isdigit() or (int(major), int(minor)) >= (8, 9):
+    if not major.isdigit():
+        rule = f"needs a GPU of NVIDIA, and the step runs on {kind}"
+        cudnn = [name for name, network in networks if network.attention == "cudnn"]
+        return [(f"{name}.attention", "cudnn", rule, "set it to auto or xla") for name in cudnn]
+    if (int(major), int(minor)) >= (8, 9):
         return []
     rule = f"needs a card with FP8 units, of compute capability 8.9 or later, and {kind} has {capability}"
-    fp8 = [name for name, network in c.model.networks().items() if network.mlp_matmuls == "fp8"]
+    fp8 = [name for name, network in networks if network.mlp_matmuls == "fp8"]
     return [(f"{name}.mlp_matmuls", "fp8", rule, "set it to compute") for name in fp8]
 
 

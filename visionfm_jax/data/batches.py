@@ -295,8 +295,9 @@ def _check_shared_memory(batch_bytes: int, workers: int, prefetch: int, chosen: 
     """Shared memory that is too small kills worker processes without a word."""
     free, need = room([place()], 0).shared_memory, _shared_memory(batch_bytes, prefetch)
     if free < need * workers:
+        there = f"has {free / 1e6:.0f} MB free" if free else "is full, not there or cannot be written"
         raise DataError(
-            f"/dev/shm has {free / 1e6:.0f} MB free, but the {workers} processes of data.workers = "
+            f"/dev/shm {there}, but the {workers} processes of data.workers = "
             f"{-1 if chosen else workers} with data.prefetch = {prefetch} need up to {need * workers / 1e6:.0f} MB "
             "there; enlarge it (docker --shm-size, an emptyDir of medium Memory in Kubernetes), lower them, or set "
             "data.workers to 0"

@@ -1,8 +1,9 @@
 """Estimates corrected by measurements: `visionfm bench --compare-plan` writes them, `visionfm plan` reads them.
 
 Seconds of a step are those of the model, each kind times a factor. Before any measurement a factor is 1, give or take
-what is known of the card. Every measured step then moves the factors by as much as it tells of them (linear regression
-with that prior, in units of the measured time), and the range shrinks by the same rule.
+what is known of the card. Every measured step then moves the factors by as much as it tells of them: regression with
+that prior, in logarithms, so that half and twice the time are as far from the plan and no factor is negative. The range
+follows by the same rule.
 """
 
 from __future__ import annotations
@@ -13,29 +14,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visionfm_jax.errors import OutputError, UserError
+from visionfm_jax.errors import OutputError, UserError, complain, printable
 from visionfm_jax.parallel.targets import TARGETS, Target, find_target
 from visionfm_jax.planning.rates import VERSION, rates_of
+from visionfm_jax.storage import append_line
 
 MATMULS, ATTENTION, ELSE, WAITS = KINDS = ("matmuls", "attention", "all else", "waits")
-# Standard deviations of the factors.
+# Standard deviations of the factors' logarithms.
 MEASURED = (0.04, 0.12, 0.05, 0.5)  # of a card that the rates were fitted to; no network was measured
 UNMEASURED = (0.08, 0.25, 0.10, 0.5)
-STEP = 0.02  # of a measured step, that no factor explains
+STEP = 0.02  # of that of a measured step, which no factor explains
+SHORTEST, LONGEST = 1e-6, 1e6  # seconds of a step
 
 
 class Calibration(NamedTuple):
     """What is known of a card."""
 
     factors: dict[str, float]  # by kind
-    covariance: np.ndarray  # (kinds, kinds) of the factors
+    covariance: np.ndarray  # (kinds, kinds) of the factors' logarithms
     source: str  # in words
 
     def deviation(self, modelled: dict[str, float]) -> float:
-        """Standard deviation of the seconds of a step."""
-        seconds = np.array([modelled[kind] for kind in KINDS])
-        total = sum(self.factors[kind] * modelled[kind] for kind in KINDS)
-        return float(np.sqrt(seconds @ self.covariance @ seconds + (STEP * total) ** 2))
+        """Standard deviation of the logarithm of a step's seconds."""
+        seconds = np.array([self.factors[kind] * modelled[kind] for kind in KINDS])
+        shares = seconds / seconds.sum()
+        return float(np.sqrt(shares @ self.covariance @ shares + STEP**2))
 
 
 def calibration_of(target: Target) -> Calibration:
@@ -55,26 +58,67 @@ def read_calibration(path: str, target: Target) -> Calibration:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration={path}: cannot be read: {error}") from error
-    records = [_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    devices = sorted({device for device, _, _ in records})
-    records = [r for r in records if (card := find_target(r[0])) and card.description == target.description]
+    records = {number: _record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()}
     if not records:
-        there = ", ".join(devices) or "nothing"
+        raise UserError(f"--calibration={path}: is empty; measure steps by visionfm bench --compare-plan={path}")
+    devices = sorted({printable(device) for device, _, _ in records.values()})
+    records = {
+        number: record
+        for number, record in records.items()
+        if (card := find_target(record[0])) and card.description == target.description
+    }
+    if not records:
         known = any(card.description == target.description for card in TARGETS.values())
         remedy = (
             f"run visionfm bench --compare-plan={path} there"
             if known
             else "leave --calibration out: only cards of the built-in table can be measured"
         )
-        raise UserError(f"--calibration={path}: measured on {there}, not on {target.description}; {remedy}")
-    prior = calibration_of(target)
-    modelled = np.array([seconds for _, seconds, _ in records])
-    measured = np.array([seconds for _, _, seconds in records])
-    rows, precision = modelled / measured[:, None], np.linalg.inv(prior.covariance)
-    covariance = np.linalg.inv(precision + rows.T @ rows / STEP**2)
-    factors = 1 + covariance @ rows.T @ (1 - rows.sum(1)) / STEP**2
+        raise UserError(
+            f"--calibration={path}: measured on {', '.join(devices)}, not on {target.description}; {remedy}"
+        )
+    modelled = np.array([seconds for _, seconds, _ in records.values()])
+    measured = np.array([seconds for _, _, seconds in records.values()])
+    logs, covariance = _regress(modelled, measured, calibration_of(target).covariance)
+    misses = np.abs(np.log(modelled @ np.exp(logs) / measured))
+    if strange := [str(number) for number, miss in zip(records, misses, strict=True) if miss > 3 * STEP]:
+        complain(
+            f"--calibration={path}: line {', '.join(strange)}: no factors explain the measured seconds to "
+            f"{3 * STEP:.0%}; measure again, or delete what was measured on a busy machine"
+        )
     steps = f"{len(records)} measured step{'s' * (len(records) > 1)}"
-    return Calibration(dict(zip(KINDS, factors.tolist(), strict=True)), covariance, f"calibrated by {path}, {steps}")
+    factors = dict(zip(KINDS, np.exp(logs).tolist(), strict=True))
+    return Calibration(factors, covariance, f"calibrated by {path}, {steps}")
+
+
+def _regress(modelled: np.ndarray, measured: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithms of the factors, most likely ones, and their covariance, by Gauss-Newton steps.
+
+    Steps that lie far outside of what the prior allows show that less was known: its deviations are multiplied by the
+    number that makes the measurements most likely (MacKay, "Bayesian interpolation", 1992, section 4), if more than 1.
+
+    Args:
+      modelled: seconds by step and kind (steps, kinds).
+      measured: seconds (steps,).
+      prior: covariance (kinds, kinds).
+    """
+    logs, widened = np.zeros(len(KINDS)), 1.0
+    inverse = np.linalg.inv(prior)
+
+    def misfit(logs: np.ndarray) -> float:
+        misses = np.log(modelled @ np.exp(logs) / measured)
+        return misses @ misses / STEP**2 + logs @ inverse @ logs / widened
+
+    for _ in range(100):
+        seconds = modelled * np.exp(logs)
+        shares = seconds / seconds.sum(1, keepdims=True)
+        misses = np.log(measured / seconds.sum(1))
+        covariance = np.linalg.inv(inverse / widened + shares.T @ shares / STEP**2)
+        nearest = np.clip(covariance @ shares.T @ (misses + shares @ logs) / STEP**2, -50, 50)
+        logs = min((logs + (nearest - logs) / 2**i for i in range(12)), key=misfit)  # it may have gone too far
+        told = len(KINDS) - np.trace(covariance @ inverse) / widened  # how many numbers the steps determine
+        widened = max(1.0, logs @ inverse @ logs / told)
+    return logs, covariance
 
 
 def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]:
@@ -82,9 +126,9 @@ def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]
     try:
         record = json.loads(line)
         device = str.strip(record["device"])  # a text
-        modelled = [float(record["planned_seconds"][kind]) for kind in KINDS]
-        measured, version = float(record["measured_seconds"]), record["rates"]
-    except (ValueError, KeyError, TypeError) as error:
+        planned = [record["planned_seconds"][kind] for kind in KINDS]
+        measured, version = record["measured_seconds"], record["rates"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else "is no record"
         raise UserError(
             f"--calibration={path}: line {number} {what}; delete it, or measure again by visionfm bench --compare-plan"
@@ -94,9 +138,13 @@ def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]
             f"--calibration={path}: line {number} was planned with version {version!r} of the rates, and here it is "
             f"{VERSION}; delete it, or measure again by visionfm bench --compare-plan"
         )
-    if not all(0 <= n < np.inf for n in modelled) or not 0 < measured < np.inf:
-        raise UserError(f"--calibration={path}: line {number}: seconds must be finite and positive; delete that line")
-    return device, modelled, measured
+    numbers = all(type(seconds) in (int, float) and 0 <= seconds <= LONGEST for seconds in (*planned, measured))
+    if not numbers or min(sum(planned), measured) < SHORTEST:
+        raise UserError(
+            f"--calibration={path}: line {number}: seconds must be numbers of at most {LONGEST:g}, those of the kinds "
+            f"at least 0, and those of a step from {SHORTEST:g}; delete that line"
+        )
+    return device, planned, measured
 
 
 def append_record(path: str, record: dict[str, Any]) -> None:
@@ -106,8 +154,7 @@ def append_record(path: str, record: dict[str, Any]) -> None:
       OutputError: it cannot be written.
     """
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(Path(path), json.dumps(record))
     except OSError as error:
         raise OutputError(
             f"--compare-plan={path}: {error.strerror}; make room, then measure again: nothing was added to the file"

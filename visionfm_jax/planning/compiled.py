@@ -7,6 +7,7 @@ several run side by side, and one that crashes takes nothing along. Results are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,18 +101,19 @@ def compile_step(config: Config, cluster: Cluster, platform: str) -> CompiledSte
     entry = cache_folder() / f"{_key(config, cluster, platform)}.json.gz"
     try:
         return CompiledStep(**json.loads(gzip.decompress(entry.read_bytes())))
-    except FileNotFoundError:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError):  # not there, or damaged: made again
         pass
-    except (OSError, EOFError, ValueError, TypeError):  # damaged: made again
-        entry.unlink(missing_ok=True)
     data = gzip.compress(_in_own_process(config, cluster, platform), compresslevel=3)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with replacing(entry) as part:
             part.write_bytes(data)
     except OSError as error:  # only the next plan is slower
-        complain(f"the compile is not cached: {entry.parent}: {error.strerror}")
+        _complain_once(f"compiles are not cached: {entry.parent}: {error.strerror}")
     return CompiledStep(**json.loads(gzip.decompress(data)))
+
+
+_complain_once = functools.cache(complain)  # of the many settings that are compared
 
 
 def cache_folder() -> Path:

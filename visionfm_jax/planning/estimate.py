@@ -11,6 +11,7 @@ Of branches that depend on the data, the shortest counts, and the range reaches 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 
 from visionfm_jax.parallel.hlo import Attention, Collective, Computation, Instruction, Module
@@ -62,8 +63,8 @@ class Estimate:
     @property
     def range(self) -> tuple[float, float]:
         """Seconds between which a measurement should lie."""
-        deviation = 2 * self.calibration.deviation(self.modelled)
-        return self.seconds - deviation, self.seconds + deviation + self.longest_branches
+        factor = math.exp(2 * self.calibration.deviation(self.modelled))
+        return self.seconds / factor, self.seconds * factor + self.longest_branches
 
     @property
     def exposed(self) -> float:

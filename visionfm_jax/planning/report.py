@@ -98,16 +98,22 @@ def _collectives(found: Estimate) -> Table:
         "Collectives of one step (MB and ms each, waits in ms of all)",
         "", " ", " in", " to", "times", "MB", "ms", "waits", " runs beside",
     )  # fmt: skip
-    for e in of_weight(found.collectives):
-        c = e.collective
-        beside = e.beside.most_common(1)[0][0] if e.beside else ""
-        beside = "/".join(beside.split("/")[-2:])
+    for alike in of_weight(found.collectives):
+        e, c = alike[0], alike[0].collective
+        times, waits = sum(a.collective.count for a in alike), sum(a.exposed * a.collective.count for a in alike)
         table.add_row(
-            c.kind, dtype_of(e), when(c), "hosts" if e.crosses_hosts else "host", str(c.count), f"{c.nbytes / 1e6:.3g}",
-            f"{e.seconds * 1e3:.2f}", f"{e.exposed * c.count * 1e3:.2f}",
-            beside if c.is_async else "nothing: synchronous",
+            c.kind, dtype_of(e), when(c), "hosts" if e.crosses_hosts else "host", str(times), f"{c.nbytes / 1e6:.3g}",
+            f"{e.seconds * 1e3:.2f}", f"{waits * 1e3:.2f}", beside(e),
         )  # fmt: skip
     return table
+
+
+def beside(timed: CollectiveTime) -> str:
+    """What runs meanwhile, most of the time."""
+    if not timed.collective.is_async:
+        return "nothing: synchronous"
+    label = timed.beside.most_common(1)[0][0] if timed.beside else ""
+    return "/".join(label.split("/")[-2:])
 
 
 def when(collective: Collective) -> str:
@@ -119,10 +125,14 @@ def when(collective: Collective) -> str:
     return "backward" if backward else "forward"
 
 
-def of_weight(collectives: list[CollectiveTime]) -> list[CollectiveTime]:
-    """Those that matter for people: with at least 1 % of all bytes."""
-    total = sum(e.collective.nbytes * e.collective.count for e in collectives)
-    return [e for e in collectives if e.collective.nbytes * e.collective.count >= 0.01 * total]
+def of_weight(collectives: list[CollectiveTime]) -> list[list[CollectiveTime]]:
+    """Those that matter for people, with at least 1 % of all bytes; what is alike, as of many layers, together."""
+    groups: dict[tuple, list[CollectiveTime]] = {}
+    for e in collectives:
+        c = e.collective
+        groups.setdefault((c.kind, dtype_of(e), when(c), c.group, c.nbytes, beside(e)), []).append(e)
+    moved = [sum(e.collective.nbytes * e.collective.count for e in alike) for alike in groups.values()]
+    return [alike for alike, size in zip(groups.values(), moved, strict=True) if size >= 0.01 * sum(moved)]
 
 
 def dtype_of(timed: CollectiveTime) -> str:

@@ -24,6 +24,7 @@ from visionfm_jax.planning.compiled import GPU, CompileError, compile_step, miss
 from visionfm_jax.planning.estimate import Estimate, estimate, usable_bytes
 
 REMAT = tuple(POLICIES)  # from most memory to most arithmetic
+UNROLLED = 5  # settings of a search that are compiled once more without loops over layers
 COMPILE_BYTES = 3e9  # host memory of one compile, of a large model
 
 
@@ -189,8 +190,16 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
             if bool(found and found.fits) == (setting.accumulate != base.accumulate):
                 break  # what recomputes less needs more memory yet; smaller micro-batches are no faster
     better = [(s, f.result()) for s, f in known if f.result() and f.result().fits]
-    better = [(s, e) for s, e in better if e.seconds < 0.99 * now.seconds]
-    return sorted(better, key=lambda found: found[1].seconds)[:count]
+    return _ranked([(s, e) for s, e in better if e.seconds < 0.99 * now.seconds], base)[:count]
+
+
+def _ranked(found: list[tuple[Setting, Estimate]], base: Setting) -> list[tuple[Setting, Estimate]]:
+    """Fastest first, and each program once, by the setting that changes least: on one GPU all stages are the same."""
+    found = sorted(found, key=lambda f: (f[1].seconds, sum(a != b for a, b in zip(f[0], base, strict=True))))
+    programs: dict[tuple[float, int], tuple[Setting, Estimate]] = {}
+    for setting, e in found:
+        programs.setdefault((e.seconds, e.compiled.peak), (setting, e))
+    return list(programs.values())
 
 
 def _may_fit(setting: Setting, base: Setting, now: Estimate) -> bool:
@@ -273,13 +282,13 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
     """All settings worth knowing that fit, fastest first.
 
     Each family (stage, replicas, attention kernel) is walked from the largest micro-batch to the smallest, several
-    families side by side.
+    families side by side. Of the fastest it is then tried whether layers are faster where they are no loop.
     """
     base, cluster = setting_of(planner.config), planner.cluster
     replicated = {1, cluster.hosts, base.replicas} if cluster.hosts > 1 else {1, base.replicas}
     families = [
         base.with_attention(kind)._replace(stage=stage, replicas=replicas)
-        for stage in range(4)
+        for stage in (range(4) if cluster.devices > 1 else [base.stage])
         for replicas in sorted(replicated if stage else {1})
         for kind in ("cudnn", "xla")
     ]
@@ -289,7 +298,10 @@ def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
         found = list(itertools.chain.from_iterable(walk.result() for walk in walks))
     finally:
         walkers.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for them
-    return sorted(found, key=lambda f: f[1].seconds)
+    fastest = [setting for setting, _ in _ranked(found, base)[:UNROLLED] if any(setting.scan_layers)]
+    unrolled = [setting._replace(scan_layers=(False,) * len(setting.networks)) for setting in fastest]
+    asked = [(setting, planner.ask(setting)) for setting in unrolled]
+    return _ranked(found + [(s, f.result()) for s, f in asked if f.result() and f.result().fits], base)
 
 
 def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:

@@ -104,6 +104,16 @@ class Trainer:
         return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
+def check_card(config: Config, mesh: Mesh) -> None:
+    """Whether the devices of `mesh` run the step, before all that a run prepares for it.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    device = mesh.devices.flat[0]  # CPUs have no compute capability
+    rules.check(rules.card_problems(config, device.device_kind, getattr(device, "compute_capability", "")))
+
+
 def make_step(
     config: Config, task: Task, tx: optax.GradientTransformation, zero: Zero
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
@@ -118,8 +128,6 @@ def make_step(
     loss_fn, momentum = loss_of(config, task), task.momentum or (lambda step: config.optim.ema)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
-        device = zero.mesh.devices.flat[0]  # CPUs have no compute capability
-        rules.check(rules.card_problems(config, device.device_kind, getattr(device, "compute_capability", "")))
         batch = with_keys(config, zero.mesh, state.step, batch)
         scale = state.loss_scale.scale if state.loss_scale else None
         parts = state.params, batch, config.train.accumulate, scale, context_of(config, task, zero, state, batch)

@@ -409,6 +409,9 @@ def test_small_shared_memory_is_said_before_it_kills_workers(monkeypatch):
     big = SimpleNamespace(nbytes=10**6, close=lambda: None)
     with pytest.raises(DataError, match=r"but the 2 processes of data\.workers = -1 with"):
         batches_module.Loader(big, workers=2, prefetch=2, choice="2 processes: …")
+    monkeypatch.setattr(batches_module.os, "access", lambda path, _: path != "/dev/shm")  # as in a container without
+    with pytest.raises(DataError, match=r"/dev/shm is full, not there or cannot be written, but the 2 processes"):
+        load(1, data=config(workers=2))
 
 
 def test_threads_end_with_the_loader_also_after_an_error():

@@ -97,6 +97,32 @@ def test_search_leaves_a_kernel_that_the_compiler_refuses():
     assert sum("cudnn" in s.attention for s in planner.asked) == 7  # once a family
 
 
+def test_search_lists_each_program_once():
+    planner = Planner(cluster="h100:1x1")
+    planner.config.train.batch_size = 64
+    formula, same = planner.formula, {"attention": "none"}
+    planner.formula = lambda s: formula(s._replace(remat=tuple(same.get(r, r) for r in s.remat)))
+    found = search(planner)
+    assert {s.stage for s in planner.asked} == {3}  # there is nothing to shard over
+    assert {s.remat for s in planner.asked} == {(remat,) for remat in REMAT}
+    assert len({e.seconds for _, e in found}) == len(found)
+
+
+def test_search_unrolls_the_loops_of_the_fastest():
+    planner = Planner()
+    planner.config.model.scan_layers = True
+    formula = planner.formula
+
+    def faster(s):
+        found = formula(s)
+        return SimpleNamespace(**vars(found) | {"seconds": found.seconds - 0.001 * (s.scan_layers == (False,))})
+
+    planner.formula = faster
+    found = search(planner)
+    assert [s.scan_layers for s, _ in found[:3]] == [(False,), (True,), (False,)]
+    assert sum(not any(s.scan_layers) for s in planner.asked) == settings.UNROLLED
+
+
 def test_search_says_nothing_fits():
     assert search(Planner(state=10_000)) == []
 
@@ -211,7 +237,8 @@ def test_cudnn_needs_16_bit_and_its_packages(monkeypatch):
 def test_search_compares_all_recomputation_that_fits():
     planner = Planner(state=1, cluster="h100:8x8")
     seconds = {"none": 2.0, "attention": 1.5, "dots": 1.0, "branches": 1.1, "full": 1.2}
-    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=seconds[s.remat[0]])
+    peak = SimpleNamespace(peak=0)
+    planner.formula = lambda s: SimpleNamespace(fits=True, seconds=seconds[s.remat[0]], compiled=peak)
     found = search(planner)
     assert found[0][0].remat == ("dots",)  # though `none` fits
     assert {s.remat[0] for s, _ in found} == set(REMAT)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from visionfm_jax.cli.train import run
 from visionfm_jax.config import Config, load
+from visionfm_jax.errors import ConfigError
 from visionfm_jax.models.attention import attention
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train import fused_attention
@@ -108,3 +110,11 @@ def test_a_trainer_on_cpus_computes_xlas():
     trainer = Trainer(config_of(), make_mesh(1, jax.devices()[:1]))
     assert set(kinds(trainer.step_config).values()) == {"xla"}
     assert trainer.config.model.image.attention == "auto"
+
+
+def test_a_run_refuses_a_kernel_that_its_devices_lack_before_it_has_a_folder(tmp_path):
+    config, _ = load.from_arguments(["--config=configs/quickstart.py", f"--config.workdir={tmp_path}"])
+    config.train.precision, config.model.attention = "bf16", "cudnn"
+    with pytest.raises(ConfigError, match=r"config\.model\.attention = 'cudnn': needs a GPU of NVIDIA.* runs on cpu"):
+        run(config, stop=None, watchdog=None)
+    assert not list(tmp_path.iterdir())
