@@ -33,6 +33,7 @@ NOT_RUN = {
     r"sbatch ": "submits a job: tests/unit/test_launch.py, with programs in place of SLURM's",
     r"python -m visionfm_jax\.main --config=configs/vit_huge\.py": "visionfm train --config=vit_huge, another spelling",
     r"(\S+/)?python (benchmarks|tools/attack)/": "takes long: tests/unit/test_documents.py parses its arguments",
+    r"python tools/make_crawl\.py": "makes thousands of pictures: tests/unit/tools/test_make_crawl.py, fewer of them",
     r"visionfm bench .* --steps=": "needs a GPU: tests/unit/test_documents.py parses its arguments",
     r"visionfm replay ": "compiles two steps with all their layers: tests/e2e/test_faults.py",
     r"visionfm plan ": "compiles for GPUs: tests/e2e/test_plan.py, with the tiny variant",

@@ -57,6 +57,7 @@ class StorageError(UserError):
     exit_code = 71
 
 
+LEFT_OUT = 3  # all else is written, and what was left out is named.
 PREEMPTED = 75  # EX_TEMPFAIL: the state is saved; a scheduler should start the same command again.
 INTERRUPTED = 130  # as shells report Ctrl-C
 

@@ -48,12 +48,11 @@ from visionfm_jax.data.shards import Engine, Local, add_arguments, engine_of
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import ConfigError, DataError, complain, count, entry_point, printable, shortened
+from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, complain, count, entry_point, printable, shortened
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import not_written, remove_unfinished, write_text
 from visionfm_jax.telemetry.page import document, section, table
 
-LEFT_OUT = 3  # exit code: all is written, and some pairs could not be read
 NAMED = 5  # pairs that cannot be read, in the report
 GROUPS, COPIES, SHOWN = 12, 5, 24  # groups in the page, dropped pairs of each, and contaminated pairs
 SIDE = 160  # pixels of a picture in the page

@@ -12,8 +12,8 @@ no value, and is counted and named in --out/report.json.
 The model runs on all devices of this machine; with --engine=ray on those of a cluster, a GPU to a worker. When the
 command is stopped and started again, the tars that are done are kept.
 
-Exit codes: 0 all pairs have a score, or are named as unreadable · 2 the input is wrong · 71 storage failed for too
-long, or workers die again and again: run the same command again · 130 stopped by Ctrl-C.
+Exit codes: 0 all pairs have a score · 2 the input is wrong · 3 some images could not be read, and are named · 71
+storage failed for too long, or workers die again and again: run the same command again · 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from visionfm_jax.data.shards import Engine, Here, Local, add_arguments, engine_
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tars import TarPairs, read_pair
-from visionfm_jax.errors import ConfigError, DataError, UserError, count, entry_point, printable
+from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, count, entry_point, printable
 from visionfm_jax.inference import Stored
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import not_written, read, write_text
@@ -202,8 +202,8 @@ def _report(source: TarPairs, about: dict[str, Any], tars: list[dict[str, Any]])
     )
 
 
-def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.score") -> None:
-    """Parse, score, print."""
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.score") -> int:
+    """Parse, score, print; returns the exit code."""
     parser = Parser(program, __doc__)
     parser.add_argument("--path", required=True, help="folder or URL of tars")
     parser.add_argument("--model", required=True, metavar="RUN", help="folder of a CLIP")
@@ -230,6 +230,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     if report["unreadable"]:
         first = [key for tar in report["tars"] for key in tar["first"]][:NAMED]
         print(f"{count(report['unreadable'], 'image')} cannot be read, such as {', '.join(first)}")
+    return LEFT_OUT if report["unreadable"] else 0
 
 
 if __name__ == "__main__":

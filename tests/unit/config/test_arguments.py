@@ -57,7 +57,7 @@ def test_wrong_words_are_one_line_and_exit_code_2(capsys, monkeypatch, words, me
         ("bench", [QUICK, "--stpes=3"], "did you mean --steps?"),
         ("bench", [QUICK, "--steps=3.5"], "argument --steps: invalid int value: '3.5'"),
         ("plan", [QUICK, "--claster=h100:1x8"], "did you mean --cluster?"),
-        ("data.select", ["--path=x", "--out=y"], "the following arguments are required: --where"),
+        ("data.select", ["--path=x", "--out=y"], "--where and --keep are both missing"),
         ("data.select", ["--path=x", "--where=a", "--out=y", "--jobs=1000000"], "[1, 1024]"),
         ("data.select", ["--path=x", "--where=" + "(" * 1000, "--out=y"], "((( … (1,002 characters): "),
         ("data.tokenizer.train", [QUICK], "the following arguments are required: action"),

@@ -93,7 +93,7 @@ def test_what_is_done_is_kept_and_what_is_damaged_is_made_again(clip, tars, scor
 
 
 def test_the_command_prints_what_people_choose_a_threshold_by(clip, tars, tmp_path, capsys):
-    score.main([f"--path={tars}", f"--model={clip}", f"--out={tmp_path / 'scores'}"])
+    assert score.main([f"--path={tars}", f"--model={clip}", f"--out={tmp_path / 'scores'}"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"5 pairs of 2 tars have a similarity: {tmp_path / 'scores'}"
     assert lines[1].startswith("of them lie below: ")
