@@ -39,7 +39,7 @@ def own(tmp_path) -> Iterator[Path]:
     file = tmp_path / "own.py"
     file.write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)))
     yield file
-    KINDS.pop("table", None)  # which the page adds, for this process
+    KINDS.pop("list", None)  # which the page adds, for this process
 
 
 def test_the_configuration_of_the_page_trains(own, tmp_path):
@@ -70,8 +70,8 @@ def test_its_fields_are_flags_with_bounds_and_rules(own):
 
 def test_its_dataset_is_a_kind_for_the_command_line(own, tmp_path):
     table = write_table(tmp_path / "other.csv", 1, 0)
-    flags = [f"--config={own}", "--config.data.train[0].kind=folder", "--config.data.train[0].kind=table"]
+    flags = [f"--config={own}", "--config.data.train[0].kind=folder", "--config.data.train[0].kind=list"]
     config, _ = load.from_arguments([flags[0], flags[2], f"--config.data.train[0].path={table}"])
-    assert config.data.train[0].kind == "table"
+    assert config.data.train[0].kind == "list"
     source = config.data.train[0].make()
     assert (len(source), source.num_classes, source.key(0)) == (1, 1, "other-0.png")

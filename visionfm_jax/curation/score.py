@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pyarrow as pa
-from absl import logging
 
 from visionfm_jax.api import Model, NothingRead, load
 from visionfm_jax.config.arguments import Parser
@@ -214,7 +213,6 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     quiet_logs()
-    logging.set_verbosity(logging.ERROR)  # what cannot be read is in the report
     report = score(
         arguments.path,
         arguments.model,

@@ -87,11 +87,6 @@ class RecordsConfig(SourceConfig):
         return Records(self)
 
 
-@dataclass(kw_only=True)
-class SlicesConfig(RecordsConfig):
-    kind: ClassVar[str] = "tfds"
-
-
 def pixels(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
     """Coarse random patches, so that an image looks alike at other qualities, and unlike all others."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
@@ -479,7 +474,7 @@ def test_captions():
     assert the(found, "file_names").severity == the(found, "frequent_captions").severity == "error"
 
 
-def test_evaluation_images_in_the_training_data(folder):
+def test_evaluation_images_in_the_training_data(folder, monkeypatch):
     shutil.copy(folder / "train/cat/0.png", folder / "val/cat/0.png")
     near = Image.open(folder / "train/dog/1.png").resize((48, 48), Image.Resampling.BICUBIC)
     (folder / "val/dog/1.png").write_bytes(encoded(near, "JPEG", quality=60))
@@ -491,7 +486,8 @@ def test_evaluation_images_in_the_training_data(folder):
     config.evals[0].source.split = "train"
     assert the(found_in(config), "trained_on").what == "evaluates on the training data"
     records = tuple({"image": png(i), "label": i % 2} for i in range(4))
-    config = config_of(SlicesConfig(records=records, num_classes=2, split="train[:80%]"))
+    monkeypatch.setattr(RecordsConfig, "kind", "tfds")
+    config = config_of(RecordsConfig(records=records, num_classes=2, split="train[:80%]"))
     config.evals = (AccuracyConfig(source=dataclasses.replace(config.data.train[0], split="train[60%:]")),)
     assert the(found_in(config), "trained_on").number == 4
 
