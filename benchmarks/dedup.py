@@ -9,6 +9,7 @@ millions of rows, which is tried with rows that share a block. Other programs on
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 import tarfile
@@ -68,6 +69,7 @@ def write_tar(path: Path) -> None:
 
 def main() -> int:
     """Measure, print."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rng, times = np.random.default_rng(0), {}
     with tempfile.TemporaryDirectory() as folder:
         write_tar(Path(folder) / "00000.tar")
