@@ -41,7 +41,7 @@ def full() -> Config:
     return Config(
         name="swinv2_g_clip",
         model=ClipConfig(
-            image=SwinV2Config(size="G", image_size=224, window=14, drop_path=0.2, remat="full:16"),
+            image=SwinV2Config(size="G", image_size=224, window=14, drop_path=0.2, remat="full"),
             text=TextConfig(size="H", remat="dots"),
             embed_dim=1024,
         ),
