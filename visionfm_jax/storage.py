@@ -143,6 +143,19 @@ def not_written(where: str, error: OSError) -> UserError:
     return kind(f"{where}: {error.strerror or error}; {remedy}")
 
 
+@contextlib.contextmanager
+def writing(where: str) -> Iterator[None]:
+    """What is written in it to a place that people have named, such as "--out=FOLDER".
+
+    Raises:
+      UserError: it cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise not_written(where, error) from error
+
+
 def announce(failure: str, wait: float) -> None:
     """Say that there will be another try."""
     complain(f"{failure}; trying again in {wait:g} s")

@@ -50,7 +50,7 @@ from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, complain, count, entry_point, printable, shortened
 from visionfm_jax.logs import quiet_logs
-from visionfm_jax.storage import not_written, remove_unfinished, write_text
+from visionfm_jax.storage import remove_unfinished, write_text, writing
 from visionfm_jax.telemetry.page import document, section, table
 
 NAMED = 5  # pairs that cannot be read, in the report
@@ -104,15 +104,13 @@ def dedup(
     made = duplicates.find_duplicates(source.index, source.store, columns, by, best, files, engine)
     found = _Found(source, columns, best, files)
     report = found.added_up(made, by, sets)
-    try:
+    with writing(f"--out={printable(str(out))}"):
         for name, text in (
             ("report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
             ("report.html", found.page(report)),
         ):
             remove_unfinished(out / name)
             write_text(out / name, text)
-    except OSError as error:
-        raise not_written(f"--out={printable(str(out))}", error) from error
     return report
 
 

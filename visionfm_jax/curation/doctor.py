@@ -39,7 +39,7 @@ from visionfm_jax.data.sources import open_source
 from visionfm_jax.errors import ConfigError, DataError, StorageError, entry_point, printable
 from visionfm_jax.machine import usable_cores
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster
-from visionfm_jax.storage import not_written, write_text
+from visionfm_jax.storage import write_text, writing
 from visionfm_jax.tasks.task import make_task
 
 SAMPLES = 2000  # records of a dataset
@@ -212,12 +212,10 @@ def write(study: Study, found: Sequence[Finding], out: Path) -> None:
     Raises:
       UserError: they cannot be written.
     """
-    try:
+    with writing(f"--out={printable(str(out))}"):
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "doctor.json", json.dumps(summary(study, found), indent=1, ensure_ascii=False) + "\n")
         write_text(out / "doctor.html", doctor_page.page(study, found))
-    except OSError as error:
-        raise not_written(f"--out={out}", error) from error
 
 
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.doctor") -> int:

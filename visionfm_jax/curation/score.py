@@ -41,7 +41,7 @@ from visionfm_jax.data.sources.tars import TarPairs, read_pair
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, count, entry_point, printable
 from visionfm_jax.inference import Stored
 from visionfm_jax.logs import quiet_logs
-from visionfm_jax.storage import not_written, read, write_text
+from visionfm_jax.storage import read, write_text, writing
 
 COLUMN = "similarity"
 NAMED = 5  # keys of pairs that cannot be read, of each tar
@@ -177,10 +177,8 @@ def score(
     scorer = Scorer(run, precision, source.store, folder, embeddings)
     tars = list(map_shards(scorer, shards, engine or Here(), title="scoring", unit=" tars"))
     report = _report(source, about, tars)
-    try:
+    with writing(f"--out={printable(str(out))}"):
         write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise not_written(f"--out={printable(str(out))}", error) from error
     if report["unreadable"] == report["pairs"]:
         first = next(key for tar in tars for key in tar["first"])
         raise DataError(f"{source.name}: none of {count(report['pairs'], 'image')} can be read, such as {first}")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from visionfm_jax.errors import ConfigError, DataError, complain, one_line, printable
-from visionfm_jax.storage import not_written, read, remove_unfinished, replacing, write_text
+from visionfm_jax.storage import read, remove_unfinished, replacing, write_text, writing
 
 ABOUT, META, KEY = "about.json", b"visionfm", "key"
 
@@ -66,12 +66,10 @@ class ColumnFolder:
         path = self.file(tar["name"])
         table = pa.table({KEY: pa.array(list(keys), pa.string()), **columns})
         table = table.replace_schema_metadata({META: self._of(tar)})
-        try:
+        with writing(f"--out: {printable(str(path))}"):
             remove_unfinished(path)
             with replacing(path) as part:
                 pq.write_table(table, part, compression="zstd", write_page_checksum=True)
-        except OSError as error:
-            raise not_written(f"--out: {printable(str(path))}", error) from error
 
     def read(self, tar: dict[str, Any], names: Sequence[str] | None = None) -> pa.Table:
         """Columns of a tar, those of `names` or all, a row for each pair in the order of the index.
@@ -112,15 +110,13 @@ def create(path: Path, about: dict[str, Any], flag: str = "--out") -> ColumnFold
       UserError: it cannot be written.
     """
     about = json.loads(json.dumps(about))
-    try:
+    with writing(f"{flag}={printable(str(path))}"):
         path.mkdir(parents=True, exist_ok=True)
         there = _about(path)
         if there is None and any(file.suffix in (".parquet", ".tar") for file in path.iterdir()):
             raise ConfigError(f"{flag}={printable(str(path))}: is a folder of other files; name a new one")
         if there is None:
             write_text(path / ABOUT, json.dumps(about, indent=1) + "\n")
-    except OSError as error:
-        raise not_written(f"{flag}={printable(str(path))}", error) from error
     if there is not None and there != about:
         different = ", ".join(name for name in {**about, **there} if there.get(name) != about.get(name))
         raise ConfigError(

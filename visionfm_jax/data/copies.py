@@ -9,7 +9,6 @@ on when it is started again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import tarfile
@@ -33,7 +32,7 @@ from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, checksum, engine_for, key_of
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import DataError, printable
-from visionfm_jax.storage import not_written, read, remove_unfinished, replacing
+from visionfm_jax.storage import read, remove_unfinished, replacing, writing
 
 FORMS = ("tars", "arrayrecord")
 _DATASET, _SPLIT = "pairs", "train"
@@ -108,7 +107,7 @@ def copy_pairs(
     ]
     act = _write_tar if form == "tars" else _write_array_record
     work = functools.partial(act, source.store, caption_key, tuple(folders))
-    with _written(to):
+    with writing(f"--to: {printable(str(to))}"):
         for _ in map_shards(work, shards, engine_for(source.store, len(shards), engine), title="copying", unit=" tars"):
             pass
         if form == "arrayrecord":
@@ -121,7 +120,7 @@ def _write_tar(store: Store, suffix: str, folders: tuple[ColumnFolder, ...], sha
         return
     parquet, name, rows = shard.out.with_name(parquet_of(shard.out.name)), shard.tar["name"], shard.rows
     found: list[str] = []
-    with _written(shard.out):
+    with writing(f"--to: {printable(str(shard.out))}"):
         remove_unfinished(shard.out)
         remove_unfinished(parquet)
         with replacing(shard.out) as part, tarfile.open(part, "w") as tar:
@@ -163,7 +162,7 @@ def _write_array_record(store: Store, suffix: str, folders: tuple[ColumnFolder, 
     if shard.out.exists():
         return
     features, name = _features(), shard.tar["name"]
-    with _written(shard.out):
+    with writing(f"--to: {printable(str(shard.out))}"):
         remove_unfinished(shard.out)
         with replacing(shard.out) as part:
             writer = ArrayRecordWriter(str(part), "group_size:1")  # a record is read alone
@@ -237,11 +236,3 @@ def _pair(file: BinaryIO, record: tuple[int, ...], where: str) -> tuple[str, str
     except tarfile.HeaderError as error:
         raise DataError(f"{where}: no member at byte {start:,} ({error}); download the tar again") from error
     return key, extension, picture, text
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise not_written(f"--to: {printable(str(path))}", error) from error

@@ -16,7 +16,6 @@ Held-out images take 900 bytes each in every process of 5.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import shutil
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store, read_table, write_table
 from visionfm_jax.data.sources.tar_index import BLOCK, Index
 from visionfm_jax.errors import printable
-from visionfm_jax.storage import not_written, read, remove_unfinished
+from visionfm_jax.storage import read, remove_unfinished, writing
 
 BY = (
     "image",
@@ -106,7 +105,7 @@ def find_duplicates(
     work, groups, of_pictures = out / "work", _grouped(index), signatures_in(out)
     buckets = -(-len(index.records) // ROWS)
     job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), tuple(held_out))
-    with _written(out):
+    with writing(f"--out: {printable(str(out))}"):
         of_pictures.path.mkdir(exist_ok=True)
     records = [index.records[a:b] for a, b in zip(index.starts, index.starts[1:], strict=False)]
     shards = list(zip(index.tars, records, strict=True))
@@ -114,7 +113,7 @@ def find_duplicates(
         pass
     duplicates = _read_groups(out)
     if duplicates is None:
-        with _written(work):
+        with writing(f"--out: {printable(str(work))}"):
             work.mkdir(exist_ok=True)
         for _ in map_shards(functools.partial(spread, job), list(enumerate(groups)), engine, title="spreading"):
             pass
@@ -410,14 +409,6 @@ def counted(signs: pa.Table, columns: pa.Table) -> dict[str, Any]:
 
 
 def _write_table(path: Path, pieces: Iterator[np.ndarray] | Sequence[np.ndarray], meta: dict[str, Any]) -> None:
-    with _written(path):
+    with writing(f"--out: {printable(str(path))}"):
         remove_unfinished(path)
         write_table(path, pieces, lambda: meta)
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise not_written(f"--out: {printable(str(path))}", error) from error

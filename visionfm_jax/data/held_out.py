@@ -20,7 +20,7 @@ from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import read_table, write_table
 from visionfm_jax.errors import ConfigError, DataError, printable
-from visionfm_jax.storage import not_written, remove_unfinished
+from visionfm_jax.storage import remove_unfinished, writing
 
 HELD_OUT = np.dtype([*signatures.SIGNATURE.descr, ("record", "<u4"), ("mirrored", "?")])
 """Of an image or its mirror image: signature, and the number of the record."""
@@ -81,11 +81,9 @@ def write_signatures(word: str, path: Path, engine: Engine) -> dict[str, Any]:
     if not len(rows):
         raise DataError(f"--against={printable(word)}: none of {len(source):,} images can be read; check the path")
     meta = of | {"names": names, "unreadable": [names[record] for record in missing]}
-    try:
+    with writing(f"--out: {printable(str(path))}"):
         remove_unfinished(path)
         write_table(path, [rows], lambda: meta)
-    except OSError as error:
-        raise not_written(f"--out: {printable(str(path))}", error) from error
     return meta
 
 

@@ -81,14 +81,9 @@ class Threads:
     def map(self, function: Callable[[_S], _R], shards: Sequence[_S]) -> Iterator[_R]:
         """As `Engine.map`."""
         pool = concurrent.futures.ThreadPoolExecutor(self.count)
-        waiting: deque[concurrent.futures.Future[_R]] = deque()
         try:
-            for shard in shards:
-                waiting.append(pool.submit(function, shard))
-                if len(waiting) == self.count * AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for job in _ahead(lambda shard: pool.submit(function, shard), shards, self.count):
+                yield job.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -125,15 +120,14 @@ class Local:
         """Results in order, until a process dies."""
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=end_with_parent)
-        waiting: deque[concurrent.futures.Future[_R]] = deque()
+
+        def submit(shard: _S) -> concurrent.futures.Future[_R]:
+            with _no_main():
+                return pool.submit(function, shard)
+
         try:
-            for shard in list(shards):
-                with _no_main():
-                    waiting.append(pool.submit(function, shard))
-                if len(waiting) == jobs * AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for job in _ahead(submit, list(shards), jobs):
+                yield job.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -175,17 +169,19 @@ class Ray:
         gpus = self.gpus and there.get("GPU", 0)
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=TRIES - 1)(_called)
         workers = int(gpus or there.get("CPU", 1))
-        waiting: deque[tuple[_S, Any]] = deque()
+        started: list[Any] = []
+
+        def submit(shard: _S) -> tuple[_S, Any]:
+            started.append(task.remote(kept, shard))
+            return shard, started[-1]
+
         try:
-            for shard in shards:
-                waiting.append((shard, task.remote(kept, shard)))
-                if len(waiting) >= workers * AHEAD:
-                    yield self._result(ray, *waiting.popleft())
-            while waiting:
-                yield self._result(ray, *waiting.popleft())
+            for shard, job in _ahead(submit, shards, workers):
+                yield self._result(ray, shard, job)
+                started.remove(job)
         finally:
-            for _, one in waiting:
-                ray.cancel(one)
+            for job in started:  # whose results nobody wants any more
+                ray.cancel(job)
 
     def _result(self, ray: Any, shard: Any, found: Any) -> Any:
         try:
@@ -196,6 +192,16 @@ class Ray:
             raise LostError(
                 f"the worker died {TRIES} times at {_shown([shard])} ({one_line(error)}); start the same command again"
             ) from error
+
+
+def _ahead(submit: Callable[[_S], _R], shards: Sequence[_S], workers: int) -> Iterator[_R]:
+    """What `submit` gives for each shard, in order, `AHEAD` of them to a worker submitted before the first is used."""
+    waiting: deque[_R] = deque()
+    for shard in shards:
+        waiting.append(submit(shard))
+        if len(waiting) == workers * AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _called(function: Callable[[_S], _R], shard: _S) -> _R:
@@ -230,7 +236,7 @@ def engine_of(arguments: Namespace, gpus: bool = False) -> Engine | None:
 
 
 def _shown(shards: Sequence[Any]) -> str:
-    names = [str(shard[0] if type(shard) is tuple else shard) for shard in shards]
+    names = [str(shard[0] if type(shard) is tuple else shard) for shard in shards]  # or of a class with a name
     return ", ".join(name if len(name) < 60 else name[:60] + "…" for name in names)
 
 
