@@ -49,7 +49,7 @@ from visionfm_jax import index, parts
 from visionfm_jax.api import PROMPTS, Detected, Model, NothingRead, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data.images import DamagedImage, decode_map, opened
-from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
+from visionfm_jax.data.sources import KINDS, Source, open_images, read_record
 from visionfm_jax.data.sources.layout import IMAGE_SUFFIXES
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.text_lists import read_lines
@@ -119,13 +119,7 @@ def _of_dataset(word: str, split: str) -> dict[str, Stored]:
 
 @functools.cache
 def _opened(word: str, split: str) -> Source:
-    kind, _, path = word.partition(":")
-    config = KINDS[kind](path=path)
-    if hasattr(config, "caption_key"):
-        config.caption_key = ""
-    if split:
-        config.split = split
-    return open_source(config)
+    return open_images(word, split or None)
 
 
 def _image(source: Source, index: int) -> Any:

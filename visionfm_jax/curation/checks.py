@@ -25,7 +25,7 @@ from visionfm_jax.curation.survey import (
     Flag,
     Part,
     label_counts,
-    near_pairs,
+    near_copies,
     repeated,
 )
 from visionfm_jax.data.fields import Fields, Texts, check_classes, class_names
@@ -627,9 +627,9 @@ def overlap(study: Study) -> Iterator[Finding]:
                 what = f"{compared}, {count(int(exact.sum()), 'image')} are equal, byte for byte"
                 found = part.keys(rows[exact])
                 yield Finding("error", "trained_on", part.where, what, int(exact.sum()), found, remedy)
-            pairs = [(i, j) for i, j in near_pairs(rows, learned) if not exact[i]]
+            pairs = [(i, j) for i, j in near_copies(rows, learned) if not exact[i]]
             if pairs:
-                number = len({i for i, _ in pairs})
+                number = len(pairs)
                 what = f"{compared}, {count(number, 'image')} look alike"
                 named = [f"{part.keys(rows[i : i + 1])[0]} | {other.keys(learned[j : j + 1])[0]}" for i, j in pairs]
                 severity = "warning" if number > 0.02 * len(rows) else "note"

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from visionfm_jax.data.column_folder import ColumnFolder
 from visionfm_jax.data.shards import Engine, Here, Local, add_arguments, engine_of, map_shards
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
+from visionfm_jax.data.sources.tar_index import Shard
 from visionfm_jax.data.sources.tars import TarPairs, read_pair
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, count, entry_point, printable
 from visionfm_jax.inference import Stored
@@ -46,16 +47,6 @@ from visionfm_jax.storage import read, write_text, writing
 COLUMN = "similarity"
 NAMED = 5  # keys of pairs that cannot be read, of each tar
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-
-
-class Shard(NamedTuple):
-    """A tar: its entry in `Index.tars`, and the records of its pairs."""
-
-    tar: dict[str, Any]
-    records: np.ndarray
-
-    def __str__(self) -> str:
-        return str(self.tar["name"])
 
 
 @dataclass(frozen=True)
@@ -171,11 +162,8 @@ def score(
         "precision": model.config.train.precision, "embeddings": embeddings,
     }  # fmt: skip
     folder = column_folder.create(out, about)
-    index = source.index
-    spans = zip(index.tars, index.starts, index.starts[1:], strict=False)
-    shards = [Shard(tar, np.asarray(index.records[a:b])) for tar, a, b in spans]
     scorer = Scorer(run, precision, source.store, folder, embeddings)
-    tars = list(map_shards(scorer, shards, engine or Here(), title="scoring", unit=" tars"))
+    tars = list(map_shards(scorer, source.index.shards, engine or Here(), title="scoring", unit=" tars"))
     report = _report(source, about, tars)
     with writing(f"--out={printable(str(out))}"):
         write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -22,10 +22,12 @@ from absl import logging
 from PIL import Image
 
 from visionfm_jax.config.schema import SourceConfig
+from visionfm_jax.data import signatures
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.fields import Fields, Texts
 from visionfm_jax.data.images import FORMATS
 from visionfm_jax.data.loader import DAMAGED
+from visionfm_jax.data.near import Among
 from visionfm_jax.data.shards import Engine, map_shards
 from visionfm_jax.data.sources import Source, read_record
 from visionfm_jax.data.sources.record import ignored
@@ -58,7 +60,7 @@ ROW = np.dtype(
     [
         ("index", "<i8"), ("flags", "<u4"), ("height", "<i4"), ("width", "<i4"), ("label", "<i8"),
         ("digest", "<u8"),  # of the encoded image
-        ("near", "<u8"), ("small", "u1", (8, 8, 3)),  # of images that look alike, these are: see `near_pairs`
+        *signatures.SIGNATURE.descr,  # of the image at the model's size
         ("text", "<u8"), ("tokens", "<i4"),  # digest and length of the first caption
         ("objects", "<i4"), ("crowd", "<i4"), ("little", "<i4"),  # numbers: all, areas of many, those below SMALL
         ("outside", "<i4"), ("empty", "<i4"),  # boxes that lie outside, or have no area; masks without a pixel
@@ -214,20 +216,14 @@ def survey(reader: Reader, count: int, engine: Engine, title: str) -> Survey:
     return out
 
 
-def near_pairs(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of rows, of either list one, whose images look alike: copies of another size, format or quality.
+def near_copies(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:
+    """Of which rows of `first` a row of `second` shows a near-copy (`data.signatures`), and the nearest such row.
 
-    At most 10 of the 64 bits of a difference hash differ (whether each of 8 x 8 places is brighter than the one to its
-    left), and the images of 8 x 8 pixels by at most 3 of 255 in the mean and 16 anywhere. Of 300 scenes stored again as
-    JPEG of quality 30 at half the size 298 were found, and no two different ones. Images of one colour do not count.
+    Images of one colour do not count.
     """
     a, b = (np.flatnonzero(rows["flags"] & (Flag.BLANK | Flag.DAMAGED) == 0) for rows in (first, second))
-    out = []
-    for i in a.tolist():
-        alike = b[np.bitwise_count(second["near"][b] ^ first["near"][i]) <= 10]
-        apart = np.abs(second["small"][alike].astype(np.int16) - first["small"][i]).reshape(len(alike), 8 * 8 * 3)
-        out += [(i, j) for j in alike[(apart.mean(1) <= 3) & (apart.max(1) <= 16)].tolist()]
-    return out
+    nearest = Among(second[b]).nearest(first[a])
+    return [(int(i), int(b[j])) for i, j in zip(a, nearest, strict=True) if j >= 0]
 
 
 @contextlib.contextmanager
@@ -270,12 +266,10 @@ def _header(image: bytes | np.ndarray, row: np.void) -> None:
 
 
 def _pixels(image: np.ndarray, row: np.void) -> None:
-    """What `near_pairs` compares."""
+    """What `near_copies` compares."""
     row["flags"] |= Flag.BLANK * bool((image == image[:1, :1]).all())
-    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
-    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
-    row["near"] = int.from_bytes(bits.tobytes(), "big")
-    row["small"] = cv2.resize(image, (8, 8), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image, (signatures.SIDE, signatures.SIDE), interpolation=cv2.INTER_AREA)
+    row["hash"], row["colours"] = signatures.of_pixels(small).item()
 
 
 def _objects(record: Mapping[str, Any], sample: Mapping[str, Any], row: np.void) -> None:

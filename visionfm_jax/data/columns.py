@@ -23,14 +23,12 @@ from visionfm_jax.data.column_folder import ColumnFolder, columns_of, open_folde
 from visionfm_jax.data.conditions import Condition
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
+from visionfm_jax.data.sources.tar_index import Shard
 from visionfm_jax.errors import ConfigError, DataError, one_line, printable
 
 KEY, STATUS, SUCCESS = "key", "status", "success"
 _SHOWN = 30  # names of columns in a message
 _T = TypeVar("_T")
-
-Shard = tuple[str, dict[str, Any], np.ndarray]
-"""The name of a tar, its entry in `tar_index.Index.tars`, and its pairs as in `Index.records`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Columns:
         Raises:
           DataError: a file is missing, damaged, of another crawl, or lacks a column.
         """
-        name, tar, records = shard
+        (tar, records), name = shard, str(shard)
         columns: dict[str, pa.ChunkedArray] = {}
         known, rows, success = np.arange(len(records)), None, None
         if self.beside:
@@ -198,18 +196,17 @@ def choose(columns: Columns, conditions: Sequence[Condition], by: str | None, sh
       DataError: as `Columns.read`.
       ConfigError: a condition does not fit the type of its column, or `by` is no column of numbers.
     """
-    name, _, records = shard
     rows = columns.read(shard)
     held, empty = _evaluate(rows.table, conditions)
     failed = (~held).sum(axis=0)  # conditions that fail, by pair
-    chosen = np.zeros(len(records), bool)
+    chosen = np.zeros(len(shard.records), bool)
     chosen[rows.known[failed == 0]] = True
     values = None
     if by is not None:
-        values = np.full(len(records), np.nan)
+        values = np.full(len(shard.records), np.nan)
         values[rows.known] = _numbers(rows.table[by], by)
     return Chosen(
-        name=name,
+        name=str(shard),
         chosen=chosen,
         rows=rows.rows,
         success=rows.success,
@@ -259,10 +256,10 @@ def _chosen(columns: Columns, conditions: Sequence[Condition], by: str | None, s
     except DataError as error:
         problem = str(error)
     except ConfigError as error:  # a column of another type than in the first tar
-        problem = f"{shard[0]}: {error}"
-    none, pairs = np.zeros(len(conditions), np.int64), len(shard[2])
+        problem = f"{shard}: {error}"
+    none, pairs = np.zeros(len(conditions), np.int64), len(shard.records)
     values = None if by is None else np.full(pairs, np.nan)
-    return Chosen(shard[0], np.zeros(pairs, bool), 0, 0, 0, none, none, none, values, problem)
+    return Chosen(str(shard), np.zeros(pairs, bool), 0, 0, 0, none, none, none, values, problem)
 
 
 def _first(tars: Sequence[dict[str, Any]], names: Callable[[dict[str, Any]], _T]) -> _T:

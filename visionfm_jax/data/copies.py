@@ -29,7 +29,7 @@ from visionfm_jax.data.shards import Engine, map_shards
 from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.selection import Selection
 from visionfm_jax.data.sources.store import Store
-from visionfm_jax.data.sources.tar_index import BLOCK, checksum, engine_for, key_of
+from visionfm_jax.data.sources.tar_index import BLOCK, Shard, checksum, engine_for, key_of
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import DataError, printable
 from visionfm_jax.storage import read, remove_unfinished, replacing, writing
@@ -149,7 +149,7 @@ def _columns(store: Store, folders: tuple[ColumnFolder, ...], shard: _Shard, row
     taken = {KEY, STATUS, *(name for _, names in computed for name in names)}
     beside = names_of(store, parquet_of(tar["name"])) if shard.beside else []
     columns = Columns(store, tuple(name for name in beside if name not in taken), tuple(computed))
-    found = columns.read((tar["name"], tar, shard.records))
+    found = columns.read(Shard(tar, shard.records))
     place = np.full(len(shard.records), -1)
     place[found.known] = np.arange(len(found.known))
     return found.table.take(pa.array(place[rows], mask=place[rows] < 0))

@@ -34,7 +34,7 @@ from visionfm_jax.data.near import BLOCKS, edges
 from visionfm_jax.data.shards import Engine, map_shards
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store, read_table, write_table
-from visionfm_jax.data.sources.tar_index import BLOCK, Index
+from visionfm_jax.data.sources.tar_index import BLOCK, Index, Shard
 from visionfm_jax.errors import printable
 from visionfm_jax.storage import read, remove_unfinished, writing
 
@@ -53,7 +53,7 @@ ROW = np.dtype(
 EDGE = np.dtype([("worse", "<u8"), ("better", "<u8"), ("distance", "u1")])
 DUPLICATE = np.dtype([("row", "<u8"), ("kept", "<u8")])
 EQUAL = 255  # as the distance of an edge: no other edge of this row is noted, as all are those of the better one
-Shard = tuple[dict[str, Any], int]  # the entry of a tar in the index, and the number of its first pair
+Placed = tuple[dict[str, Any], int]  # the entry of a tar in the index, and the number of its first pair
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def find_duplicates(
     job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), tuple(held_out))
     with writing(f"--out: {printable(str(out))}"):
         of_pictures.path.mkdir(exist_ok=True)
-    records = [index.records[a:b] for a, b in zip(index.starts, index.starts[1:], strict=False)]
-    shards = list(zip(index.tars, records, strict=True))
-    for _ in map_shards(functools.partial(sign, job), shards, engine, title="signatures", unit=" tars"):
+    for _ in map_shards(functools.partial(sign, job), index.shards, engine, title="signatures", unit=" tars"):
         pass
     duplicates = _read_groups(out)
     if duplicates is None:
@@ -147,9 +145,9 @@ def _read_groups(out: Path) -> np.ndarray | None:
         return None
 
 
-def _grouped(index: Index) -> list[list[Shard]]:
+def _grouped(index: Index) -> list[list[Placed]]:
     """Tars that are spread together, of at most `ROWS` pairs, or one."""
-    groups: list[list[Shard]] = [[]]
+    groups: list[list[Placed]] = [[]]
     rows = 0
     for tar, first in zip(index.tars, index.starts.tolist(), strict=False):
         if groups[-1] and rows + tar["pairs"] > ROWS:
@@ -160,13 +158,12 @@ def _grouped(index: Index) -> list[list[Shard]]:
     return groups
 
 
-def sign(job: Job, shard: tuple[dict[str, Any], np.ndarray]) -> None:
+def sign(job: Job, shard: Shard) -> None:
     """Write the signatures of a tar's pairs."""
     tar, records = shard
     if job.signatures.is_whole(tar):
         return
-    name = tar["name"]
-    keys, columns = read(lambda: _signed(job.store, name, records), lambda: job.store.path(name))
+    keys, columns = read(lambda: _signed(job.store, str(shard), records), lambda: job.store.path(str(shard)))
     job.signatures.write(tar, keys, columns)
 
 
@@ -206,7 +203,7 @@ def rows_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return rows, table["damage"].is_null().to_numpy()
 
 
-def spread(job: Job, group: tuple[int, list[Shard]]) -> None:
+def spread(job: Job, group: tuple[int, list[Placed]]) -> None:
     """Write the rows of some tars: table by table, sorted by bucket."""
     number, shards = group
     path = job.work / f"rows-{number:06d}"

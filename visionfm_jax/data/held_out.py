@@ -16,7 +16,7 @@ from visionfm_jax.data import signatures
 from visionfm_jax.data.images import DamagedImage
 from visionfm_jax.data.near import Among
 from visionfm_jax.data.shards import Engine, map_shards
-from visionfm_jax.data.sources import KINDS, Source, open_source, read_record
+from visionfm_jax.data.sources import KINDS, Source, open_images, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import read_table, write_table
 from visionfm_jax.errors import ConfigError, DataError, printable
@@ -48,12 +48,7 @@ def opened(word: str) -> Source:
     if not colon or kind not in KINDS:
         raise ConfigError(f"--against={printable(word)}: is no KIND:PATH of a dataset; kinds are {', '.join(KINDS)}")
     path, split = (path, None) if "@" not in path or Path(path).exists() else path.rsplit("@", 1)
-    config = KINDS[kind](path=path)
-    if hasattr(config, "caption_key"):
-        config.caption_key = ""
-    if split is not None:
-        config.split = split
-    return open_source(config)
+    return open_images(f"{kind}:{path}", split)
 
 
 def write_signatures(word: str, path: Path, engine: Engine) -> dict[str, Any]:

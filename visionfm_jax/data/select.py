@@ -15,7 +15,7 @@ The file --out has one bit for every pair of the folder; set it as `selection` o
 report of how many pairs each condition drops is printed, and written to --out with the suffix .json added. --write
 copies the selected pairs to the folder --to, as tars or as a TFDS dataset in ArrayRecord files (`kind` "tfds").
 
-Tars whose columns cannot be used are left out; they are named at the end, and the exit code is 2.
+Tars whose columns cannot be used are left out; they are named at the end, and the exit code is 3.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.rules import shown
 from visionfm_jax.data import best
 from visionfm_jax.data.best import Boundary, Counts
-from visionfm_jax.data.columns import SUCCESS, Chosen, Columns, Shard, choose, find, first_pass, next_pass, taken
+from visionfm_jax.data.columns import SUCCESS, Chosen, Columns, choose, find, first_pass, next_pass, taken
 from visionfm_jax.data.conditions import Condition, parse
 from visionfm_jax.data.copies import FORMS, copy_pairs
 from visionfm_jax.data.shards import Engine, add_arguments, engine_of, map_shards
 from visionfm_jax.data.sources.selection import read_selection, write_selection
-from visionfm_jax.data.sources.tar_index import engine_for
+from visionfm_jax.data.sources.tar_index import Shard, engine_for
 from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import ConfigError, DataError, UserError, count, entry_point
+from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, complain, count, entry_point
 from visionfm_jax.storage import write_text
 
 BY = "similarity"
@@ -86,10 +86,7 @@ def select(
     conditions = _conditions(where, keep, by)
     source = TarPairs(path, caption_key=caption_key)
     index = source.index
-    shards = [
-        (tar["name"], tar, index.records[a:b])
-        for tar, a, b in zip(index.tars, index.starts, index.starts[1:], strict=False)
-    ]
+    shards = index.shards
     wanted = [*(name for condition in conditions for name in condition.columns), *([by] if by else [])]
     found = find(source.store, columns, index.tars[:_TRIED], list(dict.fromkeys(wanted)))
     _try(found, conditions, by, shards[:_TRIED])
@@ -323,8 +320,8 @@ def _number(text: str) -> int:
     return int(number)
 
 
-def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select") -> None:
-    """Parse, select, print, copy."""
+def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select") -> int:
+    """Parse, select, print, copy; returns the exit code."""
     parser = Parser(program, __doc__)
     parser.add_argument("--path", required=True, help="folder or URL with NNNNN.tar (and NNNNN.parquet)")
     parser.add_argument("--where", default="", help="conditions, see above")
@@ -364,10 +361,11 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
         console.print(f"{count(report['selected'], 'pair')} copied: {to}", highlight=False, markup=False)
     if left_out := report["left_out"]:
         more = f", and {len(left_out) - 1:,} more in {report_file(out)}" if len(left_out) > 1 else ""
-        raise DataError(
+        complain(
             f"{len(left_out):,} of {count(len(report['tars']), 'tar')} left out, the selection has the others: "
             f"{left_out[0]['why']}{more}"
         )
+    return LEFT_OUT if left_out else 0
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ RANGE = 6  # of 255, that the greys of a picture of one colour may span
 BRIGHTER = 1.25  # times that a copy may be brighter
 COLOUR = 20  # of 255, by which a part may differ in a channel, at equal brightness
 TINT = 14  # of 255, by which the channels of a part may differ from their mean otherwise: skin tones differ by more
-_SIDE, _LOW = 32, 8  # pixels and frequencies along a side
+SIDE, _LOW = 32, 8  # pixels and frequencies along a side
 _GREY = np.array([299, 587, 114])  # thousandths, ITU-R BT.601
-_COSINES = np.round(np.cos(np.pi * np.outer(np.arange(_LOW), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE)) * 2**14).astype(
+_COSINES = np.round(np.cos(np.pi * np.outer(np.arange(_LOW), 2 * np.arange(SIDE) + 1) / (2 * SIDE)) * 2**14).astype(
     np.int64
 )
 
@@ -44,14 +44,14 @@ def shrunk(image: bytes | np.ndarray) -> tuple[np.ndarray, int]:
     """
     with opened(image) as picture:
         height, width = picture.size
-        [pixels] = picture.parts([((0, 0, height, width), (2 * _SIDE, 2 * _SIDE))])  # twice, or JPEG's blocks alias
-    return cv2.resize(pixels, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA), height * width
+        [pixels] = picture.parts([((0, 0, height, width), (2 * SIDE, 2 * SIDE))])  # twice, or JPEG's blocks alias
+    return cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA), height * width
 
 
 def of_pixels(small: np.ndarray) -> np.ndarray:
     """The signature, SIGNATURE (), of uint8 (32, 32, 3)."""
     found = np.zeros((), SIGNATURE)
-    part = _SIDE // 4
+    part = SIDE // 4
     found["colours"] = small.reshape(4, part, 4, part, 3).sum((1, 3), dtype=np.int64) // part**2
     grey = small.astype(np.int64) @ _GREY
     if grey.max() - grey.min() >= 1000 * RANGE:

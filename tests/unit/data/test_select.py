@@ -90,7 +90,7 @@ def test_records_of_a_selection_are_those_of_the_whole(folder):
 
 def test_the_report_counts_what_each_condition_drops(folder, capsys):
     where = 'similarity >= 0.28 and NSFW == "UNLIKELY" and width >= 200'
-    assert select.main([f"--path={folder}", f"--where={where}", f"--out={folder}/deep/s.pairs", "--jobs=1"]) is None
+    assert select.main([f"--path={folder}", f"--where={where}", f"--out={folder}/deep/s.pairs", "--jobs=1"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((folder / "deep" / "s.pairs.json").read_text())
     tars = report.pop("tars")
@@ -250,9 +250,6 @@ def test_a_wrong_condition_is_one_line_and_writes_nothing(folder, capsys, where,
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda f: (f / "00001.parquet").unlink(), r"00001\.parquet: missing beside the tar"),
-        (lambda f: (f / "00001.parquet").write_bytes(b"PAR1"), r"00001\.parquet: cannot be read"),
-        (lambda f: write_parquet(f / "00001.parquet", key=["1"], width=[1]), r"no column 'status'"),
         (lambda f: [p.unlink() for p in f.glob("*.tar")], "holds no .tar file"),
         (
             lambda f: [write_parquet(f / f"0000{t}.parquet", key=["7"], status=["success"], width=[1]) for t in (0, 1)],
@@ -267,13 +264,28 @@ def test_a_wrong_folder_is_one_line(folder, act, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda f: (f / "00001.parquet").unlink(), "00001.parquet: missing beside the tar"),
+        (lambda f: (f / "00001.parquet").write_bytes(b"PAR1"), "00001.parquet: cannot be read"),
+        (lambda f: write_parquet(f / "00001.parquet", key=["1"], width=[1]), "no column 'status'"),
+    ],
+)
+def test_a_wrong_parquet_is_one_line_and_code_3(folder, capsys, act, message):
+    act(folder)
+    assert entry_point(select.main)([f"--path={folder}", "--where=width > 0", f"--out={folder}/s.pairs"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_a_tar_without_its_columns_is_left_out_and_the_exit_code_says_so(folder, capsys):
     (folder / "00000.parquet").unlink()
     write_parquet(folder / "00001.parquet", key=["000000100"], status=["success"], width=["wide"])
     write_tars(folder, tars=3)
     write_parquet(folder / "00002.parquet", key=["000000201"], status=["success"], width=[7])
     out = folder / "s.pairs"
-    assert entry_point(select.main)([f"--path={folder}", "--where=width > 'w' and width < 'x'", f"--out={out}"]) == 2
+    assert entry_point(select.main)([f"--path={folder}", "--where=width > 'w' and width < 'x'", f"--out={out}"]) == 3
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "left out, the" in line)
     assert "2 of 3 tars left out, the selection has the others: " in line
     assert "00000.parquet: missing beside the tar" in line

@@ -112,7 +112,7 @@ def test_fewer_than_keep_asks_for_are_all_taken(made, tmp_path, capsys):
     root, table = made
     assert len(chosen(root, tmp_path / "s.pairs", keep=10**9)) == sum(row["similarity"] is not None for row in table)
     arguments = [f"--path={root}/crawl", f"--columns={root}/scores", f"--out={tmp_path}/s.pairs"]
-    assert select.main([*arguments, "--keep=1.2e9"]) is None
+    assert select.main([*arguments, "--keep=1.2e9"]) == 0
     printed = capsys.readouterr().out
     assert "--keep=1,200,000,000: all " in printed
     assert "similarity from" in printed
@@ -176,7 +176,7 @@ def test_columns_of_another_crawl_are_refused(folder, tmp_path):
 def test_a_score_that_is_not_finished_leaves_out_tars(folder, tmp_path, capsys):
     (folder / "scores" / "00001.parquet").unlink()
     command = [f"--path={folder}/crawl", f"--columns={folder}/scores", "--keep=1e6", f"--out={tmp_path}/s.pairs"]
-    assert entry_point(select.main)(command) == 2
+    assert entry_point(select.main)(command) == 3
     assert "00001.parquet: is missing; run visionfm data score again" in capsys.readouterr().err.splitlines()[-1]
     source = TarPairs(str(folder / "crawl"), selection=str(tmp_path / "s.pairs"))
     assert {source.key(i).partition("/")[0] for i in range(len(source))} == {"00000", "00002"}

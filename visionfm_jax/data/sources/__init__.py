@@ -88,6 +88,25 @@ def open_source(config: SourceConfig) -> Source:
     return source
 
 
+def open_images(word: str, split: str | None = None) -> Source:
+    """The images of a dataset KIND:PATH, a kind of `KINDS`, of which captions are not read.
+
+    Args:
+      word: as people write it.
+      split: of it; None: that which the kind has by default.
+
+    Raises:
+      DataError, StorageError: as `open_source`.
+    """
+    kind, _, path = word.partition(":")
+    config: Any = KINDS[kind](path=path)
+    if hasattr(config, "caption_key"):
+        config.caption_key = ""
+    if split is not None:
+        config.split = split
+    return open_source(config)
+
+
 def open_sources(configs: Sequence[SourceConfig], field: str) -> list[Source]:
     """`open_source` of each; errors name which of config.FIELD it is."""
     out = []

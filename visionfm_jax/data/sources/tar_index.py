@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -55,6 +55,16 @@ _PROCESSES_FROM = 16  # tars; for fewer, other processes take longer to start th
 _KEPT = 60.0  # seconds after which what was read is kept
 
 
+class Shard(NamedTuple):
+    """A tar: its entry in `Index.tars`, and the records of its pairs, RECORD (n,)."""
+
+    tar: dict[str, Any]
+    records: np.ndarray
+
+    def __str__(self) -> str:
+        return str(self.tar["name"])
+
+
 @dataclass(frozen=True)
 class Index:
     """The places of all pairs of a folder, tar by tar in order of name.
@@ -70,6 +80,12 @@ class Index:
     starts: np.ndarray
     tars: list[dict[str, Any]]
     path: Path
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The tars, each with its pairs."""
+        spans = zip(self.tars, self.starts, self.starts[1:], strict=False)
+        return [Shard(tar, self.records[a:b]) for tar, a, b in spans]
 
     @property
     def crc(self) -> int:
