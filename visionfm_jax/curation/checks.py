@@ -156,7 +156,11 @@ def paths(study: Study) -> Iterator[Finding]:
         above = next((p for p in Path(path).expanduser().absolute().parents if p.exists()), Path("/"))
         where = ", ".join(dict.fromkeys(fields))
         what = f"{printable(path)} does not exist (but {above} does)"
-        remedy = "run the configuration that makes it first, or set the field" if "checkpoint" in where else "set it"
+        remedy = (
+            "run the configuration that makes it first, or set the field"
+            if "checkpoint" in where
+            else "set the field to where it is on this machine"
+        )
         yield Finding("error", "missing", where, what, 0, (), remedy)
 
 

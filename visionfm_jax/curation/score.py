@@ -210,7 +210,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     )
     known = report["pairs"] - report["unreadable"]
     print(f"{count(known, 'pair')} of {len(report['tars']):,} tars have a similarity: {arguments.out}")
-    print("of them lie below: " + ", ".join(f"{value:.2f} {share}" for share, value in report["quantiles"].items()))
+    print("of these lie: " + ", ".join(f"{share} below {value:.2f}" for share, value in report["quantiles"].items()))
     if report["unreadable"]:
         first = [key for tar in report["tars"] for key in tar["first"]][:NAMED]
         print(f"{count(report['unreadable'], 'image')} cannot be read, such as {', '.join(first)}")

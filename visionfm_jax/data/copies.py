@@ -27,10 +27,11 @@ from visionfm_jax.data.column_folder import ColumnFolder
 from visionfm_jax.data.columns import KEY, STATUS, SUCCESS, Columns, names_of, parquet_of
 from visionfm_jax.data.shards import Engine, map_shards
 from visionfm_jax.data.sources.fingerprint import digest
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import Selection
 from visionfm_jax.data.sources.store import Store
-from visionfm_jax.data.sources.tar_index import BLOCK, Shard, checksum, engine_for, key_of
-from visionfm_jax.data.sources.tars import TarPairs
+from visionfm_jax.data.sources.tar_index import BLOCK, Shard, engine_for, key_of
+from visionfm_jax.data.sources.tars import TarPairs, pair_in
 from visionfm_jax.errors import DataError, printable
 from visionfm_jax.storage import read, remove_unfinished, replacing, writing
 
@@ -223,16 +224,14 @@ def _pairs(store: Store, name: str, records: np.ndarray) -> Iterator[tuple[str, 
 
 
 def _pair(file: BinaryIO, record: tuple[int, ...], where: str) -> tuple[str, str, bytes, bytes]:
-    image, image_size, caption, caption_size, crc = record
-    start = (image - 1) * BLOCK
+    start = (record[0] - 1) * BLOCK
     file.seek(start)
-    data = file.read(BLOCK + image_size)
-    file.seek(caption * BLOCK)
-    picture, text = data[BLOCK:], file.read(caption_size)
-    if checksum(picture, text) != crc:
-        raise DataError(f"{where}: the pair at byte {start:,} differs from what was indexed; download the tar again")
+    header = file.read(BLOCK)
     try:
-        key, extension = key_of(tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "replace").name)
+        picture, text = pair_in(file, record)
+        key, extension = key_of(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)
+    except DamagedRecord as error:
+        raise DataError(f"{where}: the pair at byte {start:,}: {error}; download the tar again") from error
     except tarfile.HeaderError as error:
         raise DataError(f"{where}: no member at byte {start:,} ({error}); download the tar again") from error
     return key, extension, picture, text

@@ -33,8 +33,10 @@ from visionfm_jax.data.images import DamagedImage
 from visionfm_jax.data.near import BLOCKS, edges
 from visionfm_jax.data.shards import Engine, map_shards
 from visionfm_jax.data.sources import tar_index
+from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import Store, read_table, write_table
-from visionfm_jax.data.sources.tar_index import BLOCK, Index, Shard
+from visionfm_jax.data.sources.tar_index import Index, Shard
+from visionfm_jax.data.sources.tars import pair_in
 from visionfm_jax.errors import printable
 from visionfm_jax.storage import read, remove_unfinished, writing
 
@@ -171,23 +173,14 @@ def _signed(store: Store, name: str, records: np.ndarray) -> tuple[list[str], di
     rows = np.zeros(len(records), ROW)
     damage: list[str | None] = [None] * len(records)
     with store.open(name) as file:
-
-        def content(block: int, size: int) -> bytes:
-            file.seek(block * BLOCK)
-            return file.read(size) if size else b""
-
-        for i, (image, image_size, caption, caption_size, crc) in enumerate(records.tolist()):
-            picture, text = content(image, image_size), content(caption, caption_size)
-            if tar_index.checksum(picture, text) != crc:
-                damage[i] = "differs from what was indexed: the tar or its index is damaged"
-                continue
-            rows[i]["caption"] = signatures.of_caption(text.decode().strip())
+        for i, record in enumerate(records.tolist()):
             try:
+                picture, text = pair_in(file, record)
+                rows[i]["caption"] = signatures.of_caption(text.decode().strip())
                 small, rows[i]["pixels"] = signatures.shrunk(picture)
-            except DamagedImage as error:
-                damage[i] = printable(str(error))
-            else:
                 rows[i]["hash"], rows[i]["colours"] = signatures.of_pixels(small).item()
+            except (DamagedRecord, DamagedImage) as error:
+                damage[i] = printable(str(error))
     columns = {name: pa.array(rows[name]) for name in ("hash", "caption", "pixels")}
     columns["colours"] = pa.array([row.tobytes() for row in rows["colours"]], pa.binary(ROW["colours"].itemsize))
     return tar_index.keys(store, name, records), columns | {"damage": pa.array(damage, pa.string())}

@@ -44,6 +44,7 @@ from visionfm_jax.data.sources.selection import read_selection, write_selection
 from visionfm_jax.data.sources.tar_index import Shard, engine_for
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, complain, count, entry_point
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import write_text
 
 BY = "similarity"
@@ -272,8 +273,9 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
         table.add_row(f"… {len(report['tars']) - SHOWN:,} more, see the JSON", "", "", "")
     table.add_row("all", f"{report['pairs']:,}", f"{selected:,}", f"{selected / report['pairs']:.1%}")
     console.print(table)
+    size = out.stat().st_size
     console.print(
-        f"\n{selected:,} pairs selected: {out} ({out.stat().st_size:,} bytes), {report_file(out)}", highlight=False
+        f"\n{selected:,} pairs selected: {out} ({size:,} bytes), {report_file(out)}", highlight=False, soft_wrap=True
     )
 
 
@@ -339,6 +341,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
     arguments = parser.parse_args(argv)
     if (arguments.write is None) != (arguments.to is None):
         raise ConfigError("--write and --to belong together: the form of the copies and their folder; give both")
+    quiet_logs()
     out, engine = arguments.out.expanduser(), engine_of(arguments)
     columns = [path.expanduser() for path in arguments.columns]
     report = select(

@@ -96,7 +96,7 @@ def test_the_command_prints_what_people_choose_a_threshold_by(clip, tars, tmp_pa
     assert score.main([f"--path={tars}", f"--model={clip}", f"--out={tmp_path / 'scores'}"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"5 pairs of 2 tars have a similarity: {tmp_path / 'scores'}"
-    assert lines[1].startswith("of them lie below: ")
+    assert lines[1].startswith("of these lie: 1% below ")
     assert lines[2] == "1 image cannot be read, such as 00001/000000101"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
@@ -26,6 +26,7 @@ from visionfm_jax.data.sources.tar_index import BLOCK, Index
 from visionfm_jax.errors import DataError, printable
 
 _NEAR = 2**16  # bytes between picture and caption up to which both are read at once
+CHANGED = "it differs from what was indexed: the tar or its index is damaged"
 _NAMED = 5  # keys in a line of the log
 
 
@@ -75,7 +76,19 @@ def read_pair(store: Store, tar: dict[str, Any], record: np.void) -> tuple[bytes
         raise DamagedRecord("the index is damaged: it points behind the end of the tar; delete visionfm_*.index there")
     picture, text = _read(store, tar["name"], (image, image_size), (caption, caption_size))
     if tar_index.checksum(picture, text) != crc:
-        raise DamagedRecord("it differs from what was indexed: the tar or its index is damaged")
+        raise DamagedRecord(CHANGED)
+    return picture, text
+
+
+def pair_in(file: BinaryIO, record: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """As `read_pair`, for who reads many pairs of a tar: of the open file, and a record as a tuple."""
+    image, image_size, caption, caption_size, crc = record
+    file.seek(image * BLOCK)
+    picture = file.read(image_size)
+    file.seek(caption * BLOCK)
+    text = file.read(caption_size)
+    if tar_index.checksum(picture, text) != crc:
+        raise DamagedRecord(CHANGED)
     return picture, text
 
 
