@@ -35,6 +35,7 @@ from visionfm_jax.errors import DataError
 
 CHUNK = 128  # records that are read at a time
 SMALL = 4  # pixels of the model's image, side of an object that is hardly to be seen
+COLOUR = 6  # of 255, by which the mean colours of copies may differ
 SEED = 0  # of the choice of records
 UNLABELLED = -(2**62)  # in the column of labels: the record has none
 
@@ -219,11 +220,15 @@ def survey(reader: Reader, count: int, engine: Engine, title: str) -> Survey:
 def near_copies(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:
     """Of which rows of `first` a row of `second` shows a near-copy (`data.signatures`), and the nearest such row.
 
-    Images of one colour do not count.
+    Images of one colour do not count. Nor do those whose colours differ by more than `COLOUR`: digits and other images
+    of one kind have near hashes. Of 1,000 digits one seems to be in 2,000 others by this, and 147 by signatures alone;
+    of 300 scenes stored again as JPEG of quality 30 at half the size 288 are found, and of 300 others none.
     """
     a, b = (np.flatnonzero(rows["flags"] & (Flag.BLANK | Flag.DAMAGED) == 0) for rows in (first, second))
     nearest = Among(second[b]).nearest(first[a])
-    return [(int(i), int(b[j])) for i, j in zip(a, nearest, strict=True) if j >= 0]
+    a, b = a[nearest >= 0], b[nearest[nearest >= 0]]
+    apart = np.abs(first["colours"][a].astype(np.int16) - second["colours"][b]).max((1, 2, 3), initial=0)
+    return [(int(i), int(j)) for i, j, d in zip(a, b, apart, strict=True) if d <= COLOUR]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,12 @@ from visionfm_jax import __main__ as console
 from visionfm_jax.config import Config, DataConfig, SourceConfig, TrainConfig
 from visionfm_jax.curation import checks, doctor, doctor_page, survey
 from visionfm_jax.curation.checks import Study, findings
+from visionfm_jax.curation.survey import Reader, near_copies
+from visionfm_jax.curation.survey import survey as survey_of
+from visionfm_jax.data.chain import Chain
+from visionfm_jax.data.near import Among
 from visionfm_jax.data.shards import Here
+from visionfm_jax.data.sources.bundled import BundledSource
 from visionfm_jax.data.sources.kinds import (
     Ade20kConfig,
     BundledConfig,
@@ -552,3 +557,13 @@ def test_a_page_shows_objects_masks_and_captions_and_stands_for_data_that_cannot
     drawn = doctor_page.drawn(np.zeros((32, 32, 3), np.uint8), boxed(box, masks=False), Records(config.data.train[0]))
     assert drawn[0, : 16 * 7].any(1).all()  # 224 / 32 times as large
     assert not drawn[2:-2, 16 * 7 + 2 :].any()
+
+
+def test_digits_are_no_copies_of_others_though_their_hashes_are_near():
+    rows = []
+    for split, count in (("test", 300), ("train", 600)):
+        source = BundledSource(BundledConfig(path="digits", split=split))
+        read = survey_of(Reader(source, Chain((), 28, 2**20), None, None), count, Here(), "test")
+        rows.append(read.rows)
+    assert (Among(rows[1]).nearest(rows[0]) >= 0).sum() > 10  # by signatures alone
+    assert len(near_copies(*rows)) <= 1
