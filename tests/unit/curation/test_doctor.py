@@ -17,8 +17,6 @@ from visionfm_jax import __main__ as console
 from visionfm_jax.config import Config, DataConfig, SourceConfig, TrainConfig
 from visionfm_jax.curation import checks, doctor, doctor_page, survey
 from visionfm_jax.curation.checks import Study, findings
-from visionfm_jax.curation.survey import Reader, near_copies
-from visionfm_jax.curation.survey import survey as survey_of
 from visionfm_jax.data.chain import Chain
 from visionfm_jax.data.near import Among
 from visionfm_jax.data.shards import Here
@@ -563,7 +561,7 @@ def test_digits_are_no_copies_of_others_though_their_hashes_are_near():
     rows = []
     for split, count in (("test", 300), ("train", 600)):
         source = BundledSource(BundledConfig(path="digits", split=split))
-        read = survey_of(Reader(source, Chain((), 28, 2**20), None, None), count, Here(), "test")
+        read = survey.survey(survey.Reader(source, Chain((), 28, 2**20), None, None), count, Here(), "test")
         rows.append(read.rows)
     assert (Among(rows[1]).nearest(rows[0]) >= 0).sum() > 10  # by signatures alone
-    assert len(near_copies(*rows)) <= 1
+    assert len(survey.near_copies(*rows)) <= 1
