@@ -23,7 +23,7 @@ from runs import environment
 from visionfm_jax import __main__ as console
 from visionfm_jax.curation.dedup import LEFT_OUT, dedup
 from visionfm_jax.data import column_folder, duplicates
-from visionfm_jax.data.shards import Here, Ray
+from visionfm_jax.data.shards import Here
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import ConfigError, DataError, UserError
 
@@ -115,17 +115,6 @@ def test_the_report_counts_and_shows(crawl, whole):
     assert page.count("<b>held out</b>") == report["contaminated"]
     assert page.count("data:image/jpeg;base64,") == page.count("<figure>")
     assert not (out / "work").exists()
-
-
-def test_a_cluster_writes_the_same(crawl, whole, tmp_path):
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    try:
-        dedup(str(crawl[0]), tmp_path / "out", against=[against(crawl)], engine=Ray())
-    finally:
-        ray.shutdown()
-    assert contents(tmp_path / "out") == contents(whole[0])
 
 
 def test_how_pairs_are_spread_changes_nothing(crawl, whole, tmp_path, monkeypatch):

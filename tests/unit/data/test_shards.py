@@ -15,17 +15,6 @@ from visionfm_jax.errors import ConfigError, DataError, LostError, UserError
 ENGINES = (Here(), Threads(3), Local(1), Local(3))
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Ray, with two workers."""
-    import ray
-
-    paths = {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])}
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", runtime_env={"env_vars": paths})
-    yield Ray()
-    ray.shutdown()
-
-
 def squared(shard):
     return shard * shard
 
@@ -61,21 +50,12 @@ def test_results_are_in_order(engine):
     assert mapped(squared, engine, 0) == []
 
 
-def test_a_cluster_gives_the_same(cluster):
-    assert mapped(squared_slowly, cluster) == [i * i for i in range(40)]
-
-
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
 def test_what_a_shard_raises_comes_in_its_place(engine):
     results = map_shards(fails, range(40), engine, title="test")
     assert [next(results) for _ in range(7)] == list(range(7))
     with pytest.raises(DataError, match="shard 7 is damaged"):
         next(results)
-
-
-def test_what_a_shard_raises_on_a_cluster_is_the_same_error(cluster):
-    with pytest.raises(DataError, match="shard 7 is damaged"):
-        mapped(fails, cluster)
 
 
 @pytest.mark.parametrize("often", [1, 2])
@@ -88,17 +68,6 @@ def test_the_work_of_processes_that_die_is_done_again(tmp_path, often, capsys):
 def test_a_shard_that_kills_its_process_each_time_is_named(tmp_path):
     with pytest.raises(LostError, match=r"a process died 3 times at one of 5, 6; memory may be short"):
         mapped(functools.partial(dies, tmp_path, 99), Local(2))
-
-
-def test_the_work_of_workers_that_die_on_a_cluster_is_done_again(cluster, tmp_path):
-    assert mapped(functools.partial(dies, tmp_path, 2), cluster) == [i * i for i in range(40)]
-    assert len(os.listdir(tmp_path)) == 2
-
-
-def test_a_shard_that_kills_its_worker_on_a_cluster_each_time_is_named(cluster, tmp_path):
-    with pytest.raises(LostError, match=r"the worker died 3 times at 5 \(.*start the same command again"):
-        mapped(functools.partial(dies, tmp_path, 99), cluster)
-    assert len(os.listdir(tmp_path)) == 3
 
 
 def test_shards_are_handed_out_as_workers_take_them():
