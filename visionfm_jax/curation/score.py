@@ -34,7 +34,7 @@ from visionfm_jax.api import Model, NothingRead, load
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import column_folder
 from visionfm_jax.data.column_folder import ColumnFolder
-from visionfm_jax.data.shards import Engine, Here, Local, add_arguments, engine_of, map_shards
+from visionfm_jax.data.shards import Engine, Here, Local, Ray, add_arguments, engine_of, map_shards
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import Shard
@@ -199,6 +199,9 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     quiet_logs()
+    engine = engine_of(arguments, gpus=True)
+    if isinstance(engine, Ray):  # whose workers have the accelerators, also those of this machine
+        jax.config.update("jax_platforms", "cpu")
     report = score(
         arguments.path,
         arguments.model,
@@ -206,7 +209,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
         caption_key=arguments.caption_key,
         precision=arguments.precision,
         embeddings=arguments.embeddings,
-        engine=engine_of(arguments, gpus=True),
+        engine=engine,
     )
     known = report["pairs"] - report["unreadable"]
     print(f"{count(known, 'pair')} of {len(report['tars']):,} tars have a similarity: {arguments.out}")
