@@ -11,13 +11,11 @@ import concurrent.futures
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -25,10 +23,10 @@ from typing import Any
 import cloudpickle
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from visionfm_jax.config.load import MODULE
-from visionfm_jax.data.children import end_with_parent
+from visionfm_jax.data.children import end_with_parent, no_main, portable
 from visionfm_jax.data.fields import Row, Spec
 from visionfm_jax.errors import DataError
 from visionfm_jax.machine import Room, place, room
@@ -83,9 +81,9 @@ class HostBatches(grain.MapDataset):
         try:
             return self._fill(self._first + index * self._global)
         except Exception as error:
-            if (portable := _portable(error)) is error:
+            if (sent := portable(error)) is error:  # Grain loses one that does not pickle, and waits for ever
                 raise
-            raise portable from None
+            raise sent from None
 
     @property
     def nbytes(self) -> int:
@@ -232,24 +230,21 @@ class Loader(Iterator[Batch]):
 
         SIGINT and SIGTERM are blocked while they start: the children inherit that, and so are ended by this process
         alone, in its own time (a scheduler or a terminal signals the whole group, and the training still has to
-        save). Spawned processes import the main module again, that is the whole trainer; an empty one is put in its
-        place meanwhile.
+        save).
         """
         before = set(multiprocessing.active_children())
         resource_tracker.ensure_running()  # unblocks the two signals where it is started
-        main = sys.modules["__main__"]
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        sys.modules["__main__"] = types.ModuleType("__main__")
         try:
-            for it in self._iters:
-                self._first.append(concurrent.futures.Future())
-                args = (self._first[-1], it)
-                threading.Thread(target=_resolve, args=args, name="first-batch", daemon=True).start()
-            while len(self._processes) < len(self._iters) and not any(f.done() for f in self._first):
-                time.sleep(0.005)
-                self._processes = [p for p in multiprocessing.active_children() if p not in before]
+            with no_main():
+                for it in self._iters:
+                    self._first.append(concurrent.futures.Future())
+                    args = (self._first[-1], it)
+                    threading.Thread(target=_resolve, args=args, name="first-batch", daemon=True).start()
+                while len(self._processes) < len(self._iters) and not any(f.done() for f in self._first):
+                    time.sleep(0.005)
+                    self._processes = [p for p in multiprocessing.active_children() if p not in before]
         finally:
-            sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
@@ -339,13 +334,3 @@ def _init_worker(index: int, count: int) -> None:
     if jax := sys.modules.get("jax"):  # Grain imports it where it is installed; nothing here uses it
         jax.config.update("jax_platforms", "cpu")
     end_with_parent()
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, or its text where it does not pickle: Grain loses such a one in a worker, and waits for ever."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        logging.debug("%s does not pickle", type(error))
-    return RuntimeError("".join(traceback.format_exception(error)))

@@ -9,18 +9,22 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
+import pickle
+import queue
+import signal
 import sys
-import types
+import threading
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from visionfm_jax.data.children import end_with_parent
+from visionfm_jax.data.children import end_with_parent, no_main, portable
 from visionfm_jax.errors import ConfigError, LostError, UserError, complain, one_line
 from visionfm_jax.machine import usable_cores
 
@@ -90,7 +94,7 @@ class Threads:
 
 @dataclass(frozen=True)
 class Local:
-    """Processes of this machine; None: one for each core. They are started again where one dies."""
+    """Processes of this machine; None: one for each core. Where one dies, another does its shard again."""
 
     jobs: int | None = None
 
@@ -100,36 +104,110 @@ class Local:
         if jobs <= 1:
             yield from map(function, shards)
             return
-        left, died = deque(shards), 0
-        while left:
+        workers: list[_Worker] = []
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        pool = concurrent.futures.ThreadPoolExecutor(jobs)
+
+        def call(shard: _S) -> _R:
+            worker = idle.get()
             try:
-                for result in self._until_death(function, left, jobs):
-                    left.popleft()
-                    died = 0
-                    yield result
-            except BrokenProcessPool as error:
-                died += 1
-                if died == TRIES:
-                    raise LostError(
-                        f"a process died {TRIES} times at one of {_shown(list(left)[:jobs])}; memory may be short: use "
-                        "fewer --jobs, then start the same command again"
-                    ) from error
-                complain(f"a process died at one of {_shown(list(left)[:jobs])}; its work is done again")
-
-    def _until_death(self, function: Callable[[_S], _R], shards: deque[_S], jobs: int) -> Iterator[_R]:
-        """Results in order, until a process dies."""
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=end_with_parent)
-
-        def submit(shard: _S) -> concurrent.futures.Future[_R]:
-            with _no_main():
-                return pool.submit(function, shard)
+                return worker.call(shard)
+            finally:
+                idle.put(worker)
 
         try:
-            for job in _ahead(submit, list(shards), jobs):
+            for _ in range(jobs):
+                workers.append(_Worker(function))
+                idle.put(workers[-1])
+            for job in _ahead(lambda shard: pool.submit(call, shard), shards, jobs):
                 yield job.result()
         finally:
+            for worker in workers:
+                worker.end()
             pool.shutdown(cancel_futures=True)
+
+
+class _Worker:
+    """A process that calls a function, for one thread at a time; where it dies, another takes its place.
+
+    It has a pipe of its own. The processes of `concurrent.futures` share theirs and its locks: one that dies while it
+    answers leaves all others, and who waits for them, waiting for ever.
+
+    Args:
+      function: as for `map_shards`.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self._function = function
+        self._ended = False
+        self._changing = threading.Lock()
+        self._start()
+
+    def call(self, shard: Any) -> Any:
+        """The function's result of a shard.
+
+        Raises:
+          What the function raises.
+          LostError: the process has died `TRIES` times.
+        """
+        question = pickle.dumps(shard)
+        for died in range(1, TRIES + 1):
+            try:
+                self._pipe.send_bytes(question)
+                answer = self._pipe.recv_bytes()
+                break
+            except (EOFError, OSError):  # the other end of the pipe is gone
+                self._replace(shard, died)
+        result, error = pickle.loads(answer)
+        if error is not None:
+            raise error
+        return result
+
+    def end(self) -> None:
+        """Kill the process, whatever it does: nobody wants its results, and what it writes is whole or not there."""
+        with self._changing:
+            self._ended = True
+            self._process.kill()
+            self._process.join()
+
+    def _start(self) -> None:
+        self._pipe, other = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other, self._function))
+        with no_main():
+            self._process.start()
+        other.close()  # so that the pipe ends with the process
+
+    def _replace(self, shard: Any, died: int) -> None:
+        """Start another process, after this one has died for the `died`-th time at a shard."""
+        with self._changing:
+            if self._ended:
+                raise concurrent.futures.CancelledError
+            self._process.kill()
+            self._process.join()
+            code = self._process.exitcode or 0
+            where = f"at {_shown(shard)} (" + (f"signal {-code})" if code < 0 else f"exit code {code})")
+            if died == TRIES:
+                raise LostError(
+                    f"a process died {TRIES} times {where}; memory may be short: use fewer --jobs, then start the same "
+                    "command again"
+                )
+            complain(f"a process died {where}; its work is done again")
+            self._start()
+
+
+def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
+    """In a process: answers each shard with the result of a function and None, or with None and what it has raised."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the process that has started this one ends it
+    with contextlib.suppress(EOFError, OSError):  # nobody asks any more
+        while True:
+            question = pipe.recv_bytes()
+            try:
+                answer = pickle.dumps((function(pickle.loads(question)), None))
+            except Exception as error:
+                error.add_note("".join(traceback.format_exception(error)))
+                answer = pickle.dumps((None, portable(error)))
+            pipe.send_bytes(answer)
 
 
 @dataclass(frozen=True)
@@ -190,7 +268,7 @@ class Ray:
             raise error.cause from error  # what the function raised
         except ray.exceptions.RayError as error:
             raise LostError(
-                f"the worker died {TRIES} times at {_shown([shard])} ({one_line(error)}); start the same command again"
+                f"the worker died {TRIES} times at {_shown(shard)} ({one_line(error)}); start the same command again"
             ) from error
 
 
@@ -235,17 +313,6 @@ def engine_of(arguments: Namespace, gpus: bool = False) -> Engine | None:
     return Ray(arguments.address, gpus) if by_ray else Local(jobs) if jobs else None
 
 
-def _shown(shards: Sequence[Any]) -> str:
-    names = [str(shard[0] if type(shard) is tuple else shard) for shard in shards]  # or of a class with a name
-    return ", ".join(name if len(name) < 60 else name[:60] + "…" for name in names)
-
-
-@contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Spawned processes would import `__main__`: the whole trainer."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _shown(shard: Any) -> str:
+    name = str(shard[0] if type(shard) is tuple else shard)  # or of a class with a name
+    return name if len(name) < 60 else name[:60] + "…"

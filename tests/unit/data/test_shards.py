@@ -1,9 +1,11 @@
 """A function over shards gives the same by every engine, whatever dies."""
 
+import contextlib
 import functools
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -40,6 +42,29 @@ def dies(folder, often, shard):
     return shard * shard
 
 
+def dies_as_it_answers(folder, shard):
+    """As `squared`, but once its process is killed with half of an answer in its pipe."""
+    if shard == 5:
+        with contextlib.suppress(FileExistsError):
+            (folder / "died").touch(exist_ok=False)
+            Connection._send = half_an_answer
+    return shard * shard
+
+
+def half_an_answer(connection, data):
+    os.write(connection.fileno(), bytes(data)[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class OddError(Exception):
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")  # which does not unpickle
+
+
+def fails_oddly(shard):
+    raise OddError(404, f"no shard {shard}")
+
+
 def mapped(function, engine, count=40):
     return list(map_shards(function, range(count), engine, title="test"))
 
@@ -58,15 +83,25 @@ def test_what_a_shard_raises_comes_in_its_place(engine):
         next(results)
 
 
+def test_an_error_that_other_processes_do_not_know_is_told():
+    with pytest.raises(RuntimeError, match="OddError: 404: no shard 0"):
+        mapped(fails_oddly, Local(2))
+
+
 @pytest.mark.parametrize("often", [1, 2])
 def test_the_work_of_processes_that_die_is_done_again(tmp_path, often, capsys):
     assert mapped(functools.partial(dies, tmp_path, often), Local(2)) == [i * i for i in range(40)]
     assert len(os.listdir(tmp_path)) == often
-    assert capsys.readouterr().err.count("a process died at one of ") == often
+    assert capsys.readouterr().err.count("a process died at 5 (signal 9); ") == often
+
+
+def test_half_an_answer_is_none(tmp_path, capsys):
+    assert mapped(functools.partial(dies_as_it_answers, tmp_path), Local(2)) == [i * i for i in range(40)]
+    assert capsys.readouterr().err.count("a process died at 5 (signal 9); ") == 1
 
 
 def test_a_shard_that_kills_its_process_each_time_is_named(tmp_path):
-    with pytest.raises(LostError, match=r"a process died 3 times at one of 5, 6; memory may be short"):
+    with pytest.raises(LostError, match=r"a process died 3 times at 5 \(signal 9\); memory may be short"):
         mapped(functools.partial(dies, tmp_path, 99), Local(2))
 
 
