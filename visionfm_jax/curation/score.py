@@ -19,6 +19,7 @@ storage failed for too long, or workers die again and again: run the same comman
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -221,4 +222,6 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
 
 
 if __name__ == "__main__":
+    # That of the package, whose `Scorer` other processes find; they know nothing of __main__.
+    main = importlib.import_module("visionfm_jax.curation.score").main
     sys.exit(entry_point(main)(sys.argv[1:]))

@@ -30,7 +30,7 @@ from visionfm_jax.data.sources.fingerprint import digest
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.selection import Selection
 from visionfm_jax.data.sources.store import Store
-from visionfm_jax.data.sources.tar_index import BLOCK, Shard, engine_for, key_of
+from visionfm_jax.data.sources.tar_index import BLOCK, Shard, engine_for, member_in
 from visionfm_jax.data.sources.tars import TarPairs, pair_in
 from visionfm_jax.errors import DataError, printable
 from visionfm_jax.storage import read, remove_unfinished, replacing, writing
@@ -131,16 +131,20 @@ def _write_tar(store: Store, suffix: str, folders: tuple[ColumnFolder, ...], sha
                     info = tarfile.TarInfo(member)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-            if len(set(found)) < len(found):
+            if len(set(found)) < len(found) or "" in found:
                 raise DataError(
-                    f"{store.path(name)}: has keys of more than 100 characters, which a copy would mix up; use "
+                    f"{store.path(name)}: has names of more than 490 bytes, which a copy would mix up; use "
                     "--write=arrayrecord"
                 )
             tar.close()
             table = _columns(store, folders, shard, rows)
-            table = table.add_column(0, STATUS, pa.array([SUCCESS] * len(rows)))
+            named = {KEY: pa.array(found), STATUS: pa.array([SUCCESS] * len(rows))}
             with replacing(parquet) as file:
-                pq.write_table(table.add_column(0, KEY, pa.array(found)), file, compression="zstd")
+                pq.write_table(
+                    pa.table(named | dict(zip(table.column_names, table.columns, strict=True))),
+                    file,
+                    compression="zstd",
+                )
 
 
 def _columns(store: Store, folders: tuple[ColumnFolder, ...], shard: _Shard, rows: np.ndarray) -> pa.Table:
@@ -225,11 +229,9 @@ def _pairs(store: Store, name: str, records: np.ndarray) -> Iterator[tuple[str, 
 
 def _pair(file: BinaryIO, record: tuple[int, ...], where: str) -> tuple[str, str, bytes, bytes]:
     start = (record[0] - 1) * BLOCK
-    file.seek(start)
-    header = file.read(BLOCK)
     try:
+        key, extension = member_in(file, record)
         picture, text = pair_in(file, record)
-        key, extension = key_of(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)
     except DamagedRecord as error:
         raise DataError(f"{where}: the pair at byte {start:,}: {error}; download the tar again") from error
     except tarfile.HeaderError as error:

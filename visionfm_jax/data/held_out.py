@@ -114,9 +114,9 @@ class HeldOut:
 
     def matches(self, rows: np.ndarray) -> list[Match | None]:
         """Of each picture, SIGNATURE (N,), the nearest held-out image that it is a copy of."""
-        out: list[Match | None] = []
-        for i in self._among.nearest(rows).tolist():
-            meta, row = self._metas[self._of[i]], self._rows[i]
-            record = int(row["record"])
-            out.append(None if i < 0 else Match(meta["word"], record, meta["names"][record], bool(row["mirrored"])))
-        return out
+        return [None if i < 0 else self._match(i) for i in self._among.nearest(rows).tolist()]
+
+    def _match(self, i: int) -> Match:
+        meta, row = self._metas[self._of[i]], self._rows[i]
+        record = int(row["record"])
+        return Match(meta["word"], record, meta["names"][record], bool(row["mirrored"]))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from visionfm_jax.data import near, signatures
+from visionfm_jax.data import held_out, near, signatures
 from visionfm_jax.data.duplicates import DUPLICATE, EDGE, EQUAL, choose
+from visionfm_jax.data.sources.store import write_table
 
 
 def hashes(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -74,3 +75,9 @@ def test_a_pair_is_dropped_for_a_kept_copy_alone():
 def test_equal_pairs_share_their_fate():
     assert chosen((7, 2, EQUAL), (9, 2, EQUAL)) == {7: 2, 9: 2}
     assert chosen((7, 2, EQUAL), (2, 1, 3)) == {2: 1, 7: 1}
+
+
+def test_held_out_images_of_one_colour_match_nothing(tmp_path):
+    meta = {"word": "folder:flat@", "names": ["a.png"]}
+    write_table(tmp_path / "held-out", [np.zeros(1, held_out.HELD_OUT)], lambda: meta)
+    assert held_out.HeldOut([tmp_path / "held-out"]).matches(np.zeros(2, signatures.SIGNATURE)) == [None, None]

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from make_crawl import make_crawl
+from tar_sets import picture, tar_bytes
 
 from visionfm_jax.config.schema import DataConfig
 from visionfm_jax.data import column_folder, copies, select
@@ -17,7 +18,7 @@ from visionfm_jax.data.loader import train_loader
 from visionfm_jax.data.shards import Here
 from visionfm_jax.data.sources import open_source, tar_index
 from visionfm_jax.data.sources.kinds import TarsConfig, TfdsConfig
-from visionfm_jax.data.sources.selection import read_selection
+from visionfm_jax.data.sources.selection import Selection, read_selection
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.data.tokenizer import open_tokenizer
 from visionfm_jax.data.transforms import RandomResizedCrop
@@ -238,6 +239,21 @@ def test_a_copy_has_the_records_of_the_selection(folder, tmp_path, form):
     assert stamps == {name: (to / name).stat().st_mtime_ns for name in stamps}
     with pytest.raises(ConfigError, match=r"--to=.*was made with another selection"):
         select.main([*(a for a in command if not a.startswith("--where")), "--where=similarity >= 0.31"])
+
+
+def test_a_copy_keeps_long_and_foreign_names_and_needs_no_parquet(tmp_path):
+    (tmp_path / "crawl").mkdir()
+    names = ["0", "a" * 120, "folder/" + "b" * 95, "\N{GREEK SMALL LETTER MU}"]
+    files = {f"{name}.{kind}": what for name in names for kind, what in (("png", picture(1)), ("txt", name.encode()))}
+    (tmp_path / "crawl/00000.tar").write_bytes(tar_bytes(files))
+    source = TarPairs(str(tmp_path / "crawl"))
+    every = Selection(np.packbits(np.ones(4, bool)), np.array([0, 1]), np.array([4]))
+    copies.copy_pairs(source, every, tmp_path / "copy", "tars")
+    copy = TarPairs(str(tmp_path / "copy"))
+    assert [(copy.key(i), copy[i]) for i in range(4)] == [
+        (f"00000/{name}", {"image": picture(1), "caption": name}) for name in names
+    ]
+    assert pq.read_table(tmp_path / "copy/00000.parquet")["key"].to_pylist() == names
 
 
 def test_a_tar_that_changed_is_not_copied(folder, tmp_path):

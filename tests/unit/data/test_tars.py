@@ -87,12 +87,18 @@ def test_members_may_come_in_any_order_and_kind(tmp_path):
         "dir/b.webp": picture(2),
         "a" * 150 + ".txt": b"a long name",
         "a" * 150 + ".jpg": picture(3),
+        "b" * 110 + ".jpg": picture(4),
+        "b" * 110 + ".txt": b"another",
+        "\N{GREEK SMALL LETTER MU}.jpg": picture(5),
+        "\N{GREEK SMALL LETTER MU}.txt": b"Greek",
     }
     (tmp_path / "x.tar").write_bytes(tar_bytes(files))
     source = TarPairs(str(tmp_path))
-    assert [source[i]["caption"] for i in range(3)] == ["first", "second", "a long name"]
+    assert [source[i]["caption"] for i in range(5)] == ["first", "second", "a long name", "another", "Greek"]
     assert source[1]["image"] == picture(2)
-    assert keys(source)[:2] == ["x/dir/a", "x/dir/b"]
+    assert keys(source) == [
+        "x/dir/a", "x/dir/b", "x/" + "a" * 150, "x/" + "b" * 110, "x/\N{GREEK SMALL LETTER MU}"
+    ]  # fmt: skip
     assert source.report()["skipped"] == {
         tar_index.NO_PICTURE: {"count": 1, "first": ["x/dir/lonely"]},
         ".md files, which are not read as images": {"count": 1, "first": ["x/readme"]},

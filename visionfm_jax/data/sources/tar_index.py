@@ -8,9 +8,11 @@ any memory of a process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import json
+import re
 import secrets
 import tarfile
 import time
@@ -34,6 +36,7 @@ from visionfm_jax.errors import DataError, printable
 
 LINES = "lines"  # in place of a field: each line is a caption
 BLOCK = 512  # bytes; every header and every content of a tar begins at a multiple
+_HEADERS = 3  # blocks: the header of a member, and a member before that has nothing but its name
 RECORD = np.dtype([(field, "<u4") for field in ("image", "image_size", "caption", "caption_size", "crc")])
 """Of a pair: where its contents begin, in blocks, how many bytes they have, and `checksum` of both; no caption is
 0 and 0."""
@@ -255,14 +258,41 @@ def keys(store: Store, name: str, records: np.ndarray) -> list[str]:
     Raises:
       OSError: they cannot be read, or are no headers any more.
     """
-    starts = ((records["image"].astype(np.int64) - 1) * BLOCK).tolist()
+    images = records["image"].tolist()
+    found = store.read_many(name, [max(0, image - _HEADERS) * BLOCK for image in images], _HEADERS * BLOCK)
     try:
-        return [
-            key_of(tarfile.TarInfo.frombuf(header, "utf-8", "replace").name)[0]
-            for header in store.read_many(name, starts, BLOCK)
-        ]
+        names = [_name(blocks[: image * BLOCK]) for blocks, image in zip(found, images, strict=True)]
     except tarfile.HeaderError as error:
         raise OSError(f"{name}: {error}; the file has changed") from error
+    return [key_of(member)[0] for member in names]
+
+
+def member_in(file: BinaryIO, record: tuple[int, ...]) -> tuple[str, str]:
+    """Key and extension of the picture of a pair, of the open tar and a record as a tuple.
+
+    Raises:
+      tarfile.HeaderError: there is no header.
+    """
+    first = max(0, record[0] - _HEADERS)
+    file.seek(first * BLOCK)
+    return key_of(_name(file.read((record[0] - first) * BLOCK)))
+
+
+def _name(blocks: bytes) -> str:
+    """The name of a member, whose header is the last of up to `_HEADERS` blocks.
+
+    A name that does not fit in there, or has other letters than ASCII, is in a member of its own before: a header of
+    PAX or GNU, and a block of content.
+    """
+    name = tarfile.TarInfo.frombuf(blocks[-BLOCK:], "utf-8", "replace").name
+    with contextlib.suppress(tarfile.HeaderError):
+        before = tarfile.TarInfo.frombuf(blocks[:BLOCK], "utf-8", "replace")
+        content = blocks[BLOCK:-BLOCK][: before.size]
+        if before.type == tarfile.GNUTYPE_LONGNAME and len(content) == before.size:
+            return content.rstrip(b"\0").decode("utf-8", "replace")
+        if before.type == tarfile.XHDTYPE and (path := re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", content)):
+            return path[1].decode("utf-8", "replace")
+    return name
 
 
 def engine_for(store: Store, count: int, engine: Engine | None) -> Engine:
