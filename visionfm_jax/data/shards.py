@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections import deque
@@ -31,6 +32,7 @@ from visionfm_jax.machine import usable_cores
 AHEAD = 4  # shards to a worker that are handed out before the first of them is done: bounds what waits in memory
 TRIES = 3  # times that a worker may die, or a node be lost, on the same shard
 MOST = 1024  # processes
+GRACE = 5.0  # seconds for processes to end in
 _S = TypeVar("_S")
 _R = TypeVar("_R")
 
@@ -124,6 +126,9 @@ class Local:
         finally:
             for worker in workers:
                 worker.end()
+            deadline = time.monotonic() + GRACE
+            for worker in workers:
+                worker.join(deadline)
             pool.shutdown(cancel_futures=True)
 
 
@@ -139,8 +144,8 @@ class _Worker:
 
     def __init__(self, function: Callable[[Any], Any]):
         self._function = function
-        self._ended = False
         self._changing = threading.Lock()
+        self._busy = self._ended = False
         self._start()
 
     def call(self, shard: Any) -> Any:
@@ -149,8 +154,13 @@ class _Worker:
         Raises:
           What the function raises.
           LostError: the process has died `TRIES` times.
+          CancelledError: nobody wants the result any more.
         """
         question = pickle.dumps(shard)
+        with self._changing:
+            if self._ended:
+                raise concurrent.futures.CancelledError
+            self._busy = True
         for died in range(1, TRIES + 1):
             try:
                 self._pipe.send_bytes(question)
@@ -158,17 +168,26 @@ class _Worker:
                 break
             except (EOFError, OSError):  # the other end of the pipe is gone
                 self._replace(shard, died)
+        self._busy = False
         result, error = pickle.loads(answer)
         if error is not None:
             raise error
         return result
 
     def end(self) -> None:
-        """Kill the process, whatever it does: nobody wants its results, and what it writes is whole or not there."""
+        """Have the process end: at once, whatever it does, for what it writes is whole or not there."""
         with self._changing:
             self._ended = True
-            self._process.kill()
-            self._process.join()
+            if self._busy:
+                self._process.terminate()
+            else:
+                self._pipe.close()
+
+    def join(self, deadline: float) -> None:
+        """Wait for its end until a moment of `time.monotonic`, when it is killed."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
+        self._process.kill()
+        self._process.join()
 
     def _start(self) -> None:
         self._pipe, other = multiprocessing.Pipe()
@@ -199,6 +218,7 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
     """In a process: answers each shard with the result of a function and None, or with None and what it has raised."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the process that has started this one ends it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing unfinished is left
     with contextlib.suppress(EOFError, OSError):  # nobody asks any more
         while True:
             question = pipe.recv_bytes()
