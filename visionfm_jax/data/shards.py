@@ -266,7 +266,9 @@ class Ray:
         there = ray.cluster_resources()
         gpus = self.gpus and there.get("GPU", 0)
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=TRIES - 1)(_called)
-        workers = int(gpus or there.get("CPU", 1))
+        workers = int(gpus or there.get("CPU", 0))
+        if not workers:  # Ray waits for them in silence
+            complain("the Ray cluster has no CPU; waiting until a node joins that has one")
         started: list[Any] = []
 
         def submit(shard: _S) -> tuple[_S, Any]:
@@ -274,7 +276,7 @@ class Ray:
             return shard, started[-1]
 
         try:
-            for shard, job in _ahead(submit, shards, workers):
+            for shard, job in _ahead(submit, shards, max(1, workers)):
                 yield self._result(ray, shard, job)
                 started.remove(job)
         finally:

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +147,17 @@ def test_arguments_that_do_not_go_together_are_refused(words, message):
 
 
 def test_where_there_is_no_ray_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'visionfm_jax\[ray\]'"):
         mapped(squared, Ray())
+
+
+def test_a_cluster_without_a_worker_is_told(monkeypatch, capsys):
+    """It may start some; until then Ray waits and says nothing."""
+    ray = SimpleNamespace(
+        is_initialized=lambda: True, cluster_resources=dict, put=lambda it: it, get=lambda it: it,
+        remote=lambda **options: lambda function: SimpleNamespace(remote=function),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert mapped(squared, Ray()) == [i * i for i in range(40)]
+    assert "the Ray cluster has no CPU; waiting until a node joins that has one" in capsys.readouterr().err
