@@ -42,15 +42,20 @@ class ColumnFolder:
         return self.path / (tar.removesuffix(".tar") + ".parquet")
 
     def is_whole(self, tar: dict[str, Any]) -> bool:
-        """Whether the columns of a tar, an entry of `Index.tars`, are there; what is damaged is to be made again."""
+        """Whether the columns of a tar, an entry of `Index.tars`, are there; what is damaged is to be made again.
+
+        Raises:
+          DataError, StorageError: they cannot be read now.
+        """
         path = self.file(tar["name"])
-        try:
-            return _read(path, None).schema.metadata.get(META) == self._of(tar)
-        except FileNotFoundError:
+        if not path.exists():
             return False
-        except (OSError, ValueError, pa.ArrowException, AttributeError) as error:
+        try:
+            table = read(lambda: _read(path, None), lambda: printable(str(path)))
+        except (ValueError, pa.ArrowException) as error:
             complain(f"{printable(str(path))} is damaged ({one_line(error)}): it is made again")
             return False
+        return (table.schema.metadata or {}).get(META) == self._of(tar)
 
     def write(self, tar: dict[str, Any], keys: Sequence[str], columns: dict[str, Any]) -> None:
         """Write the columns of a tar, whole or not at all.

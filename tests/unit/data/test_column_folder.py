@@ -1,8 +1,11 @@
 """Columns computed of pairs are of these tars and settings, whole, or refused."""
 
+import errno
+
 import pyarrow as pa
 import pytest
 
+from visionfm_jax import storage
 from visionfm_jax.data import column_folder
 from visionfm_jax.errors import ConfigError, DataError
 
@@ -42,6 +45,19 @@ def test_columns_of_another_tar_are_refused(folder, other):
     assert not folder.is_whole(TAR | other)
     with pytest.raises(DataError, match=r"00000.parquet: is of another 00000.tar, .*; run visionfm data score again"):
         folder.read(TAR | other)
+
+
+def test_columns_are_not_made_again_where_storage_fails_for_a_moment(folder, monkeypatch):
+    failures = [OSError(errno.EIO, "Input/output error")]
+
+    def read(*arguments, act=column_folder._read):
+        if failures:
+            raise failures.pop()
+        return act(*arguments)
+
+    monkeypatch.setattr(column_folder, "_read", read)
+    monkeypatch.setattr(storage, "WAITS", (0,))
+    assert folder.is_whole(TAR)
 
 
 def test_a_missing_file_is_named(folder):
