@@ -10,10 +10,14 @@ images, and the same drawing in other colours, are no copies. --by says what mak
     pair      its picture is a copy, and the captions are equal but for case, punctuation and white space
     caption   the captions are equal, whatever the pictures show: "a photo" is then kept once
 
+With --similar=0.95 pictures are copies, too, whose embeddings have a cosine of at least that: mirror images, other
+colours, larger cuts, and with a lower one other photos of the same thing. --columns is then of visionfm data score
+--embeddings. Pairs are compared within clusters of like ones, so that a few near ones are missed.
+
 Of copies the one with the highest score is kept (`similarity` in --columns, of visionfm data score), then the one with
 the most pixels, then the first; every dropped pair is a copy of the kept one that it names. --out gets for each tar a
 file of columns, a row for each pair: `duplicate`; `duplicate_of`, TAR/KEY of the kept one; `why`, image, caption or
-pair (both). They are empty for pairs whose picture cannot be read.
+pair (both), or similar, where the embeddings alone are near. They are empty for pairs whose picture cannot be read.
 
 With --against=KIND:PATH or KIND:PATH@SPLIT, a dataset as training reads them, such as folder:/data/pets@ of class
 folders without a split, and as often as there are such sets: `contaminated`, whether the picture is a copy of a
@@ -45,6 +49,7 @@ from visionfm_jax.data import column_folder, duplicates, held_out, signatures
 from visionfm_jax.data.column_folder import ColumnFolder
 from visionfm_jax.data.images import DamagedImage, decode, resize
 from visionfm_jax.data.shards import Engine, Local, add_arguments, engine_of
+from visionfm_jax.data.similar import COLUMN
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.tars import TarPairs
@@ -64,6 +69,7 @@ def dedup(
     out: Path,
     *,
     by: str = "image",
+    similar: float | None = None,
     scores: Path | None = None,
     against: Sequence[str] = (),
     caption_key: str = "txt",
@@ -75,6 +81,7 @@ def dedup(
       path: folder or URL with NNNNN.tar.
       out: folder to write.
       by: one of `duplicates.BY`.
+      similar: the least cosine of the embeddings of copies, `image_embedding` in `scores`; None: they are not compared.
       scores: folder of `visionfm data score`; of copies, the best-scored is kept.
       against: datasets of held-out images, KIND:PATH or KIND:PATH@SPLIT.
       caption_key: suffix of the members with captions, as for `TarPairs`.
@@ -88,22 +95,31 @@ def dedup(
     """
     if not caption_key:
         raise ConfigError("--caption_key: is empty, but captions are compared; name the suffix of their files")
+    if similar is not None:
+        _check_similar(similar, by, scores)
     engine = engine or Local()
     source = TarPairs(path, caption_key=caption_key)
     if not len(source):
         raise DataError(f"{source.name}: holds no pair; set --path or --caption_key")
     best = column_folder.open_folder(scores) if scores else None
-    if best and "similarity" not in column_folder.columns_of(best, source.index.tars):
+    there = column_folder.columns_of(best, source.index.tars) if best else []
+    if best and "similarity" not in there:
         raise ConfigError(f"--columns={printable(str(scores))}: has no column similarity; visionfm data score makes it")
+    if similar is not None and COLUMN not in there:
+        raise ConfigError(
+            f"--columns={printable(str(scores))}: has no column {COLUMN}, which --similar compares; visionfm "
+            "data score --embeddings makes it"
+        )
     for word in against:
         held_out.opened(word)  # what would stop the work after hours comes first
     about = {"command": "data dedup", "by": by, "columns": best.about if best else None, "against": list(against)}
+    about |= {} if similar is None else {"similar": similar}
     columns = column_folder.create(out, about | {"tars": f"{source.index.crc:08x}"})
     files = [out / f"held-out-{i:02d}" for i in range(len(against))]
     sets = [held_out.write_signatures(word, file, engine) for word, file in zip(against, files, strict=True)]
-    made = duplicates.find_duplicates(source.index, source.store, columns, by, best, files, engine)
+    made = duplicates.find_duplicates(source.index, source.store, columns, by, best, files, engine, similar)
     found = _Found(source, columns, best, files)
-    report = found.added_up(made, by, sets)
+    report = found.added_up(made, by, similar, sets)
     with writing(f"--out={printable(str(out))}"):
         for name, text in (
             ("report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
@@ -114,6 +130,16 @@ def dedup(
     return report
 
 
+def _check_similar(similar: float, by: str, scores: Path | None) -> None:
+    flag = f"--similar={similar:g}"
+    if not 0 < similar <= 1:
+        raise ConfigError(f"{flag}: must lie in (0, 1], as a cosine; 0.95 is a usual one")
+    if by == "caption":
+        raise ConfigError(f"{flag}: compares pictures, but --by=caption goes by captions alone; leave one of them out")
+    if scores is None:
+        raise ConfigError(f"{flag}: needs embeddings; add --columns=FOLDER of visionfm data score --embeddings")
+
+
 class _Found:
     """What was found, for people."""
 
@@ -122,14 +148,17 @@ class _Found:
         self._signs = duplicates.signatures_in(columns.path)
         self._shown: list[int] = []  # contaminated pairs
 
-    def added_up(self, made: Iterable[dict[str, Any]], by: str, sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def added_up(
+        self, made: Iterable[dict[str, Any]], by: str, similar: float | None, sets: Sequence[dict[str, Any]]
+    ) -> dict[str, Any]:
         """The report."""
+        reasons = duplicates.BY if similar is None else duplicates.WHY
         totals: collections.Counter[str] = collections.Counter()
         damage: list[str] = []
         for part, first in zip(made, self._source.index.starts.tolist(), strict=False):
             self._shown += [first + i for i in part["shown"]][: SHOWN - len(self._shown)]
             damage += [f"{self._source.key(first + i)}: {why}" for i, why in part["damage"][: NAMED - len(damage)]]
-            totals.update({name: part[name] for name in ("pairs", "contaminated", *duplicates.BY)})
+            totals.update({name: part[name] for name in ("pairs", "contaminated", *reasons)})
             totals["unreadable"] += len(part["damage"])
         if totals["unreadable"] == totals["pairs"]:
             raise DataError(f"{self._source.name}: no picture can be read; the first: {damage[0]}; check the tars")
@@ -137,11 +166,12 @@ class _Found:
         return {
             "path": self._source.store.url,
             "by": by,
+            **({} if similar is None else {"similar": similar}),
             "tars": len(self._source.index.tars),
             "pairs": totals["pairs"],
             "unreadable": {"count": totals["unreadable"], "first": damage},
-            "duplicates": {reason: totals[reason] for reason in duplicates.BY},
-            "kept": totals["pairs"] - totals["unreadable"] - sum(totals[reason] for reason in duplicates.BY),
+            "duplicates": {reason: totals[reason] for reason in reasons},
+            "kept": totals["pairs"] - totals["unreadable"] - sum(totals[reason] for reason in reasons),
             "captions": {
                 "repeated": captions["repeated"],
                 "top": [{"pairs": pairs, "caption": self._caption(row)} for pairs, row in captions["top"]],
@@ -181,9 +211,13 @@ class _Found:
         mine = self._signature(kept)
         figures = [self._figure(kept, "kept")]
         for row in dropped:
-            other = self._signature(row)
-            bits = int(signatures.distances(mine["hash"], other["hash"]))
-            figures.append(self._figure(row, f"dropped by {self._row(self._columns, row, 'why')}, {bits} bits"))
+            why = self._row(self._columns, row, "why")
+            far = f"{int(signatures.distances(mine['hash'], self._signature(row)['hash']))} bits"
+            if why == "similar":
+                far = (
+                    f"cosine {np.dot(self._row(self._scores, row, COLUMN), self._row(self._scores, kept, COLUMN)):.3f}"
+                )
+            figures.append(self._figure(row, f"dropped by {why}, {far}"))
         more = f", of which {len(dropped)} are shown" if size > len(dropped) else ""
         return f"<h3>{size:,} dropped{more}</h3>" + _side_by_side(figures)
 
@@ -290,6 +324,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.de
     parser.add_argument("--path", required=True, help="folder or URL with NNNNN.tar")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--by", choices=duplicates.BY, default="image", help="what makes a duplicate (%(default)s)")
+    parser.add_argument("--similar", type=float, metavar="COSINE", help="least cosine of embeddings of copies, as 0.95")
     parser.add_argument("--columns", type=Path, metavar="FOLDER", help="that visionfm data score has written")
     parser.add_argument("--against", action="append", default=[], metavar="KIND:PATH", help="held-out images")
     parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
@@ -301,6 +336,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.de
         arguments.path,
         out,
         by=arguments.by,
+        similar=arguments.similar,
         scores=arguments.columns and arguments.columns.expanduser(),
         against=arguments.against,
         caption_key=arguments.caption_key,

@@ -3,21 +3,26 @@
 1. `sign`: of each tar, the signatures of its pictures and captions (`data.signatures`), kept in --out/signatures.
 2. `spread`: of some tars together, these rows, for each block of the hash sorted by its value, into buckets.
 3. `find`: of each bucket, which rows are copies of which better ones (`data.near`).
-4. `choose`: which of these pairs are kept. In order from the best to the worst, a pair is dropped where it is a copy of
+4. With embeddings, `sample` and `spread_embeddings` put each pair into files by its nearest clusters, and
+   `find_similar` finds in each which embeddings are near (`data.similar`).
+5. `choose`: which of these pairs are kept. In order from the best to the worst, a pair is dropped where it is a copy of
    one that is kept. So every dropped pair is a copy of the kept one that it is named with, however long the chain of
    copies of copies around it. The best are those of the largest score, then of the most pixels, then the first.
-5. `write`: of each tar, its columns.
+6. `write`: of each tar, its columns.
 
-Memory: of 1 and 5 that of a tar's rows; of 2 `ROWS` rows, or a tar's; of 3 as many on average, and at least those of
-one value of a block (a 512th of all, 80 bytes each); of 4, in the process that was started, 17 bytes for each found
-copy of another, at most `MOST` for a pair and block. Of a picture with many equal copies, to the bit, one takes part.
-Held-out images take 900 bytes each in every process of 5.
+Memory: of 1 and 6 that of a tar's rows; of 2 `ROWS` rows, or a tar's; of 3 as many on average, and at least those of
+one value of a block (a 512th of all, 88 bytes each); of 4 an eighth of `ROWS` embeddings, or a tar's, where those of a
+larger cluster lie in a file and are compared block by block, and in the process that was started the sample that the
+centres are found of, `SAMPLE` embeddings for each; of 5, in that process, 17 bytes for each found copy of another, at
+most `MOST` for a pair and block or cluster. Of a picture with many equal copies, to the bit, one takes part. Held-out
+images take 900 bytes each in every process of 6.
 """
 
 from __future__ import annotations
 
 import functools
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from visionfm_jax.data import signatures
+from visionfm_jax.data import signatures, similar
 from visionfm_jax.data.column_folder import KEY, ColumnFolder
 from visionfm_jax.data.held_out import HeldOut
 from visionfm_jax.data.images import DamagedImage
@@ -45,17 +50,57 @@ BY = (
     "caption",
     "pair",
 )  # what makes a pair a duplicate: a near-copy of the picture, an equal caption, or both
+WHY = (*BY, "similar")  # why one is dropped: that, or a near embedding where the pictures are no near-copies
 ROWS = 2**21  # pairs that are in memory at once
+EMBEDDED = 8  # times fewer are, where their embeddings are, too
+CLUSTER, CLUSTERS = 2**13, 2**16  # embeddings of a cluster, in the mean; and the most clusters
+SAMPLE, TARS = 16, 256  # embeddings for each cluster that its centre is found from, and the most tars that they are of
 CAPTION = len(BLOCKS)  # number of the table by captions, behind those by blocks of the hash
+SIMILAR = CAPTION + 1  # and of that by clusters of embeddings
 TOP = 10  # captions that are reported
 GROUPS = "groups"
 ROW = np.dtype(
-    [*signatures.SIGNATURE.descr, ("caption", "<u8"), ("row", "<u8"), ("score", "<f4"), ("pixels", "<u4")]
-)  # the first three fields, 64 bytes, tell pairs apart
+    [
+        *signatures.SIGNATURE.descr,
+        ("embedding", "<u8"),
+        ("caption", "<u8"),
+        ("row", "<u8"),
+        ("score", "<f4"),
+        ("pixels", "<u4"),
+    ]
+)  # the first four fields, 72 bytes, tell pairs apart; `embedding` is its digest, 0 where none is compared
+HEAD = np.dtype([("cluster", "<u4"), ("row", ROW)])  # of an embedding in a file of clusters
 EDGE = np.dtype([("worse", "<u8"), ("better", "<u8"), ("distance", "u1")])
 DUPLICATE = np.dtype([("row", "<u8"), ("kept", "<u8")])
 EQUAL = 255  # as the distance of an edge: no other edge of this row is noted, as all are those of the better one
+FARTHER = signatures.DISTANCE + 1  # as the distance of equal embeddings; others add the thousandths that they lack
 Placed = tuple[dict[str, Any], int]  # the entry of a tar in the index, and the number of its first pair
+
+
+@dataclass(frozen=True)
+class Similar:
+    """How embeddings are compared.
+
+    Attributes:
+      threshold: the least cosine of those of copies.
+      width: of an embedding.
+      rows: embeddings that are in memory at once.
+      clusters: that are looked for.
+      buckets: files of clusters that they are spread into.
+      groups: of tars that are spread together.
+    """
+
+    threshold: float
+    width: int
+    rows: int
+    clusters: int
+    buckets: int
+    groups: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of an embedding in a file of clusters."""
+        return np.dtype([("head", HEAD), ("vector", "<i2", (self.width,))])
 
 
 @dataclass(frozen=True)
@@ -66,11 +111,12 @@ class Job:
       store: of the tars.
       by: one of `BY`.
       signatures, columns: what is written of each tar.
-      scores: folder with the column `similarity`; None: pairs have none.
+      scores: folder with the column `similarity`, and `image_embedding` for `similar`; None: pairs have none.
       work: folder of files that are needed until the end.
       buckets: that each table is spread into.
       groups: of tars that are spread together.
       held_out: files of signatures of held-out images.
+      similar: None: embeddings are not compared.
     """
 
     store: Store
@@ -82,6 +128,7 @@ class Job:
     buckets: int
     groups: int
     held_out: tuple[Path, ...]
+    similar: Similar | None = None
 
     @property
     def tables(self) -> list[int]:
@@ -97,16 +144,28 @@ def find_duplicates(
     scores: ColumnFolder | None,
     held_out: Sequence[Path],
     engine: Engine,
+    threshold: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Write the columns of all tars; of each, in order, what `counted` counts.
+
+    Args:
+      index, store: of the tars.
+      columns: folder to write to.
+      by: one of `BY`.
+      scores: folder with the column `similarity`; of copies, the best-scored is kept.
+      held_out: files of signatures of held-out images.
+      engine: that does the work.
+      threshold: the least cosine of embeddings, `image_embedding` in `scores`, of copies; None: they are not compared.
 
     Raises:
       UserError: one line: a tar or file of scores cannot be read, or the columns cannot be written.
     """
     out = columns.path
-    work, groups, of_pictures = out / "work", _grouped(index), signatures_in(out)
+    work, groups, of_pictures = out / "work", _grouped(index, ROWS), signatures_in(out)
     buckets = -(-len(index.records) // ROWS)
-    job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), tuple(held_out))
+    smaller = _grouped(index, max(1, ROWS // EMBEDDED))
+    compared = _similar(index, scores, threshold, len(smaller)) if scores and threshold else None
+    job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), tuple(held_out), compared)
     with writing(f"--out: {printable(str(out))}"):
         of_pictures.path.mkdir(exist_ok=True)
     for _ in map_shards(functools.partial(sign, job), index.shards, engine, title="signatures", unit=" tars"):
@@ -120,6 +179,15 @@ def find_duplicates(
         pieces = [(table, bucket) for table in job.tables for bucket in range(buckets)]
         for _ in map_shards(functools.partial(find, job), pieces, engine, title="finding copies"):
             pass
+        if compared:
+            _find_clusters(job, compared, index, engine)
+            spread_them = functools.partial(spread_embeddings, job)
+            for _ in map_shards(spread_them, list(enumerate(smaller)), engine, title="spreading embeddings"):
+                pass
+            files = [(SIMILAR, bucket) for bucket in range(compared.buckets)]
+            for _ in map_shards(functools.partial(find_similar, job), files, engine, title="finding near embeddings"):
+                pass
+            pieces += files
         found, captions = _collect(job, pieces)
         duplicates = choose(found)
         _write_table(out / GROUPS, [duplicates], captions)
@@ -147,12 +215,12 @@ def _read_groups(out: Path) -> np.ndarray | None:
         return None
 
 
-def _grouped(index: Index) -> list[list[Placed]]:
-    """Tars that are spread together, of at most `ROWS` pairs, or one."""
+def _grouped(index: Index, most: int) -> list[list[Placed]]:
+    """Tars that are spread together, of at most `most` pairs, or one."""
     groups: list[list[Placed]] = [[]]
     rows = 0
     for tar, first in zip(index.tars, index.starts.tolist(), strict=False):
-        if groups[-1] and rows + tar["pairs"] > ROWS:
+        if groups[-1] and rows + tar["pairs"] > most:
             groups.append([])
             rows = 0
         groups[-1].append((tar, first))
@@ -202,15 +270,7 @@ def spread(job: Job, group: tuple[int, list[Placed]]) -> None:
     path = job.work / f"rows-{number:06d}"
     if path.exists():
         return
-    pieces = []
-    for tar, first in shards:
-        rows, readable = rows_of(job.signatures.read(tar))
-        rows["row"] = first + np.arange(len(rows))
-        if job.scores:
-            scores = job.scores.read(tar, ["similarity"])["similarity"].to_numpy().astype(np.float32)
-            rows["score"] = np.where(np.isnan(scores), -np.inf, scores)
-        pieces.append(rows[readable])
-    rows, starts = np.concatenate(pieces), [0]
+    rows, starts = np.concatenate([_rows(job, tar, first)[0] for tar, first in shards]), [0]
 
     def tables() -> Iterator[np.ndarray]:
         for table in job.tables:
@@ -225,6 +285,23 @@ def spread(job: Job, group: tuple[int, list[Placed]]) -> None:
     _write_table(path, tables(), {"starts": starts})
 
 
+def _rows(job: Job, tar: dict[str, Any], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a tar's pairs that can be read: ROW (N,), which of them have an embedding, bool (N,), and these embeddings,
+    int16 (K, E), where embeddings are compared.
+    """
+    rows, readable = rows_of(job.signatures.read(tar))
+    rows["row"] = first + np.arange(len(rows))
+    if job.scores:
+        scores = job.scores.read(tar, ["similarity"])["similarity"].to_numpy().astype(np.float32)
+        rows["score"] = np.where(np.isnan(scores), -np.inf, scores)
+    known, vectors = np.zeros(len(rows), bool), np.zeros((0, 0), np.int16)
+    if job.scores and job.similar:
+        vectors, known = similar.read_embeddings(job.scores, tar)
+        vectors, known = vectors[readable[known]], known & readable
+        rows["embedding"][known] = similar.digests(vectors)
+    return rows[readable], known[readable], vectors
+
+
 def find(job: Job, piece: tuple[int, int]) -> None:
     """Write the edges, from worse to better copies, of a bucket of a table."""
     table, bucket = piece
@@ -232,7 +309,7 @@ def find(job: Job, piece: tuple[int, int]) -> None:
     if path.exists():
         return
     rows = np.concatenate([_bucket(job, group, table, bucket) for group in range(job.groups)])
-    rows = rows[np.lexsort((rows["row"], -rows["pixels"].astype(np.int64), -rows["score"]))]
+    rows = rows[np.lexsort(_best_first(rows))]
     meta: dict[str, Any] = {}
     if table == CAPTION:
         _, first, same, counts = np.unique(rows["caption"], return_index=True, return_inverse=True, return_counts=True)
@@ -240,9 +317,7 @@ def find(job: Job, piece: tuple[int, int]) -> None:
         meta = {"repeated": int(counts[counts > 1].sum()), "top": [[-count, row] for count, row in top if count < -1]}
         found = [_equal(rows, first[same])] if job.by == "caption" else []
     else:
-        fields = 64 if job.by == "pair" else 56  # bytes, with the caption or without
-        told = np.ascontiguousarray(rows.view(np.uint8).reshape(len(rows), ROW.itemsize)[:, :fields])
-        _, first, same = np.unique(told.view(f"V{fields}")[:, 0], return_index=True, return_inverse=True)
+        first, same = _equals(rows, _told(job))
         found = [_equal(rows, first[same])] if table == 0 else []
         first = np.sort(first)
         unique = rows[first][rows["hash"][first] != signatures.FLAT]
@@ -253,6 +328,26 @@ def find(job: Job, piece: tuple[int, int]) -> None:
         worse, better = (unique[i] for i in edges(unique, table, accept).T)
         found.append(_as_edges(worse, better, signatures.distances(worse["hash"], better["hash"])))
     _write_table(path, found, meta)
+
+
+def _best_first(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The keys, of which the last counts most, that sort rows from the best to the worst."""
+    return rows["row"], -rows["pixels"].astype(np.int64), -rows["score"]
+
+
+def _told(job: Job) -> int:
+    """By how many of the first bytes of ROW pairs are told apart: with the caption or without."""
+    return 72 if job.by == "pair" else 64
+
+
+def _equals(rows: np.ndarray, told: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first of each of the different rows, told apart by so many bytes, int64 (D,), and which of these each row
+    equals, int64 (N,).
+    """
+    whole = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), rows.dtype.itemsize)
+    values = np.ascontiguousarray(whole[:, :told]).view(f"V{told}")[:, 0]
+    _, first, same = np.unique(values, return_index=True, return_inverse=True)
+    return first, same
 
 
 def _edges(job: Job, piece: tuple[int, int]) -> Path:
@@ -275,6 +370,106 @@ def _as_edges(worse: np.ndarray, better: np.ndarray, distance: np.ndarray | int)
     found = np.zeros(len(worse), EDGE)
     found["worse"], found["better"], found["distance"] = worse["row"], better["row"], distance
     return found
+
+
+def _similar(index: Index, scores: ColumnFolder, threshold: float, groups: int) -> Similar:
+    pairs, rows = len(index.records), max(1, ROWS // EMBEDDED)
+    width = scores.read(index.tars[0], [similar.COLUMN]).schema.field(similar.COLUMN).type.list_size
+    clusters = min(-(-pairs // CLUSTER), CLUSTERS)
+    return Similar(threshold, width, rows, clusters, min(-(-pairs * similar.NEAREST // rows), clusters), groups)
+
+
+def _find_clusters(job: Job, compared: Similar, index: Index, engine: Engine) -> None:
+    """Write the centres of the clusters."""
+    path = job.work / "centres"
+    if path.exists():
+        return
+    rng = np.random.default_rng(0)
+    some = np.sort(rng.permutation(np.flatnonzero([tar["pairs"] for tar in index.tars]))[:TARS]).tolist()
+    wanted = -(-compared.clusters * SAMPLE // len(some))
+    pieces = [
+        (index.tars[t], rng.choice(pairs := index.tars[t]["pairs"], min(wanted, pairs), replace=False)) for t in some
+    ]
+    found = list(map_shards(functools.partial(sample, job), pieces, engine, title="sampling embeddings", unit=" tars"))
+    _write_table(path, [similar.centres_of(np.concatenate(found), compared.clusters, rng)], {})
+
+
+def sample(job: Job, piece: tuple[dict[str, Any], np.ndarray]) -> np.ndarray:
+    """The embeddings, int16 (K, E), of some of a tar's pairs, by their numbers."""
+    assert job.scores
+    tar, chosen = piece
+    vectors, known = similar.read_embeddings(job.scores, tar)
+    return vectors[np.isin(np.flatnonzero(known), chosen)]
+
+
+def spread_embeddings(job: Job, group: tuple[int, list[Placed]]) -> None:
+    """Write the rows and embeddings of some tars, each in the clusters that it is near to, sorted by these."""
+    assert job.similar
+    number, shards = group
+    path = job.work / f"embeddings-{number:06d}"
+    if path.exists():
+        return
+    centres = read_table(job.work / "centres", np.dtype([("vector", "<i2", (job.similar.width,))]), verify=True)[0]
+    pieces, near = [], []
+    for tar, first in shards:
+        rows, known, vectors = _rows(job, tar, first)
+        piece = np.zeros(len(vectors), job.similar.dtype)
+        piece["head"]["row"], piece["vector"] = rows[known], vectors
+        pieces.append(piece)
+        near.append(similar.nearest(vectors, centres["vector"], similar.NEAREST))
+    embedded, clusters = np.concatenate(pieces), np.concatenate(near)
+    of, order = clusters.ravel(), np.argsort(clusters.ravel(), kind="stable")
+    counts = np.bincount(of * job.similar.buckets // len(centres), minlength=job.similar.buckets)
+
+    def parts() -> Iterator[np.ndarray]:
+        for places in np.array_split(order, EMBEDDED):
+            part = embedded[places // clusters.shape[1]]
+            part["head"]["cluster"] = of[places]
+            yield part
+
+    _write_table(path, parts(), {"starts": [0, *np.cumsum(counts).tolist()]})
+
+
+def _embedded(job: Job, group: int, bucket: int) -> np.ndarray:
+    """A bucket of clusters of a group of tars, in a mapped file."""
+    assert job.similar
+    rows, meta = read_table(job.work / f"embeddings-{group:06d}", job.similar.dtype, verify=False)
+    return rows[meta["starts"][bucket] : meta["starts"][bucket + 1]]
+
+
+def find_similar(job: Job, piece: tuple[int, int]) -> None:
+    """Write the edges, from worse to better copies, of near embeddings of a bucket of clusters."""
+    assert job.similar
+    path = _edges(job, piece)
+    if path.exists():
+        return
+    groups = range(job.similar.groups)
+    heads = np.concatenate([np.array(_embedded(job, group, piece[1])["head"]) for group in groups])
+    order = np.lexsort((*_best_first(heads["row"]), heads["cluster"]))
+    order = order[np.sort(_equals(heads[order], HEAD["cluster"].itemsize + _told(job))[0])]
+    place = np.full(len(heads), -1)
+    place[order] = np.arange(len(order))
+    heads = heads[order]
+    found = [np.zeros(0, EDGE)]
+    with tempfile.TemporaryFile(dir=job.work) as file:
+        shape = len(order), job.similar.width
+        large = len(order) > 2 * job.similar.rows
+        vectors = np.memmap(file, np.int16, "w+", shape=shape) if large else np.empty(shape, np.int16)
+        for group in groups:
+            part = _embedded(job, group, piece[1])
+            here, place = place[: len(part)], place[len(part) :]
+            vectors[here[here >= 0]] = part["vector"][here >= 0]
+        bounds = np.flatnonzero(np.diff(heads["cluster"], prepend=-1, append=-1))
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            rows = heads["row"][start:stop]
+
+            def accept(a: np.ndarray, b: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+                return rows["caption"][a] == rows["caption"][b] if job.by == "pair" else np.ones(len(a), bool)
+
+            pairs, cosines = similar.edges(vectors[start:stop], job.similar.threshold, accept)
+            lacks = np.clip((1000 * (1 - cosines)).astype(np.int64), 0, EQUAL - 1 - FARTHER)
+            found.append(_as_edges(rows[pairs[:, 0]], rows[pairs[:, 1]], FARTHER + lacks))
+    _write_table(path, found, {})
 
 
 def _collect(job: Job, pieces: Sequence[tuple[int, int]]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -362,7 +557,8 @@ def write(job: Job, part: Part) -> dict[str, Any]:
             same = mine["caption"] == others["caption"]
             folder, keys = entry["name"].removesuffix(".tar"), table[KEY].take(part.places[here]).to_pylist()
             for i, key, n, s in zip(part.dropped[here].tolist(), keys, near.tolist(), same.tolist(), strict=True):
-                kept_as[i], why[i] = f"{folder}/{key}", "pair" if n and s else "image" if n else "caption"
+                other = "caption" if job.by == "caption" else "similar"
+                kept_as[i], why[i] = f"{folder}/{key}", "pair" if n and s else "image" if n else other
         columns = {
             "duplicate": pa.array(duplicate, pa.bool_(), mask=~readable),
             "duplicate_of": pa.array(kept_as, pa.string()),
@@ -391,7 +587,7 @@ def counted(signs: pa.Table, columns: pa.Table) -> dict[str, Any]:
     positions = np.flatnonzero(contaminated == True)  # noqa: E712 -- None, of what cannot be read, is neither
     return {
         "pairs": len(columns),
-        **{reason: why.count(reason) for reason in BY},
+        **{reason: why.count(reason) for reason in WHY},
         "contaminated": len(positions),
         "damage": [[i, reason] for i, reason in enumerate(reasons) if reason is not None],
         "shown": positions[:TOP].tolist(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -143,7 +144,7 @@ class _Worker:
     """
 
     def __init__(self, function: Callable[[Any], Any]):
-        self._function = function
+        self._function = pickle.dumps(function)
         self._changing = threading.Lock()
         self._busy = self._ended = False
         self._start()
@@ -191,10 +192,12 @@ class _Worker:
 
     def _start(self) -> None:
         self._pipe, other = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other, self._function))
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other,))
         with no_main():
             self._process.start()
         other.close()  # so that the pipe ends with the process
+        with contextlib.suppress(OSError):  # it has died, which `call` finds out
+            self._pipe.send_bytes(self._function)
 
     def _replace(self, shard: Any, died: int) -> None:
         """Start another process, after this one has died for the `died`-th time at a shard."""
@@ -214,12 +217,16 @@ class _Worker:
             self._start()
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
-    """In a process: answers each shard with the result of a function and None, or with None and what it has raised."""
+def _serve(pipe: Connection) -> None:
+    """In a process: answers each shard with the result of a function, which comes first, and None, or with None and
+    what it has raised.
+    """
     end_with_parent()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is there: the other cores have work of their own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the process that has started this one ends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing unfinished is left
     with contextlib.suppress(EOFError, OSError):  # nobody asks any more
+        function = pickle.loads(pipe.recv_bytes())
         while True:
             question = pipe.recv_bytes()
             try:

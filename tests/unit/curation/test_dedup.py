@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from runs import environment
 from visionfm_jax import __main__ as console
 from visionfm_jax.curation.dedup import LEFT_OUT, dedup
 from visionfm_jax.data import column_folder, duplicates
-from visionfm_jax.data.shards import Here
+from visionfm_jax.data.shards import Here, Local
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import ConfigError, DataError, UserError
 
@@ -236,6 +237,167 @@ def test_mirrored_held_out_images_and_the_exit_code(few, tmp_path, capsys):
     before = contents(out)
     assert console.main(words) == LEFT_OUT
     assert before.items() < contents(out).items()
+
+
+def turned(vector: np.ndarray, cosine: float, rng: np.random.Generator) -> np.ndarray:
+    """A unit vector of that cosine with another."""
+    other = rng.standard_normal(vector.shape)
+    other -= other @ vector * vector
+    return cosine * vector + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other)
+
+
+def write_embeddings(out: Path, source: TarPairs, scores: list, vectors: list) -> Path:
+    """As `visionfm data score --embeddings` does, of all pairs in order; None: could not be read."""
+    folder = column_folder.create(out, {"command": "data score", "embeddings": True})
+    width = len(next(vector for vector in vectors if vector is not None))
+    for shard, (start, stop) in zip(source.index.shards, itertools.pairwise(source.index.starts.tolist()), strict=True):
+        flat = [np.zeros(width) if vector is None else vector for vector in vectors[start:stop]]
+        flat = pa.array(np.array(flat, np.float16).reshape(-1))
+        lost = pa.array([vector is None for vector in vectors[start:stop]], pa.bool_())
+        column = pa.FixedSizeListArray.from_arrays(flat, width, mask=lost)
+        columns = {"similarity": pa.array(scores[start:stop], pa.float32()), "image_embedding": column}
+        folder.write(shard.tar, [source.key(i).partition("/")[2] for i in range(start, stop)], columns)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """Four tars of 160 different pictures, of which pair i, 80 to 159, has an embedding near to that of i - 80, with a
+    cosine of 0.97 where i is even, and 0.9 where it is odd; two have none.
+    """
+    folder = tmp_path_factory.mktemp("embedded")
+    pictures = [(jpeg(drawing(i)), f"a drawing, {i % 80}" if i % 4 else f"{i}") for i in range(160)]
+    pairs = write_pairs(folder / "pairs", *(pictures[i : i + 40] for i in range(0, 160, 40)))
+    rng = np.random.default_rng(0)
+    themes = rng.standard_normal((8, 32))
+    vectors = [themes[i % 8] + rng.standard_normal(32) for i in range(80)]
+    vectors = [vector / np.linalg.norm(vector) for vector in vectors]
+    vectors += [turned(vector, 0.9 if i % 2 else 0.97, rng) for i, vector in enumerate(vectors)]
+    scores: list = [0.1 + i / 1000 if i < 80 else 0.3 if i % 8 == 0 else 0.0 for i in range(160)]
+    vectors[4] = vectors[82] = scores[4] = scores[82] = None
+    return pairs, write_embeddings(folder / "scores", TarPairs(str(pairs)), scores, vectors)
+
+
+@pytest.fixture
+def clusters(monkeypatch):
+    """Small ones, so that there are some."""
+    monkeypatch.setattr(duplicates, "CLUSTER", 20)
+
+
+def similar(embedded, out: Path, **settings) -> dict:
+    return dedup(str(embedded[0]), out, **{"scores": embedded[1], "similar": 0.95, "engine": Here(), **settings})
+
+
+@pytest.fixture(scope="module")
+def compared(embedded, tmp_path_factory):
+    """What one process makes of it."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "CLUSTER", 20)
+        report = similar(embedded, out)
+    return out, report
+
+
+def expected_similar(keep=lambda i: True) -> dict[str, str]:
+    """Dropped pair -> kept one, of those near pairs that `keep` takes."""
+
+    def name(i: int) -> str:
+        return f"{i // 40:05d}/{i % 40}"
+
+    near = [i for i in range(80, 160, 2) if i not in (82, 84) and keep(i)]
+    return {name(i - 80 if i % 8 == 0 else i): name(i if i % 8 == 0 else i - 80) for i in near}
+
+
+def test_near_embeddings_are_copies(compared):
+    out, report = compared
+    rows = rows_of(out)
+    dropped = {key: row["duplicate_of"] for key, row in rows.items() if row["duplicate"]}
+    assert dropped == expected_similar()
+    assert {rows[key]["why"] for key in dropped} == {"similar"}
+    assert report["duplicates"] == {"image": 0, "caption": 0, "pair": 0, "similar": len(dropped)}
+    assert (report["similar"], report["kept"]) == (0.95, 160 - len(dropped))
+    page = (out / "report.html").read_text()
+    assert page.count("dropped by similar, cosine 0.97") == page.count("<h3>1 dropped</h3>") == 12
+    assert not (out / "work").exists()
+
+
+def test_processes_find_the_same_near_embeddings(embedded, compared, clusters, tmp_path):
+    similar(embedded, tmp_path / "out", engine=Local(2))
+    assert contents(tmp_path / "out") == contents(compared[0])
+
+
+def test_how_embeddings_are_spread_changes_nothing(embedded, compared, clusters, tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "ROWS", 64)  # clusters, too, are larger than what is in memory
+    similar(embedded, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(compared[0])
+
+
+@pytest.mark.parametrize("gone", ["edges-8-*", "embeddings-*", "centres"])
+def test_embeddings_whose_comparison_was_stopped_go_on(embedded, compared, clusters, tmp_path, monkeypatch, gone):
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, "choose", lambda found: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            similar(embedded, tmp_path / "out")
+    files = sorted((tmp_path / "out" / "work").glob(gone))
+    assert files
+    files[0].unlink()
+    similar(embedded, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(compared[0])
+
+
+def test_near_embeddings_of_equal_captions(embedded, clusters, tmp_path):
+    similar(embedded, tmp_path / "out", by="pair")
+    rows = rows_of(tmp_path / "out")
+    dropped = {key: row["duplicate_of"] for key, row in rows.items() if row["duplicate"]}
+    assert dropped == expected_similar(lambda i: i % 4) != {}
+
+
+def test_equal_pictures_and_near_embeddings(tmp_path):
+    """Of equal pictures those of other embeddings have a fate of their own."""
+    pictures = [jpeg(drawing(i)) for i in (1, 2, 2, 2, 2)]
+    pairs = write_pairs(tmp_path / "pairs", [(image, f"{i}") for i, image in enumerate(pictures)])
+    rng = np.random.default_rng(0)
+    a = np.eye(16)[0]
+    b, c = turned(a, 0.97, rng), np.eye(16)[1]
+    scores = write_embeddings(tmp_path / "scores", TarPairs(str(pairs)), [0.9, 0.8, 0.7, 0.6, None], [a, b, b, c, None])
+    similar((pairs, scores), tmp_path / "out")
+    found = {key: (row["duplicate_of"], row["why"]) for key, row in rows_of(tmp_path / "out").items()}
+    assert found == {
+        "00000/0": (None, None),
+        "00000/1": ("00000/0", "similar"),
+        "00000/2": ("00000/0", "similar"),
+        "00000/3": (None, None),
+        "00000/4": ("00000/3", "image"),
+    }
+
+
+def test_another_threshold_is_refused(embedded, compared):
+    for other in (0.9, None):
+        with pytest.raises(ConfigError, match="was made with another similar"):
+            similar(embedded, compared[0], similar=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"similar": 1.5}, "--similar=1.5: must lie in (0, 1], as a cosine"),
+        ({"similar": float("nan")}, "--similar=nan: must lie in (0, 1]"),
+        ({"by": "caption"}, "--similar=0.95: compares pictures, but --by=caption goes by captions alone; leave one"),
+        (
+            {"scores": None},
+            "--similar=0.95: needs embeddings; add --columns=FOLDER of visionfm data score --embeddings",
+        ),
+        ({}, "has no column image_embedding, which --similar compares; visionfm data score --embeddings makes it"),
+    ],
+)
+def test_wrong_settings_of_embeddings_are_one_line(few, tmp_path, change, message):
+    scores = column_folder.create(tmp_path / "scores", {"command": "data score"})
+    for tar in TarPairs(str(few)).index.tars:
+        scores.write(tar, ["k"] * tar["pairs"], {"similarity": pa.nulls(tar["pairs"], pa.float32())})
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        similar((few, scores.path), tmp_path / "out", **change)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_work_is_refused(few, tmp_path):
