@@ -420,14 +420,15 @@ def spread_embeddings(job: Job, group: tuple[int, list[Placed]]) -> None:
     embedded, clusters = np.concatenate(pieces), np.concatenate(near)
     of, order = clusters.ravel(), np.argsort(clusters.ravel(), kind="stable")
     counts = np.bincount(of * job.similar.buckets // len(centres), minlength=job.similar.buckets)
+    starts = [0, *np.cumsum(counts).tolist()]
 
-    def parts() -> Iterator[np.ndarray]:
-        for places in np.array_split(order, EMBEDDED):
+    def buckets() -> Iterator[np.ndarray]:
+        for places in np.split(order, starts[1:-1]):
             part = embedded[places // clusters.shape[1]]
             part["head"]["cluster"] = of[places]
             yield part
 
-    _write_table(path, parts(), {"starts": [0, *np.cumsum(counts).tolist()]})
+    _write_table(path, buckets(), {"starts": starts})
 
 
 def _embedded(job: Job, group: int, bucket: int) -> np.ndarray:
@@ -549,6 +550,7 @@ def write(job: Job, part: Part) -> dict[str, Any]:
         duplicate[part.dropped] = True
         kept_as: list[str | None] = [None] * len(rows)
         why: list[str | None] = [None] * len(rows)
+        other = "caption" if job.by == "caption" else "similar"
         for number, entry in part.entries.items():
             here = part.tars == number
             table = job.signatures.read(entry)
@@ -557,7 +559,6 @@ def write(job: Job, part: Part) -> dict[str, Any]:
             same = mine["caption"] == others["caption"]
             folder, keys = entry["name"].removesuffix(".tar"), table[KEY].take(part.places[here]).to_pylist()
             for i, key, n, s in zip(part.dropped[here].tolist(), keys, near.tolist(), same.tolist(), strict=True):
-                other = "caption" if job.by == "caption" else "similar"
                 kept_as[i], why[i] = f"{folder}/{key}", "pair" if n and s else "image" if n else other
         columns = {
             "duplicate": pa.array(duplicate, pa.bool_(), mask=~readable),

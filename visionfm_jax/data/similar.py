@@ -38,13 +38,18 @@ def read_embeddings(folder: ColumnFolder, tar: dict) -> tuple[np.ndarray, np.nda
     """
     column = folder.read(tar, [COLUMN])[COLUMN].combine_chunks()
     values = column.flatten().to_numpy().reshape(-1, column.type.list_size)
-    vectors = np.rint(values.astype(np.float32) * UNIT).astype(np.int16)
+    vectors = rounded(values)
     lengths = np.sqrt(_squares(vectors)) / UNIT
     if (wrong := np.abs(lengths - 1) > LENGTH).any():
         where = printable(str(folder.file(tar["name"])))
         length = lengths[np.argmax(wrong)]
         raise DataError(f"{where}: {COLUMN} has one of length {length:.3g}, not 1; visionfm data score writes them so")
     return vectors, column.is_valid().to_numpy(zero_copy_only=False)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Multiples of 1 / `UNIT`, int16, of float16: their products have 23 bits, which a float32 holds."""
+    return np.rint(values.astype(np.float32) * UNIT).astype(np.int16)
 
 
 def digests(vectors: np.ndarray) -> list[int]:
