@@ -67,6 +67,13 @@ def fails_oddly(shard):
     raise OddError(404, f"no shard {shard}")
 
 
+def threads_of_products(shard):
+    import numpy as np  # noqa: F401
+    from threadpoolctl import threadpool_info
+
+    return max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+
 def mapped(function, engine, count=40):
     return list(map_shards(function, range(count), engine, title="test"))
 
@@ -75,6 +82,11 @@ def mapped(function, engine, count=40):
 def test_results_are_in_order(engine):
     assert mapped(squared_slowly, engine) == [i * i for i in range(40)]
     assert mapped(squared, engine, 0) == []
+
+
+def test_matrix_products_of_processes_take_one_core_each(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert mapped(threads_of_products, Local(2), 2) == [1, 1]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
