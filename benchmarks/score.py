@@ -8,8 +8,9 @@ A CLIP with a ViT of the given size, /16, at 224 pixels and random weights score
 the Parquet file. The forward pass is that of the same compiled program on the same number of rows that lie in memory.
 They alternate in rounds, in one process.
 
-The last line but one is arithmetic: how long `--machines` with `--devices` and `--cores` take for `--crawl` pairs, if a device scores `--rate` pairs per second and a core decodes as many pictures as were measured here, in
-processor time. The slower of both counts.
+The last line but one is arithmetic: how long `--machines` with `--devices` and `--cores` take for `--crawl` pairs, if a
+device scores `--rate` pairs per second, and a core decodes as many pictures as were measured here in processor time.
+The slower of both counts.
 """
 
 from __future__ import annotations
