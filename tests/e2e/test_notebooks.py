@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -9,6 +11,7 @@ from runs import ROOT, environment
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHORT = ["--config.train.steps=2", "--config.optim.warmup_steps=1", "--config.evals=()"]
+SHALLOW = ["--config.model.image.depths=(1, 1, 1, 1)", "--config.train.batch_size=16"]
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[dict]:
@@ -28,6 +31,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert "\nMORE = []" in parameters.source
     parameters.source += f"\nMORE = {SHORT}"
+    for cell in notebook.cells:  # SwinV2s of few blocks, which are compiled in a third of the time
+        cell.source = re.sub(r"((?:AURORA|, RUN), )MORE\)", rf"\1MORE + {SHALLOW})", cell.source)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert pictures(notebook) == pictures(kept) > 3
     printed = [cell.execution_count for cell in kept.cells if cell.cell_type == "code"]

@@ -30,6 +30,8 @@ from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.train.initialise import find_weights
 from visionfm_jax.train.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROOT = Path(__file__).parents[2]
 CHECK = runpy.run_path(f"{ROOT}/tests/parity/check_exports.py")
 CASES = {name: (task, network, more) for name, task, network, more in CHECK["cases"]()}

@@ -30,6 +30,7 @@ def gradients(config, images):
     return jax.jit(jax.value_and_grad(lambda p: (module.apply(p, images).pooled @ weights).sum()))(params)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_every_form_has_the_same_gradients():
     images = jax.random.normal(jax.random.key(3), (2, 12, 12, 3))
     expected = gradients(ViTConfig(**VIT, remat="none"), images)
@@ -37,6 +38,7 @@ def test_every_form_has_the_same_gradients():
         chex.assert_trees_all_close(gradients(ViTConfig(**VIT, **form), images), expected, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_stages_have_the_same_gradients_without_a_loop_and_recomputed_in_part():
     images = jax.random.normal(jax.random.key(3), (2, 32, 32, 3))
     expected = gradients(SwinV2Config(**SWIN), images)
@@ -53,6 +55,7 @@ def test_so_many_blocks_are_loops_of_their_own(remat, loops):
     assert [int(n) for n in re.findall(r"\blength=(\d+)", text)] == loops
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_no_block_at_all_is_the_identity():
     """As before the first of the blocks that queries join, where they join all."""
     module = ViTConfig(**VIT, remat="none").make(jnp.float32, no_gather)
