@@ -30,6 +30,7 @@ MANY = 20_000
 SLOW = (
     "e2e/test_pairs_runs.py",
     "e2e/test_documents_run.py",
+    "e2e/test_crawl_runs.py",
     "distributed/test_contrastive_step.py",
     "e2e/test_aurora_runs.py",
     "distributed/test_compiled_clip.py",
@@ -65,7 +66,6 @@ SLOW = (
     "unit/models/test_vit.py",
     "unit/models/test_windowed_vit.py",
     "distributed/test_lost_processes.py",
-    "distributed/test_tar_pairs.py",
     "distributed/test_layer_statistics.py",
     "distributed/test_compiled_traffic.py",
     "distributed/test_views.py",

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,44 @@ def finish(process: subprocess.Popen, log: Path, code: int = 0, seconds: float =
     return out, err
 
 
+def start_processes(
+    folder: Path,
+    count: int,
+    *arguments: str,
+    devices: int = 1,
+    own: Sequence[Sequence[str]] | None = None,
+    base: Sequence[str] = SMALL,
+) -> list[subprocess.Popen]:
+    """One run of `base` in so many processes, of so many devices each; `own` are the arguments of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environ = {"VISIONFM_COORDINATOR": coordinator, "VISIONFM_PROCESSES": str(count)}
+    return [
+        start(
+            folder,
+            *arguments,
+            *(own[i] if own else ()),
+            devices=devices,
+            base=base,
+            log=Path(f"{folder}-{i}"),
+            env=environ | {"VISIONFM_PROCESS": str(i)},
+        )
+        for i in range(count)
+    ]
+
+
+def finish_processes(
+    processes: Sequence[subprocess.Popen], folder: Path, code: int = 0, seconds: float = 180
+) -> list[tuple[str, str]]:
+    """As `finish`, of each."""
+    try:
+        return [finish(p, Path(f"{folder}-{i}"), code, seconds) for i, p in enumerate(processes)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def run(folder: Path, *arguments: str, code: int = 0, devices: int = 2) -> tuple[str, str]:
     return finish(start(folder, *arguments, devices=devices), folder, code)
 
@@ -106,6 +145,14 @@ def signal_after(process: subprocess.Popen, folder: Path, step: int, number: sig
     """Send a signal soon after `step` is done."""
     until(lambda: last_step(folder) >= step, process)
     process.send_signal(number)
+
+
+def kill_a_worker(process: subprocess.Popen) -> None:
+    """SIGKILL for one of the processes that a command with --jobs has started."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return os.kill(int(child), signal.SIGKILL)
+    raise AssertionError("no worker is there")
 
 
 def last_step(folder: Path) -> int:

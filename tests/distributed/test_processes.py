@@ -6,8 +6,7 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +15,18 @@ from PIL import Image
 from runs import (
     BATCH,
     EVERY,
-    SMALL,
     STEPS,
     compiled_once,
     copy,
     finish,
+    finish_processes,
     last_step,
     losses,
     once,
     run,
     samples,
     start,
+    start_processes,
     steps,
     until,
 )
@@ -37,37 +37,6 @@ def whole(tmp_path_factory) -> Iterator[Path]:
     """An undisturbed run of one process with two devices."""
     with compiled_once(tmp_path_factory) as shared:
         yield once(shared / "whole", run)
-
-
-def start_two(
-    folder: Path, *arguments: str, own: tuple[list[str], list[str]] = ([], []), base: Sequence[str] = SMALL
-) -> list[subprocess.Popen]:
-    """Two processes of `base` with one device each; `own` are the arguments of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [
-        start(
-            folder,
-            *arguments,
-            *own[i],
-            devices=1,
-            base=base,
-            log=Path(f"{folder}-{i}"),
-            env={"VISIONFM_COORDINATOR": f"127.0.0.1:{port}", "VISIONFM_PROCESSES": "2", "VISIONFM_PROCESS": str(i)},
-        )
-        for i in range(2)
-    ]
-
-
-def finish_two(
-    processes: list[subprocess.Popen], folder: Path, code: int, seconds: float = 180
-) -> list[tuple[str, str]]:
-    try:
-        return [finish(p, Path(f"{folder}-{i}"), code, seconds) for i, p in enumerate(processes)]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def assert_same_losses(folder: Path, whole: Path, first: int = 1) -> None:
@@ -82,10 +51,10 @@ def assert_same_losses(folder: Path, whole: Path, first: int = 1) -> None:
 
 def test_two_train_as_one_and_stop_when_one_is_told(tmp_path, whole):
     folder = tmp_path / "run"
-    processes = start_two(folder)
+    processes = start_processes(folder, 2)
     until(lambda: last_step(folder) >= EVERY + 2, processes[1])
     processes[1].send_signal(signal.SIGTERM)  # as a scheduler that reclaims one host
-    (out, err), (quiet, _) = finish_two(processes, folder, 75)
+    (out, err), (quiet, _) = finish_processes(processes, folder, 75)
     saved = last_step(folder)
     assert "on 2 x cpu" in out
     assert steps(folder)[-1] == saved > EVERY
@@ -101,7 +70,7 @@ def test_two_train_as_one_and_stop_when_one_is_told(tmp_path, whole):
 
 def test_two_continue_what_one_has_saved(tmp_path, whole):
     folder = copy(whole, tmp_path / "run", EVERY * 2)
-    (out, _), _ = finish_two(start_two(folder), folder, 0)
+    (out, _), _ = finish_processes(start_processes(folder, 2), folder)
     assert f"starts from      step {EVERY * 2} of its own folder" in out
     assert_same_losses(folder, whole, first=EVERY * 2 + 1)
     assert steps(folder)[-1] == STEPS
@@ -114,7 +83,7 @@ def test_two_measure_frozen_features_as_one(tmp_path, whole):
         words = ["--mode=evaluate", f"--eval={kind}", "--data=bundled:twemoji", "--gallery=bundled:noto"]
         one, two = (copy(whole, tmp_path / f"{kind}{n}", STEPS) for n in (1, 2))
         finish(start(one, *words, base=[f"--config={one}"]), one)
-        finish_two(start_two(two, *words, base=[f"--config={two}"]), two, 0)
+        finish_processes(start_processes(two, 2, *words, base=[f"--config={two}"]), two)
         found = [json.loads((folder / f"eval_{kind}.json").read_text()) for folder in (one, two)]
         assert [details.pop("weights") for details in found] == [str(one), str(two)]
         assert found[0] == found[1]
@@ -134,7 +103,7 @@ def test_the_failure_of_one_ends_the_other(tmp_path):
     data += ["--config.data.train[0].split=", "--config.data.train[1].split="]
     own = tuple([f"--config.data.train[{i}].path={tmp_path / host}" for i in range(2)] for host in ("0", "1"))
     folder = tmp_path / "run"
-    processes = start_two(folder, *data, "--config.train.steps=100000", own=own)
+    processes = start_processes(folder, 2, *data, "--config.train.steps=100000", own=own)
     try:
         until(lambda: last_step(folder) >= 3, processes[1])
         shutil.rmtree(tmp_path / "1")

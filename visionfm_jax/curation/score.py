@@ -43,7 +43,7 @@ from visionfm_jax.data.sources.tars import TarPairs, read_pair
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, count, entry_point, printable
 from visionfm_jax.inference import Stored
 from visionfm_jax.logs import quiet_logs
-from visionfm_jax.storage import read, write_text, writing
+from visionfm_jax.storage import read, remove_unfinished, write_text, writing
 
 COLUMN = "similarity"
 NAMED = 5  # keys of pairs that cannot be read, of each tar
@@ -167,6 +167,7 @@ def score(
     tars = list(map_shards(scorer, source.index.shards, engine or Here(), title="scoring", unit=" tars"))
     report = _report(source, about, tars)
     with writing(f"--out={printable(str(out))}"):
+        remove_unfinished(out / "report.json")
         write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     if report["unreadable"] == report["pairs"]:
         first = next(key for tar in tars for key in tar["first"])

@@ -121,6 +121,7 @@ def create(path: Path, about: dict[str, Any], flag: str = "--out") -> ColumnFold
         if there is None and any(file.suffix in (".parquet", ".tar") for file in path.iterdir()):
             raise ConfigError(f"{flag}={printable(str(path))}: is a folder of other files; name a new one")
         if there is None:
+            remove_unfinished(path / ABOUT)
             write_text(path / ABOUT, json.dumps(about, indent=1) + "\n")
     if there is not None and there != about:
         different = ", ".join(name for name in {**about, **there} if there.get(name) != about.get(name))

@@ -4,9 +4,7 @@ import functools
 import io
 import itertools
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -19,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from make_crawl import make_crawl
 from PIL import Image
-from runs import environment
+from runs import environment, kill_a_worker
 
 from visionfm_jax import __main__ as console
 from visionfm_jax.curation.dedup import LEFT_OUT, dedup
@@ -143,13 +141,6 @@ def test_what_is_killed_goes_on(crawl, whole, tmp_path):
     assert not (out / "report.json").exists()
     dedup(str(crawl[0]), out, against=[against(crawl)], engine=Here())
     assert contents(out) == contents(whole[0])
-
-
-def kill_a_worker(process):
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
-            return
 
 
 def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
