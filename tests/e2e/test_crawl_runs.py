@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +160,27 @@ def rows_of(folder: Path) -> dict[str, dict]:
     return found
 
 
+@contextlib.contextmanager
+def started(log: Path, *words: object) -> Iterator[subprocess.Popen]:
+    """As `start_data`; nothing of it is left in the end."""
+    process = start_data(log, *words)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_all(group: int) -> None:
+    """Until no process of a group is left."""
+    end = time.monotonic() + 20
+    while left := living(group):
+        assert time.monotonic() < end, f"still there: {left}"
+        time.sleep(0.02)
+
+
 def living(group: int) -> list[str]:
-    """The processes of a group."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ends just now
@@ -188,40 +208,31 @@ def test_whatever_is_killed_goes_on(tmp_path, scores, score):
         assert done.items() <= there.items()
         done.update(there)
 
-    def ended(group: int) -> None:
-        end = time.monotonic() + 20
-        while left := living(group):
-            assert time.monotonic() < end, f"still there: {left}"
-            time.sleep(0.02)
+    def ended(process: subprocess.Popen) -> None:
+        process.wait()
+        wait_for_all(process.pid)
         check()
         assert len(done) < TARS
 
     out.mkdir()
     for name in ("about.json", "report.json"):  # what starts leave that are killed while they write them
         (out / f".{name}.0123456789abcdef").write_text("{")
-    first = start_data(tmp_path / "first", *words)
-    second = None
-    try:
-        wait_for_more(first)
-        kill_a_worker(first)
-        wait_for_more(first)
-        first.kill()
-        first.wait()
-        ended(first.pid)
-        assert "a process died at one of 000" in (tmp_path / "first.err").read_text()
-        second = start_data(tmp_path / "second", *words)
-        wait_for_more(second)
-        os.killpg(second.pid, signal.SIGKILL)
-        second.wait()
-        ended(second.pid)
-    finally:
-        for process in filter(None, (first, second)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    with started(tmp_path / "first", *words) as process:
+        wait_for_more(process)
+        kill_a_worker(process)
+        until(lambda: "a process died at one of 000" in (tmp_path / "first.err").read_text(), process)
+        check()
+        wait_for_more(process)
+        process.kill()
+        ended(process)
+    with started(tmp_path / "second", *words) as process:
+        wait_for_more(process)
+        os.killpg(process.pid, signal.SIGKILL)
+        ended(process)
     last = start_data(tmp_path / "last", *words)
     finish(last, tmp_path / "last", LEFT_OUT)
-    assert not living(last.pid)
-    assert done.items() <= finished().items()
+    wait_for_all(last.pid)
+    check()
     assert files(out) == files(scores)
 
 
@@ -231,9 +242,9 @@ def test_the_best_pairs_without_copies_are_selected(web, truth, scores, copies, 
     good = [key for key, row in found.items() if row["duplicate"] is False and row["contaminated"] is False]
     groups = [truth[key]["image_group"] for key in good]
     assert set(groups) >= {row["image_group"] for row in truth.values() if not row["heldout"] and not row["lost"]}
-    found_by = [truth[key] for key in good if truth[key]["change"] != "edges"]  # not all that are cut off are found
-    assert len({row["image_group"] for row in found_by}) == len(found_by)
-    assert not any(row["heldout"] or row["lost"] for row in found_by)
+    sure = [truth[key] for key in good if truth[key]["change"] != "edges"]  # of pictures that are cut not all are found
+    assert len({row["image_group"] for row in sure}) == len(sure)
+    assert not any(row["heldout"] or row["lost"] for row in sure)
     for key, row in found.items():
         if row["duplicate"]:
             assert scored[key]["similarity"] <= scored[row["duplicate_of"]]["similarity"]
