@@ -8,7 +8,6 @@ any memory of a process.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import json
@@ -285,13 +284,17 @@ def _name(blocks: bytes) -> str:
     PAX or GNU, and a block of content.
     """
     name = tarfile.TarInfo.frombuf(blocks[-BLOCK:], "utf-8", "replace").name
-    with contextlib.suppress(tarfile.HeaderError):
-        before = tarfile.TarInfo.frombuf(blocks[:BLOCK], "utf-8", "replace")
-        content = blocks[BLOCK:-BLOCK][: before.size]
-        if before.type == tarfile.GNUTYPE_LONGNAME and len(content) == before.size:
-            return content.rstrip(b"\0").decode("utf-8", "replace")
-        if before.type == tarfile.XHDTYPE and (path := re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", content)):
-            return path[1].decode("utf-8", "replace")
+    if blocks[257:262] != b"ustar":
+        return name
+    kind, content = blocks[156:157], blocks[BLOCK:-BLOCK]
+    if kind == tarfile.GNUTYPE_LONGNAME and (end := content.find(b"\0")) >= 0:
+        return content[:end].decode("utf-8", "replace")
+    if (
+        kind == tarfile.XHDTYPE
+        and b" path=" in content
+        and (path := re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", content))
+    ):
+        return path[1].decode("utf-8", "replace")
     return name
 
 
