@@ -191,13 +191,14 @@ class _Worker:
         self._process.join()
 
     def _start(self) -> None:
-        self._pipe, other = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other,))
+        pipe, other = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other,))
         with no_main():
-            self._process.start()
+            process.start()
         other.close()  # so that the pipe ends with the process
+        self._process, self._pipe = process, pipe
         with contextlib.suppress(OSError):  # it has died, which `call` finds out
-            self._pipe.send_bytes(self._function)
+            pipe.send_bytes(self._function)
 
     def _replace(self, shard: Any, died: int) -> None:
         """Start another process, after this one has died for the `died`-th time at a shard."""
@@ -232,8 +233,9 @@ def _serve(pipe: Connection) -> None:
             try:
                 answer = pickle.dumps((function(pickle.loads(question)), None))
             except Exception as error:
-                error.add_note("".join(traceback.format_exception(error)))
-                answer = pickle.dumps((None, portable(error)))
+                if (sent := portable(error)) is error:
+                    error.add_note("".join(traceback.format_exception(error)))
+                answer = pickle.dumps((None, sent))
             pipe.send_bytes(answer)
 
 
