@@ -24,6 +24,15 @@ def fails(shard):
     return shard
 
 
+class OddError(Exception):
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")  # which does not unpickle
+
+
+def fails_oddly(shard):
+    raise OddError(404, f"no shard {shard}")
+
+
 def dies(folder, shard, often):
     """As `squared`, but its process is killed `often` times at shard 5."""
     if shard == 5:
@@ -41,7 +50,7 @@ def waits(folder, shard):
     return shard * shard
 
 
-WORK = {"squared": squared, "fails": fails}
+WORK = {"squared": squared, "fails": fails, "fails oddly": fails_oddly}
 WITH_FILES = {
     "dies twice": functools.partial(dies, often=2),
     "dies always": functools.partial(dies, often=99),
@@ -59,7 +68,7 @@ def main(address: str, folder: str, *names: str) -> None:
             work = functools.partial(WITH_FILES[name], Path(folder) / name)
         try:
             results = " ".join(map(str, map_shards(work, range(40), Ray(address), title=name)))
-        except UserError as error:
+        except (UserError, RuntimeError) as error:
             results = f"{type(error).__name__}: {error}"
         (Path(folder) / f"{name}.txt").write_text(results)
 

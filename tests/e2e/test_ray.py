@@ -84,10 +84,12 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_results_and_errors_are_those_of_one_process(cluster, tmp_path):
-    names = ("squared", "fails", "dies twice", "dies always")
+    names = ("squared", "fails", "dies twice", "fails oddly", "dies always")
     ended(cluster.start_work(tmp_path, *names))
-    *results, lost = ((tmp_path / f"{name}.txt").read_text() for name in names)
+    *results, odd, lost = ((tmp_path / f"{name}.txt").read_text() for name in names)
     assert results == [SQUARES, "DataError: shard 7 is damaged", SQUARES]
+    assert odd.startswith("RuntimeError: ")
+    assert "OddError: 404: no shard 0" in odd
     assert len(os.listdir(tmp_path / "dies twice")) == 2
     assert lost.startswith("LostError: the worker died 3 times at 5 (")
     assert lost.endswith("start the same command again")

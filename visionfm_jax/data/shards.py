@@ -314,7 +314,12 @@ def _ahead(submit: Callable[[_S], _R], shards: Sequence[_S], workers: int) -> It
 
 
 def _called(function: Callable[[_S], _R], shard: _S) -> _R:
-    return function(shard)
+    try:
+        return function(shard)
+    except Exception as error:
+        if (sent := portable(error)) is error:
+            raise
+        raise sent from None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
