@@ -227,10 +227,12 @@ def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the process that has started this one ends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing unfinished is left
     with contextlib.suppress(EOFError, OSError):  # nobody asks any more
-        function = pickle.loads(pipe.recv_bytes())
+        pickled, function = pipe.recv_bytes(), None
         while True:
             question = pipe.recv_bytes()
             try:
+                if function is None:  # here, as its data may be gone
+                    function = pickle.loads(pickled)
                 answer = pickle.dumps((function(pickle.loads(question)), None))
             except Exception as error:
                 if (sent := portable(error)) is error:

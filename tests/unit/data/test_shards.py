@@ -97,6 +97,22 @@ def test_what_a_shard_raises_comes_in_its_place(engine):
         next(results)
 
 
+class Changed:
+    """A function that no other process can have, such as one of a dataset that has changed."""
+
+    def __reduce__(self):
+        return changed, ()
+
+
+def changed():
+    raise DataError("the tars changed")
+
+
+def test_what_keeps_a_function_from_other_processes_is_told():
+    with pytest.raises(DataError, match="the tars changed"):
+        mapped(Changed(), Local(2))
+
+
 def test_an_error_that_other_processes_do_not_know_is_told():
     with pytest.raises(RuntimeError, match="OddError: 404: no shard 0"):
         mapped(fails_oddly, Local(2))
