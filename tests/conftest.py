@@ -50,6 +50,7 @@ SLOW = (
     "distributed/test_eomt_step.py",
     "distributed/test_context.py",
     "e2e/test_api.py",
+    "e2e/test_ray.py",
     "distributed/test_frozen.py",
     "distributed/test_windowed_step.py",
     "distributed/test_self_distillation.py",

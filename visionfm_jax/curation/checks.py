@@ -29,7 +29,7 @@ from visionfm_jax.curation.survey import (
     repeated,
 )
 from visionfm_jax.data.fields import Fields, Texts, check_classes, class_names
-from visionfm_jax.data.sources import checksums
+from visionfm_jax.data.sources import checksums, read_record
 from visionfm_jax.data.sources.kinds import BundledConfig, Format, ScenesConfig
 from visionfm_jax.data.tokenizer import SHIPPED
 from visionfm_jax.errors import DataError, count, printable
@@ -565,7 +565,7 @@ def _texts(part: Part, rows: np.ndarray) -> tuple[str, ...]:
     """The first captions of the first of some records."""
     out = []
     for index in rows["index"][:SHOWN].tolist():
-        caption = part.source[index]["caption"]
+        caption = read_record(part.source, index)["caption"]
         caption = caption[0] if isinstance(caption, tuple) else caption
         text = caption.decode(errors="replace") if isinstance(caption, bytes) else caption
         text = printable(" ".join(text.split()))
@@ -651,8 +651,9 @@ def _shared_records(part: Part, other: Part) -> list[str]:
     """Of those read, the records that slices of one TFDS split have in common: they have their keys."""
     if part.config.kind != "tfds" or other.config.kind != "tfds" or part.config.path != other.config.path:
         return []
-    learned = set(map(other.source.key, range(len(other.source))))
-    return [key for key in part.keys(part.survey.rows, len(part.survey.rows)) if key in learned]
+    keys = part.keys(part.survey.rows, len(part.survey.rows))
+    learned = set(keys).intersection(map(other.source.key, range(len(other.source))))
+    return [key for key in keys if key in learned]
 
 
 # The machine

@@ -102,7 +102,7 @@ def dedup(
     if not len(source):
         raise DataError(f"{source.name}: holds no pair; set --path or --caption_key")
     best = column_folder.open_folder(scores) if scores else None
-    there = column_folder.columns_of(best, source.index.tars) if best else []
+    there = column_folder.columns_of(best, source.index.tars[0]) if best else []
     if best and "similarity" not in there:
         raise ConfigError(f"--columns={printable(str(scores))}: has no column similarity; visionfm data score makes it")
     if similar is not None and COLUMN not in there:

@@ -63,8 +63,10 @@ def make(config: SourceConfig) -> str:
     """
     level = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # that there are no checksums yet is known
-    source: Any = open_source(config)
-    logging.set_verbosity(level)
+    try:
+        source: Any = open_source(config)
+    finally:
+        logging.set_verbosity(level)
     while True:
         with claimed(places(config), f"the checksums of {source.name}") as path:
             if path is not None:

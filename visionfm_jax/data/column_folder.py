@@ -145,13 +145,13 @@ def open_folder(path: Path) -> ColumnFolder:
     return ColumnFolder(path, about)
 
 
-def columns_of(folder: ColumnFolder, tars: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of the columns, without the key.
+def columns_of(folder: ColumnFolder, tar: dict[str, Any]) -> list[str]:
+    """The names of the columns of a tar, without the key.
 
     Raises:
       DataError: as `ColumnFolder.read`.
     """
-    return [name for name in folder.read(tars[0]).column_names if name != KEY]
+    return [name for name in folder.read(tar).column_names if name != KEY]
 
 
 def _read(path: Path, names: Sequence[str] | None) -> pa.Table:

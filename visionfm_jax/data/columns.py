@@ -152,7 +152,7 @@ def find(store: Store, folders: Sequence[Path], tars: Sequence[dict[str, Any]], 
       ConfigError: a column is in several folders.
     """
     opened = [open_folder(path) for path in folders]
-    there = [_first(tars, lambda tar, folder=folder: columns_of(folder, [tar])) for folder in opened]
+    there = [_first(tars, lambda tar, folder=folder: columns_of(folder, tar)) for folder in opened]
     for name in wanted:
         if len(places := [folder.path for folder, names in zip(opened, there, strict=True) if name in names]) > 1:
             both = " and ".join(printable(str(path)) for path in places)

@@ -150,7 +150,7 @@ def _write_tar(store: Store, suffix: str, folders: tuple[ColumnFolder, ...], sha
 def _columns(store: Store, folders: tuple[ColumnFolder, ...], shard: _Shard, rows: np.ndarray) -> pa.Table:
     """All columns but key and status of pairs, null where a pair has no row beside the tar."""
     tar = shard.tar
-    computed = [(folder, tuple(column_folder.columns_of(folder, [tar]))) for folder in folders]
+    computed = [(folder, tuple(column_folder.columns_of(folder, tar))) for folder in folders]
     taken = {KEY, STATUS, *(name for _, names in computed for name in names)}
     beside = names_of(store, parquet_of(tar["name"])) if shard.beside else []
     columns = Columns(store, tuple(name for name in beside if name not in taken), tuple(computed))

@@ -5,6 +5,7 @@ Of each image its mirror image counts, too. The signatures of a dataset are comp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from visionfm_jax.data.sources import KINDS, Source, open_images, read_record
 from visionfm_jax.data.sources.record import DamagedRecord
 from visionfm_jax.data.sources.store import read_table, write_table
 from visionfm_jax.errors import ConfigError, DataError, printable
-from visionfm_jax.storage import remove_unfinished, writing
+from visionfm_jax.storage import read, remove_unfinished, writing
 
 HELD_OUT = np.dtype([*signatures.SIGNATURE.descr, ("record", "<u4"), ("mirrored", "?")])
 """Of an image or its mirror image: signature, and the number of the record."""
@@ -62,12 +63,10 @@ def write_signatures(word: str, path: Path, engine: Engine) -> dict[str, Any]:
     """
     source = opened(word)
     of = {"word": word, "fingerprint": source.fingerprint(), "records": len(source)}
-    try:
-        meta = read_table(path, HELD_OUT, verify=True)[1]
+    with contextlib.suppress(ValueError):  # it is damaged: it is made again
+        meta = read(lambda: read_table(path, HELD_OUT, verify=True)[1], lambda: str(path)) if path.exists() else {}
         if {name: meta.get(name) for name in of} == of:
             return meta
-    except (OSError, ValueError):
-        pass
     pieces = [range(i, min(i + _RECORDS, len(source))) for i in range(0, len(source), _RECORDS)]
     found = list(map_shards(functools.partial(_signatures, word), pieces, engine, title=printable(word)))
     names = [name for _, piece in found for name in piece]

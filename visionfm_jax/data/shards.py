@@ -89,7 +89,7 @@ class Threads:
         """As `Engine.map`."""
         pool = concurrent.futures.ThreadPoolExecutor(self.count)
         try:
-            for job in _ahead(lambda shard: pool.submit(function, shard), shards, self.count):
+            for job in _ahead(lambda shard: pool.submit(function, shard), shards, lambda: self.count):
                 yield job.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -122,7 +122,7 @@ class Local:
             for _ in range(jobs):
                 workers.append(_Worker(function))
                 idle.put(workers[-1])
-            for job in _ahead(lambda shard: pool.submit(call, shard), shards, jobs):
+            for job in _ahead(lambda shard: pool.submit(call, shard), shards, lambda: jobs):
                 yield job.result()
         finally:
             for worker in workers:
@@ -265,7 +265,10 @@ class Ray:
             try:
                 ray.init(self.address or None, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise UserError(f"--address={self.address}: no Ray cluster there ({one_line(error)})") from error
+                named = (
+                    f"--address={self.address}" if self.address else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}"
+                )
+                raise UserError(f"{named}: no Ray cluster there ({one_line(error)})") from error
         try:
             yield from self._map(ray, function, shards)
         finally:
@@ -274,20 +277,23 @@ class Ray:
 
     def _map(self, ray: Any, function: Callable[[_S], _R], shards: Sequence[_S]) -> Iterator[_R]:
         kept = ray.put(function)  # once, not with each shard
-        there = ray.cluster_resources()
-        gpus = self.gpus and there.get("GPU", 0)
+        gpus = self.gpus and "GPU" in ray.cluster_resources()
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=TRIES - 1)(_called)
-        workers = int(gpus or there.get("CPU", 0))
-        if not workers:  # Ray waits for them in silence
-            complain("the Ray cluster has no CPU; waiting until a node joins that has one")
         started: list[Any] = []
+
+        def workers() -> int:
+            """Of the nodes that are there now: others join."""
+            return int(ray.cluster_resources().get("GPU" if gpus else "CPU", 0))
+
+        if not workers():  # Ray waits for them in silence
+            complain("the Ray cluster has no CPU; waiting until a node joins that has one")
 
         def submit(shard: _S) -> tuple[_S, Any]:
             started.append(task.remote(kept, shard))
             return shard, started[-1]
 
         try:
-            for shard, job in _ahead(submit, shards, max(1, workers)):
+            for shard, job in _ahead(submit, shards, workers):
                 yield self._result(ray, shard, job)
                 started.remove(job)
         finally:
@@ -305,12 +311,12 @@ class Ray:
             ) from error
 
 
-def _ahead(submit: Callable[[_S], _R], shards: Sequence[_S], workers: int) -> Iterator[_R]:
+def _ahead(submit: Callable[[_S], _R], shards: Sequence[_S], workers: Callable[[], int]) -> Iterator[_R]:
     """What `submit` gives for each shard, in order, `AHEAD` of them to a worker submitted before the first is used."""
     waiting: deque[_R] = deque()
     for shard in shards:
         waiting.append(submit(shard))
-        if len(waiting) == workers * AHEAD:
+        while waiting and len(waiting) >= max(1, workers()) * AHEAD:
             yield waiting.popleft()
     yield from waiting
 

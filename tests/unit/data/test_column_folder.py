@@ -23,7 +23,7 @@ def folder(tmp_path):
 def test_what_was_written_is_read(folder):
     found = column_folder.open_folder(folder.path)
     assert found == folder
-    assert column_folder.columns_of(found, [TAR]) == ["similarity"]
+    assert column_folder.columns_of(found, TAR) == ["similarity"]
     assert found.read(TAR, ["key"]).to_pydict() == {"key": ["a", "b", "c"]}
     assert found.read(TAR)["similarity"].null_count == 1
     assert [path.name for path in sorted(folder.path.iterdir())] == ["00000.parquet", "about.json"]
