@@ -220,7 +220,7 @@ def test_whatever_is_killed_goes_on(tmp_path, scores, score):
     with started(tmp_path / "first", *words) as process:
         wait_for_more(process)
         kill_a_worker(process)
-        until(lambda: "a process died at one of 000" in (tmp_path / "first.err").read_text(), process)
+        until(lambda: "a process died at 000" in (tmp_path / "first.err").read_text(), process)
         check()
         wait_for_more(process)
         process.kill()
