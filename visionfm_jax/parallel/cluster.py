@@ -60,9 +60,7 @@ def initialize(
       ConfigError: half of the three values, a value out of range, or a cluster that cannot be read.
       LostError: process 0 does not come. That others do not come ends the process here, with the same code.
     """
-    if "JAX_PLATFORMS" not in os.environ and _is_plugin_without_driver():
-        # Plans are compiled with the plugin alone; here it would print a traceback before JAX takes the CPU.
-        jax.config.update("jax_platforms", "cpu")
+    take_cpu_without_driver()
     # CPU processes talk through gloo; read when the backend starts, so it is set before anything else.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     coordinator = coordinator or os.environ.get("VISIONFM_COORDINATOR") or None
@@ -84,15 +82,17 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def _is_plugin_without_driver() -> bool:
-    """A CUDA plugin on a machine without NVIDIA's driver."""
-    if not any(is_installed(f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
-        return False
+def take_cpu_without_driver() -> None:
+    """Have JAX take the CPU where there is its CUDA plugin, but not NVIDIA's driver; before it touches a device.
+
+    Plans are compiled with the plugin alone; it would print a traceback before JAX takes the CPU.
+    """
+    if "JAX_PLATFORMS" in os.environ or not any(is_installed(f"jax_plugins.xla_cuda{n}") for n in (12, 13)):
+        return
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return True
-    return False
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _integer(name: str) -> int | None:

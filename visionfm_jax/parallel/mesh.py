@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from visionfm_jax.errors import ConfigError, one_line, printable
+from visionfm_jax.parallel.cluster import take_cpu_without_driver
 
 REPLICA, FSDP = "replica", "fsdp"
 DEVICES = (REPLICA, FSDP)  # all axes: inside a step, what to sum over
@@ -37,6 +38,7 @@ def _devices() -> list[jax.Device]:
     Raises:
       ConfigError: JAX finds none, or not those that JAX_PLATFORMS names.
     """
+    take_cpu_without_driver()
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:

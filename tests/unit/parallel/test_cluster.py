@@ -300,3 +300,15 @@ def test_memory_that_is_too_small_is_no_lost_process(monkeypatch, message, code)
     assert ended[0][0] == code
     assert message in ended[0][1]
     assert ("in work" in ended[0][1]) == (code == 1)  # a traceback says what has taken the memory
+
+
+@pytest.mark.parametrize(("driver", "taken"), [(True, []), (False, [("jax_platforms", "cpu")])])
+def test_a_plugin_without_a_driver_is_left_alone(monkeypatch, driver, taken):
+    """JAX would print a traceback of it."""
+    updates = []
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(cluster, "is_installed", lambda _: True)
+    monkeypatch.setattr(cluster.ctypes, "CDLL", lambda _: 1 if driver else os.open("/no/libcuda", os.O_RDONLY))
+    monkeypatch.setattr(jax.config, "update", lambda *words: updates.append(words))
+    cluster.take_cpu_without_driver()
+    assert updates == taken
