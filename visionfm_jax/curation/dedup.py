@@ -260,7 +260,7 @@ class _Found:
 
     def _signature(self, row: int) -> np.ndarray:
         tar, place = self._place(row)
-        return duplicates.rows_of(self._signs.read(tar))[0][place]
+        return duplicates.rows_of(self._signs.read(tar))[place]
 
 
 def _picture(image: bytes | np.ndarray) -> str:

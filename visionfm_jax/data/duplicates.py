@@ -7,29 +7,42 @@
    `find_similar` finds in each which embeddings are near (`data.similar`).
 5. `choose`: which of these pairs are kept. In order from the best to the worst, a pair is dropped where it is a copy of
    one that is kept. So every dropped pair is a copy of the kept one that it is named with, however long the chain of
-   copies of copies around it. The best are those of the largest score, then of the most pixels, then the first.
-6. `write`: of each tar, its columns.
+   copies of copies around it. The best are those of the largest score, then of the most pixels, then the first. Two
+   kept pairs may be copies all the same, where the worse has more than `near.MOST` better copies.
+6. `look_up`: of some tars together, what is written of the kept pairs in them, for each pair that is dropped for one,
+   sorted by the tars of the dropped pairs.
+7. `gather`: of some tars together, what was looked up for the pairs that are dropped of them, tar by tar.
+8. `write`: of each tar, its columns.
 
-Memory: of 1 and 6 that of a tar's rows; of 2 `ROWS` rows, or a tar's; of 3 as many on average, and at least those of
-one value of a block (a 512th of all, 88 bytes each); of 4 an eighth of `ROWS` embeddings, or a tar's, where those of a
-larger cluster lie in a file and are compared block by block, and in the process that was started the sample that the
-centres are found of, `SAMPLE` embeddings for each; of 5, in that process, 17 bytes for each found copy of another, at
-most `MOST` for a pair and block or cluster. Of a picture with many equal copies, to the bit, one takes part. Held-out
-images take 900 bytes each in every process of 6.
+So every signature is read once by each of 2, 4, 6 and 8, wherever the copies lie. The files of 6 take about 95 bytes
+for each dropped pair, and those of 7 as many, if keys have 11 characters.
+
+Memory: of 1 and 8 that of a tar's rows; of 2, 6 and 7 `ROWS` rows, or a tar's; of 3 as many on average, and at least
+those of one value of a block (a 512th of all, 88 bytes each); of 4 an eighth of `ROWS` embeddings, or a tar's, where
+those of a larger cluster lie in a file and are compared block by block, and in the process that was started the sample
+that the centres are found of, `SAMPLE` embeddings for each; of 5, in that process, 17 bytes for each found copy of
+another, and up to 133 more while it chooses (by tracemalloc, of a million); there are at most `near.MOST` for a pair
+and block or cluster. Before 6 it holds 37 bytes for each dropped pair. Of a picture with many equal copies, to the bit,
+one takes part. Held-out images take 900 bytes each in every process of 8.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from visionfm_jax.data import signatures, similar
 from visionfm_jax.data.column_folder import KEY, ColumnFolder
@@ -43,7 +56,7 @@ from visionfm_jax.data.sources.store import Store, read_table, write_table
 from visionfm_jax.data.sources.tar_index import Index, Shard
 from visionfm_jax.data.sources.tars import pair_in
 from visionfm_jax.errors import printable
-from visionfm_jax.storage import read, remove_unfinished, writing
+from visionfm_jax.storage import read, read_bytes, remove_unfinished, replacing, write_text, writing
 
 BY = (
     "image",
@@ -58,7 +71,8 @@ SAMPLE, TARS = 16, 256  # embeddings for each cluster that its centre is found f
 CAPTION = len(BLOCKS)  # number of the table by captions, behind those by blocks of the hash
 SIMILAR = CAPTION + 1  # and of that by clusters of embeddings
 TOP = 10  # captions that are reported
-GROUPS = "groups"
+GROUPS, ABOUT = "groups", "about.json"
+VERSION = 1  # of the files in `Job.work`, and of what decides on their content: constants, `near`, `similar`
 ROW = np.dtype(
     [
         *signatures.SIGNATURE.descr,
@@ -72,6 +86,15 @@ ROW = np.dtype(
 HEAD = np.dtype([("cluster", "<u4"), ("row", ROW)])  # of an embedding in a file of clusters
 EDGE = np.dtype([("worse", "<u8"), ("better", "<u8"), ("distance", "u1")])
 DUPLICATE = np.dtype([("row", "<u8"), ("kept", "<u8")])
+KEPT = pa.schema(
+    [
+        ("row", pa.uint64()),
+        ("name", pa.string()),
+        ("hash", pa.uint64()),
+        ("colours", pa.binary(ROW["colours"].itemsize)),
+        ("caption", pa.uint64()),
+    ]
+)  # of a dropped pair: its row, and of the kept pair TAR/KEY and signature
 EQUAL = 255  # as the distance of an edge: no other edge of this row is noted, as all are those of the better one
 FARTHER = signatures.DISTANCE + 1  # as the distance of equal embeddings; others add the thousandths that they lack
 Placed = tuple[dict[str, Any], int]  # the entry of a tar in the index, and the number of its first pair
@@ -112,7 +135,7 @@ class Job:
       by: one of `BY`.
       signatures, columns: what is written of each tar.
       scores: folder with the column `similarity`, and `image_embedding` for `similar`; None: pairs have none.
-      work: folder of files that are needed until the end.
+      work: folder of files between the passes.
       buckets: that each table is spread into.
       groups: of tars that are spread together.
       held_out: files of signatures of held-out images.
@@ -161,39 +184,73 @@ def find_duplicates(
       UserError: one line: a tar or file of scores cannot be read, or the columns cannot be written.
     """
     out = columns.path
-    work, groups, of_pictures = out / "work", _grouped(index, ROWS), signatures_in(out)
+    groups, of_pictures = _grouped(index, ROWS), signatures_in(out)
     buckets = -(-len(index.records) // ROWS)
-    smaller = _grouped(index, max(1, ROWS // EMBEDDED))
-    compared = _similar(index, scores, threshold, len(smaller)) if scores and threshold else None
-    job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), tuple(held_out), compared)
+    compared = _similar(index, scores, threshold) if scores and threshold else None
+    job = Job(store, by, of_pictures, columns, scores, out / "work", buckets, len(groups), tuple(held_out), compared)
     with writing(f"--out: {printable(str(out))}"):
         of_pictures.path.mkdir(exist_ok=True)
     for _ in map_shards(functools.partial(sign, job), index.shards, engine, title="signatures", unit=" tars"):
         pass
     duplicates = _read_groups(out)
     if duplicates is None:
-        with writing(f"--out: {printable(str(work))}"):
-            work.mkdir(exist_ok=True)
-        for _ in map_shards(functools.partial(spread, job), list(enumerate(groups)), engine, title="spreading"):
-            pass
-        pieces = [(table, bucket) for table in job.tables for bucket in range(buckets)]
-        for _ in map_shards(functools.partial(find, job), pieces, engine, title="finding copies"):
-            pass
-        if compared:
-            _find_clusters(job, compared, index, engine)
-            spread_them = functools.partial(spread_embeddings, job)
-            for _ in map_shards(spread_them, list(enumerate(smaller)), engine, title="spreading embeddings"):
-                pass
-            files = [(SIMILAR, bucket) for bucket in range(compared.buckets)]
-            for _ in map_shards(functools.partial(find_similar, job), files, engine, title="finding near embeddings"):
-                pass
-            pieces += files
-        found, captions = _collect(job, pieces)
-        duplicates = choose(found)
-        _write_table(out / GROUPS, [duplicates], captions)
-    shutil.rmtree(work, ignore_errors=True)
-    parts = [_part(index, duplicates, t) for t in range(len(index.tars))]
+        duplicates = _find(job, index, groups, engine)
+        finished = False
+    else:
+        finished = all(map_shards(columns.is_whole, index.tars, engine, title="looking for columns", unit=" tars"))
+    if not finished:
+        _tell_kept(job, groups, duplicates, engine)
+    del duplicates
+    parts = [Part(tar, first, g, i) for g, group in enumerate(groups) for i, (tar, first) in enumerate(group)]
     yield from map_shards(functools.partial(write, job), parts, engine, title="writing", unit=" tars")
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+def _find(job: Job, index: Index, groups: list[list[Placed]], engine: Engine) -> np.ndarray:
+    """The duplicates, from signatures and embeddings, which are written, too."""
+    _begin(job)
+    for _ in map_shards(functools.partial(spread, job), list(enumerate(groups)), engine, title="spreading"):
+        pass
+    pieces = [(table, bucket) for table in job.tables for bucket in range(job.buckets)]
+    for _ in map_shards(functools.partial(find, job), pieces, engine, title="finding copies"):
+        pass
+    if job.similar:
+        _find_clusters(job, job.similar, index, engine)
+        smaller, spread_them = _grouped(index, job.similar.rows), functools.partial(spread_embeddings, job)
+        for _ in map_shards(spread_them, list(enumerate(smaller)), engine, title="spreading embeddings"):
+            pass
+        files = [(SIMILAR, bucket) for bucket in range(job.similar.buckets)]
+        for _ in map_shards(functools.partial(find_similar, job), files, engine, title="finding near embeddings"):
+            pass
+        pieces += files
+    found, captions = _collect(job, pieces)
+    duplicates = choose(found)
+    _write_table(job.columns.path / GROUPS, [duplicates], captions)
+    shutil.rmtree(job.work, ignore_errors=True)  # the largest files, before others are written
+    return duplicates
+
+
+def _tell_kept(job: Job, groups: list[list[Placed]], duplicates: np.ndarray, engine: Engine) -> None:
+    """Bring what is written of each kept pair to the pairs that are dropped for it."""
+    _begin(job)
+    _sort_by_kept(job, groups, duplicates)
+    for _ in map_shards(functools.partial(look_up, job), list(enumerate(groups)), engine, title="looking up copies"):
+        pass
+    for _ in map_shards(functools.partial(gather, job), list(enumerate(groups)), engine, title="gathering copies"):
+        pass
+
+
+def _begin(job: Job) -> None:
+    """An empty `work`, or the one that this version has begun with the same settings."""
+    compared = dataclasses.asdict(job.similar) if job.similar else None
+    about = json.dumps({"version": VERSION, "rows": ROWS, "similar": compared})
+    if read_bytes(job.work / ABOUT) == about.encode():
+        return
+    with writing(f"--out: {printable(str(job.work))}"):
+        if job.work.exists():
+            shutil.rmtree(job.work)
+        job.work.mkdir()
+        write_text(job.work / ABOUT, about)
 
 
 def signatures_in(out: Path) -> ColumnFolder:
@@ -254,14 +311,19 @@ def _signed(store: Store, name: str, records: np.ndarray) -> tuple[list[str], di
     return tar_index.keys(store, name, records), columns | {"damage": pa.array(damage, pa.string())}
 
 
-def rows_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """What `sign` has written of a tar: ROW (N,), without rows and scores, and which can be read, bool (N,)."""
+def rows_of(table: pa.Table) -> np.ndarray:
+    """Of a table with columns that `sign` writes, or `KEPT`: ROW (N,), without what the table does not have."""
     rows = np.zeros(len(table), ROW)
-    for name in ("hash", "caption", "pixels"):
+    for name in {"hash", "caption", "pixels", "row"}.intersection(table.column_names):
         rows[name] = table[name].to_numpy()
     colours = table["colours"].combine_chunks().buffers()[1] or b""
     rows["colours"] = np.frombuffer(colours, np.uint8, rows["colours"].size).reshape(rows["colours"].shape)
-    return rows, table["damage"].is_null().to_numpy()
+    return rows
+
+
+def _readable(table: pa.Table) -> np.ndarray:
+    """Which pairs could be read, bool (N,), of what `sign` has written of a tar."""
+    return table["damage"].is_null().to_numpy()
 
 
 def spread(job: Job, group: tuple[int, list[Placed]]) -> None:
@@ -289,7 +351,8 @@ def _rows(job: Job, tar: dict[str, Any], first: int) -> tuple[np.ndarray, np.nda
     """Of a tar's pairs that can be read: ROW (N,), which of them have an embedding, bool (N,), and these embeddings,
     int16 (K, E), where embeddings are compared.
     """
-    rows, readable = rows_of(job.signatures.read(tar))
+    signs = job.signatures.read(tar)
+    rows, readable = rows_of(signs), _readable(signs)
     rows["row"] = first + np.arange(len(rows))
     if job.scores:
         scores = job.scores.read(tar, ["similarity"])["similarity"].to_numpy().astype(np.float32)
@@ -372,11 +435,12 @@ def _as_edges(worse: np.ndarray, better: np.ndarray, distance: np.ndarray | int)
     return found
 
 
-def _similar(index: Index, scores: ColumnFolder, threshold: float, groups: int) -> Similar:
+def _similar(index: Index, scores: ColumnFolder, threshold: float) -> Similar:
     pairs, rows = len(index.records), max(1, ROWS // EMBEDDED)
     width = scores.read(index.tars[0], [similar.COLUMN]).schema.field(similar.COLUMN).type.list_size
     clusters = min(-(-pairs // CLUSTER), CLUSTERS)
-    return Similar(threshold, width, rows, clusters, min(-(-pairs * similar.NEAREST // rows), clusters), groups)
+    buckets, groups = min(-(-pairs * similar.NEAREST // rows), clusters), len(_grouped(index, rows))
+    return Similar(threshold, width, rows, clusters, buckets, groups)
 
 
 def _find_clusters(job: Job, compared: Similar, index: Index, engine: Engine) -> None:
@@ -487,6 +551,10 @@ def _collect(job: Job, pieces: Sequence[tuple[int, int]]) -> tuple[np.ndarray, d
 def choose(found: np.ndarray) -> np.ndarray:
     """The pairs that are dropped, each with the nearest kept one that it is a copy of.
 
+    Of two pairs with an edge one is dropped. Copies without one may both be kept: of a pair with more than `near.MOST`
+    better copies in a table only the best are noted, and where all of these are dropped, it is kept, even beside a
+    further copy that is kept.
+
     Args:
       found: EDGE (E,), from each worse pair to better ones.
 
@@ -519,25 +587,82 @@ def choose(found: np.ndarray) -> np.ndarray:
     return out[np.argsort(out["row"])]
 
 
+def _sort_by_kept(job: Job, groups: list[list[Placed]], duplicates: np.ndarray) -> None:
+    """Write the duplicates in order of the group of the kept pair, then of their row."""
+    path = job.work / "by-kept"
+    if path.exists():
+        return
+    firsts = [group[0][1] for group in groups]
+    of = np.searchsorted(np.array(firsts, np.uint64), duplicates["kept"], side="right") - 1
+    order = np.argsort(of, kind="stable")
+    starts = [0, *np.cumsum(np.bincount(of, minlength=len(groups))).tolist()]
+    pieces = (duplicates[order[start:stop]] for start, stop in itertools.pairwise(starts))
+    _write_table(path, pieces, {"firsts": firsts, "starts": starts})
+
+
+def look_up(job: Job, group: tuple[int, list[Placed]]) -> None:
+    """Write `KEPT` of the duplicates whose kept pair is of some tars: a batch for each group of the dropped pairs."""
+    number, shards = group
+    path = job.work / f"kept-{number:06d}"
+    if path.exists():
+        return
+    duplicates, meta = read_table(job.work / "by-kept", DUPLICATE, verify=False)
+    wanted = duplicates[meta["starts"][number] : meta["starts"][number + 1]]
+    tables = []
+    for tar, _ in shards:
+        table = job.signatures.read(tar, [KEY, "hash", "colours", "caption"])
+        folder = tar["name"].removesuffix(".tar")
+        tables.append(table.append_column("name", pc.binary_join_element_wise(folder, table[KEY], "/")))
+    there = _batch_of(pa.concat_tables([table.replace_schema_metadata() for table in tables]))
+    bounds = [*(bisect_left(wanted["row"], first) for first in meta["firsts"]), len(wanted)]
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for start, stop in itertools.pairwise(bounds):
+            mine = wanted[start:stop]
+            kept = there.take(pa.array(mine["kept"] - np.uint64(shards[0][1])))
+            columns = [pa.array(mine["row"]), *(kept[name] for name in KEPT.names[1:])]
+            yield pa.RecordBatch.from_arrays(columns, schema=KEPT)
+
+    _write_batches(path, batches())
+
+
+def gather(job: Job, group: tuple[int, list[Placed]]) -> None:
+    """Write `KEPT` of the pairs that are dropped of some tars: a batch for each tar, in order of row."""
+    number, shards = group
+    path = job.work / f"dropped-{number:06d}"
+    if path.exists():
+        return
+    told = pa.Table.from_batches(_read_batch(job.work / f"kept-{kept:06d}", number) for kept in range(job.groups))
+    told = _batch_of(told.sort_by("row"))
+    bounds = np.searchsorted(told["row"].to_numpy(), np.array([first for _, first in shards], np.uint64)).tolist()
+    _write_batches(path, (told[start:stop] for start, stop in itertools.pairwise([*bounds, len(told)])))
+
+
+def _batch_of(table: pa.Table) -> pa.RecordBatch:
+    """A table in one piece, whatever its number of rows."""
+    return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
+
+
+def _write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    with writing(f"--out: {printable(str(path))}"):
+        remove_unfinished(path)
+        with replacing(path) as part, pa.ipc.new_file(str(part), KEPT) as file:
+            for batch in batches:
+                file.write_batch(batch)
+
+
+def _read_batch(path: Path, number: int) -> pa.RecordBatch:
+    with pa.OSFile(str(path)) as file:  # not mapped: many of them are held at once
+        return pa.ipc.open_file(file).get_batch(number)
+
+
 class Part(NamedTuple):
-    """What is written of a tar: its entry, which of its pairs are dropped, int64 (D,), and the tar, int64 (D,), and
-    the place in it, int64 (D,), of the kept ones; and the entries of those tars, by number.
-    """
+    """A tar whose columns are written: its entry, its first row, the number of its group, and its place in that."""
 
     tar: dict[str, Any]
-    dropped: np.ndarray
-    tars: np.ndarray
-    places: np.ndarray
-    entries: dict[int, dict[str, Any]]
-
-
-def _part(index: Index, duplicates: np.ndarray, t: int) -> Part:
-    start, stop = index.starts[t], index.starts[t + 1]
-    a, b = np.searchsorted(duplicates["row"], np.array([start, stop], np.uint64))
-    mine = duplicates[a:b].astype([("row", "<i8"), ("kept", "<i8")])
-    tars = np.searchsorted(index.starts, mine["kept"], side="right") - 1
-    entries = {int(number): index.tars[number] for number in np.unique(tars)}
-    return Part(index.tars[t], mine["row"] - start, tars, mine["kept"] - index.starts[tars], entries)
+    first: int
+    group: int
+    place: int
 
 
 def write(job: Job, part: Part) -> dict[str, Any]:
@@ -545,21 +670,19 @@ def write(job: Job, part: Part) -> dict[str, Any]:
     tar = part.tar
     signs = job.signatures.read(tar)
     if not job.columns.is_whole(tar):
-        rows, readable = rows_of(signs)
+        rows, readable = rows_of(signs), _readable(signs)
+        told = pa.Table.from_batches([_read_batch(job.work / f"dropped-{part.group:06d}", part.place)])
+        kept = rows_of(told)
+        dropped = kept["row"].astype(np.int64) - part.first
         duplicate = np.zeros(len(rows), bool)
-        duplicate[part.dropped] = True
+        duplicate[dropped] = True
         kept_as: list[str | None] = [None] * len(rows)
         why: list[str | None] = [None] * len(rows)
         other = "caption" if job.by == "caption" else "similar"
-        for number, entry in part.entries.items():
-            here = part.tars == number
-            table = job.signatures.read(entry)
-            mine, others = rows[part.dropped[here]], rows_of(table)[0][part.places[here]]
-            near = signatures.near(mine, others)
-            same = mine["caption"] == others["caption"]
-            folder, keys = entry["name"].removesuffix(".tar"), table[KEY].take(part.places[here]).to_pylist()
-            for i, key, n, s in zip(part.dropped[here].tolist(), keys, near.tolist(), same.tolist(), strict=True):
-                kept_as[i], why[i] = f"{folder}/{key}", "pair" if n and s else "image" if n else other
+        near = signatures.near(rows[dropped], kept).tolist()
+        same = (rows["caption"][dropped] == kept["caption"]).tolist()
+        for i, name, n, s in zip(dropped.tolist(), told["name"].to_pylist(), near, same, strict=True):
+            kept_as[i], why[i] = name, "pair" if n and s else "image" if n else other
         columns = {
             "duplicate": pa.array(duplicate, pa.bool_(), mask=~readable),
             "duplicate_of": pa.array(kept_as, pa.string()),

@@ -2,7 +2,8 @@
 
 Two hashes that differ in at most d bits agree in one of d + 1 blocks of bits (the pigeonhole principle; Manku et al.
 2007, https://doi.org/10.1145/1242572.1242592): only hashes that share a block are compared, and where many do, only
-those of them that share a block of the bits that are left, too. Nothing is missed by it.
+those of them that share a block of the bits that are left, too. No near pair is missed by it; but of a picture with
+many better copies only the best are noted (`MOST`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import numpy as np
 
 from visionfm_jax.data.signatures import DISTANCE, alike, distances
 
-MOST = 8  # better copies that are noted for a picture: a picture with a million copies has few edges, not 10**12
+MOST = 8
+"""Better copies that are noted for a picture, in each table: one with a million copies has few edges, not 10**12.
+
+So a picture with more of them may be kept beside a better copy of it that is kept, too: where all that are noted, the
+best ones, are dropped for others that it is no copy of, and that copy comes behind these.
+"""
 _FEW = 256  # hashes that are compared one by one
 _DEPTH = 2  # times that those that share a block are told apart by another one
 _ALL = 2**64 - 1

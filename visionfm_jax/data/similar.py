@@ -3,7 +3,7 @@
 
 An embedding is compared with those of the same clusters alone: those of the `NEAREST` centres of a spherical k-means
 (Dhillon & Modha 2001, https://doi.org/10.1023/A:1007612920971) of a sample. What is missed are near pairs that share no
-cluster.
+cluster; and of an embedding with many better near ones only the best are noted (`near.MOST`).
 
 Embeddings are rounded to multiples of 1 / `UNIT`: a sum of products of two, of length 1, then is a whole number that
 fits into the 24 bits of a float32 whatever the order of the terms. So matrix products are exact, and no machine, block

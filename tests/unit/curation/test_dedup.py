@@ -1,5 +1,6 @@
 """`visionfm data dedup`: what is dropped and why, by every engine and whatever dies the same, and what is reported."""
 
+import collections
 import functools
 import io
 import itertools
@@ -23,6 +24,7 @@ from visionfm_jax import __main__ as console
 from visionfm_jax.curation.dedup import LEFT_OUT, dedup
 from visionfm_jax.data import column_folder, duplicates
 from visionfm_jax.data.shards import Here, Local
+from visionfm_jax.data.sources import store
 from visionfm_jax.data.sources.tars import TarPairs
 from visionfm_jax.errors import ConfigError, DataError, UserError
 
@@ -143,6 +145,39 @@ def test_what_is_killed_goes_on(crawl, whole, tmp_path):
     assert contents(out) == contents(whole[0])
 
 
+def test_writing_that_was_stopped_goes_on(crawl, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "ROWS", 70)
+    out, write = tmp_path / "out", duplicates.write
+
+    def write_some(job, part):
+        return write(job, part) if part.group < 2 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, "write", write_some)
+        with pytest.raises(ZeroDivisionError):
+            dedup(str(crawl[0]), out, against=[against(crawl)], engine=Here())
+    assert (out / "00000.parquet").exists() > (out / "00005.parquet").exists()
+    for last in ("kept-*", "dropped-*"):
+        sorted((out / "work").glob(last))[-1].unlink()
+    (out / "00000.parquet").unlink()
+    dedup(str(crawl[0]), out, against=[against(crawl)], engine=Here())
+    assert contents(out) == contents(whole[0])
+
+
+@pytest.mark.parametrize("setting", ["ROWS", "VERSION"])
+def test_work_of_another_version_is_made_again(crawl, whole, tmp_path, monkeypatch, setting):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, setting, 70)
+        patch.setattr(duplicates, "choose", lambda found: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            dedup(str(crawl[0]), out, against=[against(crawl)], engine=Here())
+    for path in (out / "work").glob("edges-*"):
+        store.write_table(path, [], lambda: {})  # that one finds nothing
+    dedup(str(crawl[0]), out, against=[against(crawl)], engine=Here())
+    assert contents(out) == contents(whole[0])
+
+
 def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
@@ -167,6 +202,30 @@ def write_pairs(folder: Path, *tars: list[tuple[bytes, str]]) -> Path:
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return folder
+
+
+def test_signatures_are_read_as_often_wherever_the_copies_lie(tmp_path, monkeypatch):
+    """Each of five tars has a copy of a picture of every other, of which the larger is kept."""
+    pictures = [[jpeg(drawing(i, 128 if i == t else 64)) for i in range(5)] for t in range(5)]
+    pairs = write_pairs(tmp_path / "pairs", *([(image, "a photo") for image in tar] for tar in pictures))
+    monkeypatch.setattr(duplicates, "ROWS", 5)
+    read, count = column_folder.ColumnFolder.read, collections.Counter()
+
+    def counted(folder, tar, names=None):
+        count[folder.path.name, tar["name"]] += 1
+        return read(folder, tar, names)
+
+    monkeypatch.setattr(column_folder.ColumnFolder, "read", counted)
+    monkeypatch.setattr("visionfm_jax.curation.dedup._Found.page", lambda *_: "")
+    dedup(str(pairs), tmp_path / "out", engine=Here())
+    rows = rows_of(tmp_path / "out")
+    assert {key: row["duplicate_of"] for key, row in rows.items()} == {
+        f"{t:05d}/{i}": None if i == t else f"{i:05d}/{i}" for t in range(5) for i in range(5)
+    }
+    # To spread them, to look up copies, and to write.
+    assert count == {("signatures", f"{t:05d}.tar"): 3 for t in range(5)} | {
+        ("out", f"{t:05d}.tar"): 1 for t in range(5)
+    }
 
 
 @pytest.fixture
