@@ -52,7 +52,7 @@ from visionfm_jax.data.shards import Engine, Local, add_arguments, engine_of
 from visionfm_jax.data.similar import COLUMN
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord
-from visionfm_jax.data.sources.tars import TarPairs
+from visionfm_jax.data.sources.tars import TarPairs, caption_suffix
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, complain, count, entry_point, printable, shortened
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import remove_unfinished, write_text, writing
@@ -73,6 +73,7 @@ def dedup(
     scores: Path | None = None,
     against: Sequence[str] = (),
     caption_key: str = "txt",
+    image_key: str = "",
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Write the columns, the report and the page.
@@ -85,6 +86,7 @@ def dedup(
       scores: folder of `visionfm data score`; of copies, the best-scored is kept.
       against: datasets of held-out images, KIND:PATH or KIND:PATH@SPLIT.
       caption_key: suffix of the members with captions, as for `TarPairs`.
+      image_key: suffix of the pictures; empty: any of an image.
       engine: that does the work; None: a process for each core.
 
     Returns:
@@ -93,14 +95,15 @@ def dedup(
     Raises:
       UserError: one line: an argument, tar or dataset is wrong, nothing can be read, or `out` cannot be written.
     """
+    caption_key = caption_suffix(caption_key)
     if not caption_key:
         raise ConfigError("--caption_key: is empty, but captions are compared; name the suffix of their files")
     if similar is not None:
         _check_similar(similar, by, scores)
     engine = engine or Local()
-    source = TarPairs(path, caption_key=caption_key)
+    source = TarPairs(path, caption_key=caption_key, image_key=image_key.lower().lstrip("."))
     if not len(source):
-        raise DataError(f"{source.name}: holds no pair; set --path or --caption_key")
+        raise DataError(f"{source.name}: holds no pair; set --path, --caption_key or --image_key")
     best = column_folder.open_folder(scores) if scores else None
     there = column_folder.columns_of(best, source.index.tars[0]) if best else []
     if best and "similarity" not in there:
@@ -113,11 +116,12 @@ def dedup(
     for word in against:
         held_out.opened(word)  # what would stop the work after hours comes first
     about = {"command": "data dedup", "by": by, "columns": best.about if best else None, "against": list(against)}
-    about |= {} if similar is None else {"similar": similar}
+    about |= {"caption_key": caption_key} | ({} if similar is None else {"similar": similar})
     columns = column_folder.create(out, about | {"tars": f"{source.index.crc:08x}"})
     files = [out / f"held-out-{i:02d}" for i in range(len(against))]
     sets = [held_out.write_signatures(word, file, engine) for word, file in zip(against, files, strict=True)]
-    made = duplicates.find_duplicates(source.index, source.store, columns, by, best, files, engine, similar)
+    part = caption_key.partition(":")[2]
+    made = duplicates.find_duplicates(source.index, source.store, columns, by, best, files, engine, similar, part)
     found = _Found(source, columns, best, files)
     report = found.added_up(made, by, similar, sets)
     with writing(f"--out={printable(str(out))}"):
@@ -131,7 +135,7 @@ def dedup(
 
 
 def _check_similar(similar: float, by: str, scores: Path | None) -> None:
-    flag = f"--similar={similar:g}"
+    flag = f"--similar={similar}"
     if not 0 < similar <= 1:
         raise ConfigError(f"{flag}: must lie in (0, 1], as a cosine; 0.95 is a usual one")
     if by == "caption":
@@ -246,7 +250,8 @@ class _Found:
 
     def _caption(self, row: int) -> str:
         try:
-            return shortened(read_record(self._source, row)["caption"])
+            captions = read_record(self._source, row)["caption"]
+            return shortened(captions if isinstance(captions, str) else "; ".join(captions))
         except DamagedRecord:
             return ""
 
@@ -327,7 +332,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.de
     parser.add_argument("--similar", type=float, metavar="COSINE", help="least cosine of embeddings of copies, as 0.95")
     parser.add_argument("--columns", type=Path, metavar="FOLDER", help="that visionfm data score has written")
     parser.add_argument("--against", action="append", default=[], metavar="KIND:PATH", help="held-out images")
-    parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
+    parser.add_argument(
+        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
+    )
+    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     quiet_logs()
@@ -340,6 +348,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.de
         scores=arguments.columns and arguments.columns.expanduser(),
         against=arguments.against,
         caption_key=arguments.caption_key,
+        image_key=arguments.image_key,
         engine=engine_of(arguments),
     )
     print_report(Console(soft_wrap=False), report, out)

@@ -47,10 +47,11 @@ def page(study: Study, found: Sequence[Finding]) -> str:
 def _datasets(study: Study) -> str:
     rows = []
     for part in study.parts:
-        opened = part.source is not None
-        numbers = [f"{n:,}" for n in (len(part.source), len(part.survey.rows), len(part.survey.reasons))] * opened
-        name = part.source.name if opened else f"{part.config.kind} {part.config.path}"
-        rows.append([name, part.where, *(numbers or ["cannot be opened", "", ""])])
+        if part.source is None:
+            rows.append([f"{part.config.kind} {part.config.path}", part.where, "cannot be opened", "", ""])
+            continue
+        numbers = len(part.source), len(part.survey.rows), len(part.survey.reasons)
+        rows.append([part.source.name, part.where, *(f"{n:,}" for n in numbers)])
     said = "".join(f"<p>{_e(remark)}</p>" for remark in remarks(study))
     return table(["dataset", "in", "records", "read", "damaged"], rows, "..nnn") + said
 

@@ -39,7 +39,7 @@ from visionfm_jax.data.shards import Engine, Here, Local, Ray, add_arguments, en
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import Shard
-from visionfm_jax.data.sources.tars import TarPairs, read_pair
+from visionfm_jax.data.sources.tars import TarPairs, caption_suffix, read_pair
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, count, entry_point, printable
 from visionfm_jax.inference import Stored
 from visionfm_jax.logs import quiet_logs
@@ -59,6 +59,7 @@ class Scorer:
       store: the folder of the tars.
       out: where the scores go.
       embeddings: whether embeddings are kept, too.
+      caption_part: of a caption file, as of `tar_index.captions_of`; of several captions the first is scored.
     """
 
     run: str
@@ -66,6 +67,7 @@ class Scorer:
     store: Store
     out: ColumnFolder
     embeddings: bool
+    caption_part: str = ""
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
         """Write the columns of a tar, unless they are there; what the report says of it."""
@@ -86,7 +88,7 @@ class Scorer:
         def image(i: int) -> bytes:
             """The picture; its caption is kept for afterwards, as both are read at once."""
             picture, text = read(lambda: read_pair(self.store, shard.tar, shard.records[i]), lambda: str(shard))
-            captions[i] = text.decode().strip()
+            captions[i] = tar_index.captions_of(text, self.caption_part)[0]
             return picture
 
         stored = [Stored(f"{shard}[{i}]", functools.partial(image, i)) for i in range(len(shard.records))]
@@ -134,6 +136,7 @@ def score(
     out: Path,
     *,
     caption_key: str = "txt",
+    image_key: str = "",
     precision: str = "",
     embeddings: bool = False,
     engine: Engine | None = None,
@@ -145,6 +148,7 @@ def score(
       run: folder of the model.
       out: folder for the scores.
       caption_key: suffix of the members with captions, as for `TarPairs`.
+      image_key: suffix of the pictures; empty: any of an image.
       precision: of the model's products, as for `api.load`.
       embeddings: keep embeddings, too.
       engine: that does the work; None: this process.
@@ -152,18 +156,24 @@ def score(
     Raises:
       UserError: one line: the tars or the model cannot be used, or `out` cannot be written.
     """
-    source = TarPairs(path, caption_key=caption_key)
+    caption_key = caption_suffix(caption_key)
+    if not caption_key:
+        raise ConfigError("--caption_key: is empty, but captions are scored; name the suffix of their files")
+    source = TarPairs(path, caption_key=caption_key, image_key=image_key.lower().lstrip("."))
     if not len(source):
-        raise DataError(f"{source.name}: has no image with a caption .{caption_key}; set --caption_key or --path")
+        raise DataError(
+            f"{source.name}: has no image with a caption .{caption_key}; set --caption_key, --image_key or --path"
+        )
     model = _model(run, precision)
     if isinstance(engine, Local) and jax.default_backend() != "cpu":
         raise ConfigError(f"--jobs={engine.jobs}: processes would share the accelerator; leave it out")
     about = {
         "command": "data score", "model": model.digest, "preprocess": model.transform.settings,
         "precision": model.config.train.precision, "embeddings": embeddings,
+        "caption_key": caption_key,
     }  # fmt: skip
     folder = column_folder.create(out, about)
-    scorer = Scorer(run, precision, source.store, folder, embeddings)
+    scorer = Scorer(run, precision, source.store, folder, embeddings, caption_key.partition(":")[2])
     tars = list(map_shards(scorer, source.index.shards, engine or Here(), title="scoring", unit=" tars"))
     report = _report(source, about, tars)
     with writing(f"--out={printable(str(out))}"):
@@ -195,7 +205,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     parser.add_argument("--path", required=True, help="folder or URL of tars")
     parser.add_argument("--model", required=True, metavar="RUN", help="folder of a CLIP")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
+    parser.add_argument(
+        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
+    )
+    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
     parser.add_argument("--precision", default="", help="of matrix products: fp32, bf16 or fp16 (as it was trained)")
     parser.add_argument("--embeddings", action="store_true", help="keep embeddings, too")
     add_arguments(parser)
@@ -209,6 +222,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
         arguments.model,
         arguments.out.expanduser(),
         caption_key=arguments.caption_key,
+        image_key=arguments.image_key,
         precision=arguments.precision,
         embeddings=arguments.embeddings,
         engine=engine,

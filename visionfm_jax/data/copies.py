@@ -32,7 +32,7 @@ from visionfm_jax.data.sources.selection import Selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, Shard, engine_for, member_in
 from visionfm_jax.data.sources.tars import TarPairs, pair_in
-from visionfm_jax.errors import DataError, printable
+from visionfm_jax.errors import ConfigError, DataError, printable
 from visionfm_jax.storage import read, remove_unfinished, replacing, writing
 
 FORMS = ("tars", "arrayrecord")
@@ -91,6 +91,10 @@ def copy_pairs(
       DataError: a tar or its columns cannot be read, or have changed.
       UserError: `to` holds something else, or cannot be written.
     """
+    if form == "arrayrecord" and ":" in caption_key:
+        raise ConfigError(
+            f"--write=arrayrecord: its records have one text, --caption_key={caption_key}; use --write=tars"
+        )
     index, folders = source.index, [column_folder.open_folder(path) for path in columns]
     about = {"command": "data select", "write": form, "selection": f"{index.crc:08x} {digest(selection.bits)}"}
     column_folder.create(to, about | {"columns": [folder.about for folder in folders]}, flag="--to")
@@ -127,7 +131,7 @@ def _write_tar(store: Store, suffix: str, folders: tuple[ColumnFolder, ...], sha
         with replacing(shard.out) as part, tarfile.open(part, "w") as tar:
             for key, extension, image, text in _pairs(store, name, shard.records[rows]):
                 found.append(key)
-                for member, content in ((f"{key}.{extension}", image), (f"{key}.{suffix}", text)):
+                for member, content in ((f"{key}.{extension}", image), (f"{key}.{suffix.partition(':')[0]}", text)):
                     info = tarfile.TarInfo(member)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))

@@ -140,6 +140,7 @@ class Job:
       groups: of tars that are spread together.
       held_out: files of signatures of held-out images.
       similar: None: embeddings are not compared.
+      caption_part: of a caption file, as of `tar_index.captions_of`; a pair's captions are compared together.
     """
 
     store: Store
@@ -152,6 +153,7 @@ class Job:
     groups: int
     held_out: tuple[Path, ...]
     similar: Similar | None = None
+    caption_part: str = ""
 
     @property
     def tables(self) -> list[int]:
@@ -168,6 +170,7 @@ def find_duplicates(
     held_out: Sequence[Path],
     engine: Engine,
     threshold: float | None = None,
+    caption_part: str = "",
 ) -> Iterator[dict[str, Any]]:
     """Write the columns of all tars; of each, in order, what `counted` counts.
 
@@ -179,6 +182,7 @@ def find_duplicates(
       held_out: files of signatures of held-out images.
       engine: that does the work.
       threshold: the least cosine of embeddings, `image_embedding` in `scores`, of copies; None: they are not compared.
+      caption_part: of a caption file, as of `tar_index.captions_of`.
 
     Raises:
       UserError: one line: a tar or file of scores cannot be read, or the columns cannot be written.
@@ -187,7 +191,8 @@ def find_duplicates(
     groups, of_pictures = _grouped(index, ROWS), signatures_in(out)
     buckets = -(-len(index.records) // ROWS)
     compared = _similar(index, scores, threshold) if scores and threshold else None
-    job = Job(store, by, of_pictures, columns, scores, out / "work", buckets, len(groups), tuple(held_out), compared)
+    held, work = tuple(held_out), out / "work"
+    job = Job(store, by, of_pictures, columns, scores, work, buckets, len(groups), held, compared, caption_part)
     with writing(f"--out: {printable(str(out))}"):
         of_pictures.path.mkdir(exist_ok=True)
     for _ in map_shards(functools.partial(sign, job), index.shards, engine, title="signatures", unit=" tars"):
@@ -290,18 +295,19 @@ def sign(job: Job, shard: Shard) -> None:
     tar, records = shard
     if job.signatures.is_whole(tar):
         return
-    keys, columns = read(lambda: _signed(job.store, str(shard), records), lambda: job.store.path(str(shard)))
+    name, part = str(shard), job.caption_part
+    keys, columns = read(lambda: _signed(job.store, name, records, part), lambda: job.store.path(name))
     job.signatures.write(tar, keys, columns)
 
 
-def _signed(store: Store, name: str, records: np.ndarray) -> tuple[list[str], dict[str, Any]]:
+def _signed(store: Store, name: str, records: np.ndarray, part: str) -> tuple[list[str], dict[str, Any]]:
     rows = np.zeros(len(records), ROW)
     damage: list[str | None] = [None] * len(records)
     with store.open(name) as file:
         for i, record in enumerate(records.tolist()):
             try:
                 picture, text = pair_in(file, record)
-                rows[i]["caption"] = signatures.of_caption(text.decode().strip())
+                rows[i]["caption"] = signatures.of_caption("\n".join(tar_index.captions_of(text, part)))
                 small, rows[i]["pixels"] = signatures.shrunk(picture)
                 rows[i]["hash"], rows[i]["colours"] = signatures.of_pixels(small).item()
             except (DamagedRecord, DamagedImage) as error:

@@ -41,9 +41,10 @@ from visionfm_jax.data.conditions import Condition, parse
 from visionfm_jax.data.copies import FORMS, copy_pairs
 from visionfm_jax.data.shards import Engine, add_arguments, engine_of, map_shards
 from visionfm_jax.data.sources.selection import read_selection, write_selection
+from visionfm_jax.data.sources.store import is_table
 from visionfm_jax.data.sources.tar_index import Shard, engine_for
-from visionfm_jax.data.sources.tars import TarPairs
-from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, complain, count, entry_point
+from visionfm_jax.data.sources.tars import TarPairs, caption_suffix
+from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, complain, count, entry_point, printable
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import write_text
 
@@ -62,6 +63,7 @@ def select(
     by: str | None = None,
     columns: Sequence[Path] = (),
     caption_key: str = "txt",
+    image_key: str = "",
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Write the selection and its report.
@@ -75,6 +77,7 @@ def select(
         given, else no column.
       columns: folders of computed columns (`data.column_folder`).
       caption_key: suffix of the members with captions, as for `TarPairs`.
+      image_key: suffix of the pictures; empty: any of an image.
       engine: that evaluates them; None: as `tar_index.engine_for` says.
 
     Returns:
@@ -84,8 +87,9 @@ def select(
       UserError: one line: a condition, column, parquet or tar is wrong, nothing is left, or `out` cannot be written.
     """
     by = by or (BY if keep is not None else None)
+    _check_out(out)
     conditions = _conditions(where, keep, by)
-    source = TarPairs(path, caption_key=caption_key)
+    source = TarPairs(path, caption_key=caption_suffix(caption_key), image_key=image_key.lower().lstrip("."))
     index = source.index
     shards = index.shards
     wanted = [*(name for condition in conditions for name in condition.columns), *([by] if by else [])]
@@ -322,6 +326,15 @@ def _number(text: str) -> int:
     return int(number)
 
 
+def _check_out(out: Path) -> None:
+    """Nothing but an earlier selection is replaced: a name too few, and it would be a tar."""
+    there = [path for path in (out, report_file(out)) if path.is_file()]
+    if there and (there[0] != out or not is_table(out)):
+        raise UserError(
+            f"--out={printable(str(out))}: {printable(str(there[0]))} is there, and is no selection; name another file"
+        )
+
+
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select") -> int:
     """Parse, select, print, copy; returns the exit code."""
     parser = Parser(program, __doc__)
@@ -334,7 +347,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
         help="folder of visionfm data score or data dedup; may be given several times",
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="selection file to write")
-    parser.add_argument("--caption_key", default="txt", help="suffix of the caption files in the tars (%(default)s)")
+    parser.add_argument(
+        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
+    )
+    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
     parser.add_argument("--write", choices=FORMS, help="copy the selected pairs in this form, to --to")
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder for the copies")
     add_arguments(parser)
@@ -352,14 +368,17 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
         by=arguments.by,
         columns=columns,
         caption_key=arguments.caption_key,
+        image_key=arguments.image_key,
         engine=engine,
     )
     console = Console(soft_wrap=False)
     print_report(console, report, out)
     if arguments.write:
-        source = TarPairs(arguments.path, caption_key=arguments.caption_key)
+        caption_key = caption_suffix(arguments.caption_key)
+        image_key = arguments.image_key.lower().lstrip(".")
+        source = TarPairs(arguments.path, caption_key=caption_key, image_key=image_key)
         chosen = read_selection(str(out), source.index)
-        to, more = arguments.to.expanduser(), {"caption_key": arguments.caption_key, "columns": columns}
+        to, more = arguments.to.expanduser(), {"caption_key": caption_key, "columns": columns}
         copy_pairs(source, chosen, to, arguments.write, engine=engine, **more)
         console.print(f"{count(report['selected'], 'pair')} copied: {to}", highlight=False, markup=False)
     if left_out := report["left_out"]:

@@ -254,6 +254,21 @@ def test_what_makes_a_duplicate(few, tmp_path, by, expected):
     assert rows["00000/3"] == {"duplicate": None, "duplicate_of": None, "why": None}
 
 
+def test_captions_in_json_are_compared_without_the_rest(tmp_path):
+    """Whose members are otherwise told apart by what else is in them."""
+    folder = tmp_path / "json"
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(3):
+            text = json.dumps({"caption": "a photo" if i else "another", "number": i}).encode()
+            for name, content in ((f"{i}.jpg", jpeg(drawing(1))), (f"{i}.json", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    dedup(str(folder), tmp_path / "out", by="pair", caption_key="json:caption", engine=Here())
+    assert [row["duplicate_of"] for row in rows_of(tmp_path / "out").values()] == [None, None, "00000/1"]
+
+
 def test_the_best_scored_copy_is_kept(few, tmp_path):
     scores = column_folder.create(tmp_path / "scores", {"command": "data score"})
     for tar, values in zip(TarPairs(str(few)).index.tars, [[0.1, 0.3, 0.2, None], [0.4, 0.5, 0.3], []], strict=True):

@@ -99,7 +99,7 @@ def test_the_command_prints_what_people_choose_a_threshold_by(clip, tars, tmp_pa
 def test_what_cannot_be_scored_is_refused(clip, tars, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/0.tar").write_bytes(tar_bytes({"a.jpg": picture(0)}))
-    with pytest.raises(DataError, match=r"has no image with a caption .txt; set --caption_key or --path"):
+    with pytest.raises(DataError, match=r"has no image with a caption .txt; set --caption_key, --image_key or --path"):
         score.score(str(tmp_path / "pictures"), str(clip), tmp_path / "a")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/0.tar").write_bytes(tar_bytes({"a.jpg": b"no picture", "a.txt": b"a text"}))
@@ -109,3 +109,22 @@ def test_what_cannot_be_scored_is_refused(clip, tars, tmp_path):
     export(made["model_of"](made["config_of"]("vit_cls")), "timm", tmp_path / "vit")
     with pytest.raises(UserError, match=r"--model=.*vit: ClassificationConfig has no embeddings .*; name a CLIP"):
         score.score(str(tars), str(tmp_path / "vit"), tmp_path / "c")
+
+
+def test_captions_in_json_and_pictures_of_a_suffix_are_scored(clip, tars, scored, tmp_path):
+    files = {}
+    for name, content in members(0, 3).items():
+        key, _, kind = name.partition(".")
+        if kind == "jpg":
+            files[f"{key}.rgb.jpg"] = files[f"{key}.depth.jpg"] = content
+        elif kind == "txt":
+            files[f"{key}.json"] = json.dumps({"say": content.decode(), "more": "words " * 9}).encode()
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/00000.tar").write_bytes(tar_bytes(files))
+    keys = {"caption_key": ".JSON:say", "image_key": "rgb.jpg"}
+    score.score(str(tmp_path / "tars"), str(clip), tmp_path / "scores", **keys)
+    found, expected = (pq.read_table(out / "00000.parquet")["similarity"] for out in (tmp_path / "scores", scored[0]))
+    assert found.to_pylist() == expected.to_pylist()
+    for key in ("", "json:", ":x", "txt:say"):
+        with pytest.raises(ConfigError, match="caption_key"):
+            score.score(str(tmp_path / "tars"), str(clip), tmp_path / "none", caption_key=key)

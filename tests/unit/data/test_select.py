@@ -319,3 +319,13 @@ def test_help_and_missing_flags():
     assert shown.returncode == 0
     assert "--where='similarity >= 0.28" in shown.stdout
     assert subprocess.run(command, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000_stats"])
+def test_no_file_but_a_selection_is_replaced(tmp_path, name):
+    folder = write_tars(tmp_path / "tars", 1, 3)
+    (folder / "00000_stats.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".index"}
+    with pytest.raises(UserError, match=r"is there, and is no selection; name another file"):
+        select.select(str(folder), "width > 0", folder / name)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".index"} == before

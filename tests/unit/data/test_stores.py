@@ -19,7 +19,7 @@ from parquet_sets import written_parquet
 from tar_sets import picture, write_tars
 
 from visionfm_jax import storage
-from visionfm_jax.data.sources import disk_cache, open_source, places, read_record, store
+from visionfm_jax.data.sources import disk_cache, open_source, places, read_record, store, tar_index
 from visionfm_jax.data.sources.kinds import KINDS, BenchmarkConfig, FolderConfig, NumpyConfig, TableConfig, TarsConfig
 from visionfm_jax.errors import ConfigError, DataError, StorageError
 
@@ -267,6 +267,36 @@ def test_an_http_server_is_listed_by_a_file_or_a_pattern(tmp_path, site):
     same(open_source(TarsConfig(path=str(tars))), open_source(TarsConfig(path=f"{site}/tars/{{00000..00002}}.tar")))
     with pytest.raises(DataError, match="the path does not exist"):
         open_source(TarsConfig(path=f"{site}/tars/{{00000..00005}}.tar"))
+
+
+def test_a_page_in_place_of_a_tar_is_no_tar(tmp_path, site, monkeypatch):
+    """A server that asks for a login answers so, and says the size of the file all the same."""
+    write_tars(tmp_path / "site/tars", 2, 2)
+    asked = store.Store._range
+
+    def short(self, path, start, stop):
+        return b"<html>" if "00001" in path else asked(self, path, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "_range", short)
+        with pytest.raises(StorageError, match=r"00001.tar.* 6 bytes came of the "):
+            open_source(TarsConfig(path=f"{site}/tars/{{00000..00001}}.tar"))
+    assert len(open_source(TarsConfig(path=f"{site}/tars/{{00000..00001}}.tar"))) == 4
+
+
+def test_of_many_requests_those_that_fail_are_asked_again(tmp_path, site, monkeypatch):
+    write_tars(tmp_path / "site/tars", 1, 12)
+    source = open_source(TarsConfig(path=f"{site}/tars/{{00000..00000}}.tar"))
+    asked, seen = store.Store._range, set()
+
+    def each_fails_once(self, path, start, stop):
+        if start not in seen:
+            seen.add(start)
+            raise OSError("503")
+        return asked(self, path, start, stop)
+
+    monkeypatch.setattr(store.Store, "_range", each_fails_once)
+    assert len(set(tar_index.keys(source.store, "00000.tar", source.index.records))) == 12
 
 
 def test_a_pattern_names_some_of_the_tars_of_a_folder(tmp_path):

@@ -349,7 +349,13 @@ class Store:
         if self.local:
             with open(self.path(name), "rb", buffering=0, opener=_open_at_once) as file:
                 return [os.pread(file.fileno(), length, start) for start in starts]
-        return side_by_side(lambda start: self._range(self.path(name), start, start + length), starts)
+        path = self.path(name)
+
+        def read(start: int) -> bytes:
+            """Asked for again by itself: of thousands of requests one fails now and then."""
+            return storage.retry(lambda: self._range(path, start, start + length), lambda: path)
+
+        return side_by_side(read, starts)
 
     def open(self, name: str, size: int | None = None, keep: bool = False) -> BinaryIO:
         """A file to be read with seeks; a store's in large blocks, for a request takes longer than skipped data.
@@ -445,10 +451,17 @@ class _Blocks(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
+    def _whole(self, start: int, stop: int) -> bytes:
+        """A block; a shorter answer, such as the page of a login, is no end of the file, whose size is known."""
+        block = self._read(start, stop)
+        if len(block) != stop - start:
+            raise OSError(errno.EIO, f"{len(block):,} bytes came of the {stop - start:,} from {start:,} on")
+        return block
+
     def readinto(self, buffer: Any) -> int:
         if not 0 <= self._at - self._first < len(self._block) and self._at < self._size:
             start, stop = self._at, min(self._at + _BLOCK, self._size)
-            self._block = storage.retry(lambda: self._read(start, stop), lambda: self._path)
+            self._block = storage.retry(lambda: self._whole(start, stop), lambda: self._path)
             self._first = start
         offset = self._at - self._first
         piece = self._block[offset : offset + len(buffer)] if offset >= 0 else b""
@@ -589,6 +602,13 @@ def read_table(path: Path, dtype: Any, *, verify: bool, mapped: bool = True) -> 
     if verify and zlib.crc32(array) != crc:
         raise ValueError("the file is damaged: its checksum differs")
     return array, meta
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file ends as those of `write_table`."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(_MAGIC)))
+        return file.read() == _MAGIC
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -23,7 +23,7 @@ from visionfm_jax.data.sources.record import DamagedRecord, left_out
 from visionfm_jax.data.sources.selection import Selection, read_selection
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import BLOCK, Index
-from visionfm_jax.errors import DataError, printable
+from visionfm_jax.errors import ConfigError, DataError, printable
 
 _NEAR = 2**16  # bytes between picture and caption up to which both are read at once
 CHANGED = "it differs from what was indexed: the tar or its index is damaged"
@@ -43,11 +43,10 @@ def open_tars(config: TarsConfig) -> TarPairs:
     if config.selection and not config.caption_key:
         rule = "set selection='', or the caption_key that it was made with"
         raise DataError(f"{describe(config)}: a selection chooses among pairs, but caption_key is empty; {rule}")
-    suffix, colon, part = ("txt" if config.caption_key == TarsConfig.caption_key else config.caption_key).partition(":")
-    suffix = suffix.lower().lstrip(".") + colon + part
-    if colon and (not part or (part != tar_index.LINES and not suffix.startswith(f"json{colon}"))):
-        rule = "write json:FIELD, txt:lines, or a suffix alone"
-        raise DataError(f"{describe(config)}: caption_key = {config.caption_key!r}: {rule}")
+    try:
+        suffix = caption_suffix("txt" if config.caption_key == TarsConfig.caption_key else config.caption_key)
+    except ConfigError as error:
+        raise DataError(f"{describe(config)}: {error}") from error
     image_key = config.image_key.lower().lstrip(".")
     source = TarPairs(config.path, selection=config.selection, caption_key=suffix, image_key=image_key)
     if not len(source):
@@ -55,6 +54,19 @@ def open_tars(config: TarsConfig) -> TarPairs:
         what, rule = (f" with a caption .{suffix}", "caption_key or path") if suffix else ("", "path")
         raise DataError(f"{source.name}: contains no image{what}{why}; set {rule}")
     return source
+
+
+def caption_suffix(word: str) -> str:
+    """The suffix of caption files as `TarPairs` takes it, of what people write: .TXT is txt.
+
+    Raises:
+      ConfigError: there are no such parts of a file.
+    """
+    suffix, colon, part = word.partition(":")
+    suffix = suffix.lower().lstrip(".")
+    if colon and (not suffix or not part or (part != tar_index.LINES and suffix != "json")):
+        raise ConfigError(f"caption_key = {word!r}: write json:FIELD, txt:lines, or a suffix alone")
+    return suffix + colon + part
 
 
 def read_pair(store: Store, tar: dict[str, Any], record: np.void) -> tuple[bytes, bytes]:
