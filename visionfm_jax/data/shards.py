@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from visionfm_jax.data.children import end_with_parent, no_main, portable
 from visionfm_jax.errors import ConfigError, LostError, UserError, complain, one_line
+from visionfm_jax.logs import quiet_logs
 from visionfm_jax.machine import usable_cores
 
 AHEAD = 4  # shards to a worker that are handed out before the first of them is done: bounds what waits in memory
@@ -223,6 +224,7 @@ def _serve(pipe: Connection) -> None:
     what it has raised.
     """
     end_with_parent()
+    quiet_logs()  # as those of the command that has started this process
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is there: the other cores have work of their own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C: the process that has started this one ends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing unfinished is left
