@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from visionfm_jax.data import best
@@ -62,7 +61,7 @@ class Columns:
         known, rows, success = np.arange(len(records)), None, None
         if self.beside:
             table = _read(self.store, parquet_of(name), list(dict.fromkeys([KEY, STATUS, *self.beside])))
-            rows, table = len(table), table.filter(pc.equal(table[STATUS], SUCCESS))
+            rows, table = len(table), self._successful(name, table)
             success, place = len(table), self._places(name, records, table[KEY])
             known = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
             table = table.take(place.drop_null())
@@ -72,13 +71,22 @@ class Columns:
             columns |= {column: table[column] for column in names}
         return Rows(pa.table(columns), known, rows, success)
 
+    def _successful(self, name: str, table: pa.Table) -> pa.Table:
+        try:
+            return table.filter(pc.equal(table[STATUS], SUCCESS))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{self.store.path(parquet_of(name))}: its column {STATUS!r} is of {table[STATUS].type}, not of text; "
+                "download the shard again"
+            ) from error
+
     def _places(self, name: str, records: np.ndarray, column: pa.ChunkedArray) -> pa.Array:
         """Of each pair, its row in a column of keys."""
         try:
             keys = pa.array(tar_index.keys(self.store, name, records), pa.string())
             kind = column.type if pa.types.is_integer(column.type) else pa.string()  # the first img2dataset counted
             return pc.index_in(keys.cast(kind), value_set=column.cast(kind).combine_chunks())
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{self.store.path(name)}: its keys do not fit {parquet_of(name)} ({one_line(error)}); download both "
                 "again"
@@ -302,7 +310,11 @@ def _read(store: Store, name: str, wanted: Sequence[str]) -> pa.Table:
     """Columns of a parquet beside the tars."""
 
     def read(file: pq.ParquetFile) -> pa.Table:
-        check_columns(store.path(name), file.schema_arrow.names, wanted)
+        names = file.schema_arrow.names
+        check_columns(store.path(name), names, wanted)
+        for column in wanted:
+            if names.count(column) > 1:
+                raise DataError(f"{store.path(name)}: has several columns {column!r}; download the shard again")
         return file.read(columns=wanted)
 
     return _opened(store, name, read)
@@ -325,8 +337,8 @@ def _evaluate(table: pa.Table, conditions: Sequence[Condition]) -> tuple[np.ndar
     held, empty = np.zeros((2, len(conditions), len(table)), bool)
     for c, condition in enumerate(conditions):
         try:
-            column = ds.dataset(table).to_table(columns={"it": condition.expression(table.schema)})["it"]
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            column = condition.evaluate(table)
+        except pa.ArrowException as error:
             kinds = ", ".join(f"{name} is {table.schema.field(name).type}" for name in condition.columns)
             raise ConfigError(
                 f"--where: {condition.text!r} cannot be evaluated: {kinds} ({one_line(error)}); compare columns with "

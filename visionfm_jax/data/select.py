@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.config.rules import shown
@@ -216,7 +217,8 @@ class _Report:
         if selected != min(keep, sum(tar["fit"] for tar in self._tars)):
             raise DataError(f"{self._source.store.url}: the columns changed while they were read; start again")
         ties = boundary.on - boundary.taken
-        self._kept = {"keep": keep, "threshold": threshold, "ties": ties}
+        written = threshold if math.isfinite(threshold) else str(threshold)  # JSON has no infinite number
+        self._kept = {"keep": keep, "threshold": written, "ties": ties}
 
     def as_json(self) -> dict[str, Any]:
         """All counts; `conditions` in the order of the tars' lists."""
@@ -254,12 +256,16 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     left_out = f"; {unknown:,} without such a row are left out" if unknown else ""
     console.print(f"{report['pairs']:,} pairs in {count(len(report['tars']), 'tar')}{left_out}", highlight=False)
     for name, place in report["columns"].items():
-        console.print(f"{name}: of {place}", highlight=False, markup=False)
+        console.print(f"{name}: of {printable(place)}", highlight=False, markup=False)
     console.print()
     table = _table("condition", "drops", "of pairs", "for want of a value", "it alone")
     for c in report["conditions"]:
         table.add_row(
-            c["condition"], f"{c['drops']:,}", f"{c['drops'] / known:.1%}", f"{c['empty']:,}", f"{c['only']:,}"
+            Text(printable(c["condition"])),
+            f"{c['drops']:,}",
+            f"{c['drops'] / known:.1%}",
+            f"{c['empty']:,}",
+            f"{c['only']:,}",
         )
     console.print(table)
     console.print()
@@ -272,15 +278,14 @@ def print_report(console: Console, report: dict[str, Any], out: Path) -> None:
     table = _table("tar", "pairs", "selected", "of pairs")
     for tar in report["tars"][:SHOWN]:
         share = f"{tar['selected'] / tar['pairs']:.1%}" if tar["pairs"] else ""
-        table.add_row(tar["name"], f"{tar['pairs']:,}", f"{tar['selected']:,}", share)
+        table.add_row(Text(printable(tar["name"])), f"{tar['pairs']:,}", f"{tar['selected']:,}", share)
     if len(report["tars"]) > SHOWN:
         table.add_row(f"… {len(report['tars']) - SHOWN:,} more, see the JSON", "", "", "")
     table.add_row("all", f"{report['pairs']:,}", f"{selected:,}", f"{selected / report['pairs']:.1%}")
     console.print(table)
     size = out.stat().st_size
-    console.print(
-        f"\n{selected:,} pairs selected: {out} ({size:,} bytes), {report_file(out)}", highlight=False, soft_wrap=True
-    )
+    files = printable(f"{out} ({size:,} bytes), {report_file(out)}")
+    console.print(f"\n{selected:,} pairs selected: {files}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _histogram(report: dict[str, Any]) -> Table:
@@ -298,10 +303,11 @@ def _histogram(report: dict[str, Any]) -> Table:
 def _kept(report: dict[str, Any]) -> str:
     """What --keep meant."""
     fit, by = sum(tar["fit"] for tar in report["tars"]), report["by"]
+    threshold = f"{float(report['threshold']):.9g}"
     if fit <= report["keep"]:
-        return f"--keep={report['keep']:,}: all {fit:,} pairs that fit are taken, {by} >= {report['threshold']:.9g}"
+        return f"--keep={report['keep']:,}: all {fit:,} pairs that fit are taken, {by} >= {threshold}"
     ties = f"; {report['ties']:,} more have that very value, and come later" if report["ties"] else ""
-    return f"--keep={report['keep']:,} of {fit:,} pairs that fit: {by} >= {report['threshold']:.9g}{ties}"
+    return f"--keep={report['keep']:,} of {fit:,} pairs that fit: {by} >= {threshold}{ties}"
 
 
 def _table(*names: str) -> Table:

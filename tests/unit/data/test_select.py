@@ -1,5 +1,6 @@
 """Selecting pairs by columns: what conditions mean, what is counted, and the one line that bad input gets."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ import sys
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from tar_sets import members, tar_bytes, write_parquet, write_tars
 
@@ -234,6 +237,13 @@ def test_a_tar_only_touched_or_copied_keeps_its_selection(folder):
         ("width > None", "is not allowed here"),
         ("width in ()", "is not allowed here"),
         ("width if width else width", "is not allowed here"),
+        (r"NSFW == '\ud800'", "is not allowed here"),
+        ("NSFW == '\udc80'", "surrogates not allowed; write COLUMN"),
+        ("not " * 500 + "width", "is nested too deeply"),
+        ("(" * 5000 + "width" + ")" * 5000, "too many nested parentheses"),
+        ("width > " + "1" * 5000, "a number has thousands of digits; write COLUMN"),
+        ("width > 0x" + "f" * 5000, "a number of thousands of digits is not allowed here"),
+        ("width > 1 or 1 > 'a'", r"1 > 'a'.* cannot be evaluated"),
     ],
 )
 def test_a_wrong_condition_is_one_line_and_writes_nothing(folder, capsys, where, message):
@@ -311,6 +321,125 @@ def test_conditions_are_the_parts_that_and_joins():
     assert [c.columns for c in parse("a > 1 or b > 1 and c")] == [("a", "b", "c")]
     with pytest.raises(ConfigError):
         parse("a > 1; b > 2")
+
+
+BIG = 2**53 + 1  # the least whole number that is no float64
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("big > 2.5e7", [True, False, None]),
+        ("big > 2.5", [True, True, None]),
+        ("2.5e7 < big", [True, False, None]),
+        ("big == 9007199254740993", [True, False, None]),
+        ("big > 9007199254740992.0", [True, False, None]),
+        ("big > single", [True, False, None]),
+        ("big * 2 > 6", [True, False, None]),
+        ("small < 1000 and small > 2.5", [True, True, None]),
+        ("hash > 2.5 and hash > -1", [True, False, None]),
+        ("hash == 9223372036854775807", [False, False, None]),
+        ("single >= 0.29", [True, True, None]),
+        ("single == .29", [True, False, None]),
+        ("single > 1e39", [False, True, None]),
+        ("half >= 0.29", [True, True, None]),
+        ("half > 1e6 or half == single", [False, True, None]),
+        ("half != double", [True, False, None]),
+        ("double / small > 1", [False, True, None]),
+        ("1 / (small - 7) < 0", [None, True, None]),  # divided by zero
+        ("not 1 / (small - 7) < 0", [None, False, None]),
+        ("0 / (small - 7) is None", [True, False, True]),
+        ("small > 1 / 0", [None, None, None]),
+        ("nothing > 1 or nothing == nothing", [None, None, None]),
+        ("text in ('a', 'c')", [True, False, None]),
+        ("text not in ('a', 'c')", [False, True, None]),
+        ("kind in ('a', 'c') and kind != 'b'", [True, False, None]),
+        ("small in (1, 7, 1000)", [True, False, None]),
+        ("big in (3.0, 4.5)", [False, True, None]),
+        ("single in (0.29, 3)", [True, False, None]),
+        ("1 in (small, 1)", [True, True, True]),
+        ("hash in (1, 2)", [False, True, None]),
+    ],
+)
+def test_a_condition_holds_for_every_type_of_column(where, rows):
+    table = pa.table(
+        {
+            "big": [BIG, 3, None],
+            "small": pa.array([7, 3, None], pa.int8()),
+            "hash": pa.array([2**64 - 1, 1, None], pa.uint64()),
+            "single": pa.array([0.29, float("inf"), NAN], pa.float32()),
+            "half": pa.array(np.array([0.29, np.inf, np.nan], np.float16)),
+            "double": [0.29, float("inf"), None],
+            "text": ["a", "b", None],
+            "kind": pa.array(["a", "b", None]).dictionary_encode(),
+            "nothing": pa.nulls(3),
+        }
+    )
+    results = [condition.evaluate(table) for condition in parse(where)]
+    assert functools.reduce(pc.and_kleene, results).to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        f"n in ({', '.join(map(str, range(9000)))})",
+        f"text in ({', '.join(repr(str(i)) for i in range(9000))})",
+        " or ".join(f"n == {i}" for i in range(9000)),
+        f"n == 3 or ({' and '.join(f'n != {i}' for i in range(9000))})",
+    ],
+)
+def test_thousands_of_values_are_as_good_as_one(where):
+    (condition,) = parse(where)
+    table = pa.table({"n": [3, 9000, None], "text": ["3", "9000", None]})
+    held = condition.evaluate(table).to_pylist()
+    assert held == ([True, True, None] if "!=" in where else [True, False, None])
+
+
+def test_a_parquet_of_other_types_is_one_line_and_code_3(folder, capsys):
+    good = {"key": ["000000100"], "status": ["success"], "width": [7]}
+    columns = {
+        "status": [{**good, "status": [1]}, {**good, "status": [["success"]]}],
+        "key": [{**good, "key": [["000000100"]]}, {**good, "key": [{"a": 1}]}],
+    }
+    twice = [
+        pa.table([[1], *good.values()], names=["width", *good]),
+        pa.table([["1"], *good.values()], names=["key", *good]),
+    ]
+    tables = [pa.table(table) for tables in columns.values() for table in tables] + twice
+    write_tars(folder, tars=1 + len(tables))
+    for t, table in enumerate(tables, 1):
+        pq.write_table(table, folder / f"{t:05d}.parquet")
+    out = folder / "s.pairs"
+    assert entry_point(select.main)([f"--path={folder}", "--where=width > 0", f"--out={out}", "--jobs=1"]) == 3
+    assert "6 of 7 tars left out" in capsys.readouterr().err.splitlines()[-1]
+    why = [tar["why"] for tar in json.loads(select.report_file(out).read_text())["left_out"]]
+    says = [
+        "its column 'status' is of int64, not of text", "its column 'status' is of list", "keys do not fit",
+        "keys do not fit", "has several columns 'width'", "has several columns 'key'",
+    ]  # fmt: skip
+    for t, (line, part) in enumerate(zip(why, says, strict=True), 1):
+        assert part in line
+        assert f"{t:05d}.parquet" in line
+
+
+def test_a_table_shows_names_and_conditions_as_they_are(folder, capsys):
+    for suffix in ("tar", "parquet"):
+        (folder / f"00001.{suffix}").rename(folder / f"[bold]\x1b[31m.{suffix}")
+    out = folder / "[i]s.pairs"
+    assert select.main([f"--path={folder}", '--where=NSFW != "[/b]"', f"--out={out}", "--jobs=1"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("NSFW != '[/b]'", r"[bold]\x1b[31m.tar", "[i]s.pairs"):
+        assert part in printed
+
+
+def test_an_infinite_threshold_is_valid_json(folder, capsys):
+    write_parquet(folder / "00000.parquet", key=["000000001"], status=["success"], x=[float("inf")])
+    write_parquet(folder / "00001.parquet", key=["000000100"], status=["success"], x=[1.0])
+    out = folder / "s.pairs"
+    assert select.main([f"--path={folder}", "--keep=1", "--by=x", f"--out={out}", "--jobs=1"]) == 0
+    assert "x >= inf" in capsys.readouterr().out
+    report = json.loads(select.report_file(out).read_text(), parse_constant=pytest.fail)
+    assert report["threshold"] == "inf"
 
 
 def test_help_and_missing_flags():
