@@ -6,7 +6,9 @@ import contextlib
 import functools
 import logging as standard_logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -28,6 +30,9 @@ def quiet_logs() -> None:
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
 
     def unraisable(info: sys.UnraisableHookArgs) -> None:
+        if info.exc_type is KeyboardInterrupt:  # Ctrl-C came within a callback, which lets nothing out: once more
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return
         where = info.exc_traceback.tb_frame.f_code.co_filename if info.exc_traceback else ""
         if not any(part in where for part in inside):
             sys.__unraisablehook__(info)

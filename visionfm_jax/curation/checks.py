@@ -557,7 +557,7 @@ def captions(study: Study) -> Iterator[Finding]:
             firsts = np.concatenate([rows[rows["text"] == found[i]][:1] for i in often])
             times = [f"{numbers[i]:,} times: {t}" for i, t in zip(often, _texts(part, firsts), strict=True)]
             severity = "error" if part.trained and number > 0.5 * len(rows) else "warning"
-            remedy = "leave them out (visionfm data dedup): equal captions are wrong negatives of each other"
+            remedy = "leave them out (visionfm data dedup --by=caption): they are wrong negatives of each other"
             yield Finding(severity, "frequent_captions", part.where, said, number, tuple(times), remedy)
 
 

@@ -124,11 +124,17 @@ def create(path: Path, about: dict[str, Any], flag: str = "--out") -> ColumnFold
             remove_unfinished(path / ABOUT)
             write_text(path / ABOUT, json.dumps(about, indent=1) + "\n")
     if there is not None and there != about:
-        different = ", ".join(name for name in {**about, **there} if there.get(name) != about.get(name))
+        names = [name for name in {**about, **there} if there.get(name) != about.get(name)]
+        different = ", ".join(f"{name}{_change(there.get(name), about.get(name))}" for name in names)
         raise ConfigError(
             f"{flag}={printable(str(path))}: was made with another {different}; name another folder, or remove it"
         )
     return ColumnFolder(path, about)
+
+
+def _change(old: Any, new: Any) -> str:
+    """Of settings that are a word or a number."""
+    return "" if isinstance(old, dict | list) or isinstance(new, dict | list) else f" ({old}, not {new})"
 
 
 def open_folder(path: Path) -> ColumnFolder:

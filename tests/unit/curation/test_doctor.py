@@ -565,3 +565,10 @@ def test_digits_are_no_copies_of_others_though_their_hashes_are_near():
         rows.append(read.rows)
     assert (Among(rows[1]).nearest(rows[0]) >= 0).sum() > 10  # by signatures alone
     assert len(survey.near_copies(*rows)) <= 1
+
+
+def test_a_page_stands_for_a_dataset_that_cannot_be_opened(tmp_path):
+    config = config_of(FolderConfig(path=str(tmp_path / "nowhere")), task=ClassificationConfig(num_classes=2))
+    study = doctor.examine(config, engine=Here())
+    doctor.write(study, findings(study), tmp_path)
+    assert "cannot be opened" in (tmp_path / "doctor.html").read_text()

@@ -723,3 +723,10 @@ def test_millions_of_pairs_take_no_memory_of_the_process(folder):
     tracemalloc.stop()
     assert len(source) == tars * 3333
     assert source._locate(len(source) - 1) == (tars - 1, tars * pairs - 3)
+
+
+def test_a_tar_whose_name_is_no_text_is_named(tmp_path):
+    folder = write_tars(tmp_path / "tars", 1, 2)
+    shutil.copy(folder / "00000.tar", os.fsencode(folder) + b"/\xff.tar")
+    with pytest.raises(DataError, match=r"the name of '.*udcff.tar' is not UTF-8; rename the file"):
+        TarPairs(str(folder))

@@ -153,6 +153,8 @@ def open_index(store: Store, suffix: str, engine: Engine | None = None, image: s
     tars = {name: stat for name, stat in files.items() if name.endswith(".tar") and not name.startswith(".")}
     if not tars:
         raise DataError(f"{store.url}: holds no .tar file; set the folder that img2dataset wrote its shards into")
+    if odd := [name for name in tars if re.search("[\ud800-\udfff]", name)]:
+        raise DataError(f"{store.url}: the name of {printable(odd[0])!r} is not UTF-8; rename the file")
     parts = [urllib.parse.quote(part, safe="") for part in (suffix, image)]
     name = "_".join(["visionfm", "pairs" if suffix else "pictures", *filter(None, parts)]) + ".index"
     whole = not store.pattern  # else these are some of the folder's tars, and it has no place for their index
