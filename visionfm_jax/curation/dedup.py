@@ -52,7 +52,7 @@ from visionfm_jax.data.shards import Engine, Local, add_arguments, engine_of
 from visionfm_jax.data.similar import COLUMN
 from visionfm_jax.data.sources import read_record
 from visionfm_jax.data.sources.record import DamagedRecord
-from visionfm_jax.data.sources.tars import TarPairs, caption_suffix
+from visionfm_jax.data.sources.tars import TarPairs, add_keys, caption_suffix
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, complain, count, entry_point, printable, shortened
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import remove_unfinished, write_text, writing
@@ -101,7 +101,7 @@ def dedup(
     if similar is not None:
         _check_similar(similar, by, scores)
     engine = engine or Local()
-    source = TarPairs(path, caption_key=caption_key, image_key=image_key.lower().lstrip("."))
+    source = TarPairs(path, caption_key=caption_key, image_key=image_key)
     if not len(source):
         raise DataError(f"{source.name}: holds no pair; set --path, --caption_key or --image_key")
     best = column_folder.open_folder(scores) if scores else None
@@ -332,10 +332,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.de
     parser.add_argument("--similar", type=float, metavar="COSINE", help="least cosine of embeddings of copies, as 0.95")
     parser.add_argument("--columns", type=Path, metavar="FOLDER", help="that visionfm data score has written")
     parser.add_argument("--against", action="append", default=[], metavar="KIND:PATH", help="held-out images")
-    parser.add_argument(
-        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
-    )
-    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
+    add_keys(parser)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     quiet_logs()

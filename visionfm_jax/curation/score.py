@@ -39,7 +39,7 @@ from visionfm_jax.data.shards import Engine, Here, Local, Ray, add_arguments, en
 from visionfm_jax.data.sources import tar_index
 from visionfm_jax.data.sources.store import Store
 from visionfm_jax.data.sources.tar_index import Shard
-from visionfm_jax.data.sources.tars import TarPairs, caption_suffix, read_pair
+from visionfm_jax.data.sources.tars import TarPairs, add_keys, caption_suffix, read_pair
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, count, entry_point, printable
 from visionfm_jax.inference import Stored
 from visionfm_jax.logs import quiet_logs
@@ -159,7 +159,7 @@ def score(
     caption_key = caption_suffix(caption_key)
     if not caption_key:
         raise ConfigError("--caption_key: is empty, but captions are scored; name the suffix of their files")
-    source = TarPairs(path, caption_key=caption_key, image_key=image_key.lower().lstrip("."))
+    source = TarPairs(path, caption_key=caption_key, image_key=image_key)
     if not len(source):
         raise DataError(
             f"{source.name}: has no image with a caption .{caption_key}; set --caption_key, --image_key or --path"
@@ -205,10 +205,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.curation.sc
     parser.add_argument("--path", required=True, help="folder or URL of tars")
     parser.add_argument("--model", required=True, metavar="RUN", help="folder of a CLIP")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument(
-        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
-    )
-    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
+    add_keys(parser)
     parser.add_argument("--precision", default="", help="of matrix products: fp32, bf16 or fp16 (as it was trained)")
     parser.add_argument("--embeddings", action="store_true", help="keep embeddings, too")
     add_arguments(parser)

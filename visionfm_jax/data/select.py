@@ -44,7 +44,7 @@ from visionfm_jax.data.shards import Engine, add_arguments, engine_of, map_shard
 from visionfm_jax.data.sources.selection import read_selection, write_selection
 from visionfm_jax.data.sources.store import is_table
 from visionfm_jax.data.sources.tar_index import Shard, engine_for
-from visionfm_jax.data.sources.tars import TarPairs, caption_suffix
+from visionfm_jax.data.sources.tars import TarPairs, add_keys, caption_suffix
 from visionfm_jax.errors import LEFT_OUT, ConfigError, DataError, UserError, complain, count, entry_point, printable
 from visionfm_jax.logs import quiet_logs
 from visionfm_jax.storage import write_text
@@ -90,7 +90,7 @@ def select(
     by = by or (BY if keep is not None else None)
     _check_out(out)
     conditions = _conditions(where, keep, by)
-    source = TarPairs(path, caption_key=caption_suffix(caption_key), image_key=image_key.lower().lstrip("."))
+    source = TarPairs(path, caption_key=caption_suffix(caption_key), image_key=image_key)
     index = source.index
     shards = index.shards
     wanted = [*(name for condition in conditions for name in condition.columns), *([by] if by else [])]
@@ -353,10 +353,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
         help="folder of visionfm data score or data dedup; may be given several times",
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="selection file to write")
-    parser.add_argument(
-        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
-    )
-    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
+    add_keys(parser)
     parser.add_argument("--write", choices=FORMS, help="copy the selected pairs in this form, to --to")
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder for the copies")
     add_arguments(parser)
@@ -381,8 +378,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.data.select
     print_report(console, report, out)
     if arguments.write:
         caption_key = caption_suffix(arguments.caption_key)
-        image_key = arguments.image_key.lower().lstrip(".")
-        source = TarPairs(arguments.path, caption_key=caption_key, image_key=image_key)
+        source = TarPairs(arguments.path, caption_key=caption_key, image_key=arguments.image_key)
         chosen = read_selection(str(out), source.index)
         to, more = arguments.to.expanduser(), {"caption_key": caption_key, "columns": columns}
         copy_pairs(source, chosen, to, arguments.write, engine=engine, **more)

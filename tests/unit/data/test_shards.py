@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import pytest
+from shard_work import dies, fails, fails_oddly, squared_slowly
 
 from visionfm_jax.config.arguments import Parser
 from visionfm_jax.data import shards
@@ -20,27 +21,6 @@ ENGINES = (Here(), Threads(3), Local(1), Local(3))
 
 
 def squared(shard):
-    return shard * shard
-
-
-def squared_slowly(shard):
-    time.sleep(0.02 * (shard % 3))  # so that they end out of order
-    return shard * shard
-
-
-def fails(shard):
-    if shard == 7:
-        raise DataError("shard 7 is damaged")
-    return shard
-
-
-def dies(folder, often, shard):
-    """As `squared`, but its process is killed `often` times at shard 5."""
-    if shard == 5:
-        deaths = len(os.listdir(folder))
-        if deaths < often:
-            (folder / str(deaths)).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
     return shard * shard
 
 
@@ -56,15 +36,6 @@ def dies_as_it_answers(folder, shard):
 def half_an_answer(connection, data):
     os.write(connection.fileno(), bytes(data)[: len(data) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-class OddError(Exception):
-    def __init__(self, code, text):
-        super().__init__(f"{code}: {text}")  # which does not unpickle
-
-
-def fails_oddly(shard):
-    raise OddError(404, f"no shard {shard}")
 
 
 def threads_of_products(shard):
@@ -120,7 +91,7 @@ def test_an_error_that_other_processes_do_not_know_is_told():
 
 @pytest.mark.parametrize("often", [1, 2])
 def test_the_work_of_processes_that_die_is_done_again(tmp_path, often, capsys):
-    assert mapped(functools.partial(dies, tmp_path, often), Local(2)) == [i * i for i in range(40)]
+    assert mapped(functools.partial(dies, tmp_path, often=often), Local(2)) == [i * i for i in range(40)]
     assert len(os.listdir(tmp_path)) == often
     assert capsys.readouterr().err.count("a process died at 5 (signal 9); ") == often
 
@@ -132,7 +103,7 @@ def test_half_an_answer_is_none(tmp_path, capsys):
 
 def test_a_shard_that_kills_its_process_each_time_is_named(tmp_path):
     with pytest.raises(LostError, match=r"a process died 3 times at 5 \(signal 9\); memory may be short"):
-        mapped(functools.partial(dies, tmp_path, 99), Local(2))
+        mapped(functools.partial(dies, tmp_path, often=99), Local(2))
 
 
 def test_shards_are_handed_out_as_workers_take_them():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from argparse import ArgumentParser
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -47,8 +48,7 @@ def open_tars(config: TarsConfig) -> TarPairs:
         suffix = caption_suffix("txt" if config.caption_key == TarsConfig.caption_key else config.caption_key)
     except ConfigError as error:
         raise DataError(f"{describe(config)}: {error}") from error
-    image_key = config.image_key.lower().lstrip(".")
-    source = TarPairs(config.path, selection=config.selection, caption_key=suffix, image_key=image_key)
+    source = TarPairs(config.path, selection=config.selection, caption_key=suffix, image_key=config.image_key)
     if not len(source):
         why = "".join(f"; {line}" for line in source.report_lines())
         what, rule = (f" with a caption .{suffix}", "caption_key or path") if suffix else ("", "path")
@@ -67,6 +67,14 @@ def caption_suffix(word: str) -> str:
     if colon and (not suffix or not part or (part != tar_index.LINES and suffix != "json")):
         raise ConfigError(f"caption_key = {word!r}: write json:FIELD, txt:lines, or a suffix alone")
     return suffix + colon + part
+
+
+def add_keys(parser: ArgumentParser) -> None:
+    """The arguments that say which files of a tar are pairs."""
+    parser.add_argument(
+        "--caption_key", default="txt", help="suffix of the captions in the tars, json:FIELD or txt:lines (%(default)s)"
+    )
+    parser.add_argument("--image_key", default="", help="suffix of the pictures, such as rgb.jpg (any of an image)")
 
 
 def read_pair(store: Store, tar: dict[str, Any], record: np.void) -> tuple[bytes, bytes]:
@@ -146,7 +154,7 @@ class TarPairs:
         self.has_captions = bool(caption_key)
         self._part = caption_key.partition(":")[2]
         self._selected = selection
-        self._open(tar_index.open_index(self.store, caption_key, image=image_key))
+        self._open(tar_index.open_index(self.store, caption_key, image=image_key.lower().lstrip(".")))
         self.most_captions = max(tar.get("captions", int(self.has_captions)) for tar in self.index.tars)
         for line in self.report_lines():
             logging.warning("%s: %s", self.name, line)
