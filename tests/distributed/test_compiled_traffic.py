@@ -1,9 +1,9 @@
 """How much a compiled step reads and writes of a GPU's memory, by kind: no change is to lose quietly what was saved.
 
 Bounds are in arrays of one layer's tokens, (B, T, D) in 16 bit, of which a ViT block, ideally fused, reads and writes
-53 beside its matmuls and attention. Forward: two norms (2 each), two sums (3 each), GELU (8). Backward: of each norm 4
-for the gradient of its input, 2 for those of scale and bias, 2 to make its output again; GELU (16), biases (5), and the
-sums of the gradients of queries, keys and values (4). The optimiser adds 34 to 40 bytes a parameter, 9 arrays.
+49 beside its matmuls and attention. Forward: two norms (2 each), two sums (3 each), GELU (8). Backward: of each norm 4
+for the gradient of its input, 2 for those of scale and bias, 2 to make its output again; GELU (16) and biases (5). The
+optimiser adds 34 to 40 bytes a parameter, 9 arrays.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ def of_a_block(kind: str, *more: str) -> float:
     return (four - two) / 2 / ARRAY
 
 
-@pytest.mark.parametrize(("remat", "most"), [("dots", 76), ("none", 66)])  # 74 and 64 were read, 152 before
+@pytest.mark.parametrize(("remat", "most"), [("dots", 71), ("none", 63)])  # 69 and 61 were read, 152 at first
 def test_a_block_reads_and_writes_little_more_than_it_must(remat, most):
     flag = f"--config.model.remat={remat}"
-    matmuls = 3 * 18 + 6 * 12 * WIDTH**2 / (ARRAY / 2)  # operands, results and weights of twelve products of D x D
-    assert matmuls <= of_a_block(MATMULS, flag) <= 1.05 * matmuls
+    # Operands, results and weights of twelve products of D x D; two add what is there, of queries, keys and values.
+    matmuls = 3 * 18 + 2 + 6 * 12 * WIDTH**2 / (ARRAY / 2)
+    assert matmuls <= of_a_block(MATMULS, flag) <= 1.02 * matmuls
     assert of_a_block(ATTENTION, flag) == pytest.approx(12, rel=0.02)  # 4 forward, 8 backward
-    assert 53 < of_a_block(ELSE, flag) <= most
+    assert 49 < of_a_block(ELSE, flag) <= most
     kept = (plan_of(4, flag).memory["activations"] - plan_of(2, flag).memory["activations"]) / 2 / ARRAY
     assert kept == pytest.approx({"dots": 10, "none": 16}[remat], rel=0.06)
 

@@ -1,4 +1,4 @@
-"""GELU, LayerNorm and residual sums in forms that XLA's GPU compiler fuses into as few passes over memory as it can.
+"""GELU, LayerNorm, residual sums and products in forms that XLA's GPU compiler fuses into few passes over memory.
 
 Their values are those of the plain forms. What differs is how often an array of the size of the tokens is read and
 written: beside matmuls, that is the time of a step. Norms and sums carry names for rematerialisation (`models.layers`).
@@ -70,8 +70,8 @@ class LayerNorm(nn.Module):
 def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
     """Rows (R, D) normed, times scale (D,), plus bias (D,); (R, D) in `dtype`.
 
-    The backward pass is one kernel for the gradient of x, which reads x and the cotangent once; the statistics again,
-    2 R numbers; and one for the gradients of scale and bias, which reads both once more.
+    The backward pass makes the statistics again, 2 R numbers, then the gradient of x in one kernel, which reads x and the
+    cotangent once, and those of scale and bias in another, which reads both once more.
     """
     mean, rstd = _statistics(x, epsilon)
     return ((x.astype(jnp.float32) - mean) * rstd * scale + bias).astype(dtype)
@@ -94,12 +94,11 @@ def _normalize_bwd(
     epsilon: float, dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale = saved
-    mean, rstd = _statistics(x, epsilon)
+    # Without the barriers XLA finds y in both, and writes and reads it, in fp32: more bytes than x and the cotangent.
+    mean, rstd = jax.lax.optimization_barrier(_statistics(x, epsilon))
     y, g = (x.astype(jnp.float32) - mean) * rstd, cotangent.astype(jnp.float32) * scale
     dx = (g - g.mean(-1, keepdims=True) - y * (g * y).mean(-1, keepdims=True)) * rstd
-    # Without the barriers XLA finds y in both, and writes and reads it, in fp32: more bytes than x and the cotangent.
     x_again, cotangent = jax.lax.optimization_barrier((x, cotangent))
-    mean, rstd = jax.lax.optimization_barrier(_statistics(x_again, epsilon))
     y, g = (x_again.astype(jnp.float32) - mean) * rstd, cotangent.astype(jnp.float32)
     return dx.astype(x.dtype), (g * y).sum(0), g.sum(0)
 
@@ -137,3 +136,32 @@ def _add_bwd(_: None, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 _add.defvjp(_add_fwd, _add_bwd)
+
+
+@jax.custom_vjp
+def products(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x (R, D) times each of the kernels, (D, M) each; (R, M) each.
+
+    In the backward pass each matmul adds the sum of those before it, which XLA makes part of the matmul only where that
+    sum is the second summand. JAX's own derivative leaves a kernel that does nothing but add.
+    """
+    return tuple(x @ kernel for kernel in kernels)
+
+
+def _products_fwd(
+    x: jax.Array, kernels: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, tuple[jax.Array, ...]]]:
+    return products(x, kernels), (x, kernels)
+
+
+def _products_bwd(
+    saved: tuple[jax.Array, tuple[jax.Array, ...]], cotangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x, kernels = saved
+    dx = cotangents[0] @ kernels[0].T
+    for cotangent, kernel in zip(cotangents[1:], kernels[1:], strict=True):
+        dx = cotangent @ kernel.T + dx
+    return dx, tuple(x.T @ cotangent for cotangent in cotangents)
+
+
+products.defvjp(_products_fwd, _products_bwd)

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from visionfm_jax.config.limits import HeightWidth
 from visionfm_jax.models import fp8
 from visionfm_jax.models.attention import attention, windowed_attention
-from visionfm_jax.models.fused import LayerNorm, add_rows, gelu
+from visionfm_jax.models.fused import LayerNorm, add_rows, gelu, products
 
 Params = Any  # a pytree of arrays
 GatherParams = Callable[[Params], Params]
@@ -106,7 +106,7 @@ class Qkv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (D, 3 * D), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (len(biased) * D,), jnp.float32) if biased else None
         rows, kernel, bias = nn.dtypes.promote_dtype(x.reshape(-1, D), kernel, bias, dtype=self.dtype)
-        parts = [rows @ k for k in jnp.split(kernel, 3, axis=1)]
+        parts = list(products(rows, tuple(jnp.split(kernel, 3, axis=1))))
         for i, b in zip(biased, jnp.split(bias, len(biased)) if biased else (), strict=True):
             parts[i] += b
         return [checkpoint_name(part.reshape(x.shape), "qkv") for part in parts]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from visionfm_jax.models.fused import LayerNorm, add_rows, gelu
+from visionfm_jax.models.fused import LayerNorm, add_rows, gelu, products
 
 
 def relative(ours, plain):
@@ -42,6 +42,16 @@ def test_gelu_in_16_bit_is_rounded_once(dtype):
     exact = nn.gelu(x.astype(jnp.float32), approximate=False)
     # Half of the distance to the next number of 16 bit, and what fp32 adds where Φ is near 0.
     assert (jnp.abs(gelu(x) - exact) <= float(jnp.finfo(dtype).eps) / 2 * jnp.abs(exact) + 1e-6).all()
+
+
+def test_products_are_those_of_each_kernel():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, *kernels = (jax.random.normal(key, shape) for key, shape in zip(keys, [(9, 8), *3 * [(8, 5)]], strict=True))
+
+    def joined(f):
+        return lambda x, kernels: jnp.concatenate(f(x, kernels), 1)
+
+    assert both(joined(products), joined(lambda x, ks: [x @ k for k in ks]), x, tuple(kernels)) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 24), (3, 1), (7, 33), (2, 3, 4, 8)])
