@@ -70,8 +70,8 @@ class LayerNorm(nn.Module):
 def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
     """Rows (R, D) normed, times scale (D,), plus bias (D,); (R, D) in `dtype`.
 
-    The backward pass makes the statistics again, 2 R numbers, then the gradient of x in one kernel, which reads x and the
-    cotangent once, and those of scale and bias in another, which reads both once more.
+    The backward pass makes the statistics again, 2 R numbers, then the gradient of x in one kernel, which reads x and
+    the cotangent once, and those of scale and bias in another, which reads both once more.
     """
     mean, rstd = _statistics(x, epsilon)
     return ((x.astype(jnp.float32) - mean) * rstd * scale + bias).astype(dtype)
