@@ -41,8 +41,10 @@ def full() -> Config:
     return Config(
         name="swinv2_g_clip",
         model=ClipConfig(
-            image=SwinV2Config(size="G", image_size=224, window=14, drop_path=0.2, remat="full"),
-            text=TextConfig(size="H", remat="dots"),
+            image=SwinV2Config(
+                size="G", image_size=224, window=14, drop_path=0.2, remat="branches:42", scan_layers=False,
+            ),
+            text=TextConfig(size="H", remat="dots", scan_layers=False),
             embed_dim=1024,
         ),
         task=ContrastiveConfig(tokenizer="clip", mixup=0.2),

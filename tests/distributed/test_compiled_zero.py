@@ -106,6 +106,19 @@ def test_stages_1_and_2_gather_and_scatter_each_weight_once(stage, accumulate):
     assert step.sent == pytest.approx(2 * step.parameters, rel=0.05)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_without_a_loop_gradients_are_scattered_layer_by_layer(stage):
+    config = small(stage, 1, 1)
+    config.model.scan_layers = False
+    cluster = find_cluster(f"h100:1x{GPUS}")
+    step = Compiled(compile_step(config, cluster, GPU), cluster)
+    assert step.weights("reduce-scatter") == WEIGHTS
+    scatters = [c for c in step.collectives if c.kind == "reduce-scatter"]
+    layer = sum(math.prod(shape) for shape, count in IN_BLOCKS.items()) * 2
+    assert len(scatters) >= LAYERS / 2
+    assert max(c.nbytes for c in scatters) <= 2 * layer
+
+
 def test_stage_2_accumulates_shards():
     """A sharded accumulator is paid for with one scatter per micro-batch; weights are gathered once nevertheless."""
     one, two = compiled(1, 8), compiled(2, 8)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -294,6 +295,23 @@ class Zero:
 
         jax.tree_util.tree_map_with_path(add, params, self._dims, self._is_matrix)
         return held[0], held[1]
+
+    def layer_bytes(self, params: Tree) -> int:
+        """Bytes of a device's shard of the gradient of the largest layer, or group of them, of a stack; 0: of none.
+
+        Args:
+          params: shapes of the whole parameters.
+        """
+        layers: Counter[tuple] = Counter()
+
+        def add(path: tuple, p: Any, dim: list) -> None:
+            if is_scanned(path) and dim[0] is not None:
+                stack = path[: [key.key for key in path].index(SCANNED)]
+                layers[stack] += p.size // p.shape[0] // self.mesh.shape[FSDP] * jnp.dtype(self.dtype).itemsize
+
+        if self.stage.gradients:
+            jax.tree_util.tree_map_with_path(add, params, self._dims)
+        return max(layers.values(), default=0)
 
     def loss_and_grads(
         self,

@@ -179,7 +179,7 @@ def advice(planner: Planner, base: Setting, now: Estimate, count: int = 3) -> li
     for family in (lighter(base), *larger_micro_batches(base)):
         fitting, most = base, now
         for setting in allowed(family):
-            if setting.stage == base.stage and not _may_fit(setting, base, now):
+            if (setting.stage, setting.remat) == (base.stage, base.remat) and not _may_fit(setting, base, now):
                 continue
             known.append((setting, planner.ask(setting)))
             found = known[-1][1].result()
@@ -230,9 +230,11 @@ def lighter(base: Setting) -> Iterator[Setting]:
 
 
 def larger_micro_batches(base: Setting) -> Iterator[list[Setting]]:
-    """From one micro-batch to half as many as now, with the stage as it is and with those that leave more memory."""
+    """From one micro-batch to half as many as now: as it is, with more recomputation, and in stages that hold less."""
     fewer = [n for n in range(1, base.accumulate) if base.accumulate % n == 0]
-    yield from ([base._replace(accumulate=n, stage=stage) for n in fewer] for stage in range(base.stage, 4))
+    for stage in range(base.stage, 4):
+        for setting in dict.fromkeys([base, base.with_remat(max, "branches")]):
+            yield [setting._replace(accumulate=n, stage=stage) for n in fewer]
 
 
 def neighbours(base: Setting, cluster: Cluster) -> Iterator[Setting]:

@@ -257,6 +257,19 @@ def test_advice_finds_one_micro_batch_in_a_stage_that_leaves_room_for_it():
     assert base._replace(accumulate=4) not in planner.asked  # 2 fits
 
 
+def test_advice_finds_one_micro_batch_that_fits_if_more_is_recomputed():
+    planner = Planner(state=100)  # in stage 2: 40 GB, in stage 3: 10; of activations 200, and a tenth with `branches`
+    formula = formula_of(planner, activations=200)
+    fewer = {"branches": formula_of(planner, activations=20)}
+    planner.formula = lambda s: fewer.get(s.remat[0], formula)(s)
+    base = vit(stage=2, replicas=1, accumulate=8, remat="dots", attention="cudnn")
+    assert planner.formula(base).fits
+    advice(planner, base, planner.formula(base))
+    fitting = {s for s in planner.asked if s.accumulate < 8 and planner.formula(s).fits}
+    one = base._replace(accumulate=1, remat=("branches",))
+    assert fitting == {one, one._replace(stage=3), base._replace(accumulate=4, stage=3)}
+
+
 def formula_of(planner, activations):
     def formula(s):
         fixed, kept = planner.state * (1, 0.5, 0.4, 0.1)[s.stage], activations / s.accumulate
