@@ -137,7 +137,8 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
         "train.batch_size": batch, "train.precision": args.precision, "parallel.stage": 0, "parallel.replicas": 1,
     }  # fmt: skip
     if args.peer == "cpu":
-        fields |= {f"model.{tower}.remat": "none" for tower in ("image", "text")}
+        for tower in ("image", "text"):
+            fields |= {f"model.{tower}.remat": "none", f"model.{tower}.scan_layers": True}
         fields |= {f"model.{tower}.attention": "xla" for tower in ("image", "text")}
     return halves.our_command(args, fields)
 

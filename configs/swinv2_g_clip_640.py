@@ -44,9 +44,9 @@ def full() -> Config:
         model=ClipConfig(
             image=SwinV2Config(
                 size="G", image_size=640, window=20, pretrained_window=14, pretrained_image_size=224, drop_path=0.2,
-                remat="full",
+                remat="branches", scan_layers=False,
             ),
-            text=TextConfig(size="H", remat="dots"),
+            text=TextConfig(size="H", remat="dots", scan_layers=False),
             embed_dim=1024,
         ),
         task=ContrastiveConfig(tokenizer="clip", mixup=0.2),
