@@ -135,6 +135,7 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
         "model.image.drop_path": 0.0, "model.text.size": args.text, "model.text.context": CONTEXT,
         "model.embed_dim": JOINT, "task.mixup": 0.0, "optim.clip_norm": args.clip_norm,
         "train.batch_size": batch, "train.precision": args.precision, "parallel.stage": 0, "parallel.replicas": 1,
+        "train.epochs": 1,
     }  # fmt: skip
     if args.peer == "cpu":
         for tower in ("image", "text"):
