@@ -135,12 +135,12 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
         "model.image.drop_path": 0.0, "model.text.size": args.text, "model.text.context": CONTEXT,
         "model.embed_dim": JOINT, "task.mixup": 0.0, "optim.clip_norm": args.clip_norm,
         "train.batch_size": batch, "train.precision": args.precision, "parallel.stage": 0, "parallel.replicas": 1,
-        "train.epochs": 1,
+        "train.epochs": 1,  # of small batches more make more steps than are counted
+        "model.image.remat": "branches",  # that of the recipe has as many blocks as SwinV2-G
     }  # fmt: skip
     if args.peer == "cpu":
-        for tower in ("image", "text"):
-            fields |= {f"model.{tower}.remat": "none", f"model.{tower}.scan_layers": True}
-        fields |= {f"model.{tower}.attention": "xla" for tower in ("image", "text")}
+        form_here = {"remat": "none", "scan_layers": True, "attention": "xla"}
+        fields |= {f"model.{tower}.{k}": v for tower in ("image", "text") for k, v in form_here.items()}
     return halves.our_command(args, fields)
 
 

@@ -42,7 +42,7 @@ def full() -> Config:
         name="swinv2_g_clip",
         model=ClipConfig(
             image=SwinV2Config(
-                size="G", image_size=224, window=14, drop_path=0.2, remat="branches:42", scan_layers=False,
+                size="G", image_size=224, window=14, drop_path=0.2, remat="branches:46", scan_layers=False,
             ),
             text=TextConfig(size="H", remat="dots", scan_layers=False),
             embed_dim=1024,

@@ -70,8 +70,8 @@ class LayerNorm(nn.Module):
 def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
     """Rows (R, D) normed, times scale (D,), plus bias (D,); (R, D) in `dtype`.
 
-    The backward pass makes the statistics again, 2 R numbers, then the gradient of x in one kernel, which reads x and
-    the cotangent once, and those of scale and bias in another, which reads both once more.
+    The backward pass is one kernel for the gradient of x, which reads x and the cotangent once; the statistics again,
+    2 R numbers; and one for the gradients of scale and bias, which reads both once more.
     """
     mean, rstd = _statistics(x, epsilon)
     return ((x.astype(jnp.float32) - mean) * rstd * scale + bias).astype(dtype)
@@ -94,11 +94,12 @@ def _normalize_bwd(
     epsilon: float, dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale = saved
-    # Without the barriers XLA finds y in both, and writes and reads it, in fp32: more bytes than x and the cotangent.
-    mean, rstd = jax.lax.optimization_barrier(_statistics(x, epsilon))
+    mean, rstd = _statistics(x, epsilon)
     y, g = (x.astype(jnp.float32) - mean) * rstd, cotangent.astype(jnp.float32) * scale
     dx = (g - g.mean(-1, keepdims=True) - y * (g * y).mean(-1, keepdims=True)) * rstd
+    # Without the barriers XLA finds y in both, and writes and reads it, in fp32: more bytes than x and the cotangent.
     x_again, cotangent = jax.lax.optimization_barrier((x, cotangent))
+    mean, rstd = jax.lax.optimization_barrier(_statistics(x_again, epsilon))
     y, g = (x_again.astype(jnp.float32) - mean) * rstd, cotangent.astype(jnp.float32)
     return dx.astype(x.dtype), (g * y).sum(0), g.sum(0)
 

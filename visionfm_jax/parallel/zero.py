@@ -297,12 +297,14 @@ class Zero:
         return held[0], held[1]
 
     def layer_bytes(self, params: Tree) -> int:
-        """Bytes of a device's shard of the gradient of the largest layer, or group of them, of a stack; 0: of none.
+        """Bytes of one device's shard of the gradients of the largest layer, or of a group that is repeated.
+
+        In the compute dtype; 0 where gradients are not scattered, or no trained part has such layers.
 
         Args:
           params: shapes of the whole parameters.
         """
-        layers: Counter[tuple] = Counter()
+        layers: Counter[tuple[Any, ...]] = Counter()
 
         def add(path: tuple, p: Any, dim: list) -> None:
             if is_scanned(path) and dim[0] is not None:
@@ -310,7 +312,8 @@ class Zero:
                 layers[stack] += p.size // p.shape[0] // self.mesh.shape[FSDP] * jnp.dtype(self.dtype).itemsize
 
         if self.stage.gradients:
-            jax.tree_util.tree_map_with_path(add, params, self._dims)
+            trained, dims = (select(tree, self.trained) for tree in (params, self._dims))
+            jax.tree_util.tree_map_with_path(add, trained, dims)
         return max(layers.values(), default=0)
 
     def loss_and_grads(

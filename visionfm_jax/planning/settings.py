@@ -216,9 +216,10 @@ def _partly(config: Config, base: Setting, now: Estimate, lighter: Setting, too_
     share = (now.usable - now.compiled.peak) / max(too_large.compiled.peak - now.compiled.peak, 1)
     remat = []
     for network, before, after in zip(config.model.networks().values(), base.remat, lighter.remat, strict=True):
-        recomputing = math.ceil(network.blocks * (1 - 0.95 * share))
-        mixed = LIGHTER.get(before) == after and 0 < recomputing < network.blocks
-        remat.append(f"{before}:{recomputing}" if mixed else before)
+        policy, _, blocks = before.partition(":")
+        recomputing = math.ceil(int(blocks or network.blocks) * (1 - 0.95 * share))
+        mixed = LIGHTER.get(policy) == after and 0 < recomputing < network.blocks
+        remat.append(f"{policy}:{recomputing}" if mixed else before)
     found = base._replace(remat=tuple(remat))
     return found if found != base and lighter.accumulate == base.accumulate else None
 

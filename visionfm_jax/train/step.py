@@ -82,10 +82,11 @@ class Trainer:
 
     @property
     def _compiler_options(self) -> dict[str, int]:
-        """XLA joins small scatters: of layers that are no loop those of all, which no computation hides at the end.
+        """Those of XLA that follow from the configuration.
 
-        It joins up to so many bytes of the result: those of one layer's gradients, whose scatter the next layer hides.
-        In the loop over micro-batches XLA hides one large scatter better than many.
+        Where layers are no loop, XLA would join the scatters of all gradients into one at the end of the step, beside
+        which nothing computes. Joined, they are to be no larger than that of the largest layer, which runs beside the
+        backward pass of the next. Not with several micro-batches: in their loop XLA hides one large scatter better.
         """
         layer, config = self.zero.layer_bytes(self.shapes.params), self.config
         unrolled = not all(network.scan_layers for network in config.model.networks().values())
