@@ -75,7 +75,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
         others = "search" if arguments.search else "none" if arguments.advice == "no" else "advice"
         plan, code = plan_for_gpus(console, config, cluster, calibration, others)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(plan, indent=1) + "\n")
+        try:
+            Path(arguments.json).write_text(json.dumps(plan, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json={arguments.json}: {error.strerror}; the plan that is printed is whole") from error
     return code
 
 

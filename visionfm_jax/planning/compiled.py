@@ -14,9 +14,12 @@ import importlib.metadata
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,7 +170,7 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
         assembler = Path(folder, "ptxas")
         assembler.write_text(ASSEMBLER)
         assembler.chmod(0o755)
-        environment = os.environ | {
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": " ".join(flags),
             "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -183,8 +186,11 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
             out, err = child.communicate(_pickled((config, cluster, platform)))
         finally:
             child.kill()
+    if child.returncode in (-signal.SIGKILL, -signal.SIGTERM):  # which says nothing of the step
+        raise UserError(f"the compiler was killed by signal {-child.returncode}, as where memory runs out; free some")
     if child.returncode:
-        lines = [line for line in err.decode(errors="replace").splitlines() if line.strip()]
+        said, *_ = err.decode(errors="replace").split("=== Source Location Trace")  # of XLA's code, by jax 0.12
+        lines = [line for line in said.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"the compiler ended with {child.returncode}"
         raise CompileError(f"the step does not compile for {cluster.name}: {reason}")
     return out
@@ -201,8 +207,6 @@ def _pickled(what: Any) -> bytes:
 
 def examine(config: Config, cluster: Cluster, platform: str) -> CompiledStep:
     """Compile in this process; on `platform` cpu it needs as many (virtual) devices as the cluster has."""
-    import time
-
     import jax
 
     from visionfm_jax.parallel.mesh import make_mesh
@@ -341,8 +345,16 @@ def describe_devices(cluster: Cluster) -> list[Any]:
 
 def main() -> None:
     """Of the child process: a pickled (config, cluster, platform) in, the result as JSON out."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     step = examine(*pickle.loads(sys.stdin.buffer.read()))
     sys.stdout.buffer.write(json.dumps(dataclasses.asdict(step)).encode())
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, which nobody may have told to end it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from visionfm_jax.config import load
+from visionfm_jax.errors import UserError
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.targets import find_cluster
 from visionfm_jax.planning import compiled
@@ -42,6 +43,37 @@ def test_a_plan_needs_no_cache(compiles, tmp_path, capsys):
     assert step_of_vit() == step_of_vit()
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"compiles are not cached: {tmp_path / 'cache'}" in line
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (
+            "echo 'a warning'; echo 'the reason'; echo '=== Source Location Trace: ==='; echo 'file.cc:1'; exit 1",
+            "reason",
+        ),
+        ("kill -SEGV $$", "ended with -11"),
+    ],
+)
+def test_a_compiler_that_refuses_says_why(monkeypatch, tmp_path, end, expected):
+    compiler_that_ends(monkeypatch, tmp_path, end)
+    with pytest.raises(compiled.CompileError, match=expected):
+        step_of_vit()
+
+
+def test_a_compiler_that_is_killed_refuses_nothing(monkeypatch, tmp_path):
+    compiler_that_ends(monkeypatch, tmp_path, "kill -KILL $$")
+    with pytest.raises(UserError, match="was killed by signal 9") as raised:
+        step_of_vit()
+    assert not isinstance(raised.value, compiled.CompileError)
+
+
+def compiler_that_ends(monkeypatch, tmp_path, how):
+    script = tmp_path / "compiler"
+    script.write_text(f"#!/bin/sh\ncat > {tmp_path / 'given'}\nexec >&2\n{how}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled.sys, "executable", str(script))
 
 
 def test_all_of_the_state_is_counted_under_its_own_name():
