@@ -120,7 +120,7 @@ def sizes(name: str) -> dict[str, int]:
 @pytest.mark.full_size
 @pytest.mark.timeout(1800)
 def test_full_size_step():
-    """At 640 px; at 224, which takes twice as long to compile, `docs/plan.md` has what the same compile shows."""
+    """At 640 px; `docs/plan.md` has what the same compile shows at 224."""
     name, pairs, side, window = "swinv2_g_clip_640.py", 32, 160, 20
     step, count = full(name), sizes(name)
     assert step.parameters == sum(count.values()) == pytest.approx(3.36e9, rel=2e-3)

@@ -324,7 +324,7 @@ def test_where_less_recomputation_does_not_fit_some_blocks_recompute_less():
 
 
 def test_fewer_blocks_recompute_than_do_already():
-    planner = Planner(config="configs/vit_huge.py")
+    planner = Planner()
     base = vit(stage=3, replicas=1, accumulate=1, remat="branches:20", attention="cudnn")
     now, more = (SimpleNamespace(usable=60, compiled=SimpleNamespace(peak=peak)) for peak in (50, 70))
     partly = settings._partly(planner.config, base, now, base._replace(remat=("dots",)), more)
