@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
-import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Target:
 
 
 _A100 = {
-    "description": "NVIDIA A100-SXM4", "peak_flops": 312e12, "network_inside": 300e9, "network_between": 25e9,
+    "peak_flops": 312e12, "network_inside": 300e9, "network_between": 25e9,
     "capability": (8, 0), "cores": 108, "fpus_per_core": 64, "clock_ghz": 1.41, "l2_bytes": 40 * 2**20,
     "shared_memory_per_core": 164 * 2**10,
 }  # fmt: skip
@@ -66,15 +65,22 @@ _B200 = {
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(name="a100-40gb", memory_bytes=40 * 10**9, memory_bandwidth=1.555e12, **_A100),
-        Target(name="a100-80gb", memory_bytes=80 * 10**9, memory_bandwidth=2.039e12, **_A100),
         Target(
-            name="h100", description="NVIDIA H100 80GB HBM3", memory_bytes=80 * 10**9, memory_bandwidth=3.35e12, **_H100
+            name="a100-40gb", description="NVIDIA A100-SXM4-40GB", memory_bytes=40 * 10**9, memory_bandwidth=1.555e12,
+            **_A100,
+        ),
+        Target(
+            name="a100-80gb", description="NVIDIA A100-SXM4-80GB", memory_bytes=80 * 10**9, memory_bandwidth=2.039e12,
+            **_A100,
+        ),
+        Target(
+            name="h100", description="NVIDIA H100 80GB HBM3", memory_bytes=80 * 10**9, memory_bandwidth=3.35e12,
+            **_H100,
         ),
         Target(name="h200", description="NVIDIA H200", memory_bytes=141 * 10**9, memory_bandwidth=4.8e12, **_H100),
         Target(name="b200", description="NVIDIA B200", memory_bytes=180 * 10**9, memory_bandwidth=8e12, **_B200),
     )
-}
+}  # fmt: skip
 
 WATTS = {"a100-40gb": 400, "a100-80gb": 400, "h100": 700, "h200": 700, "b200": 1000}  # thermal design power of a GPU
 
@@ -200,11 +206,13 @@ def read_targets(path: str) -> dict[str, Target]:
     """
     try:
         sheets = tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not only TOML's own errors: numbers of 5,000 digits
         raise ConfigError(f"--targets={path}: cannot be read as TOML: {error}") from error
     known = {f.name for f in dataclasses.fields(Target)} - {"name"}
     targets = dict(TARGETS)
     for name, sheet in sheets.items():
+        if not re.fullmatch(r"[\w.-]+", name):  # as --cluster=NAME:4x8 has it
+            raise ConfigError(f"--targets={path}: [{name!r}] must be of letters, digits, _, - and .; call it otherwise")
         if not isinstance(sheet, dict):
             raise ConfigError(f"--targets={path}: {name} stands outside a table; write [NAME] above the fields of one")
         like = sheet.pop("like", None)
@@ -230,10 +238,10 @@ def _checked(path: str, name: str, field: str, kind: str, value: object) -> obje
         if isinstance(value, str):
             return value
         raise ConfigError(f"{refused} a text in quotes")
-    whole = kind != "float"  # 80e9 is whole too
+    whole, most = kind != "float", 1e30  # 80e9 is whole too
 
     def good(n: object) -> bool:
-        is_number = isinstance(n, (int, float)) and not isinstance(n, bool) and 0 <= n < math.inf
+        is_number = isinstance(n, (int, float)) and not isinstance(n, bool) and 0 <= n <= most
         return is_number and (not whole or n == int(n))
 
     if kind.startswith("tuple"):
@@ -241,7 +249,7 @@ def _checked(path: str, name: str, field: str, kind: str, value: object) -> obje
             return tuple(map(int, value))
         raise ConfigError(f"{refused} two whole numbers, such as [9, 0]")
     if not good(value) or not value > 0:
-        raise ConfigError(f"{refused} a positive {'whole ' * whole}number")
+        raise ConfigError(f"{refused} a positive {'whole ' * whole}number of at most {most:g}")
     return int(value) if kind == "int" else float(value)
 
 

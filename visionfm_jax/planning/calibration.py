@@ -55,7 +55,7 @@ def read_calibration(path: str, target: Target) -> Calibration:
       UserError: no such file, a line that is no record, or none of this card.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text("utf-8-sig").splitlines()  # with the mark of editors for Windows or without
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration={path}: cannot be read: {error}") from error
     records = {number: _record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()}

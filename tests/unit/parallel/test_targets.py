@@ -130,6 +130,9 @@ shared_memory_per_core = 233472
 """
 
 
+WHOLE = "a positive whole number of at most 1e+30"
+
+
 def read(folder, text):
     path = folder / "targets.toml"
     path.write_text(text)
@@ -163,6 +166,14 @@ def test_a_full_sheet_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('["a:b"]\nlike = "h100"', r"\['a:b'\] must be of letters, digits, _, - and \.; call it otherwise"),
+        ('[""]\nlike = "h100"', r"\[''\] must be of letters, .*"),
+        (
+            '[x]\nlike = "h100"\ncores = 1' + 400 * "0",
+            r"\[x\] cores = 10+: must be a positive whole number of at most 1e\+30",
+        ),
+        ("[x]\ncores = 1" + 5000 * "0", "cannot be read as TOML: Exceeds the limit.*"),
+        ("x = " + 3000 * "[", "cannot be read as TOML: .*"),
         ('[x]\nlike = "h100"\nflops = 1e15', r"\[x\] has 'flops'; the fields are capability, clock_ghz, .*"),
         ('[x]\nlike = "h100"\nname = "y"', r"\[x\] has 'name'; the fields are .*"),
         ("[x]" + FULL.replace("cores = 100\n", ""), r"\[x\] lacks cores; or add like = \"h100\""),
@@ -189,15 +200,17 @@ def test_sheets_that_cannot_be_read(tmp_path, text, message):
     ],
 )  # fmt: skip
 def test_values_that_are_no_positive_number(tmp_path, field, value, printed):
-    with pytest.raises(ConfigError, match=re.escape(f"[x] {field} = {printed}: must be a positive number") + "$"):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"[x] {field} = {printed}: must be a positive number of at most 1e+30") + "$"
+    ):
         read(tmp_path, f'[x]\nlike = "h100"\n{field} = {value}')
 
 
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
     [
-        ("cores", "0.5", "a positive whole number"), ("cores", "[132]", "a positive whole number"),
-        ("memory_bytes", "inf", "a positive whole number"), ("capability", "9.0", "two whole numbers, such as [9, 0]"),
+        ("cores", "0.5", WHOLE), ("cores", "[132]", WHOLE),
+        ("memory_bytes", "inf", WHOLE), ("capability", "9.0", "two whole numbers, such as [9, 0]"),
         ("capability", "[9]", "two whole numbers, such as [9, 0]"),
         ("capability", "[9, 0.5]", "two whole numbers, such as [9, 0]"),
         ("capability", '["9", "0"]', "two whole numbers, such as [9, 0]"), ("description", "100", "a text in quotes"),

@@ -78,6 +78,13 @@ def test_several_steps_tell_the_kinds_apart(path):
     assert found.source.endswith("4 measured steps")
 
 
+def test_a_file_that_was_edited_on_windows(path):
+    append_record(path, record(STEPS[0], 1.0))
+    path = Path(path)
+    path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_calibration(str(path), A100).source.endswith("1 measured step")
+
+
 def test_a_plan_of_a_plan_changes_nothing(path):
     append_record(path, record(STEPS[0], sum(STEPS[0].values())))
     assert read_calibration(path, A100).factors == pytest.approx(calibration_of(A100).factors)
@@ -89,6 +96,8 @@ def test_only_steps_of_the_same_card_count(path):
     assert read_calibration(path, A100).source.endswith("1 measured step")
     with pytest.raises(UserError, match="measured on NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3, not on NVIDIA B200"):
         read_calibration(path, TARGETS["b200"])
+    with pytest.raises(UserError, match="not on NVIDIA A100-SXM4-40GB; run visionfm bench"):
+        read_calibration(path, TARGETS["a100-40gb"])
     with pytest.raises(UserError, match="not on Mine; leave --calibration out"):  # a card of a --targets file
         read_calibration(path, replace(A100, description="Mine"))
 
