@@ -7,8 +7,9 @@
 The base is what `launch/env.sh` sets. A change is what --try names: flags of XLA and variables of the environment
 (NAME=VALUE), separated by spaces; without --try, each of those below. Each round times the base and all changes once,
 by `visionfm bench`, forwards in one round and backwards in the next. A change that fails, or that XLA does not know, is
-reported as such. Prints a table: images per second over the base's of the same round, median, least and greatest; the
-last line is JSON. Fields (--config.FIELD=VALUE) are those of `visionfm bench`.
+reported as such; of a round in which the base fails nothing counts. Prints a table: images per second over the base's
+of the same round, median, least and greatest; the last line is JSON. Fields (--config.FIELD=VALUE) are those of
+`visionfm bench`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import statistics
 import sys
 from typing import Any
 
-from halves import HalfFailed, machine, run, say, versions
+from halves import HalfFailed, machine, run, say, seconds, versions
 
 from visionfm_jax.parallel.targets import XLA_FLAGS, pipelined
 
@@ -48,17 +49,24 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--try", dest="changes", action="append", help="one change: flags of XLA, and NAME=VALUE; repeated")
     p.add_argument("--rounds", type=int, default=3, help="rounds (%(default)s)")
     p.add_argument("--launch", default="", help="command that starts the processes of a run, such as 'srun'")
-    p.add_argument("--timeout", type=float, default=1800.0, help="seconds per run (%(default)s)")
+    p.add_argument("--timeout", type=seconds, default=1800.0, help="seconds per run (%(default)s)")
     p.add_argument("--config", required=True, help="configuration, as of `visionfm bench`")
     p.add_argument("--steps", type=int, default=20, help="steps to time in each run (%(default)s)")
     args, fields = p.parse_known_args(argv)
+    args.peer, args.threads = "", 0  # `halves.run`: no cores of its own
     if strange := [word for word in fields if not re.match(r"--config\.[^=]+=", word)]:
         p.error(f"unknown flags {' '.join(strange)}: write fields as --config.FIELD=VALUE")
     args.changes = list(dict.fromkeys(args.changes or CHANGES))
     if args.rounds < 1:
         p.error(f"--rounds={args.rounds}: must be at least 1; raise it")
     for change in args.changes:
-        if wrong := [w for w in shlex.split(change) if not (w.startswith("--xla") or VARIABLE.fullmatch(w))]:
+        try:
+            words = shlex.split(change)
+        except ValueError as error:
+            p.error(f"--try={change}: {error}; close it")
+        if not words:
+            p.error(f"--try={change}: names no change; write flags of XLA (--xla…), or NAME=VALUE")
+        if wrong := [w for w in words if not (w.startswith("--xla") or VARIABLE.fullmatch(w))]:
             p.error(f"--try={change}: {wrong[0]!r} is neither a flag of XLA (--xla…) nor NAME=VALUE; write it as one")
     return args, [f"--config={args.config}", f"--steps={args.steps}", *fields]
 
@@ -74,34 +82,36 @@ def command(change: str, launch: str, bench: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Rounds, table, JSON."""
     args, bench = parse(argv)
-    args.peer, args.threads = "", 0  # `halves.run`: no cores of its own
     names = ["base", *args.changes]
     commands = {name: command("" if name == "base" else name, args.launch, bench) for name in names}
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rounds: list[dict[str, dict[str, Any]]] = []
     failed: dict[str, str] = {}
     for i in range(args.rounds):
+        rounds.append({})
         for name in names if i % 2 == 0 else names[::-1]:  # a drifting clock favours none
             if name in failed:
                 continue
             try:
-                results[name].append(run(commands[name], args))
-                say(f"round {i + 1}  {results[name][-1]['images_per_s']:10.2f} images/s  {name}")
+                result = rounds[i][name] = run(commands[name], args)
+                say(f"round {i + 1}  {result['images_per_s']:10.2f} images/s  {name}")
             except HalfFailed as e:
-                if name == "base":
+                if name != "base":
+                    failed[name] = str(e).splitlines()[-1]
+                elif i == 0:
                     sys.exit(f"the base does not run:\n{e}")
-                failed[name] = str(e).splitlines()[-1]
-                say(f"round {i + 1}  failed: {failed[name]}  {name}")
-    base = [r["images_per_s"] for r in results["base"]]
+                say(f"round {i + 1}  failed: {str(e).splitlines()[-1]}  {name}")
+    complete = [r for r in rounds if "base" in r]
+    base = [r["base"]["images_per_s"] for r in complete]
     print(f"base: {statistics.median(base):.2f} images/s ({min(base):.2f} to {max(base):.2f})")
     ratios: dict[str, list[float]] = {}
     for name in args.changes:
         if name in failed:
             print(f"failed                  {name}: {failed[name]}")
             continue
-        own = ratios[name] = [r["images_per_s"] / b for r, b in zip(results[name], base, strict=True)]
+        own = ratios[name] = [r[name]["images_per_s"] / r["base"]["images_per_s"] for r in complete]
         print(f"{statistics.median(own):.3f} ({min(own):.3f} to {max(own):.3f})  {name}")
     summary = {
-        "benchmark": "flag_sweep", "ratios": ratios, "failed": failed, "rounds": results, "base": list(XLA_FLAGS),
+        "benchmark": "flag_sweep", "ratios": ratios, "failed": failed, "rounds": rounds, "base": list(XLA_FLAGS),
         "versions": versions(sys.executable), "machine": machine(), "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/flag_sweep.py", *argv]),
     }  # fmt: skip

@@ -6,6 +6,7 @@ Imports nothing but the standard library, so that either half's environment can 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -13,9 +14,11 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,7 +50,7 @@ def parser(doc: str, peers: Sequence[str], precisions: Sequence[str], config: st
     p.add_argument("--config", default=config, help="configuration of our side, before the flags above")
     p.add_argument("--torch_python", default=sys.executable, help="interpreter with torch and timm")
     p.add_argument("--jax_python", default=sys.executable, help="interpreter with jax and flax")
-    p.add_argument("--timeout", type=float, default=1800.0, help="seconds per process (%(default)s)")
+    p.add_argument("--timeout", type=seconds, default=1800.0, help="seconds per process (%(default)s)")
     p.add_argument("--torch_half", action="store_true", help=argparse.SUPPRESS)  # this process is the torch half
     return p
 
@@ -67,6 +70,16 @@ def parse(p: argparse.ArgumentParser, argv: list[str], defaults: dict[str, dict[
     if min(*args.batches, args.steps, args.rounds) < 1 or args.threads < 0:
         p.error("--batches, --steps and --rounds must be at least 1, --threads at least 0")
     return args
+
+
+def seconds(text: str) -> float:
+    """The value of --timeout."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= threading.TIMEOUT_MAX:
+            return float(text)
+    raise argparse.ArgumentTypeError(
+        f"{text}: must be a number of seconds above 0, and at most {threading.TIMEOUT_MAX:g}"
+    )
 
 
 # The torch half.
@@ -204,23 +217,34 @@ def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
         code = f"import os,sys; os.sched_setaffinity(0, {cores}); os.execvp(sys.argv[1], sys.argv[1:])"
         prefix = [sys.executable, "-c", code]
     start, before = time.monotonic(), busy_seconds()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(prefix + command, cwd=ROOT, env=env, start_new_session=True, **pipes) as child:
+        try:
+            out, err = child.communicate(timeout=args.timeout)
+        except subprocess.TimeoutExpired:
+            raise HalfFailed(f"no result within --timeout={args.timeout:g} s") from None
+        finally:
+            end_all(child)
+    lines = out.strip().splitlines()
     try:
-        done = subprocess.run(
-            prefix + command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=args.timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise HalfFailed(f"no result within --timeout={args.timeout:g} s") from None
-    lines = done.stdout.strip().splitlines()
-    try:
-        if done.returncode == 0:
+        if child.returncode == 0:
             result = json.loads(lines[-1])
             everybody, ours = (b - a for a, b in zip(before, busy_seconds(), strict=True))
             seconds = (time.monotonic() - start) * (os.cpu_count() or 1)
             return {**result, "others_cpu": round(max(0.0, everybody - ours) / seconds, 3)}
     except (IndexError, ValueError):
         pass
-    said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-12:]
-    raise HalfFailed("\n".join(said) or f"exit code {done.returncode} without a word")
+    said = (err.strip() or out.strip()).splitlines()[-12:]
+    raise HalfFailed("\n".join(said) or f"exit code {child.returncode} without a word")
+
+
+def end_all(child: subprocess.Popen) -> None:
+    """End a process and what it has started: a launcher has the time to end what runs on other machines."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(10)
 
 
 def best_batch(half: str, commands: dict[int, list[str]], args: argparse.Namespace) -> int:

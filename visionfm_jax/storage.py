@@ -46,14 +46,17 @@ class _LastError(StorageError):
 
 
 def check_writable(path: str, flag: str) -> None:
-    """Before the minutes of work whose result goes to `path`, as `flag` asks.
+    """Before the minutes of work whose result goes to `path`, as `flag` asks; no file stays that was not there.
 
     Raises:
       UserError: it cannot be written.
     """
     try:
+        new = not Path(path).exists()
         with open(path, "a"):
             pass
+        if new:
+            Path(path).unlink()
     except OSError as error:
         raise UserError(f"{flag}={path}: {error.strerror}; name a file that can be written") from error
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from visionfm_jax import storage
-from visionfm_jax.errors import DataError, OutputError, StorageError
+from visionfm_jax.errors import DataError, OutputError, StorageError, UserError
 
 
 @pytest.fixture
@@ -89,6 +89,15 @@ def test_a_file_takes_its_place_once_it_is_on_disk(tmp_path, monkeypatch):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "first")]
     assert storage.read_bytes(path) == b"first"
     assert storage.read_bytes(tmp_path / "b") is None
+
+
+def test_asking_whether_a_file_can_be_written_leaves_all_as_it_is(tmp_path):
+    (tmp_path / "old").write_text("kept")
+    for name in ("old", "new"):
+        storage.check_writable(str(tmp_path / name), "--json")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("old", "kept")]
+    with pytest.raises(UserError, match="No such file or directory; name a file that can be written"):
+        storage.check_writable(str(tmp_path / "no" / "new"), "--json")
 
 
 def test_every_turned_bit_of_a_sealed_line_is_noticed():

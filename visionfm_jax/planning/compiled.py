@@ -186,7 +186,7 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
             out, err = child.communicate(_pickled((config, cluster, platform)))
         finally:
             child.kill()
-    if child.returncode in (-signal.SIGKILL, -signal.SIGTERM):  # which says nothing of the step
+    if child.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):  # which says nothing of the step
         raise UserError(f"the compiler was killed by signal {-child.returncode}, as where memory runs out; free some")
     if child.returncode:
         said, *_ = err.decode(errors="replace").split("=== Source Location Trace")  # of XLA's code, by jax 0.12
@@ -345,6 +345,7 @@ def describe_devices(cluster: Cluster) -> list[Any]:
 
 def main() -> None:
     """Of the child process: a pickled (config, cluster, platform) in, the result as JSON out."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C does not wait for the compiler
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     step = examine(*pickle.loads(sys.stdin.buffer.read()))
     sys.stdout.buffer.write(json.dumps(dataclasses.asdict(step)).encode())

@@ -36,7 +36,8 @@ def print_plan(console: Console, name: str, found: Estimate) -> None:
     """The whole plan of one setting."""
     compiled, cluster = found.compiled, found.cluster
     console.print(_heading(name, compiled, cluster), highlight=False)
-    for table in (_parameters(compiled), _memory(found), _collectives(found), _times(found)):
+    exchanged = [_collectives(found)] if found.collectives else []  # none on one GPU
+    for table in (_parameters(compiled), _memory(found), *exchanged, _times(found)):
         console.print()
         console.print(table)
 

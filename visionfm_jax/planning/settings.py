@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from visionfm_jax.config import Config
@@ -267,18 +267,31 @@ def nearest_that_fits(planner: Planner, base: Setting) -> tuple[Setting, Estimat
         return sum(a != b for a, b in zip(setting, base, strict=True)), steps
 
     candidates = [c for c in dict.fromkeys(candidates) if c != base and is_allowed(planner.config, c, planner.cluster)]
-    return _first_that_fits(planner, sorted(candidates, key=cost))
-
-
-def _first_that_fits(planner: Planner, candidates: Sequence[Setting]) -> tuple[Setting, Estimate] | None:
-    """In order, asking for the next few ahead."""
-    for i, setting in enumerate(candidates):
-        for ahead in candidates[i : i + jobs()]:
+    tried, now, left = base, planner.ask(base).result(), sorted(candidates, key=cost)
+    while True:
+        left = [c for c in left if now is None or _could_fit(c, tried, now)]
+        for ahead in left[: jobs()]:
             planner.ask(ahead)
-        found = planner.ask(setting).result()
-        if found and found.fits:
-            return setting, found
-    return None
+        if not left:
+            return None
+        tried, *left = left
+        now = planner.ask(tried).result()
+        if now and now.fits:
+            return tried, now
+
+
+def _could_fit(setting: Setting, tried: Setting, now: Estimate) -> bool:
+    """False where one that was tried, and does not fit, shows that this cannot either."""
+    if (setting.stage, setting.replicas) != (tried.stage, tried.replicas):
+        return True
+    alike = setting._replace(accumulate=tried.accumulate) == tried
+    return _least(now, tried.accumulate, setting.accumulate if alike else math.inf) <= now.usable
+
+
+def _least(known: Estimate, accumulate: int, more: float) -> float:
+    """Bytes at the least with `more` micro-batches, of a step known with `accumulate`: what is not held shrinks."""
+    held = sum(size for kind, size in known.memory.items() if kind not in ("activations", "temporary"))
+    return held + (known.compiled.peak - held) * accumulate / more
 
 
 def search(planner: Planner) -> list[tuple[Setting, Estimate]]:
@@ -311,22 +324,19 @@ def _walk(planner: Planner, family: Setting) -> list[tuple[Setting, Estimate]]:
     """Of one family: each rematerialisation that fits, with the largest micro-batch with which it does."""
     found: list[tuple[Setting, Estimate]] = []
     left = list(reversed(REMAT))  # from the least memory
-    too_large: dict[str, tuple[int, int, int]] = {}  # by remat: micro-batches, bytes that stay, bytes that shrink
+    too_large: dict[str, tuple[Estimate, int]] = {}  # by remat, and with how many micro-batches
     for accumulate in _accumulations(planner, family):
         for remat in tuple(left):
             setting = family._replace(accumulate=accumulate, remat=(remat,) * len(family.networks))
-            if remat in too_large:  # a smaller micro-batch is worth a compile only where it may fit
-                before, fixed, shrinking = too_large[remat]
-                if fixed + shrinking * before / accumulate > usable_bytes(planner.cluster):
-                    break
+            if remat in too_large and _least(*too_large[remat], accumulate) > usable_bytes(planner.cluster):
+                break  # a smaller micro-batch is worth a compile only where it may fit
             known = planner.ask(setting).result() if is_allowed(planner.config, setting, planner.cluster) else None
             if known is None:  # the rules or the compiler refuse the family's kernel
                 return found
             if not known.fits:
-                fixed = sum(size for kind, size in known.memory.items() if kind not in ("activations", "temporary"))
-                if fixed > known.usable:
+                if _least(known, accumulate, math.inf) > known.usable:
                     return found
-                too_large[remat] = accumulate, fixed, known.compiled.peak - fixed
+                too_large[remat] = known, accumulate
                 break  # nor does what keeps more
             found.append((setting, known))
             left.remove(remat)

@@ -146,7 +146,20 @@ def test_the_nearest_setting_changes_more_where_it_must():
 
 
 def test_no_setting_fits():
-    assert nearest_that_fits(Planner(state=10_000), vit(3, 1, 1, "dots", "cudnn")) is None
+    planner = Planner(state=10_000)
+    assert nearest_that_fits(planner, vit(3, 1, 1, "dots", "cudnn")) is None
+    assert len(set(planner.asked)) == 1  # no batch nor recomputation makes the state smaller
+
+
+def test_the_nearest_setting_asks_for_none_that_cannot_fit(monkeypatch):
+    monkeypatch.setattr(settings, "jobs", lambda: 1)
+    planner, base = Planner(state=500), vit(1, 1, 1, "none", "cudnn")  # 250, 200 and 50 GB in stages 1 to 3
+    setting, _ = nearest_that_fits(planner, base)
+    assert setting.stage == 3
+    asked = set(planner.asked)
+    assert sum(s.stage < 3 for s in asked) == 2  # the base, and one of stage 2
+    # 400 GB of activations: neither 2 nor 4 nor 8 micro-batches leave 73 - 50 GB.
+    assert not {vit(3, 1, n, "none", "cudnn") for n in (2, 4, 8)} & asked
 
 
 def test_advice_is_single_changes_that_fit_and_save_time():
