@@ -40,6 +40,9 @@ from visionfm_jax.train.step import Trainer, check_card
 if TYPE_CHECKING:
     from jax.stages import Compiled
 
+    from visionfm_jax.data.fields import Fields
+    from visionfm_jax.data.sources import Source
+
 NETWORK = ("remat", "scan_layers", "mlp_matmuls")  # what a step follows from, of each network
 REACHED = 0.9  # share of the slower one's speed, from which on step and loader together are as fast as that one
 
@@ -77,26 +80,30 @@ def bound(step: float, loader: float, both: float) -> str:
 
 
 def measure_with_data(
-    trainer: Trainer, compiled: jax.stages.Compiled, state: TrainState, alone: float, steps: int, warmup: int
+    trainer: Trainer,
+    data: tuple[list[Source], Fields],
+    compiled: jax.stages.Compiled,
+    state: TrainState,
+    alone: float,
+    steps: int,
+    warmup: int,
 ) -> dict[str, Any]:
     """Time the loader of the run by itself, then the step on its batches.
 
     Args:
-      trainer, compiled, state: the step; its configuration names the data.
+      trainer, compiled, state: the step.
+      data: as `open_data` gives them.
       alone: images/s of the step by itself.
       steps: timed ones, also batches of the loader.
       warmup: untimed ones before.
 
     Returns:
       Figures of the JSON line.
-
-    Raises:
-      DataError, ConfigError: the data cannot be opened.
     """
-    from visionfm_jax.cli.data import open_data, open_loader  # these need image libraries
+    from visionfm_jax.cli.data import open_loader  # this needs image libraries
 
     config, fields = trainer.config, trainer.task.batch_spec(1).keys()
-    with open_loader(trainer, *open_data(config, trainer.task), 0) as loader:
+    with open_loader(trainer, *data, 0) as loader:
         for _ in range(warmup + config.data.prefetch * max(1, loader.workers) + 2):  # what had been held ready
             next(loader)
         began = time.perf_counter()
@@ -129,10 +136,17 @@ def measure(
 
     Returns:
       The figures of the JSON line, with units in their names.
+
+    Raises:
+      DataError, ConfigError: the data cannot be opened; before anything is compiled.
     """
     config.validate_devices(jax.device_count(), jax.process_count())
     trainer = Trainer(config, make_mesh(config.parallel.replicas))
     check_card(config, trainer.mesh)
+    if with_data:
+        from visionfm_jax.cli.data import open_data  # this needs image libraries
+
+        data = open_data(config, trainer.task)
     state, batch = trainer.init(), synthetic_batch(trainer)
     if jax.process_index() == 0:
         complain("compiling the step …")
@@ -151,7 +165,7 @@ def measure(
     tflops = trainer.task.step_flops / seconds.mean() / trainer.mesh.size / 1e12
     device = jax.devices()[0]
     peak, stats = peak_flops(device.device_kind), device.memory_stats() or {}
-    data = measure_with_data(trainer, compiled, state, rate, steps, warmup) if with_data else {}
+    with_loader = measure_with_data(trainer, data, compiled, state, rate, steps, warmup) if with_data else {}
     figures = {
         "config": config.name,
         "device": device.device_kind,
@@ -167,7 +181,7 @@ def measure(
             for field in NETWORK
         },
         "images_per_s": round(rate, 3),
-        **data,
+        **with_loader,
         "tflops_per_device": round(tflops, 4),
         "mfu": round(tflops * 1e12 / peak, 4) if peak else None,
         "step_ms": {f"p{q}": round(float(np.percentile(seconds, q)) * 1e3, 3) for q in (10, 50, 90, 99)},

@@ -12,6 +12,8 @@ import pytest
 from visionfm_jax import bench
 from visionfm_jax.cli import data
 from visionfm_jax.config.load import load_file
+from visionfm_jax.data.sources.kinds import FolderConfig
+from visionfm_jax.errors import DataError
 from visionfm_jax.parallel.mesh import make_mesh
 from visionfm_jax.parallel.targets import peak_flops
 from visionfm_jax.train.step import Trainer
@@ -26,11 +28,21 @@ def test_the_runs_batches_are_timed_with_the_step_and_without():
         seen.append({k: (v.shape, v.dtype) for k, v in batch.items()})
         return state + 1, {"loss": jnp.zeros(())}
 
-    found = bench.measure_with_data(trainer, step, 0, 1e-3, steps=3, warmup=1)
+    opened = data.open_data(trainer.config, trainer.task)
+    found = bench.measure_with_data(trainer, opened, step, 0, 1e-3, steps=3, warmup=1)
     assert seen == [{k: (v.shape, v.dtype) for k, v in bench.synthetic_batch(trainer).items()}] * 5
     assert found["images_per_s_of_loader"] > 0
     assert found["images_per_s_with_data"] > 0
     assert (found["bound_by"], found["workers"], found["threads"]) == ("step", 0, 2)
+
+
+def test_data_that_cannot_be_opened_cost_no_compile(monkeypatch, tmp_path):
+    config = load_file(str(CONFIG))
+    config.data.train = (FolderConfig(path=str(tmp_path / "nowhere")),)
+    monkeypatch.setattr(bench, "Trainer", lambda *_: SimpleNamespace(task=None, mesh=None))
+    monkeypatch.setattr(bench, "check_card", lambda *_: None)
+    with pytest.raises(DataError, match="nowhere"):
+        bench.measure(config, with_data=True)
 
 
 def test_a_step_at_the_peak_of_its_card_says_how_many_images_it_takes():
