@@ -135,7 +135,6 @@ def our_command(args: argparse.Namespace, batch: int) -> list[str]:
         "model.image.drop_path": 0.0, "model.text.size": args.text, "model.text.context": CONTEXT,
         "model.embed_dim": JOINT, "task.mixup": 0.0, "optim.clip_norm": args.clip_norm,
         "train.batch_size": batch, "train.precision": args.precision, "parallel.stage": 0, "parallel.replicas": 1,
-        "train.steps": 1_000_000,  # whatever the batch; not one is a run's last
         "model.image.remat": "branches",  # that of the recipe has as many blocks as SwinV2-G
     }  # fmt: skip
     if args.peer == "cpu":

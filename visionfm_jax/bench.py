@@ -9,6 +9,7 @@ Without --with-data, only jax, flax, optax, chex, einops and absl-py are needed.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import socket
@@ -28,7 +29,7 @@ from visionfm_jax.errors import UserError, complain, entry_point
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.agreement import from_each
 from visionfm_jax.parallel.mesh import BATCH, make_mesh, to_global
-from visionfm_jax.parallel.targets import TARGETS, Cluster, find_target, peak_flops
+from visionfm_jax.parallel.targets import TARGETS, Cluster, Target, chip_of, find_target, peak_flops, read_targets
 from visionfm_jax.planning.calibration import append_record
 from visionfm_jax.planning.compiled import GPU, described
 from visionfm_jax.planning.estimate import estimate
@@ -198,6 +199,7 @@ def planned(trainer: Trainer, compiled: Compiled, cluster: Cluster) -> dict[str,
     """What `plan` says of a step that was compiled for the GPUs of this cluster, without a calibration."""
     found = estimate(described(trainer, compiled, GPU, cluster.per_host, 0.0), cluster)
     return {
+        "chip": chip_of(cluster.target),
         "seconds": found.modelled,
         "range_ms": [round(seconds * 1e3, 3) for seconds in found.range],
         "peak_gib": round(found.compiled.peak / 2**30, 3),
@@ -215,6 +217,7 @@ def record_of(figures: dict[str, Any]) -> dict[str, Any]:
         **{name: figures[name] for name in about},
         "cudnn": next(cudnn, None),
         "rates": VERSION,
+        "chip": plan["chip"],
         "measured_seconds": figures["step_ms"]["p50"] / 1e3,
         "planned_seconds": plan["seconds"],
         "measured_peak_gib": figures["peak_gib_measured"],
@@ -238,21 +241,26 @@ def count_machines(hosts: Sequence[str]) -> int:
     return len(runs)
 
 
-def cluster_at_hand(path: str) -> Cluster:
+def cluster_at_hand(path: str, targets: dict[str, Target]) -> Cluster:
     """The devices of this run as a plan has them; all processes call this, before minutes of measuring.
 
     Raises:
       UserError: they are none that a plan knows.
     """
     device = jax.devices()[0]
-    target = find_target(device.device_kind)
+    target = find_target(device.device_kind, targets)
     if device.platform != "gpu" or target is None:
         raise UserError(
-            f"--compare-plan={path}: the step runs on {device.device_kind}, for which there is no plan; "
-            f"run it on one of {', '.join(TARGETS)}"
+            f"--compare-plan={path}: the step runs on {device.device_kind}, for which there is no data sheet; "
+            f"run it on one of {', '.join(targets)}, or describe this card in a file for --targets"
         )
     machines = count_machines(from_each(socket.gethostname()))
     return Cluster(target, machines, jax.device_count() // machines)
+
+
+def any_length(config: Config, arguments: argparse.Namespace) -> None:
+    """The step is the same whatever the length of the run, which the batches of a bench may put out of bounds."""
+    config.train.steps, config.train.epochs = 1_000_000, 0
 
 
 def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> int:
@@ -267,16 +275,22 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.bench") -> 
         help="add the step, measured and planned, to this file for plan --calibration",
     )
     parser.add_argument(
+        "--targets", metavar="FILE.toml", type=file_name, help="more GPUs, for --compare-plan; see docs/plan.md"
+    )
+    parser.add_argument(
         "--with-data", action="store_true", help="also time the run's own data: its loader alone, and with the step"
     )
-    config, arguments = parser.parse_with_config(argv)
+    config, arguments = parser.parse_with_config(argv, any_length)
     if arguments.steps < 1 or arguments.warmup < 1:
         raise UserError(f"--steps={arguments.steps} --warmup={arguments.warmup}: both must be at least 1; raise them")
-    process, _ = cluster.initialize()
     path = arguments.compare_plan
+    if arguments.targets and not path:
+        raise UserError("--targets: is for --compare-plan; add --compare-plan=FILE, or leave it out")
+    targets = read_targets(arguments.targets) if arguments.targets else TARGETS
+    process, _ = cluster.initialize()
 
     def work() -> int:
-        compare = cluster_at_hand(path) if path else None
+        compare = cluster_at_hand(path, targets) if path else None
         if path and process == 0:
             check_writable(path, "--compare-plan")
         figures = measure(config, arguments.steps, arguments.warmup, with_data=arguments.with_data, compare=compare)

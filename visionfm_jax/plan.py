@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from visionfm_jax.config import Config, rules
 from visionfm_jax.config.arguments import Parser, file_name
-from visionfm_jax.errors import UserError, entry_point
+from visionfm_jax.errors import ConfigError, UserError, entry_point
 from visionfm_jax.parallel.targets import TARGETS, Cluster, find_cluster, read_targets
 from visionfm_jax.planning import report, settings
-from visionfm_jax.planning.calibration import Calibration, calibration_of, read_calibration
+from visionfm_jax.planning.calibration import Calibration, read_calibration
 from visionfm_jax.planning.compiled import CPU, GPU, compile_step, missing_packages
 from visionfm_jax.planning.estimate import estimate
 from visionfm_jax.storage import check_writable
@@ -59,10 +59,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     config.validate_devices(cluster.devices, cluster.hosts)
     target = cluster.target
     rules.check(rules.card_problems(config, target.description, ".".join(map(str, target.capability))))
+    calibration = None
     if arguments.calibration:
-        calibration = read_calibration(arguments.calibration, cluster.target)
-    else:
-        calibration = calibration_of(cluster.target)
+        fp8 = any(network.mlp_matmuls == "fp8" for network in config.model.networks().values())
+        calibration = read_calibration(arguments.calibration, target, fp8)
     if arguments.json:
         check_writable(arguments.json, "--json")
 
@@ -88,12 +88,12 @@ def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missin
     for network in config.model.networks().values():
         network.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
     compiled = compile_step(config, cluster, CPU)
-    report.print_without_gpus(console, config.name, compiled, cluster, missing)
-    return report.json_without_gpus(config.name, compiled, cluster)
+    report.print_without_gpus(console, config, compiled, cluster, missing)
+    return report.json_without_gpus(config, compiled, cluster)
 
 
 def plan_for_gpus(
-    console: Console, config: Config, cluster: Cluster, calibration: Calibration, others: str
+    console: Console, config: Config, cluster: Cluster, calibration: Calibration | None, others: str
 ) -> tuple[dict[str, Any], int]:
     """Print and return the plan, and the exit code; `others`: which other settings are compared, if any."""
     base = settings.setting_of(config)
@@ -102,8 +102,8 @@ def plan_for_gpus(
         now = estimate(compile_step(config, cluster, GPU), cluster, calibration)
         planner.know(base, now)
         with tqdm.external_write_mode():
-            report.print_plan(console, config.name, now)
-        plan, code = report.as_json(config.name, now), 0 if now.fits else DOES_NOT_FIT
+            report.print_plan(console, config, now)
+        plan, code = report.as_json(config, now), 0 if now.fits else DOES_NOT_FIT
         if others == "none":
             return plan, code
         if others == "search":
@@ -118,6 +118,8 @@ def plan_for_gpus(
             if found:
                 report.print_settings(console, title, base, found)
             console.print(_ending(planner, key, found), highlight=False)
+            if key != "nearest" and (remark := _fp8_remark(config, cluster)):
+                console.print(remark, highlight=False)
     return plan, code
 
 
@@ -127,9 +129,10 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
 
     In a log it is a line for each setting.
     """
-    with tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty()) as bar:
+    # nrows: of a terminal that does not tell its size, tqdm would print nothing.
+    with tqdm(desc="compiling", unit=" settings", leave=False, disable=not sys.stderr.isatty(), nrows=20) as bar:
         if bar.disable:
-            print("compiling the step, which takes minutes …", file=sys.stderr, flush=True)
+            print("compiling the step, minutes for a large model that is not cached …", file=sys.stderr, flush=True)
 
         def on_progress(done: int, of: int) -> None:
             if bar.disable and done > bar.n:
@@ -149,6 +152,22 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
         finally:
             finished.set()
             ticker.join()
+
+
+def _fp8_remark(config: Config, cluster: Cluster) -> str:
+    """What no search tries, where the rules and the card allow it."""
+    changed, target = copy.deepcopy(config), cluster.target
+    flags = []
+    for name, network in changed.model.networks().items():
+        if network.mlp_matmuls != "fp8":
+            flags.append(f"--config.{name}.mlp_matmuls=fp8")
+            network.mlp_matmuls = "fp8"
+    try:
+        changed.validate()
+        rules.check(rules.card_problems(changed, target.description, ".".join(map(str, target.capability))))
+    except ConfigError:
+        return ""
+    return f"Not compared, as it rounds more: {' '.join(flags)} (docs/precision.md)" if flags else ""
 
 
 def _ending(planner: settings.Planner, key: str, found: list) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from visionfm_jax.config import load
 from visionfm_jax.errors import entry_point
-from visionfm_jax.parallel.targets import MEMORY_FRACTION, find_cluster
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, TARGETS, chip_of, find_cluster
 from visionfm_jax.plan import _progress, main
 from visionfm_jax.planning.compiled import GPU, compile_step
 from visionfm_jax.planning.rates import VERSION
@@ -65,12 +65,20 @@ def test_a_plan_with_advice(cache, tmp_path):
     assert step["seconds_range"][0] < step["seconds"] < step["seconds_range"][1]
     assert sum(step["memory_traffic_bytes_by_kind"].values()) == step["memory_traffic_bytes"]
     assert "calibrated on one H100, 3 steps" in done.stdout
+    assert found["settings"]["train.precision"] == "bf16"
+    for name, value in found["settings"].items():
+        assert f"{name}={value}" in done.stdout
+    assert "Not compared, as it rounds more: --config.model.mlp_matmuls=fp8" in done.stdout
 
     again = plan(cache, *SMALL, "--cluster=h100:1x8")
     assert again.stdout == done.stdout  # from the cache
 
     kinds = {"matmuls": 0.5, "attention": 0, "all else": 0.5, "waits": 0}
-    record = {"device": "NVIDIA H100 80GB HBM3", "planned_seconds": kinds, "measured_seconds": 1.2, "rates": VERSION}
+    h100 = TARGETS["h100"]
+    record = {
+        "device": h100.description, "chip": chip_of(h100), "planned_seconds": kinds, "measured_seconds": 1.2,
+        "mlp_matmuls": {"model": "compute"}, "rates": VERSION,
+    }  # fmt: skip
     (tmp_path / "measured").write_text(json.dumps(record))
     words = ("--advice=no", f"--calibration={tmp_path / 'measured'}", f"--json={tmp_path / 'plan.json'}")
     alone = plan(cache, *SMALL, "--cluster=h100:1x8", *words)
@@ -113,7 +121,7 @@ def test_what_does_not_fit_is_code_3_with_the_nearest_that_does(cache, tmp_path,
 
 
 def test_nothing_fits(cache, tmp_path):
-    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 100_000\n')
+    (tmp_path / "sheets.toml").write_text('[toy]\nlike = "h100"\nmemory_bytes = 1_000_000\n')
     words = (TINY, "--cluster=toy:1x8", f"--targets={tmp_path / 'sheets.toml'}", "--config.model.remat=full",
               "--config.train.accumulate=8", "--config.model.attention=cudnn", "--config.task.cutmix=0")  # fmt: skip
     done = plan(cache, *words, program=COMMAND)
@@ -191,7 +199,8 @@ def test_a_log_has_a_line_for_each_setting(capsys):
         for done, of in ((0, 1), (1, 2), (1, 3), (2, 3)):
             on_progress(done, of)
     assert [line.partition(" settings")[0] for line in capsys.readouterr().err.splitlines()] == [
-        "compiling the step, which takes minutes …", "compiled 1 of the 2", "compiled 2 of the 3"
+        "compiling the step, minutes for a large model that is not cached …",
+        "compiled 1 of the 2", "compiled 2 of the 3",
     ]  # fmt: skip
 
 

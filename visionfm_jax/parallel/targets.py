@@ -46,6 +46,19 @@ class Target:
     shared_memory_per_core: int  # bytes; a block may use 1 KiB less
 
 
+# What a step of one GPU takes its time from, and how its program is compiled.
+CHIP = (
+    "peak_flops", "memory_bandwidth", "capability", "cores", "fpus_per_core", "clock_ghz", "l2_bytes",
+    "shared_memory_per_core",
+)  # fmt: skip
+# The least and the most that a data sheet may say, to find units that are wrong.
+BOUNDS = {
+    "peak_flops": (1e12, 1e18), "memory_bytes": (1e6, 1e14), "memory_bandwidth": (1e9, 1e16),
+    "network_inside": (1e6, 1e15), "network_between": (1e6, 1e15), "capability": (0, 99), "cores": (1, 1e5),
+    "fpus_per_core": (1, 1e5), "clock_ghz": (0.1, 20), "l2_bytes": (1e4, 1e12),
+    "shared_memory_per_core": (16 * 2**10, 2**24),
+}  # fmt: skip
+
 _A100 = {
     "peak_flops": 312e12, "network_inside": 300e9, "network_between": 25e9,
     "capability": (8, 0), "cores": 108, "fpus_per_core": 64, "clock_ghz": 1.41, "l2_bytes": 40 * 2**20,
@@ -131,8 +144,14 @@ MEMORY_FRACTION = 0.92  # of a GPU's memory that a run may use: XLA_PYTHON_CLIEN
 _OTHERS = re.compile(r"\b(NVL|MIG|H\d00 PCIe)\b", re.IGNORECASE)
 
 
-def find_target(device_kind: str) -> Target | None:
-    """The table's entry for a `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3"; None if it has none."""
+def find_target(device_kind: str, targets: dict[str, Target] = TARGETS) -> Target | None:
+    """The entry for a `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3"; None if there is none.
+
+    The first with this description, or else that of the built-in table whose name is in its words.
+    """
+    for target in targets.values():
+        if target.description == device_kind:
+            return target
     if _OTHERS.search(device_kind):
         return None
     words = set(re.split(r"[^a-z0-9]+", device_kind.lower()))  # whole words: GH200 is no H200
@@ -140,6 +159,11 @@ def find_target(device_kind: str) -> Target | None:
         if set(name.split("-")) <= words:
             return target
     return None
+
+
+def chip_of(target: Target) -> dict[str, float | list[int]]:
+    """The figures of `CHIP`, as JSON has them."""
+    return {name: list(v) if isinstance(v := getattr(target, name), tuple) else v for name in CHIP}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -201,6 +225,8 @@ def read_targets(path: str) -> dict[str, Target]:
         like = "h100"              # starts from this entry of the table
         network_between = 12.5e9   # and changes fields of `Target`, in its units
 
+    One of another chip is no longer described as the one that it is like.
+
     Raises:
       ConfigError: no such file, no TOML, an unknown field, or one that is missing.
     """
@@ -228,28 +254,31 @@ def read_targets(path: str) -> dict[str, Target]:
         values["name"] = name
         checked = {f.name: _checked(path, name, f.name, f.type, values[f.name]) for f in dataclasses.fields(Target)}
         targets[name] = Target(**checked)
+        if like and "description" not in sheet and chip_of(targets[name]) != chip_of(targets[like]):
+            targets[name] = dataclasses.replace(targets[name], description=name)
     return targets
 
 
 def _checked(path: str, name: str, field: str, kind: str, value: object) -> object:
-    """A field of a sheet in its type; every number is positive."""
+    """A field of a sheet in its type, within `BOUNDS`."""
     refused = f"--targets={path}: [{name}] {field} = {value!r}: must be"
     if kind == "str":
         if isinstance(value, str):
             return value
         raise ConfigError(f"{refused} a text in quotes")
-    whole, most = kind != "float", 1e30  # 80e9 is whole too
+    whole, (low, high) = kind != "float", BOUNDS[field]  # 80e9 is whole too
 
     def good(n: object) -> bool:
-        is_number = isinstance(n, (int, float)) and not isinstance(n, bool) and 0 <= n <= most
+        is_number = isinstance(n, (int, float)) and not isinstance(n, bool) and low <= n <= high
         return is_number and (not whole or n == int(n))
 
     if kind.startswith("tuple"):
         if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value)):
             return tuple(map(int, value))
         raise ConfigError(f"{refused} two whole numbers, such as [9, 0]")
-    if not good(value) or not value > 0:
-        raise ConfigError(f"{refused} a positive {'whole ' * whole}number of at most {most:g}")
+    if not good(value):
+        rule = f"a {'whole ' * whole}number from {low:g} to {high:g}"
+        raise ConfigError(f"{refused} {rule}; that of h100 is {getattr(TARGETS['h100'], field):g}")
     return int(value) if kind == "int" else float(value)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visionfm_jax.errors import OutputError, UserError, complain, printable
-from visionfm_jax.parallel.targets import TARGETS, Target, find_target
+from visionfm_jax.parallel.targets import Target, chip_of, find_target
 from visionfm_jax.planning.rates import VERSION, rates_of
 from visionfm_jax.storage import append_line
 
@@ -23,6 +23,7 @@ MATMULS, ATTENTION, ELSE, WAITS = KINDS = ("matmuls", "attention", "all else", "
 # Standard deviations of the factors' logarithms.
 MEASURED = (0.04, 0.12, 0.05, 0.5)  # of a card that the rates were fitted to; no network was measured
 UNMEASURED = (0.08, 0.25, 0.10, 0.5)
+FP8 = (0.15, 0.0, 0.10, 0.0)  # at the least, with FP8 products and quantising, which no card was timed with
 STEP = 0.02  # of that of a measured step, which no factor explains
 SHORTEST, LONGEST = 1e-6, 1e6  # seconds of a step
 
@@ -41,54 +42,69 @@ class Calibration(NamedTuple):
         return float(np.sqrt(shares @ self.covariance @ shares + STEP**2))
 
 
-def calibration_of(target: Target) -> Calibration:
-    """What is known of a card without a file."""
-    measured = rates_of(target).measured
+def calibration_of(target: Target, fp8: bool) -> Calibration:
+    """What is known of a card without a file; `fp8`: of a step with FP8 products."""
+    card = find_target(target.description)
+    measured = card is not None and chip_of(card) == chip_of(target) and rates_of(target).measured
     source = "calibrated on one H100, 3 steps" if measured else "from data sheets and published rates, not measured"
-    return Calibration(dict.fromkeys(KINDS, 1.0), np.diag(np.square(MEASURED if measured else UNMEASURED)), source)
+    if measured and fp8:
+        source += " in 16 bit; FP8 from published rates, not measured"
+    deviations = np.maximum(MEASURED if measured else UNMEASURED, FP8 if fp8 else 0)
+    return Calibration(dict.fromkeys(KINDS, 1.0), np.diag(np.square(deviations)), source)
 
 
-def read_calibration(path: str, target: Target) -> Calibration:
-    """The same, corrected by the steps of a file that were measured on this card.
+def read_calibration(path: str, target: Target, fp8: bool) -> Calibration:
+    """The same, corrected by the steps of a file that were measured on this card, with FP8 products or without.
 
     Raises:
-      UserError: no such file, a line that is no record, or none of this card.
+      UserError: no such file, a line that is no record, or none of such steps.
     """
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()  # with the mark of editors for Windows or without
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration={path}: cannot be read: {error}") from error
     records = {number: _record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()}
+    again = f"visionfm bench --compare-plan={path}"
     if not records:
-        raise UserError(f"--calibration={path}: is empty; measure steps by visionfm bench --compare-plan={path}")
-    devices = sorted({printable(device) for device, _, _ in records.values()})
-    records = {
-        number: record
-        for number, record in records.items()
-        if (card := find_target(record[0])) and card.description == target.description
-    }
-    if not records:
-        known = any(card.description == target.description for card in TARGETS.values())
-        remedy = (
-            f"run visionfm bench --compare-plan={path} there"
-            if known
-            else "leave --calibration out: only cards of the built-in table can be measured"
-        )
+        raise UserError(f"--calibration={path}: is empty; measure steps by {again}")
+    here = {number: r for number, r in records.items() if _is_of(r.device, target)}
+    if not here:
+        devices = ", ".join(sorted({printable(r.device) for r in records.values()}))
+        more = "" if find_target(target.description) else " --targets=FILE, in which description is the device's name,"
         raise UserError(
-            f"--calibration={path}: measured on {', '.join(devices)}, not on {target.description}; {remedy}"
+            f"--calibration={path}: measured on {devices}, not on {target.description}; run {again}{more} there"
         )
-    modelled = np.array([seconds for _, seconds, _ in records.values()])
-    measured = np.array([seconds for _, _, seconds in records.values()])
-    logs, covariance = _regress(modelled, measured, calibration_of(target).covariance)
+    here = {number: r for number, r in here.items() if r.chip == chip_of(target)}
+    if not here:
+        raise UserError(
+            f"--calibration={path}: measured on this card, but planned with other figures of it than those of "
+            f"{target.name}; measure again by {again}"
+        )
+    here = {number: r for number, r in here.items() if r.fp8 == fp8}
+    if not here:
+        kinds = ("without", "with") if fp8 else ("with", "without")
+        raise UserError(
+            f"--calibration={path}: all steps of this card were measured {kinds[0]} FP8 products, and the plan is of "
+            f"one {kinds[1]}; measure one by {again}, or leave --calibration out"
+        )
+    modelled = np.array([r.planned for r in here.values()])
+    measured = np.array([r.measured for r in here.values()])
+    logs, covariance = _regress(modelled, measured, calibration_of(target, fp8).covariance)
     misses = np.abs(np.log(modelled @ np.exp(logs) / measured))
-    if strange := [str(number) for number, miss in zip(records, misses, strict=True) if miss > 3 * STEP]:
+    if strange := [str(number) for number, miss in zip(here, misses, strict=True) if miss > 3 * STEP]:
         complain(
             f"--calibration={path}: line {', '.join(strange)}: no factors explain the measured seconds to "
             f"{3 * STEP:.0%}; measure again, or delete what was measured on a busy machine"
         )
-    steps = f"{len(records)} measured step{'s' * (len(records) > 1)}"
+    steps = f"{len(here)} measured step{'s' * (len(here) > 1)}"
     factors = dict(zip(KINDS, np.exp(logs).tolist(), strict=True))
     return Calibration(factors, covariance, f"calibrated by {path}, {steps}")
+
+
+def _is_of(device: str, target: Target) -> bool:
+    """Whether a device, by its name, is such a card: of the built-in table, or one that a file describes."""
+    card = find_target(device)
+    return target.description == (card.description if card else device)
 
 
 def _regress(modelled: np.ndarray, measured: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,11 +137,22 @@ def _regress(modelled: np.ndarray, measured: np.ndarray, prior: np.ndarray) -> t
     return logs, covariance
 
 
-def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]:
-    """(device, modelled seconds by kind, measured seconds) of a line."""
+class _Record(NamedTuple):
+    """A line of a file of measurements."""
+
+    device: str  # as the driver names it
+    chip: dict[str, Any]  # the figures that it was planned with
+    fp8: bool  # whether it has FP8 products
+    planned: list[float]  # seconds by kind
+    measured: float  # seconds
+
+
+def _record(path: str, number: int, line: str) -> _Record:
+    """A line, checked."""
     try:
         record = json.loads(line)
         device = str.strip(record["device"])  # a text
+        chip, fp8 = dict(record["chip"]), "fp8" in dict(record["mlp_matmuls"]).values()
         planned = [record["planned_seconds"][kind] for kind in KINDS]
         measured, version = record["measured_seconds"], record["rates"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -144,7 +171,7 @@ def _record(path: str, number: int, line: str) -> tuple[str, list[float], float]
             f"--calibration={path}: line {number}: seconds must be numbers of at most {LONGEST:g}, those of the kinds "
             f"at least 0, and those of a step from {SHORTEST:g}; delete that line"
         )
-    return device, planned, measured
+    return _Record(device, chip, fp8, planned, measured)
 
 
 def append_record(path: str, record: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def estimate(compiled: CompiledStep, cluster: Cluster, calibration: Calibration 
     return Estimate(
         compiled=compiled,
         cluster=cluster,
-        calibration=calibration or calibration_of(cluster.target),
+        calibration=calibration or calibration_of(cluster.target, fp8="f8e4m3" in compiled.hlo),
         memory=memory_by_kind(compiled, module),
         collectives=collectives,
         executed_flops=walk.flops,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from visionfm_jax.config import Config
+from visionfm_jax.errors import count
 from visionfm_jax.parallel.hlo import Collective
 from visionfm_jax.parallel.targets import MEMORY_FRACTION, Cluster
 from visionfm_jax.planning.calibration import ATTENTION, ELSE, MATMULS
 from visionfm_jax.planning.compiled import CompiledStep
 from visionfm_jax.planning.estimate import CollectiveTime, Estimate
-from visionfm_jax.planning.rates import rates_of
-from visionfm_jax.planning.settings import Setting
+from visionfm_jax.planning.rates import VERSION, rates_of
+from visionfm_jax.planning.settings import Setting, setting_of
 
 GIB = 2**30
 
@@ -32,21 +35,20 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def print_plan(console: Console, name: str, found: Estimate) -> None:
+def print_plan(console: Console, config: Config, found: Estimate) -> None:
     """The whole plan of one setting."""
-    compiled, cluster = found.compiled, found.cluster
-    console.print(_heading(name, compiled, cluster), highlight=False)
+    console.print(_heading(config, found.compiled, found.cluster), highlight=False)
     exchanged = [_collectives(found)] if found.collectives else []  # none on one GPU
-    for table in (_parameters(compiled), _memory(found), *exchanged, _times(found)):
+    for table in (_parameters(found.compiled), _memory(found), *exchanged, _times(found)):
         console.print()
         console.print(table)
 
 
 def print_without_gpus(
-    console: Console, name: str, compiled: CompiledStep, cluster: Cluster, missing: list[str]
+    console: Console, config: Config, compiled: CompiledStep, cluster: Cluster, missing: list[str]
 ) -> None:
     """What a compile for CPUs shows: everything that follows from shapes."""
-    console.print(_heading(name, compiled, cluster), highlight=False)
+    console.print(_heading(config, compiled, cluster), highlight=False)
     console.print(
         f"Compiled for CPUs, as {' and '.join(missing)} for GPUs are not installed: "
         "pip install 'visionfm_jax\\[plan]'. This cannot show peak memory, the step's time, or what collectives cost.",
@@ -64,19 +66,27 @@ def print_without_gpus(
         console.print(table)
 
 
-def _heading(name: str, compiled: CompiledStep, cluster: Cluster) -> str:
+def _heading(config: Config, compiled: CompiledStep, cluster: Cluster) -> str:
+    target, hosts = cluster.target, count(cluster.hosts, "host")
+    card = target.description if target.description == target.name else f"{target.description} ({target.name})"
     return (
-        f"[bold]{name}[/] on {cluster.devices} x {cluster.target.description} "
-        f"({cluster.hosts} {'host' if cluster.hosts == 1 else 'hosts'}): "
-        f"{sum(compiled.parameters.values()):,} parameters, global batch {compiled.batch_size}"
+        f"[bold]{config.name}[/] on {cluster.devices} x {card}, {hosts}: "
+        f"{sum(compiled.parameters.values()):,} parameters, global batch {compiled.batch_size}\n"
+        + " ".join(f"{name}={value}" for name, value in settings_of(config).items())
     )
+
+
+def settings_of(config: Config) -> dict[str, int | str]:
+    """The fields of a run that change its time and memory, and not its model or task."""
+    fp8 = {f"{name}.mlp_matmuls": network.mlp_matmuls for name, network in config.model.networks().items()}
+    return {"train.precision": config.train.precision} | setting_of(config).fields | fp8
 
 
 def _parameters(compiled: CompiledStep) -> Table:
     table = _table("Parameters", "", "millions", "share")
     total = sum(compiled.parameters.values())
-    for part, count in compiled.parameters.items():
-        table.add_row(part, f"{count / 1e6:,.2f}", f"{count / total:.1%}")
+    for part, number in compiled.parameters.items():
+        table.add_row(part, f"{number / 1e6:,.2f}", f"{number / total:.1%}")
     return table
 
 
@@ -163,8 +173,9 @@ def _times(found: Estimate) -> Table:
     row("MFU", f"{found.mfu:.1%}", f"of {cluster.target.peak_flops / 1e12:,.0f} TFLOP/s per GPU")
     table.add_section()
     row("steps", f"{compiled.total_steps:,}", "the whole run")
-    row("days", f"{found.days:,.1f}", "")
-    row("GPU-hours", f"{found.gpu_hours:,.0f}", "")
+    for what, expected, digits in (("days", found.days, 1), ("GPU-hours", found.gpu_hours, 0)):
+        least, most = (expected * seconds / found.seconds for seconds in found.range)
+        row(what, f"{expected:,.{digits}f}", f"between {least:,.{digits}f} and {most:,.{digits}f}")
     return table
 
 
@@ -180,11 +191,11 @@ def print_settings(console: Console, title: str, base: Setting, found: list[tupl
     console.print(table)
 
 
-def as_json(name: str, found: Estimate) -> dict[str, Any]:
+def as_json(config: Config, found: Estimate) -> dict[str, Any]:
     """The plan for programs; the keys are explained in docs/plan.md."""
     compiled, cluster = found.compiled, found.cluster
     return {
-        **head(name, compiled, cluster),
+        **head(config, compiled, cluster),
         "per_gpu": {
             **{f"{kind.replace(' ', '_')}_bytes": held for kind, held in found.memory.items()},
             "peak_bytes": compiled.peak,
@@ -230,22 +241,24 @@ def as_json(name: str, found: Estimate) -> dict[str, Any]:
     }
 
 
-def head(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
+def head(config: Config, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
     """What every plan has, whatever it was compiled for."""
     return {
-        "config": name,
+        "config": config.name,
         "cluster": cluster.name,
+        "settings": settings_of(config),
+        "versions": {"jax": version("jax"), "rates": VERSION},
         "compiled_for": compiled.platform,
         "batch_size": compiled.batch_size,
         "parameters": {**compiled.parameters, "total": sum(compiled.parameters.values())},
     }
 
 
-def json_without_gpus(name: str, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
+def json_without_gpus(config: Config, compiled: CompiledStep, cluster: Cluster) -> dict[str, Any]:
     """As `as_json`, with null for what a compile for CPUs cannot show."""
     sizes = {f"{kind.replace(' ', '_')}_bytes": held for kind, held in compiled.held.items()}
     return {
-        **head(name, compiled, cluster),
+        **head(config, compiled, cluster),
         "per_gpu": {**sizes, "peak_bytes": None, "card_bytes": cluster.target.memory_bytes, "fits": None},
         "collectives": None,
         "step": {"model_flops": compiled.step_flops, "seconds": None},

@@ -123,7 +123,7 @@ class Planner:
     """
 
     def __init__(
-        self, config: Config, cluster: Cluster, calibration: Calibration, on_progress: Callable[[int, int], None]
+        self, config: Config, cluster: Cluster, calibration: Calibration | None, on_progress: Callable[[int, int], None]
     ):
         self.config, self.cluster, self.calibration, self._on_progress = config, cluster, calibration, on_progress
         self._pool = concurrent.futures.ThreadPoolExecutor(jobs())

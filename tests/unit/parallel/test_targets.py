@@ -10,6 +10,7 @@ import pytest
 
 from visionfm_jax.errors import ConfigError
 from visionfm_jax.parallel.targets import (
+    BOUNDS,
     MEMORY_FRACTION,
     TARGETS,
     XLA_FLAGS,
@@ -130,9 +131,6 @@ shared_memory_per_core = 233472
 """
 
 
-WHOLE = "a positive whole number of at most 1e+30"
-
-
 def read(folder, text):
     path = folder / "targets.toml"
     path.write_text(text)
@@ -148,8 +146,21 @@ def test_a_sheet_like_another(tmp_path):
 
 def test_a_sheet_like_one_above_it_and_one_in_place_of_a_built_in(tmp_path):
     targets = read(tmp_path, '[a]\nlike = "h100"\ncores = 66\n[b]\nlike = "a"\n[h100]\nlike = "h200"\n')
-    assert targets["b"] == replace(TARGETS["h100"], name="b", cores=66)
+    assert targets["b"] == replace(TARGETS["h100"], name="b", cores=66, description="a")
     assert targets["h100"] == replace(TARGETS["h200"], name="h100")
+
+
+def test_another_chip_is_not_called_what_it_is_like(tmp_path):
+    targets = read(
+        tmp_path,
+        '[memory]\nlike = "h100"\nmemory_bytes = 96e9\n[chip]\nlike = "h100"\ncores = 99\n'
+        '[named]\nlike = "h100"\ncores = 99\ndescription = "NVIDIA H99"\n',
+    )
+    names = {name: targets[name].description for name in ("memory", "chip", "named")}
+    assert names == {"memory": "NVIDIA H100 80GB HBM3", "chip": "chip", "named": "NVIDIA H99"}
+    assert find_target("NVIDIA H99", targets) is targets["named"]
+    assert find_target("NVIDIA H100 80GB HBM3", targets) is TARGETS["h100"]
+    assert find_target("NVIDIA H99") is None
 
 
 def test_a_full_sheet_of_ones_own(tmp_path):
@@ -170,7 +181,7 @@ def test_a_full_sheet_of_ones_own(tmp_path):
         ('[""]\nlike = "h100"', r"\[''\] must be of letters, .*"),
         (
             '[x]\nlike = "h100"\ncores = 1' + 400 * "0",
-            r"\[x\] cores = 10+: must be a positive whole number of at most 1e\+30",
+            r"\[x\] cores = 10+: must be a whole number from 1 to 100000; that of h100 is 132",
         ),
         ("[x]\ncores = 1" + 5000 * "0", "cannot be read as TOML: Exceeds the limit.*"),
         ("x = " + 3000 * "[", "cannot be read as TOML: .*"),
@@ -196,21 +207,26 @@ def test_sheets_that_cannot_be_read(tmp_path, text, message):
     [
         ("peak_flops", "-1e15", "-1000000000000000.0"), ("peak_flops", "0", "0"), ("peak_flops", "nan", "nan"),
         ("peak_flops", "inf", "inf"), ("peak_flops", '"1e15"', "'1e15'"), ("peak_flops", "true", "True"),
+        ("peak_flops", "989", "989"), ("memory_bandwidth", "3350", "3350"), ("clock_ghz", "1980", "1980"),
         ("network_between", "[5e10]", "[50000000000.0]"), ("network_between", "{ gbit = 400 }", "{'gbit': 400}"),
     ],
 )  # fmt: skip
-def test_values_that_are_no_positive_number(tmp_path, field, value, printed):
-    with pytest.raises(
-        ConfigError, match=re.escape(f"[x] {field} = {printed}: must be a positive number of at most 1e+30") + "$"
-    ):
+def test_values_that_are_no_figure_of_a_card(tmp_path, field, value, printed):
+    low, high = BOUNDS[field]
+    rule = f"[x] {field} = {printed}: must be a number from {low:g} to {high:g}; that of h100 is"
+    with pytest.raises(ConfigError, match=re.escape(rule)):
         read(tmp_path, f'[x]\nlike = "h100"\n{field} = {value}')
 
 
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
     [
-        ("cores", "0.5", WHOLE), ("cores", "[132]", WHOLE),
-        ("memory_bytes", "inf", WHOLE), ("capability", "9.0", "two whole numbers, such as [9, 0]"),
+        ("cores", "0.5", "a whole number from 1 to 100000; that of h100 is 132"),
+        ("cores", "[132]", "a whole number from 1 to 100000; that of h100 is 132"),
+        ("memory_bytes", "inf", "a whole number from 1e+06 to 1e+14; that of h100 is 8e+10"),
+        ("memory_bytes", "80", "a whole number from 1e+06 to 1e+14; that of h100 is 8e+10"),
+        ("shared_memory_per_core", "10", "a whole number from 16384 to 1.67772e+07; that of h100 is 233472"),
+        ("capability", "9.0", "two whole numbers, such as [9, 0]"),
         ("capability", "[9]", "two whole numbers, such as [9, 0]"),
         ("capability", "[9, 0.5]", "two whole numbers, such as [9, 0]"),
         ("capability", '["9", "0"]', "two whole numbers, such as [9, 0]"), ("description", "100", "a text in quotes"),

@@ -12,7 +12,7 @@ import pytest
 
 from visionfm_jax import bench
 from visionfm_jax.errors import OutputError, UserError, entry_point
-from visionfm_jax.parallel.targets import TARGETS, Cluster, find_target
+from visionfm_jax.parallel.targets import TARGETS, Cluster, chip_of, find_target
 from visionfm_jax.planning import rates
 from visionfm_jax.planning.calibration import append_record, calibration_of, read_calibration
 from visionfm_jax.planning.compiled import CompiledStep
@@ -27,8 +27,11 @@ STEPS = [  # seconds of the model, by kind
 ]
 
 
-def record(modelled, measured, device="NVIDIA A100-SXM4-80GB"):
-    return {"device": device, "planned_seconds": modelled, "measured_seconds": measured, "rates": VERSION}
+def record(modelled, measured, device="NVIDIA A100-SXM4-80GB", chip=None, mlp_matmuls="compute"):
+    return {
+        "device": device, "chip": chip or chip_of(find_target(str(device)) or A100), "planned_seconds": modelled,
+        "measured_seconds": measured, "mlp_matmuls": {"model": mlp_matmuls}, "rates": VERSION,
+    }  # fmt: skip
 
 
 def seconds(calibration, modelled):
@@ -42,9 +45,9 @@ def path(tmp_path):
 
 def test_one_step_corrects_a_plan_of_itself_and_narrows_its_range(path):
     append_record(path, record(STEPS[0], 1.1 * sum(STEPS[0].values())))
-    found = read_calibration(path, A100)
+    found = read_calibration(path, A100, False)
     assert seconds(found, STEPS[0]) == pytest.approx(1.1 * sum(STEPS[0].values()), rel=0.015)
-    assert found.deviation(STEPS[0]) < 0.5 * calibration_of(A100).deviation(STEPS[0])
+    assert found.deviation(STEPS[0]) < 0.5 * calibration_of(A100, False).deviation(STEPS[0])
     assert found.source == f"calibrated by {path}, 1 measured step"
     assert found.factors["waits"] == 1  # it waited for nothing
 
@@ -54,7 +57,7 @@ def test_one_step_corrects_a_plan_of_itself_and_narrows_its_range(path):
 def test_a_step_lies_in_the_range_of_its_own_plan_however_far_it_was_from_it(path, capsys, device, ratio):
     for step in STEPS:
         Path(path).write_text(json.dumps(record(step, ratio * sum(step.values()), device)) + "\n")
-        found = read_calibration(path, find_target(device))
+        found = read_calibration(path, find_target(device), False)
         assert min(found.factors.values()) > 0
         distance = math.log(seconds(found, step) / (ratio * sum(step.values())))
         assert abs(distance) < found.deviation(step) < 0.03
@@ -64,7 +67,7 @@ def test_a_step_lies_in_the_range_of_its_own_plan_however_far_it_was_from_it(pat
 def test_a_line_that_contradicts_the_others_is_named(path, capsys):
     for measured in (*[0.95] * 9, 1.5):
         append_record(path, record(STEPS[0], measured))
-    read_calibration(path, A100)
+    read_calibration(path, A100, False)
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert f"--calibration={path}: line 10: no factors explain the measured seconds to 6%" in line
 
@@ -73,7 +76,7 @@ def test_several_steps_tell_the_kinds_apart(path):
     true = {"matmuls": 1.1, "attention": 1.4, "all else": 0.9, "waits": 1.5}
     for step in STEPS:
         append_record(path, record(step, sum(true[kind] * value for kind, value in step.items())))
-    found = read_calibration(path, A100)
+    found = read_calibration(path, A100, False)
     assert found.factors == pytest.approx(true, rel=0.06)
     assert found.source.endswith("4 measured steps")
 
@@ -82,24 +85,55 @@ def test_a_file_that_was_edited_on_windows(path):
     append_record(path, record(STEPS[0], 1.0))
     path = Path(path)
     path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert read_calibration(str(path), A100).source.endswith("1 measured step")
+    assert read_calibration(str(path), A100, False).source.endswith("1 measured step")
 
 
 def test_a_plan_of_a_plan_changes_nothing(path):
     append_record(path, record(STEPS[0], sum(STEPS[0].values())))
-    assert read_calibration(path, A100).factors == pytest.approx(calibration_of(A100).factors)
+    assert read_calibration(path, A100, False).factors == pytest.approx(calibration_of(A100, False).factors)
 
 
 def test_only_steps_of_the_same_card_count(path):
     append_record(path, record(STEPS[0], 9.0, device="NVIDIA H100 80GB HBM3"))
     append_record(path, record(STEPS[0], 1.0))
-    assert read_calibration(path, A100).source.endswith("1 measured step")
+    assert read_calibration(path, A100, False).source.endswith("1 measured step")
     with pytest.raises(UserError, match="measured on NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3, not on NVIDIA B200"):
-        read_calibration(path, TARGETS["b200"])
+        read_calibration(path, TARGETS["b200"], False)
     with pytest.raises(UserError, match="not on NVIDIA A100-SXM4-40GB; run visionfm bench"):
-        read_calibration(path, TARGETS["a100-40gb"])
-    with pytest.raises(UserError, match="not on Mine; leave --calibration out"):  # a card of a --targets file
-        read_calibration(path, replace(A100, description="Mine"))
+        read_calibration(path, TARGETS["a100-40gb"], False)
+    with pytest.raises(UserError, match=r"not on Mine; run visionfm bench .* --targets=FILE, in which description is"):
+        read_calibration(path, replace(A100, description="Mine"), False)
+
+
+def test_steps_of_a_card_of_ones_own_count_where_it_is_described_as_it_was(path):
+    own = replace(A100, name="own", description="NVIDIA Own", cores=99)
+    append_record(path, record(STEPS[0], 1.0, "NVIDIA Own", chip_of(own)))
+    assert read_calibration(path, own, False).source.endswith("1 measured step")
+    with pytest.raises(UserError, match="planned with other figures of it than those of own; measure again"):
+        read_calibration(path, replace(own, cores=100), False)
+    assert calibration_of(own, False).source == "from data sheets and published rates, not measured"
+
+
+def test_another_chip_is_not_calibrated_as_the_one_that_it_is_like(path):
+    append_record(path, record(STEPS[0], 1.0, "NVIDIA H100 80GB HBM3"))
+    h100 = TARGETS["h100"]
+    assert read_calibration(path, replace(h100, name="slow network", network_between=1e9), False)
+    with pytest.raises(UserError, match="other figures"):
+        read_calibration(path, replace(h100, peak_flops=2e15), False)
+    assert "not measured" in calibration_of(replace(h100, peak_flops=2e15), False).source
+
+
+def test_steps_with_fp8_products_say_nothing_of_those_without(path):
+    h100 = TARGETS["h100"]
+    append_record(path, record(STEPS[0], 1.0, h100.description))
+    with pytest.raises(UserError, match="measured without FP8 products, and the plan is of one with; measure one by"):
+        read_calibration(path, h100, True)
+    append_record(path, record(STEPS[0], 1.0, h100.description, mlp_matmuls="fp8"))
+    assert read_calibration(path, h100, True).source.endswith("1 measured step")
+    assert read_calibration(path, h100, False).source.endswith("1 measured step")
+    Path(path).write_text(Path(path).read_text().partition("\n")[2])
+    with pytest.raises(UserError, match="measured with FP8 products, and the plan is of one without"):
+        read_calibration(path, h100, False)
 
 
 def test_rates_that_change_have_another_version():
@@ -109,9 +143,14 @@ def test_rates_that_change_have_another_version():
 
 
 def test_the_range_says_what_it_rests_on():
-    assert calibration_of(TARGETS["h100"]).source == "calibrated on one H100, 3 steps"
-    assert calibration_of(A100).source == "from data sheets and published rates, not measured"
-    assert calibration_of(TARGETS["h100"]).deviation(STEPS[0]) < 0.7 * calibration_of(A100).deviation(STEPS[0])
+    assert calibration_of(TARGETS["h100"], False).source == "calibrated on one H100, 3 steps"
+    assert calibration_of(A100, False).source == "from data sheets and published rates, not measured"
+    fp8 = calibration_of(TARGETS["h100"], True)
+    assert fp8.source == "calibrated on one H100, 3 steps in 16 bit; FP8 from published rates, not measured"
+    assert fp8.deviation(STEPS[0]) > 2 * calibration_of(TARGETS["h100"], False).deviation(STEPS[0])
+    assert calibration_of(TARGETS["h100"], False).deviation(STEPS[0]) < 0.7 * calibration_of(A100, False).deviation(
+        STEPS[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +158,9 @@ def test_the_range_says_what_it_rests_on():
     [
         ("{", "line 2 is no record"),
         ("[]", "line 2 is no record"),
-        ('{"device": "NVIDIA A100-SXM4-80GB"}', "line 2 lacks 'planned_seconds'"),
+        ('{"device": "NVIDIA A100-SXM4-80GB"}', "line 2 lacks 'chip'"),
+        (json.dumps(record(STEPS[0], 1.0) | {"chip": 7}), "line 2 is no record"),
+        (json.dumps(record(STEPS[0], 1.0) | {"mlp_matmuls": "fp8"}), "line 2 is no record"),
         ("[" * 100_000, "line 2 is no record"),
         (json.dumps(record(STEPS[0] | {"waits": "0.002"}, 1.0)), "line 2: seconds must be numbers"),
         (json.dumps(record(STEPS[0] | {"waits": True}, 1.0)), "line 2: seconds must be numbers"),
@@ -140,25 +181,25 @@ def test_a_bad_line_is_named(path, line, said):
     with open(path, "a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match=said) as error:
-        read_calibration(path, A100)
+        read_calibration(path, A100, False)
     assert "\n" not in str(error.value)
 
 
 def test_no_file(path):
     with pytest.raises(UserError, match="cannot be read"):
-        read_calibration(path, A100)
+        read_calibration(path, A100, False)
     Path(path).touch()
     with pytest.raises(UserError, match="is empty; measure steps by visionfm bench --compare-plan"):
-        read_calibration(path, A100)
+        read_calibration(path, A100, False)
 
 
 def test_a_line_that_was_cut_off_costs_no_other(path):
     Path(path).write_text('{"device": "NVIDIA A1')
     append_record(path, record(STEPS[0], 1.0))
     with pytest.raises(UserError, match="line 1 is no record"):
-        read_calibration(path, A100)
+        read_calibration(path, A100, False)
     Path(path).write_text(Path(path).read_text().partition("\n")[2])
-    assert read_calibration(path, A100).source.endswith("1 measured step")
+    assert read_calibration(path, A100, False).source.endswith("1 measured step")
 
 
 TINY = CompiledStep(
@@ -181,14 +222,18 @@ def test_bench_writes_what_plan_reads(monkeypatch, path):
     monkeypatch.setattr(bench, "described", lambda trainer, compiled, *_: replace(
         TINY, hlo=compiled.as_text(), peak=compiled.memory_analysis().peak_memory_in_bytes))  # fmt: skip
     names = ("devices", "config", "batch_size", "accumulate", "precision", "stage", "attention", *bench.NETWORK)
-    figures = dict.fromkeys(names) | {"device": "NVIDIA A100-SXM4-80GB", "jax": jax.__version__}
+    figures = dict.fromkeys(names) | {
+        "device": "NVIDIA A100-SXM4-80GB",
+        "mlp_matmuls": {"model": "compute"},
+        "jax": jax.__version__,
+    }
     plan = bench.planned(None, step, Cluster(A100, 1, 1))
     low, high = plan["range_ms"]
     assert low < 1e3 * sum(plan["seconds"].values()) < high
     figures |= {"step_ms": {"p50": 0.66}, "peak_gib_measured": 1.1, "plan": plan}
     append_record(path, bench.record_of(figures))
     assert json.loads(Path(path).read_text())["planned_peak_gib"] == 1.0
-    assert seconds(read_calibration(path, A100), plan["seconds"]) == pytest.approx(0.66e-3, rel=0.03)
+    assert seconds(read_calibration(path, A100, False), plan["seconds"]) == pytest.approx(0.66e-3, rel=0.03)
 
 
 def test_machines_are_counted_by_the_hosts_of_their_processes():
@@ -245,4 +290,4 @@ def test_bench_refuses_to_compare_what_no_plan_is_for(monkeypatch, capsys, path)
     monkeypatch.setattr(bench, "measure", None)
     assert entry_point(bench.main)(["--config=quickstart", f"--compare-plan={path}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"--compare-plan={path}: the step runs on cpu, for which there is no plan" in line
+    assert f"--compare-plan={path}: the step runs on cpu, for which there is no data sheet" in line
