@@ -25,7 +25,7 @@ import statistics
 import sys
 from typing import Any
 
-from halves import HalfFailed, machine, run, say, seconds, versions
+from halves import HalfFailed, busy, machine, run, say, seconds, versions
 
 from visionfm_jax.parallel.targets import XLA_FLAGS, pipelined
 
@@ -44,7 +44,10 @@ VARIABLE = re.compile(r"[A-Za-z_]\w*=.*")
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Flags, and the words that are for `visionfm bench`."""
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog="without --try:\n  " + "\n  ".join(CHANGES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("--try", dest="changes", action="append", help="one change: flags of XLA, and NAME=VALUE; repeated")
     p.add_argument("--rounds", type=int, default=3, help="rounds (%(default)s)")
@@ -93,7 +96,7 @@ def main(argv: list[str]) -> None:
                 continue
             try:
                 result = rounds[i][name] = run(commands[name], args)
-                say(f"round {i + 1}  {result['images_per_s']:10.2f} images/s  {name}")
+                say(f"round {i + 1}  {result['images_per_s']:10.2f} images/s  {name}{busy(result)}")
             except HalfFailed as e:
                 if name != "base":
                     failed[name] = str(e).splitlines()[-1]

@@ -238,6 +238,12 @@ def run(command: list[str], args: argparse.Namespace) -> dict[str, Any]:
     raise HalfFailed("\n".join(said) or f"exit code {child.returncode} without a word")
 
 
+def busy(result: dict[str, Any]) -> str:
+    """A remark beside what was measured while other programs ran."""
+    share = result["others_cpu"]
+    return f"  other programs used {share:.0%} of the processors" if share > 0.04 else ""
+
+
 def end_all(child: subprocess.Popen) -> None:
     """End a process and what it has started: a launcher has the time to end what runs on other machines."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
@@ -310,8 +316,7 @@ def compare(name: str, args: argparse.Namespace, argv: list[str], makers: dict[s
             except HalfFailed as e:
                 sys.exit(f"{half}, batch {best[half]}: {e}")
             rounds[half].append(result)
-            busy = f"  other programs used {result['others_cpu']:.0%} of the processors"
-            rate = f"{result['images_per_s']:9.2f} images/s{busy if result['others_cpu'] > 0.04 else ''}"
+            rate = f"{result['images_per_s']:9.2f} images/s{busy(result)}"
             say(f"round {i + 1}  {half:13s}  batch {best[half]:4d}  {rate}")
         sizes = {h: rounds[h][0]["parameters"] for h in halves if "parameters" in rounds[h][0]}
         if len(set(sizes.values())) > 1:

@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 
 from visionfm_jax.losses.detection import Truth, Weights, match, matching_costs
 from visionfm_jax.models.boxes import Predicted, decode, to_corners
+from visionfm_jax.parallel.cluster import take_cpu_without_driver
 
 SIDE, MOST, CLASSES = 1024, 100, 80
 PROBLEMS = {  # layers, queries, copies of an object
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3, help="of which the best is printed (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the boxes (%(default)s)")
     arguments = parser.parse_args()
+    take_cpu_without_driver()
     rng = np.random.default_rng(arguments.seed)
     program = jax.jit(lambda c, p, count: jax.vmap(lambda c, p: match(c, p, count))(c, p))
     for name, (layers, queries, copies) in PROBLEMS.items():

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,9 +34,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from visionfm_jax.errors import entry_point
 from visionfm_jax.models.attention import attention
 from visionfm_jax.models.backbones import swin_v2
 from visionfm_jax.models.backbones.swin_v2 import Windows
+from visionfm_jax.models.layers import l2_normalize
 from visionfm_jax.parallel.targets import XLA_FLAGS, find_cluster
 from visionfm_jax.planning.compiled import ASSEMBLER, COMPILE_ONLY_FLAGS, describe_devices
 
@@ -59,7 +62,7 @@ def _heads(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array) -> Arrays
     N = len(scale)
     q, k, v = (rearrange(a, "b t (n k) -> b t n k", n=N) for a in (q, k, v))
     scale = jnp.exp(jnp.minimum(scale, swin_v2.MAX_SCALE))[:, None]
-    return [(swin_v2.unit(q) * scale).astype(q.dtype), swin_v2.unit(k).astype(k.dtype), v]
+    return [(l2_normalize(q) * scale).astype(q.dtype), l2_normalize(k).astype(k.dtype), v]
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array, bias: jax.Array, mask: Any) -> jax.Array:
@@ -236,4 +239,4 @@ def _cells(form: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(entry_point(main)())

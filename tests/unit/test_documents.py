@@ -5,7 +5,9 @@ quotes that shells need, files and functions that the documents name, and links.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import inspect
 import os
 import re
 import runpy
@@ -128,6 +130,31 @@ def test_links_to_other_sites_are_well_formed_and_spelled_once():
             spelled.setdefault(key, set()).add(parts._replace(fragment="", query="").geturl())
     assert spelled
     assert all(len(links) == 1 for links in spelled.values()), [links for links in spelled.values() if len(links) > 1]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("benchmarks/*.py")) + sorted(ROOT.glob("tools/*.py")), ids=lambda p: p.name
+)
+def test_a_program_uses_what_there_is_of_the_package(path):
+    """Few of them are run by tests."""
+    tree, modules = ast.parse(path.read_text()), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("visionfm_jax"):
+            for name in node.names:
+                found = getattr(importlib.import_module(node.module), name.name, None)
+                found = found or importlib.import_module(f"{node.module}.{name.name}")
+                if inspect.ismodule(found):
+                    modules[name.asname or name.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"line {node.lineno}: {node.value.id}.{node.attr}"
+
+
+def test_files_and_their_functions_that_documents_name_are_there():
+    named = [found for page in PAGES for found in re.findall(r"`([a-z_/0-9]+)\.py: (\w+)[\w.]*`", page.read_text())]
+    assert named
+    for module, name in named:
+        assert hasattr(importlib.import_module(f"visionfm_jax.{module.replace('/', '.')}"), name), (module, name)
 
 
 def test_the_workflow_runs_what_ci_runs_on_the_least_python():
