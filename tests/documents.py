@@ -46,7 +46,7 @@ SHOWN = {
     "docs/architecture.md": ["configs/        one file"],
     "docs/fine_tune.md": ["starts from "],
     "docs/own_images.md": ["pets/train/cat/"],
-    "docs/plan.md": ["[h100-slow-network]"],
+    "docs/plan.md": ["[h100-slow-network]", '{"device": "NVIDIA H100'],  # tests/unit/parallel/test_targets.py
     "docs/use.md": ["timm.create_model("],  # tests/parity/check_exports.py, where timm is
 }
 

@@ -48,7 +48,7 @@ class TextConfig(NetworkConfig):
         "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
     )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
-    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Ada, Hopper and later)
 
     limits: ClassVar[Limits] = {
         "size": OneOf(tuple(SIZES)),

@@ -163,6 +163,21 @@ def test_another_chip_is_not_called_what_it_is_like(tmp_path):
     assert find_target("NVIDIA H99") is None
 
 
+def test_the_file_and_the_table_of_the_documents(tmp_path):
+    page = (ROOT / "docs/plan.md").read_text().partition("## Cards and networks of your own")[2].partition("\n## ")[0]
+    block = re.search(r"(?m)(^    .*\n|^\n)+", page.partition("plan on other hardware:\n")[2])[0]
+    targets = read(tmp_path, re.sub(r"(?m)^    ", "", block))
+    assert find_target("NVIDIA L40S", targets) is targets["l40s"]
+    fields = {
+        field: value for field, value in re.findall(r"(?m)^\| `(\w+)` \|.*\| ([^|]+) \|$", page) if field != "like"
+    }
+    assert set(fields) == set(asdict(TARGETS["h100"])) - {"name"}
+    sheet = "\n".join(f"{field} = {value}" for field, value in fields.items() if field != "description")
+    assert read(tmp_path, f"[h]\ndescription = {fields['description'].replace('`', chr(34))}\n{sheet}")["h"] == replace(
+        TARGETS["h100"], name="h"
+    )
+
+
 def test_a_full_sheet_of_ones_own(tmp_path):
     own = read(tmp_path, "[own]" + FULL)["own"]
     assert own == Target(

@@ -99,7 +99,7 @@ class SwinV2Config(BackboneConfig):
         "none"  # recomputed in the backward pass: none | attention | dots | branches | full; full:N: in N blocks
     )
     scan_layers: bool = True  # run blocks as a loop, compiled once; False: a faster step on GPUs, a longer compile
-    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Hopper and later)
+    mlp_matmuls: str = "compute"  # of the MLPs, in training: compute (train.precision) | fp8 (Ada, Hopper and later)
     drop_path: float = 0.2  # probability of dropping the last block; decreases linearly to 0 at the first
 
     limits: ClassVar[Limits] = {
