@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -52,11 +53,8 @@ def check_writable(path: str, flag: str) -> None:
       UserError: it cannot be written.
     """
     try:
-        new = not Path(path).exists()
-        with open(path, "a"):
+        with open(path, "a") if Path(path).exists() else tempfile.TemporaryFile(dir=Path(path).parent):
             pass
-        if new:
-            Path(path).unlink()
     except OSError as error:
         raise UserError(f"{flag}={path}: {error.strerror}; name a file that can be written") from error
 
