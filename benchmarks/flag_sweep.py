@@ -25,7 +25,7 @@ import statistics
 import sys
 from typing import Any
 
-from halves import HalfFailed, busy, machine, run, say, seconds, versions
+from halves import HalfFailed, busy, end_by_signals, machine, run, say, time_limit, versions
 
 from visionfm_jax.parallel.targets import XLA_FLAGS, pipelined
 
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--try", dest="changes", action="append", help="one change: flags of XLA, and NAME=VALUE; repeated")
     p.add_argument("--rounds", type=int, default=3, help="rounds (%(default)s)")
     p.add_argument("--launch", default="", help="command that starts the processes of a run, such as 'srun'")
-    p.add_argument("--timeout", type=seconds, default=1800.0, help="seconds per run (%(default)s)")
+    p.add_argument("--timeout", type=time_limit, default=1800.0, help="seconds per run (%(default)s)")
     p.add_argument("--config", required=True, help="configuration, as of `visionfm bench`")
     p.add_argument("--steps", type=int, default=20, help="steps to time in each run (%(default)s)")
     args, fields = p.parse_known_args(argv)
@@ -85,6 +85,7 @@ def command(change: str, launch: str, bench: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Rounds, table, JSON."""
     args, bench = parse(argv)
+    end_by_signals()
     names = ["base", *args.changes]
     commands = {name: command("" if name == "base" else name, args.launch, bench) for name in names}
     rounds: list[dict[str, dict[str, Any]]] = []
@@ -96,7 +97,8 @@ def main(argv: list[str]) -> None:
                 continue
             try:
                 result = rounds[i][name] = run(commands[name], args)
-                say(f"round {i + 1}  {result['images_per_s']:10.2f} images/s  {name}{busy(result)}")
+                remark = "" if args.launch else busy(result)  # a launcher's processes need not be its children
+                say(f"round {i + 1}  {result['images_per_s']:10.2f} images/s  {name}{remark}")
             except HalfFailed as e:
                 if name != "base":
                     failed[name] = str(e).splitlines()[-1]

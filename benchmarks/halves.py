@@ -18,7 +18,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +49,7 @@ def parser(doc: str, peers: Sequence[str], precisions: Sequence[str], config: st
     p.add_argument("--config", default=config, help="configuration of our side, before the flags above")
     p.add_argument("--torch_python", default=sys.executable, help="interpreter with torch and timm")
     p.add_argument("--jax_python", default=sys.executable, help="interpreter with jax and flax")
-    p.add_argument("--timeout", type=seconds, default=1800.0, help="seconds per process (%(default)s)")
+    p.add_argument("--timeout", type=time_limit, default=1800.0, help="seconds per process (%(default)s)")
     p.add_argument("--torch_half", action="store_true", help=argparse.SUPPRESS)  # this process is the torch half
     return p
 
@@ -72,14 +71,13 @@ def parse(p: argparse.ArgumentParser, argv: list[str], defaults: dict[str, dict[
     return args
 
 
-def seconds(text: str) -> float:
+def time_limit(text: str) -> float:
     """The value of --timeout."""
+    most = 1e6
     with contextlib.suppress(ValueError):
-        if 0 < float(text) <= threading.TIMEOUT_MAX:
+        if 0 < float(text) <= most:
             return float(text)
-    raise argparse.ArgumentTypeError(
-        f"{text}: must be a number of seconds above 0, and at most {threading.TIMEOUT_MAX:g}"
-    )
+    raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds above 0, and at most {most:g}")
 
 
 # The torch half.
@@ -246,11 +244,19 @@ def busy(result: dict[str, Any]) -> str:
 
 def end_all(child: subprocess.Popen) -> None:
     """End a process and what it has started: a launcher has the time to end what runs on other machines."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            os.killpg(child.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(10)
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def end_by_signals() -> None:
+    """Have signals that end this program end its halves, too, which have process groups of their own."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, _: sys.exit(128 + number))
 
 
 def best_batch(half: str, commands: dict[int, list[str]], args: argparse.Namespace) -> int:
@@ -306,6 +312,7 @@ Maker = Callable[[argparse.Namespace, int], list[str]]  # (flags, batch) -> a ha
 
 def compare(name: str, args: argparse.Namespace, argv: list[str], makers: dict[str, Maker]) -> None:
     """Sweep, alternate, print. `makers`: of "ours" and its peers; `parameters`, where all say it, are equal."""
+    end_by_signals()
     halves = [args.only] if args.only else list(makers)
     best = {h: best_batch(h, {b: makers[h](args, b) for b in args.batches}, args) for h in halves}
     rounds: dict[str, list[dict[str, Any]]] = {h: [] for h in halves}

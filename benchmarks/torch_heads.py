@@ -49,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--only", choices=("ours", "torch"), help="time one side alone, without a ratio")
     p.add_argument("--torch_python", default=sys.executable, help="interpreter with torch, scipy and timm")
     p.add_argument("--jax_python", default=sys.executable, help="interpreter with jax and flax")
-    p.add_argument("--timeout", type=halves.seconds, default=1800.0, help="seconds per process (%(default)s)")
+    p.add_argument("--timeout", type=halves.time_limit, default=1800.0, help="seconds per process (%(default)s)")
     p.add_argument("--half", choices=("ours", "torch"), help=argparse.SUPPRESS)  # this process is that half
     p.set_defaults(peer="cpu", device="cpu", precision="fp32")
     args = p.parse_args(argv)

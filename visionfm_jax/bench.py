@@ -29,7 +29,7 @@ from visionfm_jax.errors import UserError, complain, entry_point
 from visionfm_jax.parallel import cluster
 from visionfm_jax.parallel.agreement import from_each
 from visionfm_jax.parallel.mesh import BATCH, make_mesh, to_global
-from visionfm_jax.parallel.targets import TARGETS, Cluster, Target, chip_of, find_target, peak_flops, read_targets
+from visionfm_jax.parallel.targets import TARGETS, Cluster, Target, find_target, peak_flops, read_targets, sheet_of
 from visionfm_jax.planning.calibration import append_record
 from visionfm_jax.planning.compiled import GPU, described
 from visionfm_jax.planning.estimate import estimate
@@ -165,7 +165,8 @@ def measure(
     rate = config.train.batch_size / seconds.mean()
     tflops = trainer.task.step_flops / seconds.mean() / trainer.mesh.size / 1e12
     device = jax.devices()[0]
-    peak, stats = peak_flops(device.device_kind), device.memory_stats() or {}
+    peak = compare.target.peak_flops if compare else peak_flops(device.device_kind)
+    stats = device.memory_stats() or {}
     with_loader = measure_with_data(trainer, data, compiled, state, rate, steps, warmup) if with_data else {}
     figures = {
         "config": config.name,
@@ -199,7 +200,7 @@ def planned(trainer: Trainer, compiled: Compiled, cluster: Cluster) -> dict[str,
     """What `plan` says of a step that was compiled for the GPUs of this cluster, without a calibration."""
     found = estimate(described(trainer, compiled, GPU, cluster.per_host, 0.0), cluster)
     return {
-        "chip": chip_of(cluster.target),
+        "sheet": sheet_of(cluster.target),
         "seconds": found.modelled,
         "range_ms": [round(seconds * 1e3, 3) for seconds in found.range],
         "peak_gib": round(found.compiled.peak / 2**30, 3),
@@ -217,7 +218,7 @@ def record_of(figures: dict[str, Any]) -> dict[str, Any]:
         **{name: figures[name] for name in about},
         "cudnn": next(cudnn, None),
         "rates": VERSION,
-        "chip": plan["chip"],
+        "sheet": plan["sheet"],
         "measured_seconds": figures["step_ms"]["p50"] / 1e3,
         "planned_seconds": plan["seconds"],
         "measured_peak_gib": figures["peak_gib_measured"],
@@ -248,18 +249,17 @@ def cluster_at_hand(path: str, targets: dict[str, Target]) -> Cluster:
       UserError: they are none that a plan knows.
     """
     device = jax.devices()[0]
-    target = find_target(device.device_kind, targets)
-    if device.platform != "gpu" or target is None:
-        raise UserError(
-            f"--compare-plan={path}: the step runs on {device.device_kind}, for which there is no data sheet; "
-            f"run it on one of {', '.join(targets)}, or describe this card in a file for --targets"
-        )
+    runs = f"--compare-plan={path}: the step runs on {device.device_kind}"
+    if device.platform != "gpu":
+        raise UserError(f"{runs}, for which there is no plan; run it on a GPU")
+    if (target := find_target(device.device_kind, targets)) is None:
+        raise UserError(f"{runs}, which is none of {', '.join(targets)}; describe it in a file for --targets")
     machines = count_machines(from_each(socket.gethostname()))
     return Cluster(target, machines, jax.device_count() // machines)
 
 
-def any_length(config: Config, arguments: argparse.Namespace) -> None:
-    """The step is the same whatever the length of the run, which the batches of a bench may put out of bounds."""
+def any_length(config: Config, _: argparse.Namespace) -> None:
+    """Set another length of the run than the recipe's, whose epochs of small batches may be too many steps."""
     config.train.steps, config.train.epochs = 1_000_000, 0
 
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
     calibration = None
     if arguments.calibration:
         fp8 = any(network.mlp_matmuls == "fp8" for network in config.model.networks().values())
-        calibration = read_calibration(arguments.calibration, target, fp8)
+        calibration = read_calibration(arguments.calibration, target, fp8=fp8)
     if arguments.json:
         check_writable(arguments.json, "--json")
 
@@ -84,10 +84,10 @@ def main(argv: Sequence[str], program: str = "python -m visionfm_jax.plan") -> i
 
 def plan_without_gpus(console: Console, config: Config, cluster: Cluster, missing: list[str]) -> dict[str, Any]:
     """Print and return what a compile for CPUs can tell."""
-    config = copy.deepcopy(config)
-    for network in config.model.networks().values():
+    changed = copy.deepcopy(config)
+    for network in changed.model.networks().values():
         network.attention = "xla"  # the only kind that CPUs have; no figure below depends on it
-    compiled = compile_step(config, cluster, CPU)
+    compiled = compile_step(changed, cluster, CPU)
     report.print_without_gpus(console, config, compiled, cluster, missing)
     return report.json_without_gpus(config, compiled, cluster)
 

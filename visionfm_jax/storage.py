@@ -53,7 +53,7 @@ def check_writable(path: str, flag: str) -> None:
       UserError: it cannot be written.
     """
     try:
-        with open(path, "a") if Path(path).exists() else tempfile.TemporaryFile(dir=Path(path).parent):
+        with open(path, "a") if Path(path).exists() else tempfile.TemporaryFile(dir=Path(path).resolve().parent):
             pass
     except OSError as error:
         raise UserError(f"{flag}={path}: {error.strerror}; name a file that can be written") from error

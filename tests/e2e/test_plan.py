@@ -11,7 +11,7 @@ import pytest
 
 from visionfm_jax.config import load
 from visionfm_jax.errors import entry_point
-from visionfm_jax.parallel.targets import MEMORY_FRACTION, TARGETS, chip_of, find_cluster
+from visionfm_jax.parallel.targets import MEMORY_FRACTION, TARGETS, find_cluster, sheet_of
 from visionfm_jax.plan import _progress, main
 from visionfm_jax.planning.compiled import GPU, compile_step
 from visionfm_jax.planning.rates import VERSION
@@ -76,7 +76,7 @@ def test_a_plan_with_advice(cache, tmp_path):
     kinds = {"matmuls": 0.5, "attention": 0, "all else": 0.5, "waits": 0}
     h100 = TARGETS["h100"]
     record = {
-        "device": h100.description, "chip": chip_of(h100), "planned_seconds": kinds, "measured_seconds": 1.2,
+        "device": h100.description, "sheet": sheet_of(h100), "planned_seconds": kinds, "measured_seconds": 1.2,
         "mlp_matmuls": {"model": "compute"}, "rates": VERSION,
     }  # fmt: skip
     (tmp_path / "measured").write_text(json.dumps(record))
@@ -176,6 +176,7 @@ def test_without_the_cuda_packages_it_says_what_it_cannot_show(cache, tmp_path):
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["per_gpu"]["fits"] is None
     assert found["per_gpu"]["optimiser_bytes"] > 0
+    assert found["settings"]["model.attention"] == "cudnn"  # of the run, not of this compile
     assert found["step"]["model_flops"] > 0
 
     search = plan(cache, *words, "--search", program=("-c", WITHOUT_CUDA))

@@ -36,6 +36,13 @@ def test_the_runs_batches_are_timed_with_the_step_and_without():
     assert (found["bound_by"], found["workers"], found["threads"]) == ("step", 0, 2)
 
 
+def test_a_batch_of_which_an_epoch_has_too_many_steps(monkeypatch, capsys):
+    monkeypatch.setattr(bench.cluster, "initialize", lambda: (0, 1))
+    monkeypatch.setattr(bench, "measure", lambda config, *_, **__: {"batch": config.train.batch_size})
+    assert bench.main(["--config=vit_huge", "--config.train.batch_size=2"]) == 0
+    assert capsys.readouterr().out == '{"batch": 2}\n'
+
+
 def test_data_that_cannot_be_opened_cost_no_compile(monkeypatch, tmp_path):
     config = load_file(str(CONFIG))
     config.data.train = (FolderConfig(path=str(tmp_path / "nowhere")),)

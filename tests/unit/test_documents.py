@@ -141,8 +141,10 @@ def test_a_program_uses_what_there_is_of_the_package(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("visionfm_jax"):
             for name in node.names:
-                found = getattr(importlib.import_module(node.module), name.name, None)
-                found = found or importlib.import_module(f"{node.module}.{name.name}")
+                module = importlib.import_module(node.module)
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+                found = getattr(module, name.name)
                 if inspect.ismodule(found):
                     modules[name.asname or name.name] = found
     for node in ast.walk(tree):

@@ -29,11 +29,11 @@ def test_a_base_that_fails_later_costs_its_round_and_what_hangs_is_ended(tmp_pat
     launcher.write_text(LAUNCHER)
     launcher.chmod(0o755)
     changes = "--try=--xla_twice=1", "--try=--xla_hangs=1"
-    done = sweep(*changes, f"--launch={launcher}", "--timeout=1")
+    done = sweep(*changes, f"--launch={launcher}", "--timeout=3")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["ratios"] == {"--xla_twice=1": [2.0, 2.0]}
-    assert found["failed"] == {"--xla_hangs=1": "no result within --timeout=1 s"}
+    assert found["failed"] == {"--xla_hangs=1": "no result within --timeout=3 s"}
     assert [set(r) for r in found["rounds"]] == [
         {"base", "--xla_twice=1"},
         {"--xla_twice=1"},
@@ -50,6 +50,7 @@ def test_a_base_that_fails_later_costs_its_round_and_what_hangs_is_ended(tmp_pat
         ("--try=", "--try=: names no change"),
         ("--try=A='", "--try=A=': No closing quotation"),
         ("--try=fast", "'fast' is neither a flag of XLA"),
+        ("--timeout=1e9", "argument --timeout: 1e9: must be"),
         ("--timeout=nan", "argument --timeout: nan: must be a number of seconds above 0"),
         ("--rounds=0", "--rounds=0: must be at least 1"),
     ],

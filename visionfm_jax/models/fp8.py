@@ -5,8 +5,8 @@ e5m2. Each tensor is divided by a scale of its own that brings its largest magni
 ("current scaling"): nothing is carried from step to step. Scales are powers of two, so that rounding is all that is
 lost, and a product of rounded operands is the same in every dtype.
 
-On cards with FP8 units (Hopper, Blackwell) XLA makes one kernel of each product and its scales. Elsewhere the rounded
-operands are multiplied in the compute dtype: the same result, and no gain.
+On cards with FP8 units (Ada, Hopper, Blackwell) XLA makes one kernel of each product and its scales. Elsewhere the
+rounded operands are multiplied in the compute dtype: the same result, and no gain.
 
 Shapes: M rows, K channels, N features.
 """

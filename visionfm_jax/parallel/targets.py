@@ -56,7 +56,7 @@ BOUNDS = {
     "peak_flops": (1e12, 1e18), "memory_bytes": (1e6, 1e14), "memory_bandwidth": (1e9, 1e16),
     "network_inside": (1e6, 1e15), "network_between": (1e6, 1e15), "capability": (0, 99), "cores": (1, 1e5),
     "fpus_per_core": (1, 1e5), "clock_ghz": (0.1, 20), "l2_bytes": (1e4, 1e12),
-    "shared_memory_per_core": (16 * 2**10, 2**24),
+    "shared_memory_per_core": (16_000, 1e7),
 }  # fmt: skip
 
 _A100 = {
@@ -147,9 +147,9 @@ _OTHERS = re.compile(r"\b(NVL|MIG|H\d00 PCIe)\b", re.IGNORECASE)
 def find_target(device_kind: str, targets: dict[str, Target] = TARGETS) -> Target | None:
     """The entry for a `jax.Device.device_kind`, such as "NVIDIA H100 80GB HBM3"; None if there is none.
 
-    The first with this description, or else that of the built-in table whose name is in its words.
+    The last with this description, or else that of the built-in table whose name is in its words.
     """
-    for target in targets.values():
+    for target in reversed(targets.values()):
         if target.description == device_kind:
             return target
     if _OTHERS.search(device_kind):
@@ -164,6 +164,11 @@ def find_target(device_kind: str, targets: dict[str, Target] = TARGETS) -> Targe
 def chip_of(target: Target) -> dict[str, float | list[int]]:
     """The figures of `CHIP`, as JSON has them."""
     return {name: list(v) if isinstance(v := getattr(target, name), tuple) else v for name in CHIP}
+
+
+def sheet_of(target: Target) -> dict[str, float | list[int]]:
+    """The figures that the time of a step is planned with, as JSON has them."""
+    return {**chip_of(target), "network_inside": target.network_inside, "network_between": target.network_between}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -225,7 +230,7 @@ def read_targets(path: str) -> dict[str, Target]:
         like = "h100"              # starts from this entry of the table
         network_between = 12.5e9   # and changes fields of `Target`, in its units
 
-    One of another chip is no longer described as the one that it is like.
+    One of another chip than that which it is like, and not in its place, is not described as that one.
 
     Raises:
       ConfigError: no such file, no TOML, an unknown field, or one that is missing.
@@ -244,7 +249,8 @@ def read_targets(path: str) -> dict[str, Target]:
         like = sheet.pop("like", None)
         if like is not None and like not in list(targets):  # a list: TOML's values need not be hashable
             raise ConfigError(f"--targets={path}: [{name}] is like {like!r}, which is none of {', '.join(targets)}")
-        values = dataclasses.asdict(targets[like]) if like else {}
+        base = targets[like] if like else None
+        values = dataclasses.asdict(base) if base else {}
         if unknown := set(sheet) - known:
             fields = ", ".join(sorted(known))
             raise ConfigError(f"--targets={path}: [{name}] has {min(unknown)!r}; the fields are {fields}")
@@ -254,8 +260,9 @@ def read_targets(path: str) -> dict[str, Target]:
         values["name"] = name
         checked = {f.name: _checked(path, name, f.name, f.type, values[f.name]) for f in dataclasses.fields(Target)}
         targets[name] = Target(**checked)
-        if like and "description" not in sheet and chip_of(targets[name]) != chip_of(targets[like]):
-            targets[name] = dataclasses.replace(targets[name], description=name)
+        if base and name != like and "description" not in sheet and chip_of(targets[name]) != chip_of(base):
+            # The words of the other one choose its rates.
+            targets[name] = dataclasses.replace(targets[name], description=f"{name} (like {base.description})")
     return targets
 
 
@@ -263,9 +270,9 @@ def _checked(path: str, name: str, field: str, kind: str, value: object) -> obje
     """A field of a sheet in its type, within `BOUNDS`."""
     refused = f"--targets={path}: [{name}] {field} = {value!r}: must be"
     if kind == "str":
-        if isinstance(value, str):
+        if isinstance(value, str) and re.fullmatch(r'[^"\\\n]+', value):
             return value
-        raise ConfigError(f"{refused} a text in quotes")
+        raise ConfigError(f"{refused} a text in quotes, without quotes and backslashes in it")
     whole, (low, high) = kind != "float", BOUNDS[field]  # 80e9 is whole too
 
     def good(n: object) -> bool:
@@ -275,7 +282,7 @@ def _checked(path: str, name: str, field: str, kind: str, value: object) -> obje
     if kind.startswith("tuple"):
         if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(good, value)):
             return tuple(map(int, value))
-        raise ConfigError(f"{refused} two whole numbers, such as [9, 0]")
+        raise ConfigError(f"{refused} two whole numbers of at most {high}, such as [9, 0]")
     if not good(value):
         rule = f"a {'whole ' * whole}number from {low:g} to {high:g}"
         raise ConfigError(f"{refused} {rule}; that of h100 is {getattr(TARGETS['h100'], field):g}")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visionfm_jax.errors import OutputError, UserError, complain, printable
-from visionfm_jax.parallel.targets import Target, chip_of, find_target
+from visionfm_jax.parallel.targets import CHIP, TARGETS, Target, chip_of, find_target, sheet_of
 from visionfm_jax.planning.rates import VERSION, rates_of
 from visionfm_jax.storage import append_line
 
@@ -42,7 +42,7 @@ class Calibration(NamedTuple):
         return float(np.sqrt(shares @ self.covariance @ shares + STEP**2))
 
 
-def calibration_of(target: Target, fp8: bool) -> Calibration:
+def calibration_of(target: Target, *, fp8: bool) -> Calibration:
     """What is known of a card without a file; `fp8`: of a step with FP8 products."""
     card = find_target(target.description)
     measured = card is not None and chip_of(card) == chip_of(target) and rates_of(target).measured
@@ -53,7 +53,7 @@ def calibration_of(target: Target, fp8: bool) -> Calibration:
     return Calibration(dict.fromkeys(KINDS, 1.0), np.diag(np.square(deviations)), source)
 
 
-def read_calibration(path: str, target: Target, fp8: bool) -> Calibration:
+def read_calibration(path: str, target: Target, *, fp8: bool) -> Calibration:
     """The same, corrected by the steps of a file that were measured on this card, with FP8 products or without.
 
     Raises:
@@ -70,15 +70,16 @@ def read_calibration(path: str, target: Target, fp8: bool) -> Calibration:
     here = {number: r for number, r in records.items() if _is_of(r.device, target)}
     if not here:
         devices = ", ".join(sorted({printable(r.device) for r in records.values()}))
-        more = "" if find_target(target.description) else " --targets=FILE, in which description is the device's name,"
+        own = target not in TARGETS.values()
+        more = " --targets=FILE, in which description is the device's name," if own else ""
         raise UserError(
             f"--calibration={path}: measured on {devices}, not on {target.description}; run {again}{more} there"
         )
-    here = {number: r for number, r in here.items() if r.chip == chip_of(target)}
+    here = {number: r for number, r in here.items() if _same_figures(r, target)}
     if not here:
         raise UserError(
             f"--calibration={path}: measured on this card, but planned with other figures of it than those of "
-            f"{target.name}; measure again by {again}"
+            f"{target.name}; measure again by {again}, with the --targets that the plan has"
         )
     here = {number: r for number, r in here.items() if r.fp8 == fp8}
     if not here:
@@ -89,7 +90,7 @@ def read_calibration(path: str, target: Target, fp8: bool) -> Calibration:
         )
     modelled = np.array([r.planned for r in here.values()])
     measured = np.array([r.measured for r in here.values()])
-    logs, covariance = _regress(modelled, measured, calibration_of(target, fp8).covariance)
+    logs, covariance = _regress(modelled, measured, calibration_of(target, fp8=fp8).covariance)
     misses = np.abs(np.log(modelled @ np.exp(logs) / measured))
     if strange := [str(number) for number, miss in zip(here, misses, strict=True) if miss > 3 * STEP]:
         complain(
@@ -102,9 +103,15 @@ def read_calibration(path: str, target: Target, fp8: bool) -> Calibration:
 
 
 def _is_of(device: str, target: Target) -> bool:
-    """Whether a device, by its name, is such a card: of the built-in table, or one that a file describes."""
+    """Whether a device, by its name, is such a card: one that a file describes, or of the built-in table."""
     card = find_target(device)
-    return target.description == (card.description if card else device)
+    return target.description in (device, card and card.description)
+
+
+def _same_figures(record: _Record, target: Target) -> bool:
+    """Whether a step was planned with the figures of this card, and of its networks if it waited for them."""
+    sheet = sheet_of(target)
+    return all(record.sheet.get(k) == sheet[k] for k in (sheet if record.planned[KINDS.index(WAITS)] else CHIP))
 
 
 def _regress(modelled: np.ndarray, measured: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +148,7 @@ class _Record(NamedTuple):
     """A line of a file of measurements."""
 
     device: str  # as the driver names it
-    chip: dict[str, Any]  # the figures that it was planned with
+    sheet: dict[str, Any]  # the figures that it was planned with
     fp8: bool  # whether it has FP8 products
     planned: list[float]  # seconds by kind
     measured: float  # seconds
@@ -152,7 +159,7 @@ def _record(path: str, number: int, line: str) -> _Record:
     try:
         record = json.loads(line)
         device = str.strip(record["device"])  # a text
-        chip, fp8 = dict(record["chip"]), "fp8" in dict(record["mlp_matmuls"]).values()
+        sheet, fp8 = dict(record["sheet"]), "fp8" in dict(record["mlp_matmuls"]).values()
         planned = [record["planned_seconds"][kind] for kind in KINDS]
         measured, version = record["measured_seconds"], record["rates"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -171,7 +178,7 @@ def _record(path: str, number: int, line: str) -> _Record:
             f"--calibration={path}: line {number}: seconds must be numbers of at most {LONGEST:g}, those of the kinds "
             f"at least 0, and those of a step from {SHORTEST:g}; delete that line"
         )
-    return _Record(device, chip, fp8, planned, measured)
+    return _Record(device, sheet, fp8, planned, measured)
 
 
 def append_record(path: str, record: dict[str, Any]) -> None:

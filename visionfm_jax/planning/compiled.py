@@ -186,7 +186,9 @@ def _in_own_process(config: Config, cluster: Cluster, platform: str) -> bytes:
             out, err = child.communicate(_pickled((config, cluster, platform)))
         finally:
             child.kill()
-    if child.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):  # which says nothing of the step
+    if child.returncode == -signal.SIGINT:
+        raise UserError("the compiler was interrupted")
+    if child.returncode in (-signal.SIGKILL, -signal.SIGTERM):  # which says nothing of the step
         raise UserError(f"the compiler was killed by signal {-child.returncode}, as where memory runs out; free some")
     if child.returncode:
         said, *_ = err.decode(errors="replace").split("=== Source Location Trace")  # of XLA's code, by jax 0.12

@@ -68,7 +68,7 @@ def print_without_gpus(
 
 def _heading(config: Config, compiled: CompiledStep, cluster: Cluster) -> str:
     target, hosts = cluster.target, count(cluster.hosts, "host")
-    card = target.description if target.description == target.name else f"{target.description} ({target.name})"
+    card = target.description if target.name in target.description else f"{target.description} ({target.name})"
     return (
         f"[bold]{config.name}[/] on {cluster.devices} x {card}, {hosts}: "
         f"{sum(compiled.parameters.values()):,} parameters, global batch {compiled.batch_size}\n"

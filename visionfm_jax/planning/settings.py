@@ -282,8 +282,8 @@ def nearest_that_fits(planner: Planner, base: Setting) -> tuple[Setting, Estimat
 
 def _could_fit(setting: Setting, tried: Setting, now: Estimate) -> bool:
     """False where one that was tried, and does not fit, shows that this cannot either."""
-    if (setting.stage, setting.replicas) != (tried.stage, tried.replicas):
-        return True
+    if (setting.stage, setting.replicas) != (tried.stage, tried.replicas) or setting.accumulate == 1 < tried.accumulate:
+        return True  # one micro-batch holds no sum of gradients
     alike = setting._replace(accumulate=tried.accumulate) == tried
     return _least(now, tried.accumulate, setting.accumulate if alike else math.inf) <= now.usable
 

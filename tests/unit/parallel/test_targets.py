@@ -131,6 +131,9 @@ shared_memory_per_core = 233472
 """
 
 
+QUOTES = "a text in quotes, without quotes and backslashes in it"
+
+
 def read(folder, text):
     path = folder / "targets.toml"
     path.write_text(text)
@@ -146,7 +149,7 @@ def test_a_sheet_like_another(tmp_path):
 
 def test_a_sheet_like_one_above_it_and_one_in_place_of_a_built_in(tmp_path):
     targets = read(tmp_path, '[a]\nlike = "h100"\ncores = 66\n[b]\nlike = "a"\n[h100]\nlike = "h200"\n')
-    assert targets["b"] == replace(TARGETS["h100"], name="b", cores=66, description="a")
+    assert targets["b"] == replace(TARGETS["h100"], name="b", cores=66, description="a (like NVIDIA H100 80GB HBM3)")
     assert targets["h100"] == replace(TARGETS["h200"], name="h100")
 
 
@@ -157,9 +160,13 @@ def test_another_chip_is_not_called_what_it_is_like(tmp_path):
         '[named]\nlike = "h100"\ncores = 99\ndescription = "NVIDIA H99"\n',
     )
     names = {name: targets[name].description for name in ("memory", "chip", "named")}
-    assert names == {"memory": "NVIDIA H100 80GB HBM3", "chip": "chip", "named": "NVIDIA H99"}
+    assert names == {
+        "memory": "NVIDIA H100 80GB HBM3",
+        "chip": "chip (like NVIDIA H100 80GB HBM3)",
+        "named": "NVIDIA H99",
+    }
     assert find_target("NVIDIA H99", targets) is targets["named"]
-    assert find_target("NVIDIA H100 80GB HBM3", targets) is TARGETS["h100"]
+    assert find_target("NVIDIA H100 80GB HBM3", targets) is targets["memory"]  # as its maker asks for it
     assert find_target("NVIDIA H99") is None
 
 
@@ -240,11 +247,13 @@ def test_values_that_are_no_figure_of_a_card(tmp_path, field, value, printed):
         ("cores", "[132]", "a whole number from 1 to 100000; that of h100 is 132"),
         ("memory_bytes", "inf", "a whole number from 1e+06 to 1e+14; that of h100 is 8e+10"),
         ("memory_bytes", "80", "a whole number from 1e+06 to 1e+14; that of h100 is 8e+10"),
-        ("shared_memory_per_core", "10", "a whole number from 16384 to 1.67772e+07; that of h100 is 233472"),
-        ("capability", "9.0", "two whole numbers, such as [9, 0]"),
-        ("capability", "[9]", "two whole numbers, such as [9, 0]"),
-        ("capability", "[9, 0.5]", "two whole numbers, such as [9, 0]"),
-        ("capability", '["9", "0"]', "two whole numbers, such as [9, 0]"), ("description", "100", "a text in quotes"),
+        ("shared_memory_per_core", "10", "a whole number from 16000 to 1e+07; that of h100 is 233472"),
+        ("capability", "9.0", "two whole numbers of at most 99, such as [9, 0]"),
+        ("capability", "[9]", "two whole numbers of at most 99, such as [9, 0]"),
+        ("capability", "[9, 0.5]", "two whole numbers of at most 99, such as [9, 0]"),
+        ("capability", '["9", "0"]', "two whole numbers of at most 99, such as [9, 0]"),
+        ("capability", "[100, 0]", "two whole numbers of at most 99, such as [9, 0]"),
+        ("description", "100", QUOTES), ("description", '""', QUOTES), ("description", "'a\"b'", QUOTES),
     ],
 )  # fmt: skip
 def test_values_of_another_type(tmp_path, field, value, remedy):

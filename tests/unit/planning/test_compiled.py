@@ -61,10 +61,10 @@ def test_a_compiler_that_refuses_says_why(monkeypatch, tmp_path, end, expected):
         step_of_vit()
 
 
-@pytest.mark.parametrize(("name", "number"), [("KILL", 9), ("INT", 2)])  # by the system, and by Ctrl-C
-def test_a_compiler_that_is_killed_refuses_nothing(monkeypatch, tmp_path, name, number):
+@pytest.mark.parametrize(("name", "said"), [("KILL", "was killed by signal 9"), ("INT", "was interrupted")])
+def test_a_compiler_that_is_killed_refuses_nothing(monkeypatch, tmp_path, name, said):
     compiler_that_ends(monkeypatch, tmp_path, f"kill -{name} $$")
-    with pytest.raises(UserError, match=f"was killed by signal {number}") as raised:
+    with pytest.raises(UserError, match=said) as raised:
         step_of_vit()
     assert not isinstance(raised.value, compiled.CompileError)
 

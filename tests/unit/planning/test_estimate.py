@@ -305,7 +305,7 @@ def test_memory_by_kind_adds_up_to_the_peak():
 
 def result_of(cluster=HOST, seconds=0.5, **changes):
     return Estimate(
-        compiled=compiled_step(**changes), cluster=cluster, calibration=calibration_of(CHIP, False), memory={},
+        compiled=compiled_step(**changes), cluster=cluster, calibration=calibration_of(CHIP, fp8=False), memory={},
         collectives=[], executed_flops=0.0, traffic_by_kind={}, longest_branches=0.0,
         modelled={"matmuls": seconds, "attention": 0.0, "all else": 0.0, "waits": 0.0},
     )  # fmt: skip

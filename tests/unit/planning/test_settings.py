@@ -34,6 +34,8 @@ def kept_by(remat: str) -> float:
 class Planner:
     """As `settings.Planner`, with formulas for the compiler; `refused` are settings that it refuses."""
 
+    gradients = 0  # GB on one GPU, that several micro-batches add up
+
     def __init__(self, cluster="h100:2x8", state=16, refused=lambda setting: False, config="configs/vit_huge.py"):
         self.config, _ = load.from_arguments([f"--config={config}"])
         self.cluster, self.state, self.refused = find_cluster(cluster), state, refused
@@ -46,7 +48,7 @@ class Planner:
         return future
 
     def formula(self, s: Setting):
-        fixed = int(self.state * GB * (1, 0.5, 0.4, 0.1)[s.stage])
+        fixed = int((self.state + self.gradients * (s.accumulate > 1)) * GB * (1, 0.5, 0.4, 0.1)[s.stage])
         kept = int(min(map(kept_by, s.remat)) * GB / s.accumulate * (1.1 if "xla" in s.attention else 1))
         seconds = 1 + 0.1 * s.recomputed + 0.05 * s.stage + 0.02 * s.accumulate
         seconds += 0.3 * ("xla" in s.attention) + 0.01 * s.replicas
@@ -149,6 +151,15 @@ def test_no_setting_fits():
     planner = Planner(state=10_000)
     assert nearest_that_fits(planner, vit(3, 1, 1, "dots", "cudnn")) is None
     assert len(set(planner.asked)) == 1  # no batch nor recomputation makes the state smaller
+
+
+def test_one_micro_batch_may_fit_where_the_gradients_of_several_do_not(monkeypatch):
+    for remat, kept in zip(REMAT, (36, 34, 30, 25, 8), strict=True):
+        monkeypatch.setitem(KEPT, remat, kept)
+    planner = Planner(state=110)  # with them 55 + 20 GB in stage 1
+    planner.gradients = 40
+    setting, _ = nearest_that_fits(planner, vit(1, 1, 1, "none", "cudnn"))
+    assert setting == vit(1, 1, 1, "full", "cudnn")
 
 
 def test_the_nearest_setting_asks_for_none_that_cannot_fit(monkeypatch):
