@@ -281,7 +281,6 @@ class Ray:
         kept = ray.put(function)  # once, not with each shard
         gpus = self.gpus and "GPU" in ray.cluster_resources()
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=TRIES - 1)(_called)
-        started: list[Any] = []
 
         def workers() -> int:
             """Of the nodes that are there now: others join."""
@@ -291,16 +290,12 @@ class Ray:
             complain("the Ray cluster has no CPU; waiting until a node joins that has one")
 
         def submit(shard: _S) -> tuple[_S, Any]:
-            started.append(task.remote(kept, shard))
-            return shard, started[-1]
+            return shard, task.remote(kept, shard)
 
-        try:
-            for shard, job in _ahead(submit, shards, workers):
-                yield self._result(ray, shard, job)
-                started.remove(job)
-        finally:
-            for job in started:  # whose results nobody wants any more
-                ray.cancel(job)
+        # After an error, what was submitted ahead runs on, or ends with the connection. It is not cancelled: if a task
+        # ends at that moment, Ray aborts this process ("Tried to complete task that was not pending", Ray 2.60).
+        for shard, job in _ahead(submit, shards, workers):
+            yield self._result(ray, shard, job)
 
     def _result(self, ray: Any, shard: Any, found: Any) -> Any:
         try:
